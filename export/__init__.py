@@ -1,0 +1,1 @@
+"""Export: from an official PyTorch checkpoint to a bundle."""

@@ -1,0 +1,1 @@
+"""Quantization of a modality-split decoder."""

@@ -1,0 +1,1 @@
+"""Runtime of owl2: runs a bundle without torch."""

@@ -1,0 +1,238 @@
+"""Frozen configuration of a model: what a bundle's manifest stores and what every part of owl2 reads.
+
+The foreign ``config.json`` of a PyTorch checkpoint is translated to these classes by
+:mod:`owl2.export.hf_config`; nothing else reads it.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from owl2.runtime.errors import ConfigError
+
+PreprocessMode = Literal["resize", "pad", "crop"]
+
+IMAGE_TOKEN = "<|image|>"
+IMAGE_TOKEN_ID = -200
+
+T = TypeVar("T")
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise :class:`ConfigError` with ``message`` unless ``condition`` holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, slots=True)
+class VisionConfig:
+    """ViT encoder (SPEC: ViT-L/14 in the 7B model)."""
+
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    image_size: int = 448
+    patch_size: int = 14
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-6
+    use_cls_token: bool = True
+    use_post_layernorm: bool = True
+
+    def __post_init__(self) -> None:
+        require(
+            self.hidden_size % self.num_attention_heads == 0,
+            f"vision hidden_size {self.hidden_size} is not a multiple of its {self.num_attention_heads} heads",
+        )
+        require(
+            self.image_size % self.patch_size == 0,
+            f"vision image_size {self.image_size} is not a multiple of patch_size {self.patch_size}",
+        )
+        require(
+            self.hidden_act in ("quick_gelu", "gelu"),
+            f"vision hidden_act {self.hidden_act!r} is not supported; known: quick_gelu, gelu",
+        )
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows the tower hands on, CLS included."""
+        return self.grid**2 + int(self.use_cls_token)
+
+
+@dataclass(frozen=True, slots=True)
+class AbstractorConfig:
+    """Visual abstractor: learned queries that cross-attend to the vision tower's rows."""
+
+    hidden_size: int = 1024
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 16
+    intermediate_size: int = 2816
+    num_learnable_queries: int = 64
+    grid_size: int = 32
+    layer_norm_eps: float = 1e-6
+    use_cls_token: bool = True
+
+    def __post_init__(self) -> None:
+        require(
+            self.hidden_size % self.num_attention_heads == 0,
+            f"abstractor hidden_size {self.hidden_size} is not a multiple of its "
+            f"{self.num_attention_heads} heads",
+        )
+        require(
+            self.hidden_size % 4 == 0,
+            f"abstractor hidden_size {self.hidden_size} must be a multiple of 4 (2-D sine positions)",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """Stretching of rotary positions: ``linear`` divides positions, ``dynamic`` raises theta (NTK)."""
+
+    type: Literal["linear", "dynamic"]
+    factor: float
+
+    def __post_init__(self) -> None:
+        require(self.type in ("linear", "dynamic"), f"rope_scaling type {self.type!r}: linear or dynamic only")
+        require(self.factor > 1.0, f"rope_scaling factor {self.factor} must be greater than 1")
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderConfig:
+    """LLaMA decoder with two k/v projections and two of each RMSNorm per layer (0 text, 1 image)."""
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    attention_bias: bool = False
+    tie_word_embeddings: bool = False
+    bos_token_id: int = 1
+    eos_token_id: int = 2
+
+    def __post_init__(self) -> None:
+        require(
+            self.hidden_size % self.num_attention_heads == 0,
+            f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}",
+        )
+        require(self.head_dim % 2 == 0, f"head_dim {self.head_dim} must be even (rotary positions)")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+
+@dataclass(frozen=True, slots=True)
+class PreprocessConfig:
+    """How a picture becomes the vision tower's input.
+
+    Attributes:
+        mode: ``resize`` squares the picture first (README quick start), ``pad`` pastes it on a square of the
+            mean colour (Q-Align), ``crop`` leaves it to the CLIP processor alone.
+        size: length of the shorter edge after the CLIP resize, pixels.
+        crop_size: side of the centre crop, pixels; equals the vision tower's image size.
+        mean, std: per channel, on the 0..1 scale, RGB.
+    """
+
+    mode: PreprocessMode = "resize"
+    size: int = 448
+    crop_size: int = 448
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+    def __post_init__(self) -> None:
+        require(
+            self.mode in get_args(PreprocessMode), f"preprocess mode {self.mode!r}: resize, pad or crop only"
+        )
+        require(self.size > 0 and self.crop_size > 0, "preprocess size and crop_size must be positive")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """The whole model."""
+
+    vision: VisionConfig
+    abstractor: AbstractorConfig
+    decoder: DecoderConfig
+    preprocess: PreprocessConfig
+
+    def __post_init__(self) -> None:
+        require(
+            self.vision.hidden_size == self.abstractor.hidden_size,
+            f"abstractor hidden_size {self.abstractor.hidden_size} must equal vision hidden_size "
+            f"{self.vision.hidden_size}",
+        )
+        require(
+            self.vision.use_cls_token == self.abstractor.use_cls_token,
+            "use_cls_token must agree between visual_model and visual_abstractor",
+        )
+        require(
+            self.abstractor.grid_size == self.vision.grid,
+            f"abstractor grid_size {self.abstractor.grid_size} must equal the vision tower's "
+            f"{self.vision.grid} (image_size / patch_size)",
+        )
+        require(
+            self.preprocess.crop_size == self.vision.image_size,
+            f"preprocessor crop_size {self.preprocess.crop_size} must equal vision image_size "
+            f"{self.vision.image_size}",
+        )
+
+    @property
+    def rows_per_image(self) -> int:
+        """Decoder positions one picture takes: the queries and the end-of-image row."""
+        return self.abstractor.num_learnable_queries + 1
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dictionaries and lists; :meth:`from_json` is the inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ModelConfig:
+        """Read what :meth:`to_json` wrote; unknown or missing keys are refused by name."""
+        return from_json(cls, data, "model")
+
+
+def from_json(cls: type[T], data: Mapping[str, Any], where: str) -> T:
+    """Build the dataclass ``cls`` from parsed JSON, refusing unknown and missing keys by name.
+
+    Raises:
+        ConfigError: ``data`` is no object, or its keys are not exactly the fields of ``cls``.
+    """
+    require(isinstance(data, Mapping), f"{where}: expected an object, got {type(data).__name__}")
+    names = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+    unknown, missing = sorted(set(data) - names), sorted(names - set(data))
+    require(not unknown, f"{where}: unknown keys {', '.join(unknown)}; known: {', '.join(sorted(names))}")
+    require(not missing, f"{where}: missing keys {', '.join(missing)}")
+    hints = get_type_hints(cls)
+    return cls(**{name: _from_json_value(hints[name], data[name], f"{where}.{name}") for name in data})
+
+
+def _from_json_value(hint: Any, value: Any, where: str) -> Any:  # noqa: ANN401 - any JSON value
+    if get_origin(hint) is types.UnionType:
+        if value is None:
+            return None
+        hint = next(choice for choice in get_args(hint) if choice is not type(None))
+    if hasattr(hint, "__dataclass_fields__"):
+        return from_json(hint, value, where)
+    if get_origin(hint) is tuple:
+        require(isinstance(value, list | tuple), f"{where}: expected a list, got {value!r}")
+        return tuple(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type):
+        right = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+        require(right, f"{where}: expected {hint.__name__}, got {value!r}")
+    return value

@@ -1,0 +1,35 @@
+"""Rotary position angles, with the two official ways of stretching them."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from owl2.runtime.config import DecoderConfig
+
+
+def rotary_base(config: DecoderConfig, total: int) -> float:
+    """theta for a sequence of ``total`` positions.
+
+    ``dynamic`` scaling raises theta once ``total`` exceeds max_position_embeddings ("NTK-aware" scaling:
+    theta · (f·L/max - (f-1))^(d/(d-2))).
+    """
+    scaling, limit, dim = config.rope_scaling, config.max_position_embeddings, config.head_dim
+    if scaling is None or scaling.type != "dynamic" or total <= limit:
+        return config.rope_theta
+    stretch: float = scaling.factor * total / limit - (scaling.factor - 1)
+    return float(config.rope_theta * stretch ** (dim / (dim - 2)))
+
+
+def rotary_angles(config: DecoderConfig, length: int, total: int) -> NDArray[np.float32]:
+    """Angles of positions 0..length-1 within a sequence of ``total``: -> float32 [length, D/2].
+
+    Frequencies and angles are rounded to float32 where the original rounds them.
+    """
+    dim = config.head_dim
+    exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    frequencies = (1.0 / np.float32(rotary_base(config, total)) ** exponents).astype(np.float32)
+    positions = np.arange(length, dtype=np.float32)
+    if config.rope_scaling is not None and config.rope_scaling.type == "linear":
+        positions = positions / np.float32(config.rope_scaling.factor)
+    return np.outer(positions, frequencies).astype(np.float32)
