@@ -1,0 +1,1 @@
+"""ONNX graphs of the vision tower and the decoder, written node by node."""

@@ -1,0 +1,135 @@
+"""A small ONNX writer: nodes in memory, weights straight to an external file.
+
+Weights are appended to ``<graph>.data`` as they arrive, so that a graph of any size is written with the
+memory of one weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from owl2.export import __version__
+
+OPSET = 21
+IR_VERSION = 10
+CONTRIB = "com.microsoft"
+
+# Page-aligned offsets let ONNX Runtime map the file instead of reading it.
+ALIGNMENT = 4096
+# Small tensors (shapes, indices, single gains) live inside the graph file.
+INLINE_BYTES = 1024
+
+Attribute = int | float | str | Sequence[int]
+Axis = int | str
+
+
+class GraphBuilder:
+    """Builds one ONNX file and its external data.
+
+    Use as a context manager; call :meth:`save` before leaving it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._data_path = path.with_name(path.name + ".data")
+        self._data: BinaryIO = self._data_path.open("wb")
+        self._nodes: list[onnx.NodeProto] = []
+        self._initializers: dict[str, TensorProto] = {}
+        self._inputs: list[onnx.ValueInfoProto] = []
+        self._outputs: list[onnx.ValueInfoProto] = []
+        self._counter = 0
+
+    def __enter__(self) -> GraphBuilder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._data.close()
+
+    def input(self, name: str, dtype: int, shape: Sequence[Axis]) -> str:
+        """Declare a graph input; string axes are dynamic."""
+        self._inputs.append(helper.make_tensor_value_info(name, dtype, list(shape)))
+        return name
+
+    def output(self, name: str, dtype: int, shape: Sequence[Axis]) -> None:
+        """Declare a graph output."""
+        self._outputs.append(helper.make_tensor_value_info(name, dtype, list(shape)))
+
+    def node(
+        self,
+        op: str,
+        inputs: Sequence[str],
+        *,
+        outputs: Sequence[str] | int = 1,
+        domain: str = "",
+        **attributes: Attribute,
+    ) -> list[str]:
+        """Append a node and return its output names; a number of outputs lets the builder name them."""
+        if isinstance(outputs, int):
+            self._counter += 1
+            suffixes = [""] + [f".{index}" for index in range(1, outputs)]
+            outputs = [f"{op}_{self._counter}{suffix}" for suffix in suffixes]
+        name = next(name for name in outputs if name)
+        self._nodes.append(
+            helper.make_node(op, list(inputs), list(outputs), name=name, domain=domain, **attributes)
+        )
+        return list(outputs)
+
+    def op(self, op: str, *inputs: str, domain: str = "", **attributes: Attribute) -> str:
+        """Append a node with one output and return its name."""
+        return self.node(op, inputs, domain=domain, **attributes)[0]
+
+    def constant(self, name: str, values: NDArray[np.generic]) -> str:
+        """Add an initializer once; large ones go to the external file. The same name returns the same tensor."""
+        if name not in self._initializers:
+            values = np.ascontiguousarray(values)
+            if values.nbytes <= INLINE_BYTES:
+                tensor = numpy_helper.from_array(values, name)
+            else:
+                tensor = self._external(name, values)
+            self._initializers[name] = tensor
+        return name
+
+    def indices(self, *values: int) -> str:
+        """A one-dimensional int64 constant (shapes, axes, split sizes)."""
+        return self.constant("i64_" + "_".join(map(str, values)), np.array(values, dtype=np.int64))
+
+    def _external(self, name: str, values: NDArray[np.generic]) -> TensorProto:
+        self._data.write(b"\0" * (-self._data.tell() % ALIGNMENT))
+        offset = self._data.tell()
+        self._data.write(values.data)
+        tensor = TensorProto(
+            name=name,
+            data_type=helper.np_dtype_to_tensor_dtype(values.dtype),
+            dims=values.shape,
+            data_location=TensorProto.EXTERNAL,
+        )
+        entries = {"location": self._data_path.name, "offset": offset, "length": values.nbytes}
+        for key, value in entries.items():
+            tensor.external_data.add(key=key, value=str(value))
+        return tensor
+
+    def save(self) -> None:
+        """Write the graph file; the external data is complete by then."""
+        self._data.flush()
+        graph = helper.make_graph(
+            self._nodes, self.path.stem, self._inputs, self._outputs, list(self._initializers.values())
+        )
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
+        model = helper.make_model(
+            graph,
+            opset_imports=opsets,
+            ir_version=IR_VERSION,
+            producer_name="owl2",
+            producer_version=__version__,
+        )
+        self.path.write_bytes(model.SerializeToString())

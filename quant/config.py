@@ -1,0 +1,55 @@
+"""Settings of quantizing a linear layer's weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from owl2.runtime.config import require
+
+Method = Literal["gptq", "rtn"]
+
+BITS = (4, 8)
+GROUP_SIZES = (16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True, slots=True)
+class QuantConfig:
+    """How a weight becomes integers; always symmetric, one scale per row and group of columns.
+
+    Attributes:
+        bits: 4 or 8.
+        group_size: consecutive columns that share a scale; the block sizes of ONNX Runtime's MatMulNBits.
+        method: ``gptq`` corrects later columns for the rounding of earlier ones and needs a Hessian; ``rtn``
+            rounds to nearest.
+        act_order: quantize columns with strong inputs first, group by group, so that groups stay consecutive
+            columns in the file.
+        damping: added to the Hessian's diagonal, as a fraction of its mean.
+        clip_search: try scales that clip the largest weights and keep the one with the least error.
+        signed_scales: let a scale be negative, so that the largest weight may use the one extra code on the
+            negative side. Lowers the squared error by 6 to 12 % (4 bits) at no cost in ONNX Runtime; TensorRT
+            refuses scales that are not positive.
+
+    Raises:
+        ConfigError: a value outside these sets.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    method: Method = "gptq"
+    act_order: bool = True
+    damping: float = 0.01
+    clip_search: bool = True
+    signed_scales: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.bits in BITS, f"bits {self.bits} is not supported; use 4 or 8")
+        require(
+            self.group_size in GROUP_SIZES,
+            f"group_size {self.group_size} is not supported; use one of {', '.join(map(str, GROUP_SIZES))}",
+        )
+        require(self.method in get_args(Method), f"method {self.method!r} is not known; use gptq or rtn")
+        require(
+            0.0 < self.damping <= 1.0,
+            f"damping {self.damping} must be above 0 and at most 1 (a fraction of the mean of the diagonal)",
+        )

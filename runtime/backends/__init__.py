@@ -1,0 +1,1 @@
+"""Backends behind :class:`owl2.runtime.engine.Engine`."""

@@ -1,0 +1,229 @@
+"""Opening and checking a bundle folder; nothing of it is used before every file has been verified."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from owl2.runtime import spec
+from owl2.runtime.config import ModelConfig, from_json
+from owl2.runtime.errors import (
+    BackendUnavailableError,
+    BundleCorruptError,
+    BundleError,
+    BundleVersionError,
+    ConfigError,
+)
+
+HASH_BLOCK = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """What the manifest says of one file."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFormat:
+    """How the weights are stored.
+
+    Attributes:
+        decoder: fp32, fp16, int8 or int4 linear layers.
+        head: the same for the output head.
+        vision: fp32, fp16 or int8 tower and abstractor.
+        embeddings: fp32 or fp16 rows of the token table.
+        method: gptq or rtn for integer decoders, none otherwise.
+        group_size: columns per scale; 0 where nothing is grouped.
+    """
+
+    decoder: str
+    head: str
+    vision: str
+    embeddings: Literal["fp32", "fp16"]
+    method: str
+    group_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The content of ``owl2.json``.
+
+    Attributes:
+        format: version of the bundle format.
+        producer: the exporter, with its version.
+        dialect: operator set of the graphs.
+        minimum_onnxruntime: lowest version that has the graphs' operators.
+        template: name of the conversation template.
+        weights: how the weights are stored.
+        model: architecture and image preprocessing.
+        files: every other file of the bundle.
+    """
+
+    format: int
+    producer: str
+    dialect: str
+    minimum_onnxruntime: str
+    template: str
+    weights: WeightFormat
+    model: ModelConfig
+    files: Mapping[str, FileEntry]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dictionaries; :meth:`from_json` is the inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Manifest:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            ConfigError: unknown or missing keys, or wrong types.
+        """
+        files = data.get("files")
+        if not isinstance(files, Mapping):
+            raise ConfigError("files: expected an object of file names")
+        plain = from_json(_ManifestHead, {key: data[key] for key in data if key != "files"}, "owl2.json")
+        entries = {name: from_json(FileEntry, entry, f"files.{name}") for name, entry in files.items()}
+        return cls(**{name: getattr(plain, name) for name in plain.__slots__}, files=entries)
+
+
+@dataclass(frozen=True, slots=True)
+class _ManifestHead:
+    """The manifest without its file list, whose keys are free."""
+
+    format: int
+    producer: str
+    dialect: str
+    minimum_onnxruntime: str
+    template: str
+    weights: WeightFormat
+    model: ModelConfig
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A verified bundle."""
+
+    folder: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, folder: Path) -> Bundle:
+        """Read the manifest and verify every file against it.
+
+        Raises:
+            BundleError: no bundle there.
+            BundleVersionError: a format this version does not know.
+            BundleCorruptError: files are missing, truncated or changed; all of them are named.
+            BackendUnavailableError: the installed ONNX Runtime is too old for the graphs.
+        """
+        manifest = read_manifest(folder)
+        problems = check_files(folder, manifest.files)
+        if problems:
+            raise BundleCorruptError(
+                f"{folder}: " + "; ".join(problems) + "; copy or export the bundle again"
+            )
+        check_onnxruntime(manifest.minimum_onnxruntime)
+        return cls(folder, manifest)
+
+    def path(self, name: str) -> Path:
+        """Full path of a file of the bundle."""
+        return self.folder / name
+
+    def embeddings(self) -> NDArray[np.floating[Any]]:
+        """The token table, memory-mapped: float16 or float32 [V, C]; only rows in use become resident."""
+        decoder = self.manifest.model.decoder
+        dtype = np.float16 if self.manifest.weights.embeddings == "fp16" else np.float32
+        shape = (decoder.vocab_size, decoder.hidden_size)
+        return np.memmap(self.path(spec.EMBEDDINGS), dtype=dtype, mode="r", shape=shape)
+
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(entry.size for entry in self.manifest.files.values())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read ``owl2.json`` alone.
+
+    Raises:
+        BundleError, BundleVersionError, BundleCorruptError: as :meth:`Bundle.open`.
+    """
+    path = folder / spec.MANIFEST
+    if not path.is_file():
+        hint = "it is a PyTorch checkpoint: convert it with owl2-export" if (folder / "config.json").is_file() else (
+            "expected a folder written by owl2-export"
+        )
+        raise BundleError(f"{folder} is no bundle: {spec.MANIFEST} is missing; {hint}")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BundleCorruptError(f"{path} is no readable JSON: {error}") from error
+    version = data.get("format") if isinstance(data, Mapping) else None
+    if version != spec.FORMAT_VERSION:
+        raise BundleVersionError(
+            f"{path}: format version {version!r} is not known; this owl2 reads version {spec.FORMAT_VERSION}; "
+            "export the checkpoint again or install a matching owl2"
+        )
+    try:
+        return Manifest.from_json(data)
+    except ConfigError as error:
+        raise BundleCorruptError(f"{path}: {error}") from error
+
+
+def check_files(folder: Path, files: Mapping[str, FileEntry]) -> list[str]:
+    """Compare size and hash of every file; returns one sentence per problem."""
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(lambda item: _check_file(folder, *item), files.items())
+    return [problem for problem in found if problem]
+
+
+def _check_file(folder: Path, name: str, entry: FileEntry) -> str:
+    path = folder / name
+    if Path(name).name != name:
+        return f"{name} lies outside the bundle"
+    if not path.is_file():
+        return f"{name} is missing"
+    size = path.stat().st_size
+    if size != entry.size:
+        return f"{name} has {size} bytes, expected {entry.size} (truncated?)"
+    if hash_file(path) != entry.sha256:
+        return f"{name} was changed (its sha256 differs)"
+    return ""
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file as hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(HASH_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_onnxruntime(minimum: str) -> None:
+    """Refuse an ONNX Runtime older than ``minimum``.
+
+    Raises:
+        BackendUnavailableError: with both versions.
+    """
+    if _version(onnxruntime.__version__) < _version(minimum):
+        raise BackendUnavailableError(
+            f"this bundle needs onnxruntime {minimum} or newer, {onnxruntime.__version__} is installed; "
+            "upgrade it (pip install -U onnxruntime)"
+        )
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:2])

@@ -1,0 +1,67 @@
+"""``owl2 ask``: one question, one answer."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from owl2.runtime.answer import Answer
+from owl2.runtime.cli.console import describe, duration, notice_context, reports_errors, stream
+from owl2.runtime.cli.options import Options, bundle_argument, model_options
+from owl2.runtime.image import load_image
+
+
+@click.command()
+@bundle_argument
+@click.argument("question")
+@click.option(
+    "--image", "images", type=click.Path(path_type=Path), multiple=True, help="A picture; repeatable."
+)
+@click.option("--json", "as_json", is_flag=True, help="Write text, token counts and timings as JSON.")
+@reports_errors
+@model_options
+def ask(options: Options, bundle: Path, question: str, images: tuple[Path, ...], as_json: bool) -> None:
+    """Ask one question, about pictures or not, and stream the answer.
+
+    QUESTION is - to read it from stdin. Pictures go before the question, in the given order, unless it says
+    where with one <|image|> for each.
+
+    \b
+    Examples:
+      owl2 ask bundle/ "What is in the picture?" --image cat.jpg
+      owl2 ask bundle/ "What changed?" --image before.png --image after.png --stats
+      owl2 ask bundle/ "Tell a story." --temperature 0.8 --seed 1
+      owl2 ask bundle/ - --image page.png --json < question.txt
+    """
+    text = sys.stdin.read().strip() if question == "-" else question
+    # Before the model, which may take long to load.
+    pictures = [load_image(path) for path in images]
+    start = time.perf_counter()
+    owl = options.load(bundle)
+    loaded = time.perf_counter() - start
+    answer = options.ask(owl.chat(), text, pictures)
+    if as_json:
+        click.echo(json.dumps(_record(answer, loaded), indent=2))
+    else:
+        stream(answer)
+    notice_context(answer, owl.context)
+    if options.stats:
+        click.echo(f"loaded in {duration(loaded)}\n{describe(answer)}", err=True)
+
+
+def _record(answer: Answer, loaded: float) -> dict[str, Any]:
+    """The whole answer with its figures: seconds, bytes and counts."""
+    text = answer.text
+    return {
+        "text": text,
+        "finish_reason": answer.finish_reason,
+        **asdict(answer.stats),
+        "tokens_per_second": answer.stats.tokens_per_second,
+        "load_seconds": loaded,
+    }

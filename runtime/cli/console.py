@@ -1,0 +1,114 @@
+"""What the commands write: answers on stdout, everything else as lines on stderr."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from owl2.runtime.answer import Answer
+from owl2.runtime.errors import Owl2Error
+
+STOPPED = 130
+"""Exit code of a program ended by Ctrl-C: 128 + SIGINT."""
+
+# An answer is a model's text: on a terminal it must not move the cursor or change colours.
+UNSHOWN = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+def notice(text: str) -> None:
+    """Write one line to stderr."""
+    click.echo(f"owl2: {' '.join(text.splitlines())}", err=True)
+
+
+def notice_interrupt(text: str) -> None:
+    """The same after a Ctrl-C during an answer."""
+    if sys.stderr.isatty():
+        click.echo("\r", err=True, nl=False)  # over the ^C that the terminal has just written
+    notice(text)
+
+
+def report(error: Owl2Error) -> None:
+    """Write an error as one line, or with its traceback when the command was given ``--debug``."""
+    if click.get_current_context().params["debug"]:
+        traceback.print_exception(error)
+    else:
+        notice(f"error: {error}")
+
+
+def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Add ``--debug`` to a command, and end it with a line and an exit code on errors and Ctrl-C."""
+
+    @click.option("--debug", is_flag=True, help="Show tracebacks instead of one line per error.")
+    @functools.wraps(command)
+    def reporting(debug: bool, **given: Any) -> None:  # noqa: ANN401 - click's parameters
+        try:
+            command(**given)
+        except Owl2Error as error:
+            report(error)
+            sys.exit(1)
+        except KeyboardInterrupt:
+            notice_interrupt("stopped")
+            sys.exit(STOPPED)
+
+    return reporting
+
+
+def stream(answer: Answer) -> None:
+    """Write an answer to stdout while it is generated, and a line break where it ends or breaks off."""
+    written = False
+    try:
+        for chunk in answer:
+            sys.stdout.write(shown(chunk.text))
+            sys.stdout.flush()
+            written = written or bool(chunk.text)
+    finally:
+        if written or answer.state == "finished":
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+
+
+def shown(text: str) -> str:
+    """``text`` as it may be written to stdout: a terminal gets no control characters."""
+    return text.translate(UNSHOWN) if sys.stdout.isatty() else text
+
+
+def notice_context(answer: Answer, context: int) -> None:
+    """Say so when an answer was cut by the end of the context."""
+    if answer.finish_reason == "context":
+        prompt = answer.stats.prompt_tokens
+        notice(
+            f"the context of {context} positions is full: {prompt} for the prompt, {context - prompt} for "
+            "the answer, which was cut here"
+        )
+
+
+def describe(answer: Answer) -> str:
+    """Two lines with the figures of an answer."""
+    stats = answer.stats
+    new = stats.prompt_tokens - stats.reused_tokens
+    return (
+        f"prompt: {stats.prompt_tokens} tokens, {stats.reused_tokens} reused, {new} new in "
+        f"{duration(stats.prefill_seconds)}; images encoded: {stats.images_encoded} in "
+        f"{duration(stats.vision_seconds)}\n"
+        f"answer: {stats.generated_tokens} tokens ({answer.finish_reason}), the first after "
+        f"{duration(stats.time_to_first_token)}, then {stats.tokens_per_second:.1f} tokens/s; "
+        f"peak memory {size(stats.peak_memory)}"
+    )
+
+
+def duration(seconds: float) -> str:
+    """Time for people: ``7 ms``, ``12.3 s``."""
+    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
+
+
+def size(count: int) -> str:
+    """Bytes for people: ``512 B``, ``3.9 GiB``."""
+    for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if count >= 1024**power:
+            return f"{count / 1024**power:.1f} {unit}"
+    return f"{count} B"

@@ -1,0 +1,205 @@
+"""``owl2 info``: what is in a bundle, and whether it is whole."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import onnxruntime
+
+from owl2.runtime import spec
+from owl2.runtime.bundle import Manifest, WeightFormat, check_files, check_onnxruntime, read_manifest
+from owl2.runtime.cli.console import notice, reports_errors, size
+from owl2.runtime.cli.options import bundle_argument
+from owl2.runtime.config import DecoderConfig
+from owl2.runtime.errors import BackendUnavailableError
+
+Row = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a bundle says of itself and what is wrong with it.
+
+    Attributes:
+        manifest: its ``owl2.json``.
+        accuracy: named figures of its report; empty if it has none.
+        problems: a sentence each; empty if the bundle can be used.
+    """
+
+    manifest: Manifest
+    accuracy: dict[str, Any]
+    problems: list[str]
+
+
+@click.command()
+@bundle_argument
+@click.option("--json", "as_json", is_flag=True, help="Write everything as JSON.")
+@reports_errors
+def info(bundle: Path, as_json: bool) -> None:
+    """Show what is in a bundle and check every file's hash.
+
+    The exit code is 1 if a file is missing or damaged, or if the installed ONNX Runtime is too old.
+
+    \b
+    Examples:
+      owl2 info bundle/
+      owl2 info bundle/ --json
+    """
+    findings = _inspect(bundle)
+    click.echo(json.dumps(_record(findings), indent=2) if as_json else _table(bundle, findings))
+    if findings.problems:
+        notice(f"error: {bundle}: {_problem_count(findings)} found")
+        sys.exit(1)
+
+
+def _inspect(folder: Path) -> Findings:
+    """Read and check a bundle.
+
+    Raises:
+        BundleError: there is no manifest that can be read.
+    """
+    manifest = read_manifest(folder)
+    problems = check_files(folder, manifest.files)
+    try:
+        check_onnxruntime(manifest.minimum_onnxruntime)
+    except BackendUnavailableError as error:
+        problems.append(str(error))
+    return Findings(manifest, _accuracy(folder / spec.REPORT), problems)
+
+
+def _accuracy(report: Path) -> dict[str, Any]:
+    """Numbers and words directly under ``accuracy`` in the report, if there are any."""
+    try:
+        accuracy = json.loads(report.read_text(encoding="utf-8"))["accuracy"]
+        return {name: value for name, value in accuracy.items() if isinstance(value, str | int | float)}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {}  # damage is told by the hashes; without them the report is optional
+
+
+def _kv_bytes(decoder: DecoderConfig) -> int:
+    """Bytes that the float32 keys and values of one position take."""
+    heads, width = decoder.num_attention_heads, spec.padded_head_dim(decoder)
+    return 2 * decoder.num_hidden_layers * heads * width * 4
+
+
+def _record(findings: Findings) -> dict[str, Any]:
+    manifest = findings.manifest
+    decoder = manifest.model.decoder
+    per_position = _kv_bytes(decoder)
+    return {
+        "verified": not findings.problems,
+        "problems": findings.problems,
+        "size": _total(manifest),
+        "context": decoder.max_position_embeddings,
+        "positions_per_picture": manifest.model.rows_per_image,
+        "kv_bytes_per_position": per_position,
+        "kv_bytes_full_context": per_position * decoder.max_position_embeddings,
+        "installed_onnxruntime": onnxruntime.__version__,
+        "accuracy": findings.accuracy,
+        "manifest": manifest.to_json(),
+    }
+
+
+def _table(folder: Path, findings: Findings) -> str:
+    manifest = findings.manifest
+    files = [(name, size(entry.size)) for name, entry in manifest.files.items()]
+    accuracy = [(name, _figure(value)) for name, value in findings.accuracy.items()]
+    sections = [
+        ("", [("bundle", str(folder)), *_origin(manifest)]),
+        ("model", _model(manifest)),
+        ("weights", _weights(manifest.weights)),
+        ("accuracy", accuracy),
+        ("files", [*files, ("total", size(_total(manifest)))]),
+    ]
+    blocks = [_section(title, rows) for title, rows in sections if rows]
+    return "\n\n".join([*blocks, _verdict(findings)])
+
+
+def _verdict(findings: Findings) -> str:
+    if not findings.problems:
+        return f"all {len(findings.manifest.files)} files verified"
+    return "\n".join([f"{_problem_count(findings)}:", *(f"  {problem}" for problem in findings.problems)])
+
+
+def _problem_count(findings: Findings) -> str:
+    count = len(findings.problems)
+    return "1 problem" if count == 1 else f"{count} problems"
+
+
+def _section(title: str, rows: list[Row]) -> str:
+    width = max(len(name) for name, _ in rows)
+    indent = "  " if title else ""
+    lines = [f"{indent}{name:{width}}  {value}" for name, value in rows]
+    return "\n".join([title, *lines] if title else lines)
+
+
+def _origin(manifest: Manifest) -> list[Row]:
+    return [
+        ("format", f"version {manifest.format}, written by {manifest.producer}"),
+        ("graphs", f"{manifest.dialect} operators"),
+        (
+            "onnxruntime",
+            f"{manifest.minimum_onnxruntime} or newer needed, {onnxruntime.__version__} installed",
+        ),
+        ("template", manifest.template),
+    ]
+
+
+def _model(manifest: Manifest) -> list[Row]:
+    model = manifest.model
+    decoder, vision, queries = model.decoder, model.vision, model.abstractor
+    context, per_position = decoder.max_position_embeddings, _kv_bytes(decoder)
+    return [
+        (
+            "decoder",
+            f"{decoder.num_hidden_layers} layers, width {decoder.hidden_size}, "
+            f"{decoder.num_attention_heads} heads, feed-forward {decoder.intermediate_size}, "
+            f"vocabulary {decoder.vocab_size}",
+        ),
+        (
+            "vision",
+            f"{vision.num_hidden_layers} layers, width {vision.hidden_size}, "
+            f"{vision.num_attention_heads} heads, patches of {vision.patch_size} pixels",
+        ),
+        (
+            "abstractor",
+            f"{queries.num_hidden_layers} layers, width {queries.hidden_size}, "
+            f"{queries.num_learnable_queries} queries",
+        ),
+        (
+            "pictures",
+            f"{model.preprocess.crop_size} x {model.preprocess.crop_size} pixels, mode "
+            f"{model.preprocess.mode}, {model.rows_per_image} positions each",
+        ),
+        ("context", f"{context} positions{_stretch(decoder)}"),
+        ("K/V cache", f"{size(per_position)} per position, {size(per_position * context)} at full context"),
+    ]
+
+
+def _stretch(decoder: DecoderConfig) -> str:
+    scaling = decoder.rope_scaling
+    return f", {scaling.type} rope scaling by {scaling.factor:g}" if scaling else ""
+
+
+def _weights(weights: WeightFormat) -> list[Row]:
+    grouped = f", groups of {weights.group_size}" if weights.group_size else ""
+    method = f" ({weights.method}{grouped})" if weights.method != "none" else ""
+    return [
+        ("decoder", weights.decoder + method),
+        ("head", weights.head),
+        ("vision", weights.vision),
+        ("embeddings", weights.embeddings),
+    ]
+
+
+def _figure(value: str | float) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _total(manifest: Manifest) -> int:
+    return sum(entry.size for entry in manifest.files.values())

@@ -1,0 +1,105 @@
+"""Options shared by the commands that run a model."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import click
+from PIL import Image
+
+from owl2.runtime.answer import Answer
+from owl2.runtime.backends.ort import PROVIDERS
+from owl2.runtime.config import PreprocessMode
+from owl2.runtime.model import Chat, GenerationOptions, Owl2
+from owl2.runtime.sampling import GenerationConfig
+
+DEFAULTS = GenerationConfig()
+
+bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked of the model.
+
+    Attributes:
+        threads, context, provider: as in :meth:`Owl2.load`.
+        preprocess: how pictures are squared; None for the bundle's own mode.
+        generation: fields of :class:`GenerationConfig`.
+        stats: whether figures follow an answer.
+    """
+
+    threads: int | None
+    context: int | None
+    provider: str
+    preprocess: PreprocessMode | None
+    generation: GenerationOptions
+    stats: bool
+
+    def load(self, bundle: Path) -> Owl2:
+        """Verify and load a bundle; raises as :meth:`Owl2.load`."""
+        return Owl2.load(bundle, threads=self.threads, provider=self.provider, context=self.context)
+
+    def ask(self, chat: Chat, question: str, images: Sequence[Image.Image]) -> Answer:
+        """Ask in ``chat``; raises as :meth:`Chat.ask`."""
+        return chat.ask(question, images, preprocess=self.preprocess, **self.generation)
+
+
+def model_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the shared options to a command, which gets them as one ``options`` argument.
+
+    Raises:
+        ConfigError: on the call, before anything is loaded: an option out of its range.
+    """
+
+    @functools.wraps(command)
+    def gathered(**given: Any) -> None:  # noqa: ANN401 - click's parameters
+        generation = {field.name: given.pop(field.name) for field in fields(GenerationConfig)}
+        GenerationConfig(**generation)
+        others = {field.name: given.pop(field.name) for field in fields(Options) if field.name in given}
+        command(options=Options(generation=cast(GenerationOptions, generation), **others), **given)
+
+    for add in reversed(_OPTIONS):
+        gathered = add(gathered)
+    return gathered
+
+
+def _generation(name: str, kind: type, text: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    default = getattr(DEFAULTS, name)
+    flag = f"--{name.replace('_', '-')}"
+    return click.option(flag, type=kind, default=default, show_default=default is not None, help=text)
+
+
+_OPTIONS = (
+    click.option(
+        "--preprocess",
+        type=click.Choice(get_args(PreprocessMode)),
+        help="How pictures become square; the bundle's own mode if not given.",
+    ),
+    _generation("max_new_tokens", int, "Most tokens of an answer."),
+    _generation("temperature", float, "0 takes the most likely token; larger values vary more."),
+    _generation("top_k", int, "Sample from this many candidates; 0 for all."),
+    _generation("top_p", float, "Sample from the candidates that make up this probability; 1 for all."),
+    _generation("min_p", float, "Least probability of a candidate, relative to the best; 0 for all."),
+    _generation("repetition_penalty", float, "Above 1 discourages repeating; 1 is off."),
+    _generation("seed", int, "Makes sampling reproducible."),
+    click.option(
+        "--stop", multiple=True, metavar="TEXT", help="End the answer before this text; repeatable."
+    ),
+    click.option("--threads", type=int, help="Threads of the CPU; ONNX Runtime's choice if not given."),
+    click.option(
+        "--context", type=int, help="Positions a conversation may take; the model's own if not given."
+    ),
+    click.option(
+        "--provider",
+        type=click.Choice(list(PROVIDERS)),
+        default="cpu",
+        show_default=True,
+        help="Execution provider.",
+    ),
+    click.option("--stats", is_flag=True, help="Write token counts and timings to stderr after an answer."),
+)

@@ -1,0 +1,211 @@
+"""The main path: prefill what the cache does not hold, then sample, decode, stream."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from owl2.runtime import multimodal
+from owl2.runtime.engine import Engine, Floats
+from owl2.runtime.errors import ContextOverflowError
+from owl2.runtime.kv_cache import Key, KvCache
+from owl2.runtime.pictures import Picture, PictureEncoder
+from owl2.runtime.sampling import GenerationConfig, StopFilter, log_softmax, sample
+from owl2.runtime.tokenizer import StreamDecoder, Tokenizer
+
+FinishReason = Literal["stop", "length", "context"]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One generated token.
+
+    Attributes:
+        text: what can be shown now; may be empty while a character or a stop string is incomplete, and the last
+            chunk may carry text that was held back.
+        token_id: the sampled id; None on the chunk that only flushes held-back text.
+        logprob: natural log-probability of that id under the unmodified logits; None likewise.
+    """
+
+    text: str
+    token_id: int | None
+    logprob: float | None
+
+
+@dataclass(slots=True)
+class Stats:
+    """Figures of one generation; times in seconds, memory in bytes.
+
+    Attributes:
+        prompt_tokens: merged positions of the prompt, pictures included.
+        reused_tokens: of these, how many the KV cache already held.
+        images_encoded: pictures that went through the vision tower.
+        generated_tokens: ids sampled, the end of sequence included.
+        vision_seconds: in the vision tower.
+        prefill_seconds: in the decoder, for the new prompt positions.
+        time_to_first_token: from the start of the run to the first sampled id.
+        decode_seconds: from the first sampled id to the last.
+        peak_memory: largest resident size of the process so far.
+    """
+
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    images_encoded: int = 0
+    generated_tokens: int = 0
+    vision_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    time_to_first_token: float = 0.0
+    decode_seconds: float = 0.0
+    peak_memory: int = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decode speed, the first token not counted; 0 when only one was generated."""
+        return (self.generated_tokens - 1) / self.decode_seconds if self.decode_seconds > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a generation needs of a loaded bundle."""
+
+    engine: Engine
+    tokenizer: Tokenizer
+    table: NDArray[np.floating[Any]]
+    eos_id: int
+    encoder: PictureEncoder
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A merged prompt.
+
+    Attributes:
+        keys: what each position holds.
+        pictures: by digest, all that ``keys`` refer to.
+    """
+
+    keys: list[Key]
+    pictures: Mapping[str, Picture]
+
+
+@dataclass
+class Run:
+    """State of one generation that its caller may read at any time."""
+
+    stats: Stats = field(default_factory=Stats)
+    ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+
+def check_context(cache: KvCache, prompt: Prompt) -> None:
+    """Refuse a prompt that leaves no room for an answer.
+
+    Raises:
+        ContextOverflowError: the prompt takes the whole context or more.
+    """
+    if len(prompt.keys) >= cache.limit:
+        shared = cache.shared_prefix(prompt.keys)
+        raise ContextOverflowError(
+            shared,
+            len(prompt.keys) - shared + 1,
+            cache.limit,
+            "shorten the prompt, use fewer pictures, start a new chat or load with a larger context",
+        )
+
+
+def prefill(model: Model, cache: KvCache, prompt: Prompt, stats: Stats) -> Floats:
+    """Bring ``cache`` to hold exactly the prompt and return its last position's logits [V].
+
+    Positions they share are kept; at least the last one runs again, for its logits.
+    """
+    keys = prompt.keys
+    reused = min(cache.shared_prefix(keys), len(keys) - 1)
+    new = keys[reused:]
+    start = time.perf_counter()
+    rows, stats.images_encoded = model.encoder.rows(
+        [prompt.pictures[digest] for digest in multimodal.digests_of(new)]
+    )
+    encoded = time.perf_counter()
+    cache.truncate(reused)
+    embeds, modality = multimodal.embed(new, model.table, rows)
+    last = np.array([len(new) - 1], dtype=np.int64)
+    logits: Floats = model.engine.prefill(embeds, modality, reused, cache.reserve(len(new)), last)[0]
+    cache.commit(new)
+    stats.prompt_tokens, stats.reused_tokens = len(keys), reused
+    stats.vision_seconds = encoded - start
+    stats.prefill_seconds = time.perf_counter() - encoded
+    return logits
+
+
+def generate(
+    model: Model, cache: KvCache, prompt: Prompt, config: GenerationConfig, run: Run
+) -> Iterator[Chunk]:
+    """Generate from a merged prompt; yields a chunk per token and fills ``run`` as it goes.
+
+    The cache ends up holding the prompt and every generated id but the last, which was never fed back.
+    """
+    start = time.perf_counter()
+    rng = np.random.default_rng(config.seed)
+    decoder, stop = StreamDecoder(model.tokenizer), StopFilter(config.stop)
+    history = [key for key in prompt.keys if isinstance(key, int)]
+    logits = prefill(model, cache, prompt, run.stats)
+    while run.finish_reason is None:
+        token = sample(logits, config, rng, history)
+        _count_token(run, token, start)
+        if token == model.eos_id:
+            run.finish_reason = "stop"
+            text = ""
+        else:
+            history.append(token)
+            text, stopped = stop.feed(decoder.feed(token))
+            run.finish_reason = _finish(stopped, run, config, cache)
+        if run.finish_reason is not None:
+            text += _flush(decoder, stop)
+        yield Chunk(text, token, float(log_softmax(logits)[token]))
+        if run.finish_reason is None:
+            logits = decode(model, cache, token)
+
+
+def decode(model: Model, cache: KvCache, token: int) -> Floats:
+    """Feed one generated id: -> logits [V]."""
+    embeds, _ = multimodal.embed([token], model.table, {})
+    logits = model.engine.decode(embeds, cache.length, cache.reserve(1))
+    cache.commit([token])
+    return logits
+
+
+def _count_token(run: Run, token: int, start: float) -> None:
+    elapsed = time.perf_counter() - start
+    run.ids.append(token)
+    stats = run.stats
+    stats.generated_tokens = len(run.ids)
+    if len(run.ids) == 1:
+        stats.time_to_first_token = elapsed
+    stats.decode_seconds = elapsed - stats.time_to_first_token
+    stats.peak_memory = peak_memory()
+
+
+def _finish(stopped: bool, run: Run, config: GenerationConfig, cache: KvCache) -> FinishReason | None:
+    if stopped:
+        return "stop"
+    if len(run.ids) >= config.max_new_tokens:
+        return "length"
+    return "context" if cache.length >= cache.limit else None
+
+
+def _flush(decoder: StreamDecoder, stop: StopFilter) -> str:
+    text, stopped = stop.feed(decoder.flush())
+    return text if stopped else text + stop.flush()
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,84 @@
+"""The KV cache: which positions the buffers hold, and what a new prompt shares with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from owl2.runtime.config import require
+from owl2.runtime.engine import Engine, KvBuffers
+from owl2.runtime.errors import ContextOverflowError
+
+Key = int | tuple[str, int]
+"""What a position holds: a token id, or a row of a picture as (digest of its pixels, row)."""
+
+GROWTH = 256
+
+
+class KvCache:
+    """Keys and values of one conversation, kept across steps and turns.
+
+    The buffers grow in steps up to the context limit. Positions beyond :attr:`length` are scratch: a step writes
+    there first and :meth:`commit` makes them part of the cache, so a failed or cancelled step changes nothing.
+    """
+
+    def __init__(self, engine: Engine, limit: int) -> None:
+        """An empty cache.
+
+        Args:
+            engine: allocates the buffers.
+            limit: positions of the context.
+        """
+        require(limit > 0, f"the context must hold at least one position, got {limit}")
+        self.limit = limit
+        self._engine = engine
+        self._keys: list[Key] = []
+        self._buffers: KvBuffers | None = None
+
+    @property
+    def length(self) -> int:
+        """Positions held."""
+        return len(self._keys)
+
+    @property
+    def keys(self) -> tuple[Key, ...]:
+        """What each position holds."""
+        return tuple(self._keys)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the buffers."""
+        return 0 if self._buffers is None else self._buffers.nbytes
+
+    def shared_prefix(self, keys: Sequence[Key]) -> int:
+        """How many positions at the start of ``keys`` are held already."""
+        pairs = zip(self._keys, keys)
+        return next((index for index, (held, wanted) in enumerate(pairs) if held != wanted), min(self.length, len(keys)))
+
+    def reserve(self, count: int) -> KvBuffers:
+        """Buffers with room for ``count`` more positions.
+
+        Raises:
+            ContextOverflowError: they would not fit the context.
+        """
+        needed = self.length + count
+        if needed > self.limit:
+            raise ContextOverflowError(
+                self.length, count, self.limit, "shorten the prompt, start a new chat or load with a larger context"
+            )
+        if self._buffers is None or self._buffers.capacity < needed:
+            capacity = min(self.limit, -(-needed // GROWTH) * GROWTH)
+            self._buffers = self._engine.allocate(capacity, self._buffers)
+        return self._buffers
+
+    def commit(self, keys: Sequence[Key]) -> None:
+        """Declare that the positions after :attr:`length` now hold ``keys``."""
+        self._keys.extend(keys)
+
+    def truncate(self, length: int) -> None:
+        """Forget all positions from ``length`` on."""
+        del self._keys[length:]
+
+    def clear(self) -> None:
+        """Forget everything and release the buffers."""
+        self._keys.clear()
+        self._buffers = None

@@ -1,0 +1,222 @@
+"""Choosing the next token and deciding when to stop: pure functions on one row of logits.
+
+The filters and their order (repetition penalty, temperature, top-k, top-p, min-p) are those of transformers.
+The logit of a filtered token becomes -inf. Rows are float32 [V].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from owl2.runtime.config import require
+from owl2.runtime.errors import BackendError
+from owl2.runtime.tokenizer import Tokenizer
+
+Logits = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationConfig:
+    """How an answer is generated.
+
+    Attributes:
+        max_new_tokens: most tokens an answer may have.
+        temperature: 0 takes the most likely token; larger values flatten the distribution.
+        top_k: number of candidates, 0 for all.
+        top_p: the candidates' probabilities add up to at least this; 1 for all.
+        min_p: least probability of a candidate, relative to the most likely one; 0 for all.
+        repetition_penalty: above 1 makes tokens that occurred less likely, below 1 more likely.
+        seed: makes sampling reproducible; None draws a fresh one.
+        stop: the answer ends before any of these texts, besides the end-of-sequence token.
+    """
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_k: int = 50
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "top_k", "seed"):
+            value = getattr(self, name)
+            whole = isinstance(value, int) or (name == "seed" and value is None)
+            require(whole, f"{name} {value!r} must be a whole number")
+        require(self.max_new_tokens >= 1, f"max_new_tokens {self.max_new_tokens} must be at least 1")
+        require(
+            0 <= self.temperature < math.inf,
+            f"temperature {self.temperature} must be 0 (most likely token) or a positive number",
+        )
+        require(self.top_k >= 0, f"top_k {self.top_k} must be 0 (off) or a positive number")
+        require(0 < self.top_p <= 1, f"top_p {self.top_p} must be above 0 and at most 1 (off)")
+        require(0 <= self.min_p <= 1, f"min_p {self.min_p} must be between 0 (off) and 1")
+        require(
+            0.01 <= self.repetition_penalty <= 100,
+            f"repetition_penalty {self.repetition_penalty} must be between 0.01 and 100; 1 is off",
+        )
+        require(
+            self.seed is None or self.seed >= 0, f"seed {self.seed} must be None or a number from 0 upwards"
+        )
+        require(
+            isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop),
+            f"stop {self.stop!r} must be a tuple of non-empty strings, such as ('###',)",
+        )
+
+
+def log_softmax(logits: Logits) -> Logits:
+    """Natural logarithm of the probabilities, accumulated in float64."""
+    shifted = logits.astype(np.float64) - np.max(logits)
+    result: Logits = (shifted - np.log(np.exp(shifted).sum())).astype(np.float32)
+    return result
+
+
+def apply_repetition_penalty(logits: Logits, ids: Sequence[int], penalty: float) -> Logits:
+    """Divide positive logits of the tokens in ``ids`` by ``penalty`` and multiply negative ones.
+
+    From "CTRL: A Conditional Transformer Language Model", section 4.1, with the sign rule of transformers.
+    Each token counts once. Negative ids, which stand for image placeholders, are skipped.
+    """
+    seen = np.unique(np.asarray(ids, dtype=np.int64))
+    seen = seen[seen >= 0]
+    result = logits.copy()
+    result[seen] = np.where(result[seen] < 0, result[seen] * penalty, result[seen] / penalty)
+    return result
+
+
+def apply_temperature(logits: Logits, temperature: float) -> Logits:
+    """Divide by ``temperature``, after shifting the largest logit to 0 so that no temperature overflows.
+
+    Raises:
+        ConfigError: ``temperature`` is not positive.
+    """
+    require(temperature > 0, f"temperature {temperature} must be positive to sample")
+    with np.errstate(over="ignore"):
+        scaled: Logits = ((logits.astype(np.float64) - np.max(logits)) / temperature).astype(np.float32)
+    return scaled
+
+
+def keep_top_k(logits: Logits, k: int) -> Logits:
+    """Keep the ``k`` largest logits, and all that equal the smallest of them; 0 keeps everything."""
+    if k == 0 or k >= logits.size:
+        return logits
+    return _keep(logits, logits >= np.partition(logits, -k)[-k])
+
+
+def keep_top_p(logits: Logits, p: float) -> Logits:
+    """Keep the fewest tokens, most likely first, whose probabilities add up to ``p`` (nucleus sampling).
+
+    Of equally likely tokens those with smaller ids come first.
+    """
+    if p >= 1:
+        return logits
+    order = np.argsort(-logits, kind="stable")
+    probabilities = _softmax(logits)[order]
+    mass_before = np.concatenate(([0.0], np.cumsum(probabilities)[:-1]))
+    kept = np.zeros(logits.shape, dtype=np.bool_)
+    kept[order[mass_before < p]] = True
+    return _keep(logits, kept)
+
+
+def keep_min_p(logits: Logits, min_p: float) -> Logits:
+    """Keep tokens at least ``min_p`` times as likely as the most likely one."""
+    if min_p == 0:
+        return logits
+    probabilities = _softmax(logits)
+    return _keep(logits, probabilities >= min_p * probabilities.max())
+
+
+def sample(
+    logits: Logits, config: GenerationConfig, rng: np.random.Generator, previous_ids: Sequence[int] = ()
+) -> int:
+    """Choose the next token.
+
+    Args:
+        logits: [V] float32, as the model gives them.
+        config: filters; with temperature 0 the most likely token is taken and ``rng`` is left alone.
+        rng: advanced by one number when sampling.
+        previous_ids: tokens that the repetition penalty looks at.
+
+    Raises:
+        BackendError: a logit is not finite.
+    """
+    if not np.isfinite(logits).all():
+        broken = int(logits.size - np.isfinite(logits).sum())
+        raise BackendError(
+            f"{broken} of {logits.size} logits are NaN or infinite: the model's arithmetic overflowed; "
+            "use another execution provider or a bundle of higher precision"
+        )
+    if config.repetition_penalty != 1.0:
+        logits = apply_repetition_penalty(logits, previous_ids, config.repetition_penalty)
+    if config.temperature == 0:
+        return int(np.argmax(logits))
+    logits = apply_temperature(logits, config.temperature)
+    logits = keep_min_p(keep_top_p(keep_top_k(logits, config.top_k), config.top_p), config.min_p)
+    candidates = np.flatnonzero(np.isfinite(logits))
+    mass = np.cumsum(_softmax(logits[candidates]))
+    drawn = np.searchsorted(mass, rng.random() * mass[-1], side="right")
+    return int(candidates[min(drawn, candidates.size - 1)])
+
+
+def official_stop(new_ids: Sequence[int], keyword: str, tokenizer: Tokenizer) -> bool:
+    """Whether the original implementation would stop after the last of ``new_ids``.
+
+    It does when they end with the ids of ``keyword``, or when the text of as many last ids, without special
+    tokens, contains it. A keyword spelled with more tokens than its own is therefore not found;
+    :class:`StopFilter` finds it.
+    """
+    keyword_ids = tokenizer.encode(keyword)
+    last = list(new_ids[-len(keyword_ids) :])
+    return bool(last) and (last == keyword_ids or keyword in tokenizer.decode(last))
+
+
+class StopFilter:
+    """Cuts streamed text before the first stop string, however it is divided into pieces.
+
+    Text that may turn out to be the beginning of a stop string is held back. Of several stop strings the one
+    that is complete first counts.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self._stopped = False
+
+    def feed(self, text: str) -> tuple[str, bool]:
+        """Text to pass on and whether a stop string was met; after that nothing is passed on any more."""
+        if self._stopped:
+            return "", True
+        text = self._held + text
+        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            self._stopped, self._held = True, ""
+            return text[: min(found)[1]], True
+        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        emitted, self._held = text[: len(text) - keep], text[len(text) - keep :]
+        return emitted, False
+
+    def flush(self) -> str:
+        """The text still held back, which the end of the answer shows to be no stop string."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of ``text`` that ``stop`` begins with, short of the whole ``stop``."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def _keep(logits: Logits, kept: NDArray[np.bool_]) -> Logits:
+    return np.where(kept, logits, np.float32(-np.inf))
+
+
+def _softmax(logits: Logits) -> NDArray[np.float64]:
+    weights = np.exp(logits.astype(np.float64) - np.max(logits))
+    return np.asarray(weights / weights.sum())

@@ -1,0 +1,48 @@
+"""Write the sample pictures: held-out scenes drawn at 336 x 336, a degraded one, and what is in them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+from PIL import Image
+from quality import PROMPT, WORDS, damage
+from questions import listing
+from world import draw, random_scene
+
+SCALE = 4
+COUNTS = (1, 2, 3, 3, 4)
+
+
+def write_pictures(folder: Path, seed: int) -> None:
+    """Write scene1.png ... and noisy.png to ``folder``, with pictures.json: file, prompt, right answer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(f"pictures {seed}")
+    entries = []
+    for number, count in enumerate(COUNTS, 1):
+        scene = random_scene(rng, count, held_out=True)
+        file = f"scene{number}.png"
+        Image.fromarray(draw(scene, rng, scale=SCALE)).save(folder / file, optimize=True)
+        prompt = "USER: <|image|>Describe the picture. ASSISTANT:"
+        entries.append({"file": file, "prompt": prompt, "answer": listing(scene.things)})
+    clean = draw(random_scene(rng, 3, held_out=True), rng)
+    for name, kind, level in (("clean", "noise", 0), ("noisy", "noise", 3), ("blurred", "blur", 4)):
+        Image.fromarray(damage(clean, kind, level, rng)).save(folder / f"{name}.png", optimize=True)
+        entries.append({"file": f"{name}.png", "prompt": PROMPT, "answer": WORDS[level]})
+    (folder / "pictures.json").write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("folder", type=Path, nargs="?", default=Path(__file__).parent / "pictures")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    write_pictures(options.folder, options.seed)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,224 @@
+"""Filters on small rows with known answers, their invariants on random ones, and the rules for stopping."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from owl2.runtime.errors import BackendError, ConfigError
+from owl2.runtime.sampling import (
+    GenerationConfig,
+    StopFilter,
+    apply_repetition_penalty,
+    apply_temperature,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    log_softmax,
+    official_stop,
+    sample,
+)
+from owl2.runtime.tokenizer import Tokenizer
+
+# Probabilities 0.1, 0.2, 0.3, 0.4.
+LOGITS = np.log(np.array([1, 2, 3, 4], np.float32))
+ROWS = arrays(np.float32, st.integers(1, 40), elements=st.floats(-30, 30, width=32))
+
+
+def softmax(logits):
+    weights = np.exp(logits.astype(np.float64) - logits.max())
+    return weights / weights.sum()
+
+
+def test_log_softmax():
+    np.testing.assert_allclose(np.exp(log_softmax(LOGITS)), [0.1, 0.2, 0.3, 0.4], rtol=1e-6)
+    np.testing.assert_allclose(log_softmax(LOGITS + 1000), log_softmax(LOGITS), atol=1e-4)
+    assert log_softmax(LOGITS).dtype == np.float32
+
+
+def test_temperature():
+    np.testing.assert_allclose(
+        softmax(apply_temperature(LOGITS, 0.5)), np.array([1, 4, 9, 16]) / 30, rtol=1e-6
+    )
+    np.testing.assert_allclose(softmax(apply_temperature(LOGITS, 1e9)), [0.25] * 4, rtol=1e-6)
+    np.testing.assert_array_equal(softmax(apply_temperature(LOGITS, 1e-320)), [0, 0, 0, 1])
+    with pytest.raises(ConfigError, match="temperature 0 must be positive to sample"):
+        apply_temperature(LOGITS, 0)
+
+
+def test_top_k():
+    np.testing.assert_allclose(softmax(keep_top_k(LOGITS, 2)), [0, 0, 3 / 7, 4 / 7], rtol=1e-6)
+    np.testing.assert_array_equal(keep_top_k(LOGITS, 0), LOGITS)
+    np.testing.assert_array_equal(keep_top_k(LOGITS, 9), LOGITS)
+    np.testing.assert_array_equal(softmax(keep_top_k(np.zeros(4, np.float32), 2)), [0.25] * 4)
+
+
+@pytest.mark.parametrize(
+    ("p", "expected"),
+    [
+        (0.01, [0, 0, 0, 1]),
+        (0.39, [0, 0, 0, 1]),
+        (0.41, [0, 0, 3 / 7, 4 / 7]),
+        (0.71, [0, 2 / 9, 3 / 9, 4 / 9]),
+        (0.95, [0.1, 0.2, 0.3, 0.4]),
+        (1.0, [0.1, 0.2, 0.3, 0.4]),
+    ],
+)
+def test_top_p(p, expected):
+    np.testing.assert_allclose(softmax(keep_top_p(LOGITS, p)), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("min_p", "expected"),
+    [
+        (0.0, [0.1, 0.2, 0.3, 0.4]),
+        (0.6, [0, 0, 3 / 7, 4 / 7]),
+        (0.3, [0, 2 / 9, 3 / 9, 4 / 9]),
+        (1.0, [0, 0, 0, 1]),
+    ],
+)
+def test_min_p(min_p, expected):
+    np.testing.assert_allclose(softmax(keep_min_p(LOGITS, min_p)), expected, rtol=1e-6)
+
+
+def test_repetition_penalty():
+    logits = np.array([-1.0, 2.0, 0.0, 4.0], np.float32)
+    np.testing.assert_array_equal(apply_repetition_penalty(logits, [3, 0, 3, 3, -200], 2.0), [-2, 2, 0, 2])
+    np.testing.assert_array_equal(apply_repetition_penalty(logits, [], 2.0), logits)
+    np.testing.assert_array_equal(logits, [-1, 2, 0, 4])
+
+
+@given(ROWS, st.floats(0.01, 0.99))
+def test_top_p_keeps_the_smallest_prefix(logits, p):
+    kept = np.isfinite(keep_top_p(logits, p))
+    probabilities = softmax(logits)
+    assert probabilities[kept].sum() >= p - 1e-9
+    assert probabilities[kept].sum() - probabilities[kept].min() < p + 1e-9
+    assert kept.all() or probabilities[kept].min() >= probabilities[~kept].max()
+
+
+@given(ROWS, st.integers(1, 50))
+def test_top_k_keeps_the_largest(logits, k):
+    kept = np.isfinite(keep_top_k(logits, k))
+    assert kept.sum() >= min(k, logits.size)
+    assert kept.all() or logits[kept].min() > logits[~kept].max()
+
+
+@given(ROWS)
+def test_greedy_takes_the_largest_and_leaves_the_generator_alone(logits):
+    rng = np.random.default_rng(0)
+    before = rng.bit_generator.state
+    assert sample(logits, GenerationConfig(), rng) == int(np.argmax(logits))
+    assert rng.bit_generator.state == before
+
+
+@given(
+    ROWS, st.integers(0, 2**32), st.floats(0.1, 3.0), st.integers(0, 10), st.floats(0.1, 1.0), st.floats(0, 1)
+)
+def test_sampling_is_reproducible_and_respects_the_filters(logits, seed, temperature, top_k, top_p, min_p):
+    config = GenerationConfig(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    first, second = (
+        [sample(logits, config, rng) for _ in range(5)]
+        for rng in (np.random.default_rng(seed) for _ in range(2))
+    )
+    assert first == second
+    scaled = apply_temperature(logits, temperature)
+    allowed = np.isfinite(keep_min_p(keep_top_p(keep_top_k(scaled, top_k), top_p), min_p))
+    assert allowed[first].all()
+
+
+def test_samples_follow_the_distribution():
+    rng = np.random.default_rng(5)
+    config = GenerationConfig(temperature=1.0, top_k=3)
+    drawn = np.bincount([sample(LOGITS, config, rng) for _ in range(9000)], minlength=4)
+    np.testing.assert_allclose(drawn / 9000, [0, 2 / 9, 3 / 9, 4 / 9], atol=0.02)
+
+
+def test_the_penalty_applies_before_the_choice():
+    config = GenerationConfig(repetition_penalty=2.0)
+    assert sample(LOGITS, config, np.random.default_rng(0), previous_ids=[3]) == 2
+    assert sample(LOGITS, GenerationConfig(), np.random.default_rng(0), previous_ids=[3]) == 3
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_broken_logits_are_reported(bad, temperature):
+    logits = LOGITS.copy()
+    logits[2] = bad
+    with pytest.raises(
+        BackendError, match="1 of 4 logits are NaN or infinite: the model's arithmetic overflowed"
+    ):
+        sample(logits, GenerationConfig(temperature=temperature), np.random.default_rng(0))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("max_new_tokens", 0, "max_new_tokens 0 must be at least 1"),
+        ("max_new_tokens", 2.5, "max_new_tokens 2.5 must be a whole number"),
+        ("temperature", -0.1, r"temperature -0\.1 must be 0 .* or a positive number"),
+        ("temperature", float("nan"), "temperature nan must be 0"),
+        ("temperature", float("inf"), "temperature inf must be 0"),
+        ("top_k", -1, r"top_k -1 must be 0 \(off\) or a positive number"),
+        ("top_k", None, "top_k None must be a whole number"),
+        ("top_p", 0.0, r"top_p 0\.0 must be above 0 and at most 1"),
+        ("top_p", 1.1, r"top_p 1\.1 must be above 0 and at most 1"),
+        ("min_p", 1.5, r"min_p 1\.5 must be between 0 \(off\) and 1"),
+        ("repetition_penalty", 0.0, r"repetition_penalty 0\.0 must be between 0\.01 and 100"),
+        ("seed", -1, "seed -1 must be None or a number from 0 upwards"),
+        ("stop", "###", r"stop '###' must be a tuple of non-empty strings"),
+        ("stop", ("",), r"stop \(''\,\) must be a tuple of non-empty strings"),
+    ],
+)
+def test_bad_settings_are_refused(name, value, message):
+    with pytest.raises(ConfigError, match=message):
+        GenerationConfig(**{name: value})
+
+
+@pytest.mark.parametrize("case", ["a1_base_bin", "a2_fp16_safetensors"])
+def test_official_stop_rule(golden, case):
+    tokenizer = Tokenizer.load(golden / case / "model")
+    for entry in json.loads((golden / case / "stop_criteria.json").read_text()):
+        (keyword,) = entry["keywords"]
+        ids = entry["new_ids"]
+        stops = [official_stop(ids[: n + 1], keyword, tokenizer) for n in range(len(ids))]
+        assert stops == entry["stop_after_each_new_token"], (keyword, entry["name"])
+        assert not official_stop([], keyword, tokenizer)
+
+
+def run(stops, pieces):
+    """Text passed on, whether it was stopped, and what the end releases."""
+    stop = StopFilter(stops)
+    results = [stop.feed(piece) for piece in pieces]
+    return "".join(text for text, _ in results), any(stopped for _, stopped in results), stop.flush()
+
+
+def test_stop_strings_are_cut_off():
+    assert run(("###",), ["Hello #", "#", "# more", "text"]) == ("Hello ", True, "")
+    assert run(("###",), ["Hello #", "#", " more"]) == ("Hello ## more", False, "")
+    assert run(("###",), ["Hello ", "##"]) == ("Hello ", False, "##")
+    assert run((), ["as ", "it is"]) == ("as it is", False, "")
+
+
+def test_only_the_possible_beginning_is_held_back():
+    stop = StopFilter(("aab",))
+    assert [stop.feed(letter) for letter in "aaab"] == [("", False), ("", False), ("a", False), ("", True)]
+
+
+def test_the_stop_string_that_is_complete_first_counts():
+    assert run(("abcd", "bc"), ["abcd"]) == ("a", True, "")
+    assert run(("xbc", "bc"), ["axbc"]) == ("a", True, "")
+
+
+@given(st.text("ab#", max_size=30), st.lists(st.text("ab#", min_size=1, max_size=4), max_size=3), st.data())
+def test_the_cut_does_not_depend_on_the_pieces(text, stops, data):
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
+    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
+    emitted, stopped, held = run(stops, pieces)
+    assert (emitted, stopped, held) == run(stops, text)
+    assert stopped == any(stop in text for stop in stops)
+    assume(not stopped)
+    assert emitted + held == text
