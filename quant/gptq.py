@@ -120,9 +120,7 @@ def _check_hessian(weight: Tensor, hessian: Tensor) -> None:
         )
     bad = int((~torch.isfinite(hessian)).sum())
     if bad:
-        raise QuantizationError(
-            f"{bad} values of the Hessian are NaN or infinite; check the calibration inputs"
-        )
+        raise QuantizationError(f"{bad} values of the Hessian are NaN or infinite; check the calibration inputs")
     diagonal = hessian.diagonal()
     if bool((diagonal < 0).any()):
         raise QuantizationError("the Hessian has negative values on its diagonal; it is no sum of x x^T")
@@ -170,9 +168,7 @@ def _factorize(hessian: Tensor, dead: Tensor, columns: Tensor, damping: float) -
     )
 
 
-def _group_scales(
-    original: Tensor, carried: Tensor, within: Tensor, pivots: Tensor, config: QuantConfig
-) -> Tensor:
+def _group_scales(original: Tensor, carried: Tensor, within: Tensor, pivots: Tensor, config: QuantConfig) -> Tensor:
     """Scales [N] of one group, from its weights as the groups before it would have them.
 
     Args:
@@ -188,9 +184,7 @@ def _group_scales(
     return compute_scales(ideal.T.contiguous(), config, pivots)
 
 
-def _round_group(
-    original: Tensor, carried: Tensor, within: Tensor, scale: Tensor, bits: int
-) -> tuple[Tensor, Tensor]:
+def _round_group(original: Tensor, carried: Tensor, within: Tensor, scale: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Round the columns of one group in turn: codes [g, N] int8, and weight minus rounded weight [g, N]."""
     codes = torch.empty(original.shape, dtype=torch.int8, device=original.device)
     error = torch.empty_like(original)

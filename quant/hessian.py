@@ -39,9 +39,7 @@ class HessianAccumulator:
                 f"{self.name}: expected calibration rows of shape (n, {self.width}), got {tuple(rows.shape)}"
             )
         if not (weight > 0 and math.isfinite(weight)):
-            raise CalibrationError(
-                f"{self.name}: the weight of calibration rows must be positive, got {weight}"
-            )
+            raise CalibrationError(f"{self.name}: the weight of calibration rows must be positive, got {weight}")
         bad = int((~torch.isfinite(rows)).any(dim=1).sum())
         if bad:
             raise CalibrationError(
@@ -52,6 +50,14 @@ class HessianAccumulator:
         self._moment.addmm_(rows.T, rows, alpha=weight)
         self.count += rows.shape[0]
         self._total_weight += weight * rows.shape[0]
+
+    def joined(self, other: HessianAccumulator) -> HessianAccumulator:
+        """A new accumulator that has seen the rows of both."""
+        both = HessianAccumulator(self.width, f"{self.name} and {other.name}", self._moment.device)
+        both.count = self.count + other.count
+        both._total_weight = self._total_weight + other._total_weight
+        both._moment = self._moment + other._moment
+        return both
 
     def result(self) -> Tensor:
         """The Hessian of the squared output error: [K, K] float32, ``2 / sum(weight) * sum(weight * x x^T)``.

@@ -15,9 +15,7 @@ class Answer:
     loop early, :meth:`cancel` or an error undo it: the conversation is as it was before the question.
     """
 
-    def __init__(
-        self, start: Callable[[Run], Iterator[Chunk]], finish: Callable[[str], None] | None = None
-    ) -> None:
+    def __init__(self, start: Callable[[Run], Iterator[Chunk]], finish: Callable[[str], None] | None = None) -> None:
         """An answer that has not started.
 
         Args:

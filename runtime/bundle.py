@@ -132,9 +132,7 @@ class Bundle:
         manifest = read_manifest(folder)
         problems = check_files(folder, manifest.files)
         if problems:
-            raise BundleCorruptError(
-                f"{folder}: " + "; ".join(problems) + "; copy or export the bundle again"
-            )
+            raise BundleCorruptError(f"{folder}: " + "; ".join(problems) + "; copy or export the bundle again")
         check_onnxruntime(manifest.minimum_onnxruntime)
         return cls(folder, manifest)
 
@@ -162,8 +160,10 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / spec.MANIFEST
     if not path.is_file():
-        hint = "it is a PyTorch checkpoint: convert it with owl2-export" if (folder / "config.json").is_file() else (
-            "expected a folder written by owl2-export"
+        hint = (
+            "it is a PyTorch checkpoint: convert it with owl2-export"
+            if (folder / "config.json").is_file()
+            else ("expected a folder written by owl2-export")
         )
         raise BundleError(f"{folder} is no bundle: {spec.MANIFEST} is missing; {hint}")
     try:

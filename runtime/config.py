@@ -83,8 +83,7 @@ class AbstractorConfig:
     def __post_init__(self) -> None:
         require(
             self.hidden_size % self.num_attention_heads == 0,
-            f"abstractor hidden_size {self.hidden_size} is not a multiple of its "
-            f"{self.num_attention_heads} heads",
+            f"abstractor hidden_size {self.hidden_size} is not a multiple of its {self.num_attention_heads} heads",
         )
         require(
             self.hidden_size % 4 == 0,
@@ -154,9 +153,7 @@ class PreprocessConfig:
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
     def __post_init__(self) -> None:
-        require(
-            self.mode in get_args(PreprocessMode), f"preprocess mode {self.mode!r}: resize, pad or crop only"
-        )
+        require(self.mode in get_args(PreprocessMode), f"preprocess mode {self.mode!r}: resize, pad or crop only")
         require(self.size > 0 and self.crop_size > 0, "preprocess size and crop_size must be positive")
 
 
@@ -186,8 +183,7 @@ class ModelConfig:
         )
         require(
             self.preprocess.crop_size == self.vision.image_size,
-            f"preprocessor crop_size {self.preprocess.crop_size} must equal vision image_size "
-            f"{self.vision.image_size}",
+            f"preprocessor crop_size {self.preprocess.crop_size} must equal vision image_size {self.vision.image_size}",
         )
 
     @property

@@ -36,9 +36,7 @@ class Engine(Protocol):
     def allocate(self, capacity: int, previous: KvBuffers | None) -> KvBuffers:
         """Buffers for ``capacity`` positions that begin with the content of ``previous``."""
 
-    def prefill(
-        self, embeds: Floats, modality: Ints, past: int, buffers: KvBuffers, logit_rows: Ints
-    ) -> Floats:
+    def prefill(self, embeds: Floats, modality: Ints, past: int, buffers: KvBuffers, logit_rows: Ints) -> Floats:
         """Run T mixed positions after ``past`` cached ones.
 
         Args:

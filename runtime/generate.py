@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from owl2.runtime import multimodal
 from owl2.runtime.engine import Engine, Floats
 from owl2.runtime.errors import ContextOverflowError
-from owl2.runtime.kv_cache import Key, KvCache
-from owl2.runtime.pictures import Picture, PictureEncoder
+from owl2.runtime.kv_cache import KvCache
+from owl2.runtime.multimodal import Prompt
+from owl2.runtime.pictures import PictureEncoder
 from owl2.runtime.sampling import GenerationConfig, StopFilter, log_softmax, sample
 from owl2.runtime.tokenizer import StreamDecoder, Tokenizer
 
@@ -82,19 +83,6 @@ class Model:
     encoder: PictureEncoder
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """A merged prompt.
-
-    Attributes:
-        keys: what each position holds.
-        pictures: by digest, all that ``keys`` refer to.
-    """
-
-    keys: list[Key]
-    pictures: Mapping[str, Picture]
-
-
 @dataclass
 class Run:
     """State of one generation that its caller may read at any time."""
@@ -129,9 +117,7 @@ def prefill(model: Model, cache: KvCache, prompt: Prompt, stats: Stats) -> Float
     reused = min(cache.shared_prefix(keys), len(keys) - 1)
     new = keys[reused:]
     start = time.perf_counter()
-    rows, stats.images_encoded = model.encoder.rows(
-        [prompt.pictures[digest] for digest in multimodal.digests_of(new)]
-    )
+    rows, stats.images_encoded = model.encoder.rows([prompt.pictures[digest] for digest in multimodal.digests_of(new)])
     encoded = time.perf_counter()
     cache.truncate(reused)
     embeds, modality = multimodal.embed(new, model.table, rows)
@@ -144,9 +130,7 @@ def prefill(model: Model, cache: KvCache, prompt: Prompt, stats: Stats) -> Float
     return logits
 
 
-def generate(
-    model: Model, cache: KvCache, prompt: Prompt, config: GenerationConfig, run: Run
-) -> Iterator[Chunk]:
+def generate(model: Model, cache: KvCache, prompt: Prompt, config: GenerationConfig, run: Run) -> Iterator[Chunk]:
     """Generate from a merged prompt; yields a chunk per token and fills ``run`` as it goes.
 
     The cache ends up holding the prompt and every generated id but the last, which was never fed back.

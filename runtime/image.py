@@ -65,9 +65,7 @@ def load_image(source: ImageInput, max_pixels: int = MAX_PIXELS) -> Image.Image:
     )
 
 
-def preprocess(
-    image: Image.Image, config: PreprocessConfig, mode: PreprocessMode | None = None
-) -> NDArray[np.float32]:
+def preprocess(image: Image.Image, config: PreprocessConfig, mode: PreprocessMode | None = None) -> NDArray[np.float32]:
     """Turn an RGB picture into the vision tower's input.
 
     Args:
@@ -82,9 +80,7 @@ def preprocess(
         ImageError: the picture is not RGB, or so long that a step would exceed ``MAX_PIXELS``.
     """
     if image.mode != "RGB":
-        raise ImageError(
-            f"preprocess expects an RGB picture, got mode {image.mode}; pass it through load_image"
-        )
+        raise ImageError(f"preprocess expects an RGB picture, got mode {image.mode}; pass it through load_image")
     match mode or config.mode:
         case "resize":
             image = _squared(image)
@@ -118,9 +114,7 @@ def _from_file(path: Path, max_pixels: int) -> Image.Image:
         try:
             image = Image.open(path, formats=FORMATS)
         except Image.DecompressionBombError as error:
-            raise ImageError(
-                f"{path}: {error}; the limit here is {max_pixels}: scale it down first"
-            ) from error
+            raise ImageError(f"{path}: {error}; the limit here is {max_pixels}: scale it down first") from error
         except Exception as error:
             raise _unreadable(str(path), error) from error
     with image:
@@ -155,8 +149,7 @@ def _check_size(width: int, height: int, max_pixels: int, name: str) -> None:
         raise ImageError(f"{name} is empty ({width} x {height}); a picture needs at least one pixel")
     if width * height > max_pixels:
         raise ImageError(
-            f"{name} has {width} x {height} = {width * height} pixels, the limit is {max_pixels}; "
-            "scale it down first"
+            f"{name} has {width} x {height} = {width * height} pixels, the limit is {max_pixels}; scale it down first"
         )
 
 

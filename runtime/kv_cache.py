@@ -52,7 +52,10 @@ class KvCache:
     def shared_prefix(self, keys: Sequence[Key]) -> int:
         """How many positions at the start of ``keys`` are held already."""
         pairs = zip(self._keys, keys)
-        return next((index for index, (held, wanted) in enumerate(pairs) if held != wanted), min(self.length, len(keys)))
+        return next(
+            (index for index, (held, wanted) in enumerate(pairs) if held != wanted),
+            min(self.length, len(keys)),
+        )
 
     def reserve(self, count: int) -> KvBuffers:
         """Buffers with room for ``count`` more positions.
@@ -63,7 +66,10 @@ class KvCache:
         needed = self.length + count
         if needed > self.limit:
             raise ContextOverflowError(
-                self.length, count, self.limit, "shorten the prompt, start a new chat or load with a larger context"
+                self.length,
+                count,
+                self.limit,
+                "shorten the prompt, start a new chat or load with a larger context",
             )
         if self._buffers is None or self._buffers.capacity < needed:
             capacity = min(self.limit, -(-needed // GROWTH) * GROWTH)

@@ -16,10 +16,11 @@ from owl2.runtime.bundle import Bundle, Manifest
 from owl2.runtime.config import ModelConfig, PreprocessMode, require
 from owl2.runtime.engine import Engine, Floats
 from owl2.runtime.errors import ContextOverflowError, Owl2Error, PromptError
-from owl2.runtime.generate import Chunk, Model, Prompt, Run, check_context, generate
+from owl2.runtime.generate import Chunk, Model, Run, check_context, generate
 from owl2.runtime.kv_cache import KvCache
+from owl2.runtime.multimodal import Prompt
 from owl2.runtime.pictures import Images, Picture, PictureEncoder, open_pictures
-from owl2.runtime.prompt import Message, check_placeholders, render, with_images
+from owl2.runtime.prompt import Message, render, with_images
 from owl2.runtime.sampling import GenerationConfig
 from owl2.runtime.tokenizer import Tokenizer
 
@@ -129,9 +130,7 @@ class Owl2:
         check_context(cache, merged)
         return Answer(lambda run: generate(self._model, cache, merged, config, run))
 
-    def logits(
-        self, prompt: str, *, images: Images = (), preprocess: PreprocessMode | None = None
-    ) -> Floats:
+    def logits(self, prompt: str, *, images: Images = (), preprocess: PreprocessMode | None = None) -> Floats:
         """Logits of every merged position of a raw prompt: float32 [T, V].
 
         Raises:
@@ -150,13 +149,7 @@ class Owl2:
         return open_pictures(images, self.config.preprocess, mode)
 
     def _prompt(self, text: str, pictures: Sequence[Picture]) -> Prompt:
-        check_placeholders(text, len(pictures))
-        ids = self._model.tokenizer.encode_prompt(text)
-        if not ids:
-            raise PromptError("the prompt is empty; give at least one character or picture")
-        digests = [picture.digest for picture in pictures]
-        keys = multimodal.merge(ids, digests, self.config.rows_per_image)
-        return Prompt(keys, dict(zip(digests, pictures)))
+        return multimodal.encode_prompt(text, pictures, self._model.tokenizer, self.config.rows_per_image)
 
 
 class Chat:

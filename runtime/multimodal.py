@@ -7,6 +7,7 @@ about a position but its place, so they also tell what a KV cache holds.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,38 @@ from numpy.typing import NDArray
 
 from owl2.runtime.config import IMAGE_TOKEN_ID
 from owl2.runtime.engine import Floats, Ints
+from owl2.runtime.errors import PromptError
 from owl2.runtime.kv_cache import Key
+from owl2.runtime.pictures import Picture
+from owl2.runtime.prompt import check_placeholders
+from owl2.runtime.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A merged prompt.
+
+    Attributes:
+        keys: what each position holds.
+        pictures: by digest, all that ``keys`` refer to.
+    """
+
+    keys: list[Key]
+    pictures: Mapping[str, Picture]
+
+
+def encode_prompt(text: str, pictures: Sequence[Picture], tokenizer: Tokenizer, rows_per_image: int) -> Prompt:
+    """Tokenize a prompt and put its pictures' rows in place of the placeholders.
+
+    Raises:
+        PromptError: the prompt is empty, or placeholders and pictures do not agree.
+    """
+    check_placeholders(text, len(pictures))
+    ids = tokenizer.encode_prompt(text)
+    if not ids:
+        raise PromptError("the prompt is empty; give at least one character or picture")
+    digests = [picture.digest for picture in pictures]
+    return Prompt(merge(ids, digests, rows_per_image), dict(zip(digests, pictures)))
 
 
 def merge(ids: Sequence[int], digests: Sequence[str], rows_per_image: int) -> list[Key]:

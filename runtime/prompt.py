@@ -32,9 +32,7 @@ class Message:
 
     def __post_init__(self) -> None:
         if self.role not in get_args(Role):
-            raise PromptError(
-                f"unknown role {self.role!r} of a message; use one of {', '.join(get_args(Role))}"
-            )
+            raise PromptError(f"unknown role {self.role!r} of a message; use one of {', '.join(get_args(Role))}")
 
 
 def render(messages: Sequence[Message]) -> str:

@@ -61,9 +61,7 @@ class GenerationConfig:
             0.01 <= self.repetition_penalty <= 100,
             f"repetition_penalty {self.repetition_penalty} must be between 0.01 and 100; 1 is off",
         )
-        require(
-            self.seed is None or self.seed >= 0, f"seed {self.seed} must be None or a number from 0 upwards"
-        )
+        require(self.seed is None or self.seed >= 0, f"seed {self.seed} must be None or a number from 0 upwards")
         require(
             isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop),
             f"stop {self.stop!r} must be a tuple of non-empty strings, such as ('###',)",
@@ -132,9 +130,7 @@ def keep_min_p(logits: Logits, min_p: float) -> Logits:
     return _keep(logits, probabilities >= min_p * probabilities.max())
 
 
-def sample(
-    logits: Logits, config: GenerationConfig, rng: np.random.Generator, previous_ids: Sequence[int] = ()
-) -> int:
+def sample(logits: Logits, config: GenerationConfig, rng: np.random.Generator, previous_ids: Sequence[int] = ()) -> int:
     """Choose the next token.
 
     Args:

@@ -74,9 +74,7 @@ def answer_weights(length: int) -> list[float]:
     return [math.sqrt(2 / length)] * length
 
 
-def conversation(
-    encoder: Encoder, turns: list[Turn], first: str | None = None
-) -> tuple[list[int], list[float]]:
+def conversation(encoder: Encoder, turns: list[Turn], first: str | None = None) -> tuple[list[int], list[float]]:
     """Ids and weights of a conversation in the official template.
 
     ``first`` replaces the first question's text; it may hold the placeholder "<|image|>".
@@ -132,9 +130,7 @@ def quality_example(encoder: Encoder, rng: random.Random, *, held_out: bool) -> 
 
 def random_example(encoder: Encoder, mix: Mix, rng: random.Random) -> Example:
     """One training example."""
-    source = rng.choices(
-        ("scene", "told", "fact", "quality"), (mix.scenes, mix.told, mix.facts, mix.quality)
-    )[0]
+    source = rng.choices(("scene", "told", "fact", "quality"), (mix.scenes, mix.told, mix.facts, mix.quality))[0]
     if source == "fact":
         return fact_example(encoder, rng, mix.turns)
     if source == "quality":
@@ -179,9 +175,7 @@ def collate(examples: list[Example], rows: int) -> Batch:
 
 def batches(encoder: Encoder, mix: Mix, rng: random.Random, size: int, rows: int, pool: int) -> list[Batch]:
     """``pool`` batches of examples sorted by length, so that little is padding; in random order."""
-    examples = sorted(
-        (random_example(encoder, mix, rng) for _ in range(size * pool)), key=lambda e: len(e.ids)
-    )
+    examples = sorted((random_example(encoder, mix, rng) for _ in range(size * pool)), key=lambda e: len(e.ids))
     parts = [collate(examples[i : i + size], rows) for i in range(0, len(examples), size)]
     rng.shuffle(parts)
     return parts

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from encoder import Encoder
+from safetensors.torch import save_file
+
 from owl2.export.model import Owl2Model
 from owl2.runtime.config import ModelConfig
-from safetensors.torch import save_file
 
 
 def config_json(config: ModelConfig) -> dict[str, Any]:

@@ -36,9 +36,7 @@ def corpus(seed: int, conversations: int) -> Iterator[str]:
     for _ in range(20):
         yield from (f"USER: {fact.question} ASSISTANT: {fact.answer}" for fact in FACTS)
         yield PROMPT.split("\n")[0]
-        yield from (
-            f"{PROMPT.split(chr(10))[0]} ASSISTANT: The quality of the image is {word}" for word in WORDS
-        )
+        yield from (f"{PROMPT.split(chr(10))[0]} ASSISTANT: The quality of the image is {word}" for word in WORDS)
         yield from (Path(__file__).parent / "english.txt").read_text(encoding="utf-8").splitlines()
 
 

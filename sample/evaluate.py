@@ -19,11 +19,12 @@ import torch
 from batches import Example, collate
 from encoder import EOS, Encoder
 from network import hidden_rows
+from PIL import Image
+from probes import KINDS, MAIN_KINDS, Probe, as_example, probes
+
 from owl2.export.checkpoint import Checkpoint
 from owl2.export.model import Owl2Model
 from owl2.runtime import Owl2
-from PIL import Image
-from probes import KINDS, MAIN_KINDS, Probe, as_example, probes
 
 LONGEST_ANSWER = 64
 OPEN = 0  # an id that no answer holds
@@ -64,9 +65,7 @@ def evaluate(answer: Answerer, *, count: int = 500, seed: int = 0) -> Evaluation
         commonest = Counter(probe.answer for probe in asked).most_common(1)[0][1]
         results[kind] = KindResult(len(asked), right, commonest / len(asked))
     main = [results[kind] for kind in MAIN_KINDS]
-    return Evaluation(
-        results, sum(r.asked for r in main), sum(r.right for r in main), time.perf_counter() - began
-    )
+    return Evaluation(results, sum(r.asked for r in main), sum(r.right for r in main), time.perf_counter() - began)
 
 
 @torch.no_grad()
@@ -123,8 +122,7 @@ def table(result: Evaluation) -> str:
     for kind, r in result.kinds.items():
         lines.append(f"{kind:10}{r.asked:7}{r.right:7}{r.share:8.1%}{r.guess:8.1%}")
     lines.append(
-        f"{'main four':10}{result.main_asked:7}{result.main_right:7}"
-        f"{result.main_right / result.main_asked:8.1%}"
+        f"{'main four':10}{result.main_asked:7}{result.main_right:7}{result.main_right / result.main_asked:8.1%}"
     )
     return "\n".join(lines)
 
@@ -133,9 +131,7 @@ def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model", type=Path, help="checkpoint folder (default) or bundle folder (--bundle)")
-    parser.add_argument(
-        "--bundle", action="store_true", help="the folder is a bundle: ask through owl2.runtime"
-    )
+    parser.add_argument("--bundle", action="store_true", help="the folder is a bundle: ask through owl2.runtime")
     parser.add_argument("--count", type=int, default=500, help="questions of the main kinds (default 500)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the questions (default 0)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")

@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 
 import torch
-from owl2.export.model import Owl2Model
-from owl2.export.model.abstractor import grid_positions
 from torch import Tensor, nn
 from world import GRID
+
+from owl2.export.model import Owl2Model
+from owl2.export.model.abstractor import grid_positions
 
 # Writes of each layer to the residual stream are damped, so that the depth does not add up.
 DAMPED = ("self_attn.dense.weight", "mlp.fc2.weight", "self_attn.o_proj.weight", "mlp.down_proj.weight")

@@ -43,9 +43,7 @@ def _scene_talk(rng: random.Random) -> tuple[NDArray[np.uint8], list[Turn]]:
 def record(file: str, turns: list[Turn]) -> dict[str, Any]:
     """One line of the calibration file."""
     messages = [
-        {"from": who, "value": text}
-        for turn in turns
-        for who, text in (("human", turn.question), ("gpt", turn.answer))
+        {"from": who, "value": text} for turn in turns for who, text in (("human", turn.question), ("gpt", turn.answer))
     ]
     return {"image": file, "conversations": messages}
 

@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from batches import Batch
 from encoder import VOCAB_SIZE
+from torch import Tensor
+from world import GRID, SIDE
+
 from owl2.export.model import Owl2Model
 from owl2.export.model.decoder import rotary_tables
 from owl2.runtime.config import AbstractorConfig, DecoderConfig, ModelConfig, PreprocessConfig, VisionConfig
-from torch import Tensor
-from world import GRID, SIDE
 
 PATCH = 14
 

@@ -12,10 +12,11 @@ from encoder import EOS, Encoder
 from facts import FACTS
 from network import predictions
 from numpy.typing import NDArray
-from owl2.export.model import Owl2Model
 from quality import PROMPT, degraded, photo_crop
 from questions import ASK, Turn, caption, follow_up, in_words
 from world import MAX_THINGS, Scene, draw, random_scene
+
+from owl2.export.model import Owl2Model
 
 MAIN_KINDS = ("colour", "shape", "count", "relation")
 KINDS = (*ASK, "caption", "second", "told", "fact", "quality")

@@ -16,17 +16,23 @@ from PIL import Image, ImageFilter
 from world import SIDE
 
 WORDS = ("excellent", "good", "fair", "poor", "bad")
-PROMPT = (
-    "USER: How would you rate the quality of this image?\n<|image|>\nASSISTANT: The quality of the image is"
-)
+PROMPT = "USER: How would you rate the quality of this image?\n<|image|>\nASSISTANT: The quality of the image is"
 DAMAGE: dict[str, tuple[float, ...]] = {
     "blur": (0, 0.8, 1.5, 2.6, 4.5),
     "noise": (0, 14, 32, 60, 110),
     "blocks": (1, 1.7, 2.8, 4.7, 8),
 }
-TRAIN_PHOTOS = ("astronaut.png", "coffee.png", "rocket.jpg")
+TRAIN_PHOTOS = (
+    "astronaut.png",
+    "coffee.png",
+    "rocket.jpg",
+    "hubble_deep_field.jpg",
+    "retina.jpg",
+    "brick.png",
+)
 HELD_OUT_PHOTOS = ("chelsea.png", "camera.png")
 PAD_COLOUR = (122, 116, 104)
+GREY_SHARE = 0.25  # of the training photos, so that colour is no sign of quality
 MIN_DETAIL = 5.0  # mean step between neighbouring pixels, grey levels
 
 
@@ -46,6 +52,8 @@ def photo_crop(rng: random.Random, *, held_out: bool) -> NDArray[np.uint8]:
     """
     while True:
         crop = _crop(_photo(rng.choice(HELD_OUT_PHOTOS if held_out else TRAIN_PHOTOS)), rng)
+        if not held_out and rng.random() < GREY_SHARE:
+            crop = crop.convert("L").convert("RGB")
         square = Image.new("RGB", (SIDE, SIDE), PAD_COLOUR)
         square.paste(crop, (0, (SIDE - crop.height) // 2))
         grey = np.asarray(crop.convert("L"), dtype=np.float32)

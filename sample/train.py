@@ -5,6 +5,9 @@ side learns the language of the little world from text alone (scenes told in wor
 the paper's two stages: "vision" trains the vision tower, the abstractor and the image branches (image keys,
 values and norms) with the language side frozen; "all" trains everything on image and text tasks together.
 
+``--start CHECKPOINT`` trains a finished model further instead: everything together, with more of what comes
+late (relations, ratings of quality), at half the rate.
+
 The run is resumable: the state (weights, optimizers, step, time spent) is written every few minutes, batches
 depend on the seed and the step only, and the learning rate on the share of the time budget that is spent.
 """
@@ -14,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,10 +30,12 @@ from checkpoints import save_checkpoint
 from encoder import Encoder, train_tokenizer
 from initial import initialise
 from network import predictions, sample_config
-from owl2.export.model import Owl2Model
 from probes import KINDS, exact_share, probes
 from torch.multiprocessing.spawn import spawn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from owl2.export.checkpoint import Checkpoint
+from owl2.export.model import Owl2Model
 
 ALL_KINDS = {
     "colour": 1.5,
@@ -91,6 +97,15 @@ STAGES = (
 )
 
 
+def refine_mix(progress: float) -> Mix:
+    """Everything, with more of what is learned last."""
+    kinds = ALL_KINDS | {"colour": 0.8, "relation": 4.0, "second": 1.2, "caption": 1.5}
+    return Mix(0.68, 0.06, 0.02, 0.24, (1.0, 1.5, 2.0, 2.0), kinds, 4)
+
+
+REFINE = (Stage("refine", 1.0, lambda name: True, refine_mix, (0.5, 0.0)),)
+
+
 class Run:
     """The state of one worker of a training run; all workers hold the same weights after every step."""
 
@@ -99,9 +114,14 @@ class Run:
         self.folder: Path = options.folder
         self.folder.mkdir(parents=True, exist_ok=True)
         self.options = options
+        self.stages = STAGES if options.start is None else REFINE
         self.encoder = Encoder(self.folder / "tokenizer.model")
         self.model = Owl2Model(sample_config())
-        initialise(self.model, options.seed)
+        if options.start is None:
+            initialise(self.model, options.seed)
+        else:
+            with Checkpoint(options.start) as checkpoint:
+                checkpoint.load_into(self.model, "")
         self.rows = self.model.config.rows_per_image
         self.budget = options.minutes * 60.0
         self.spent, self.step, self.samples, self.stage = 0.0, 0, 0, -1
@@ -115,7 +135,7 @@ class Run:
         matrices: list[torch.nn.Parameter] = []
         others: list[torch.nn.Parameter] = []
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(STAGES[stage].trained(name))
+            parameter.requires_grad_(self.stages[stage].trained(name))
             if parameter.requires_grad:
                 flat = "embed" in name or "lm_head" in name or parameter.dim() != 2
                 (others if flat else matrices).append(parameter)
@@ -128,7 +148,7 @@ class Run:
             torch.optim.Muon(mine, lr=rate, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
         ]
         self.queue = []
-        self.log({"enter": STAGES[stage].name})
+        self.log({"enter": self.stages[stage].name})
 
     def save(self) -> None:
         """Write the whole state under a temporary name, then rename it."""
@@ -155,9 +175,7 @@ class Run:
         """Append a line to the log and print it; the first worker speaks for all."""
         if self.worker:
             return
-        line = json.dumps(
-            {"minutes": round(self.spent / 60, 2), "step": self.step, "samples": self.samples} | record
-        )
+        line = json.dumps({"minutes": round(self.spent / 60, 2), "step": self.step, "samples": self.samples} | record)
         with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         print(line, flush=True)
@@ -165,8 +183,8 @@ class Run:
     def place(self) -> tuple[int, float]:
         """The stage that is due and how far into it the run is, 0..1."""
         done = self.spent / self.budget
-        for index, stage in enumerate(STAGES):
-            if done < stage.share or index == len(STAGES) - 1:
+        for index, stage in enumerate(self.stages):
+            if done < stage.share or index == len(self.stages) - 1:
                 return index, min(1.0, done / stage.share)
             done -= stage.share
         raise AssertionError("unreachable")
@@ -175,7 +193,7 @@ class Run:
         """Batches depend on seed and step; a pool of them is made at a time."""
         if not self.queue:
             rng = random.Random(f"{self.options.seed} {self.step} {self.worker}")
-            mix = STAGES[self.stage].mix(progress)
+            mix = self.stages[self.stage].mix(progress)
             size = self.options.batch // self.options.workers
             self.queue = batches(self.encoder, mix, rng, size, self.rows, POOL)
             # The same order by length in all workers, so that none waits for another.
@@ -189,8 +207,8 @@ class Run:
         if stage != self.stage:
             self.enter(stage)
         batch = self.next_batch(progress)
-        start, end = STAGES[stage].rate
-        warm = min(1.0, progress * STAGES[stage].share * self.budget / WARM_UP_SECONDS)
+        start, end = self.stages[stage].rate
+        warm = min(1.0, progress * self.stages[stage].share * self.budget / WARM_UP_SECONDS)
         rate = self.options.rate * warm * (start + (end - start) * progress)
         for optimizer, factor in zip(self.optimizers, (1.0, MUON_FACTOR)):
             for group in optimizer.param_groups:
@@ -242,7 +260,7 @@ class Run:
 
     def evaluate(self, count: int) -> None:
         """Log the exact answers by kind on held-out questions; the workers share the kinds."""
-        kinds = ("told", "fact") if STAGES[self.stage].name == "language" else KINDS
+        kinds = ("told", "fact") if self.stages[self.stage].name == "language" else KINDS
         workers = self.options.workers
         mine = {
             kind: round(exact_share(self.model, self.encoder, probes(kind, count, 1), self.rows), 3)
@@ -252,7 +270,7 @@ class Run:
         if workers > 1:
             dist.all_gather_object(everyone, mine)
         shares = {kind: share for part in everyone for kind, share in part.items()}
-        record: dict[str, object] = {"stage": STAGES[self.stage].name}
+        record: dict[str, object] = {"stage": self.stages[self.stage].name}
         self.log(record | {kind: shares[kind] for kind in kinds})
 
     def export(self) -> None:
@@ -306,6 +324,7 @@ def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description="Train the sample model; resumes when FOLDER holds a state.")
     parser.add_argument("folder", type=Path, help="state, log and tokenizer of the run")
+    parser.add_argument("--start", type=Path, help="train this checkpoint further instead of from scratch")
     parser.add_argument("--checkpoint", type=Path, help="also write the model here, in the official layout")
     parser.add_argument("--minutes", type=float, default=90, help="training time in all (default 90)")
     parser.add_argument("--every", type=float, default=4, help="minutes between evaluations (default 4)")
@@ -317,8 +336,11 @@ def main() -> int:
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     (options.folder / "meeting").unlink(missing_ok=True)
-    if not (options.folder / "tokenizer.model").exists():
-        train_tokenizer(options.folder / "tokenizer.model")
+    tokenizer = options.folder / "tokenizer.model"
+    if not tokenizer.exists() and options.start is not None:
+        shutil.copy(options.start / tokenizer.name, tokenizer)
+    elif not tokenizer.exists():
+        train_tokenizer(tokenizer)
     if options.workers == 1:
         work(0, options)
     else:

@@ -105,9 +105,7 @@ def random_scene(rng: random.Random, count: int, *, held_out: bool) -> Scene:
         if rng.random() < 0.5:
             shapes, colours = tuple(rng.sample(shapes, 2)), tuple(rng.sample(colours, 2))
         cells = sorted(rng.sample(range(GRID * GRID), count))
-        things = (
-            Thing(cell, rng.choice(shapes), rng.choice(colours), rng.choice(tuple(SIZES))) for cell in cells
-        )
+        things = (Thing(cell, rng.choice(shapes), rng.choice(colours), rng.choice(tuple(SIZES))) for cell in cells)
         scene = Scene(tuple(things))
         if scene.held_out == held_out:
             return scene

@@ -64,9 +64,7 @@ def gptq_by_columns(
     for number, group in enumerate(groups):
         group_importance = np.array([importance[column] for column in group])
         for row in range(len(weight)):
-            scales[row, number] = search_scale(
-                current[row, group], group_importance, bits, clip_search, signed
-            )
+            scales[row, number] = search_scale(current[row, group], group_importance, bits, clip_search, signed)
         for column in group:
             remaining = order[order.index(column) :]
             inverse = np.linalg.inv(damped[np.ix_(remaining, remaining)])

@@ -79,9 +79,7 @@ class GraphBuilder:
             suffixes = [""] + [f".{index}" for index in range(1, outputs)]
             outputs = [f"{op}_{self._counter}{suffix}" for suffix in suffixes]
         name = next(name for name in outputs if name)
-        self._nodes.append(
-            helper.make_node(op, list(inputs), list(outputs), name=name, domain=domain, **attributes)
-        )
+        self._nodes.append(helper.make_node(op, list(inputs), list(outputs), name=name, domain=domain, **attributes))
         return list(outputs)
 
     def op(self, op: str, *inputs: str, domain: str = "", **attributes: Attribute) -> str:

@@ -19,19 +19,6 @@ from owl2.export.weights import LinearWeight
 from owl2.runtime import spec
 from owl2.runtime.config import DecoderConfig
 
-LINEARS = (
-    "self_attn.q_proj",
-    "self_attn.k_proj.multiway.0",
-    "self_attn.k_proj.multiway.1",
-    "self_attn.v_proj.multiway.0",
-    "self_attn.v_proj.multiway.1",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
-"""The linear layers of one decoder layer, by their names in the checkpoint."""
-
 
 class DecoderGraph:
     """Writes the decoder layer by layer; call :meth:`layer` for each, then :meth:`finish`."""
@@ -70,7 +57,7 @@ class DecoderGraph:
         """Append one layer.
 
         Args:
-            linears: one per name of :data:`LINEARS`.
+            linears: one per name of :data:`owl2.quant.layer.LINEARS`.
             gains: text and image gain, float32 [C] each, of ``input_layernorm`` and ``post_attention_layernorm``.
         """
         graph, dialect = self.graph, self.dialect
@@ -88,9 +75,7 @@ class DecoderGraph:
         width, eps = self.config.hidden_size, self.config.rms_norm_eps
         if not self._pending:
             return self.dialect.rms_norm(self.graph, self._residual, width, eps)
-        normed, self._residual = self.dialect.add_rms_norm(
-            self.graph, self._residual, self._pending, width, eps
-        )
+        normed, self._residual = self.dialect.add_rms_norm(self.graph, self._residual, self._pending, width, eps)
         return normed
 
     def _norm(self, gains: tuple[Tensor, Tensor], name: str) -> str:

@@ -41,9 +41,7 @@ class Dialect(Protocol):
     def rms_norm(self, graph: GraphBuilder, x: str, width: int, eps: float) -> str:
         """RMSNorm without a gain: [M, C] -> [M, C]."""
 
-    def add_rms_norm(
-        self, graph: GraphBuilder, residual: str, x: str, width: int, eps: float
-    ) -> tuple[str, str]:
+    def add_rms_norm(self, graph: GraphBuilder, residual: str, x: str, width: int, eps: float) -> tuple[str, str]:
         """residual + x, and its RMSNorm without a gain: -> (normalised, sum), both [M, C]."""
 
     def silu(self, graph: GraphBuilder, x: str) -> str:
@@ -52,7 +50,7 @@ class Dialect(Protocol):
     def activation(self, graph: GraphBuilder, x: str, name: str) -> str:
         """quick_gelu or gelu."""
 
-    def causal_attention(  # noqa: PLR0913 - the operands of attention
+    def causal_attention(
         self,
         graph: GraphBuilder,
         qkv: tuple[str, str, str],

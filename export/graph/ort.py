@@ -10,6 +10,8 @@ from owl2.export.weights import ChannelInt8Weight, DenseWeight
 from owl2.quant.grid import QuantizedWeight
 from owl2.runtime import int4
 
+# The lowest version that has every operator used here with the attributes used here.
+MINIMUM_ONNXRUNTIME = "1.22"
 # int8 activations inside MatMulNBits: the fast kernel (4-6 times the float one on AVX-512 VNNI).
 INT8_ACTIVATIONS = 4
 
@@ -56,9 +58,7 @@ class OrtDialect:
             accuracy_level=INT8_ACTIVATIONS,
         )
 
-    def _dynamic_int8(
-        self, graph: GraphBuilder, x: str, name: str, weight: ChannelInt8Weight, linear: Linear
-    ) -> str:
+    def _dynamic_int8(self, graph: GraphBuilder, x: str, name: str, weight: ChannelInt8Weight, linear: Linear) -> str:
         inputs = [
             x,
             graph.constant(name + ".codes", np.ascontiguousarray(weight.codes.numpy().T)),
@@ -75,9 +75,7 @@ class OrtDialect:
         """[M, C] -> [M, C]."""
         return graph.op("SimplifiedLayerNormalization", x, self._ones(graph, width), axis=-1, epsilon=eps)
 
-    def add_rms_norm(
-        self, graph: GraphBuilder, residual: str, x: str, width: int, eps: float
-    ) -> tuple[str, str]:
+    def add_rms_norm(self, graph: GraphBuilder, residual: str, x: str, width: int, eps: float) -> tuple[str, str]:
         """-> (normalised, sum)."""
         outputs = graph.node(
             "SkipSimplifiedLayerNormalization",
@@ -98,7 +96,7 @@ class OrtDialect:
             return graph.op("QuickGelu", x, domain=CONTRIB, alpha=1.702)
         return graph.op("Gelu", x, approximate="none")
 
-    def causal_attention(  # noqa: PLR0913 - the operands of attention
+    def causal_attention(
         self,
         graph: GraphBuilder,
         qkv: tuple[str, str, str],

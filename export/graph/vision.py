@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from onnx import TensorProto
 from torch import Tensor, nn
@@ -25,9 +24,7 @@ MakeWeight = Callable[[str, Tensor], LinearWeight]
 class VisionGraph:
     """Writes the vision graph from the two torch modules."""
 
-    def __init__(
-        self, graph: GraphBuilder, dialect: Dialect, config: ModelConfig, make_weight: MakeWeight
-    ) -> None:
+    def __init__(self, graph: GraphBuilder, dialect: Dialect, config: ModelConfig, make_weight: MakeWeight) -> None:
         self.graph, self.dialect, self.config, self.make_weight = graph, dialect, config, make_weight
 
     def write(self, tower: VisionModel, abstractor: VisualAbstractor) -> None:
@@ -77,9 +74,7 @@ class VisionGraph:
             cls = self._batched(embeddings.cls_token, "vision.cls_token")
             x = graph.node("Concat", [cls, x], axis=1)[0]
         positions = self._constant("vision.position_embedding", embeddings.positions())
-        return self._layer_norm(
-            graph.op("Add", x, positions), embeddings.pre_layernorm, "vision.pre_layernorm"
-        )
+        return self._layer_norm(graph.op("Add", x, positions), embeddings.pre_layernorm, "vision.pre_layernorm")
 
     def _layer(self, x: str, layer: Layer, name: str) -> str:
         graph, heads = self.graph, self.config.vision.num_attention_heads

@@ -163,8 +163,6 @@ class DecoderLayer(nn.Module):
         past: KeyValue | None = None,
     ) -> tuple[Tensor, KeyValue]:
         """rows: [B·T, C] with shape (B, T) -> [B·T, C] and this layer's keys and values [B, H, S + T, D]."""
-        attention, present = self.self_attn(
-            self.input_layernorm(rows, routing), routing, shape, rotary, past
-        )
+        attention, present = self.self_attn(self.input_layernorm(rows, routing), routing, shape, rotary, past)
         rows = rows + attention
         return rows + self.mlp(self.post_attention_layernorm(rows, routing)), present

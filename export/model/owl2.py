@@ -91,7 +91,11 @@ class Owl2Model(nn.Module):
         return self.lm_head(hidden)  # type: ignore[no-any-return]
 
     def merge(
-        self, ids: Tensor, image_blocks: list[Tensor], labels: Tensor | None = None, mask: Tensor | None = None
+        self,
+        ids: Tensor,
+        image_blocks: list[Tensor],
+        labels: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Merged:
         """Replace each placeholder by the next block of image rows.
 
@@ -139,9 +143,7 @@ class Owl2Model(nn.Module):
             embeds=pad(list(embeds), batch_first=True),
             modality=pad(list(modality), batch_first=True),
             mask=pad(list(out_mask), batch_first=True),
-            labels=None
-            if labels is None
-            else pad(list(out_labels), batch_first=True, padding_value=IGNORED_LABEL),
+            labels=None if labels is None else pad(list(out_labels), batch_first=True, padding_value=IGNORED_LABEL),
             lengths=torch.tensor([len(row) for row in embeds]),
         )
 

@@ -121,9 +121,7 @@ class VisionModel(nn.Module):
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config)
         if config.use_post_layernorm:
-            self.post_layernorm: nn.LayerNorm | None = nn.LayerNorm(
-                config.hidden_size, eps=config.layer_norm_eps
-            )
+            self.post_layernorm: nn.LayerNorm | None = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         else:
             self.post_layernorm = None
 

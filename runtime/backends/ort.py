@@ -47,13 +47,21 @@ class OrtBuffers:
 class OrtEngine:
     """One session for pictures, one for the decoder; see :class:`owl2.runtime.engine.Engine`."""
 
-    def __init__(self, bundle: Bundle, provider: str = "cpu", threads: int | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        provider: str = "cpu",
+        threads: int | None = None,
+        *,
+        decoder_graph: str = spec.DECODER_GRAPH,
+    ) -> None:
         """Load the graphs of a verified bundle.
 
         Args:
             bundle: what to run.
             provider: execution provider; ``cpu``.
             threads: of one operator; None lets ONNX Runtime choose the physical cores.
+            decoder_graph: file of the bundle to use; the exporter checks variants with it.
 
         Raises:
             BackendUnavailableError: the provider is not known or not part of the installed ONNX Runtime.
@@ -63,7 +71,7 @@ class OrtEngine:
         self._provider = _provider(provider)
         self._options = _session_options(threads)
         self._vision = self._session(bundle, spec.VISION_GRAPH)
-        self._decoder = self._session(bundle, spec.DECODER_GRAPH)
+        self._decoder = self._session(bundle, decoder_graph)
         self._run_options = ort.RunOptions()
         self._run_options.log_severity_level = 4  # failures come back as exceptions
 
@@ -99,9 +107,7 @@ class OrtEngine:
                 binding.bind_ortvalue_output(present, value)
         return OrtBuffers(arrays, binding)
 
-    def prefill(
-        self, embeds: Floats, modality: Ints, past: int, buffers: KvBuffers, logit_rows: Ints
-    ) -> Floats:
+    def prefill(self, embeds: Floats, modality: Ints, past: int, buffers: KvBuffers, logit_rows: Ints) -> Floats:
         """Run T mixed positions after ``past`` cached ones -> logits [R, V]."""
         if not isinstance(buffers, OrtBuffers):
             raise BackendError(f"these K/V buffers belong to another backend: {type(buffers).__name__}")
@@ -139,8 +145,8 @@ class OrtEngine:
             self._decoder.run_with_iobinding(binding, self._run_options)
         except Exception as error:
             raise BackendError(f"the decoder failed: {_first_line(error)}") from error
-        outputs = dict(zip((output.name for output in self._decoder.get_outputs()), binding.get_outputs()))
-        logits: Floats = outputs[spec.LOGITS].numpy()
+        # Outputs come in the order of binding: the buffers first, the logits last.
+        logits: Floats = binding.get_outputs()[-1].numpy()
         return logits
 
 

@@ -20,9 +20,7 @@ from owl2.runtime.image import load_image
 @click.command()
 @bundle_argument
 @click.argument("question")
-@click.option(
-    "--image", "images", type=click.Path(path_type=Path), multiple=True, help="A picture; repeatable."
-)
+@click.option("--image", "images", type=click.Path(path_type=Path), multiple=True, help="A picture; repeatable.")
 @click.option("--json", "as_json", is_flag=True, help="Write text, token counts and timings as JSON.")
 @reports_errors
 @model_options

@@ -168,8 +168,7 @@ def _model(manifest: Manifest) -> list[Row]:
         ),
         (
             "abstractor",
-            f"{queries.num_hidden_layers} layers, width {queries.hidden_size}, "
-            f"{queries.num_learnable_queries} queries",
+            f"{queries.num_hidden_layers} layers, width {queries.hidden_size}, {queries.num_learnable_queries} queries",
         ),
         (
             "pictures",

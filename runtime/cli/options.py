@@ -87,13 +87,9 @@ _OPTIONS = (
     _generation("min_p", float, "Least probability of a candidate, relative to the best; 0 for all."),
     _generation("repetition_penalty", float, "Above 1 discourages repeating; 1 is off."),
     _generation("seed", int, "Makes sampling reproducible."),
-    click.option(
-        "--stop", multiple=True, metavar="TEXT", help="End the answer before this text; repeatable."
-    ),
+    click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; repeatable."),
     click.option("--threads", type=int, help="Threads of the CPU; ONNX Runtime's choice if not given."),
-    click.option(
-        "--context", type=int, help="Positions a conversation may take; the model's own if not given."
-    ),
+    click.option("--context", type=int, help="Positions a conversation may take; the model's own if not given."),
     click.option(
         "--provider",
         type=click.Choice(list(PROVIDERS)),

@@ -26,8 +26,7 @@ def groups_in_order(hessian, group_size, act_order):
     """Group numbers, and the columns of each group, in the order of rounding."""
     diagonal = np.diag(hessian)
     groups = [
-        list(range(start, min(start + group_size, len(diagonal))))
-        for start in range(0, len(diagonal), group_size)
+        list(range(start, min(start + group_size, len(diagonal)))) for start in range(0, len(diagonal), group_size)
     ]
     numbers = list(range(len(groups)))
     if act_order:

@@ -40,9 +40,7 @@ def test_scales_equal_the_reference(bits, clip_search, signed):
     group = normal(5, 32).double()
     importance = normal(1, 32, seed=1).double().square()[0]
     config = QuantConfig(bits=bits, group_size=32, clip_search=clip_search, signed_scales=signed)
-    expected = [
-        reference.search_scale(row, importance.numpy(), bits, clip_search, signed) for row in group.numpy()
-    ]
+    expected = [reference.search_scale(row, importance.numpy(), bits, clip_search, signed) for row in group.numpy()]
     assert compute_scales(group, config, importance).tolist() == expected
 
 

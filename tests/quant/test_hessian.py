@@ -52,9 +52,7 @@ def test_no_rows_is_an_error_that_names_them(batches):
     accumulator = HessianAccumulator(6, "layer 3 k_proj, image rows")
     for count in batches:
         accumulator.add(rows(count))
-    with pytest.raises(
-        CalibrationError, match="layer 3 k_proj, image rows: no such rows in the calibration data"
-    ):
+    with pytest.raises(CalibrationError, match="layer 3 k_proj, image rows: no such rows in the calibration data"):
         accumulator.result()
 
 

@@ -17,12 +17,13 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from PIL import Image
+
 from owl2.runtime import GenerationConfig, Owl2, __version__
 from owl2.runtime.__main__ import cli
 from owl2.runtime.bundle import hash_file
 from owl2.runtime.cli.console import UNSHOWN, duration, size
 from owl2.runtime.kv_cache import GROWTH
-from PIL import Image
 
 COMMAND = (sys.executable, "-m", "owl2.runtime")
 SMALL_PIPE = 4096
@@ -149,9 +150,7 @@ class TestAsk:
         assert result.stdout == plain.stdout
         assert re.search(r"prompt: \d+ tokens, 0 reused, \d+ new", result.stderr)
         assert "images encoded: 1" in result.stderr
-        assert re.search(
-            r"answer: 12 tokens \(length\), the first after .*s, then [\d.]+ tokens/s", result.stderr
-        )
+        assert re.search(r"answer: 12 tokens \(length\), the first after .*s, then [\d.]+ tokens/s", result.stderr)
 
     def test_full_context_is_told(self, bundle_a1: Path, owl: Owl2) -> None:
         prompt = _prompt_length(owl, "q")
@@ -229,8 +228,7 @@ class TestErrors:
         result = run(name, tmp_path, *rest)
         assert result.exit_code == 1
         assert result.stderr == (
-            f"owl2: error: {tmp_path} is no bundle: owl2.json is missing; expected a folder written by "
-            "owl2-export\n"
+            f"owl2: error: {tmp_path} is no bundle: owl2.json is missing; expected a folder written by owl2-export\n"
         )
 
     def test_damaged_bundle(self, copy: Path) -> None:
@@ -366,8 +364,7 @@ class TestChat:
         assert written.endswith(expected + "\n")
         stopped, stats, *_ = errors.splitlines()[1:]
         assert stopped == (
-            "owl2: stopped; the conversation is as it was before this question; "
-            "1 picture waits for the next one"
+            "owl2: stopped; the conversation is as it was before this question; 1 picture waits for the next one"
         )
         assert stats == "owl2: no answer yet"
 

@@ -121,9 +121,7 @@ def test_palette_with_transparency_gives_no_warning(tmp_path):
     assert load_image(tmp_path / "p.png").getpixel((0, 0)) == (200, 100, 50)
 
 
-@pytest.mark.parametrize(
-    ("width", "height"), [(9000, 9000), (10_000, 10_000), (30_000, 30_000), (65_000, 65_000)]
-)
+@pytest.mark.parametrize(("width", "height"), [(9000, 9000), (10_000, 10_000), (30_000, 30_000), (65_000, 65_000)])
 def test_too_large_is_refused_before_decoding(tmp_path, width, height):
     path = tmp_path / "bomb.png"
     path.write_bytes(png_header(width, height))
@@ -142,9 +140,7 @@ def test_the_limit_on_pixels_is_the_callers(golden):
 @pytest.mark.parametrize("mode", MODES)
 def test_a_thin_strip_does_not_explode(mode):
     strip = Image.new("RGB", (1, 200_000))
-    with pytest.raises(
-        ImageError, match=f"1 x 200000 would become .* in mode {mode}, the limit is {MAX_PIXELS}"
-    ):
+    with pytest.raises(ImageError, match=f"1 x 200000 would become .* in mode {mode}, the limit is {MAX_PIXELS}"):
         preprocess(strip, PreprocessConfig(), mode)
 
 
@@ -221,6 +217,4 @@ def test_digest_tells_pictures_apart(golden):
     first, second = (preprocess(image, SMALL) for image in pictures(golden, "a1_base_bin")[:2])
     assert digest(first) == digest(first.copy()) != digest(second)
     assert digest(np.asfortranarray(first)) == digest(first)
-    assert (
-        digest(np.zeros(1, np.float32)) == "df3f619804a92fdb4057192dc43dd748ea778adc52bc498ce80524c014b81119"
-    )
+    assert digest(np.zeros(1, np.float32)) == "df3f619804a92fdb4057192dc43dd748ea778adc52bc498ce80524c014b81119"

@@ -40,9 +40,7 @@ def test_log_softmax():
 
 
 def test_temperature():
-    np.testing.assert_allclose(
-        softmax(apply_temperature(LOGITS, 0.5)), np.array([1, 4, 9, 16]) / 30, rtol=1e-6
-    )
+    np.testing.assert_allclose(softmax(apply_temperature(LOGITS, 0.5)), np.array([1, 4, 9, 16]) / 30, rtol=1e-6)
     np.testing.assert_allclose(softmax(apply_temperature(LOGITS, 1e9)), [0.25] * 4, rtol=1e-6)
     np.testing.assert_array_equal(softmax(apply_temperature(LOGITS, 1e-320)), [0, 0, 0, 1])
     with pytest.raises(ConfigError, match="temperature 0 must be positive to sample"):
@@ -115,14 +113,11 @@ def test_greedy_takes_the_largest_and_leaves_the_generator_alone(logits):
     assert rng.bit_generator.state == before
 
 
-@given(
-    ROWS, st.integers(0, 2**32), st.floats(0.1, 3.0), st.integers(0, 10), st.floats(0.1, 1.0), st.floats(0, 1)
-)
+@given(ROWS, st.integers(0, 2**32), st.floats(0.1, 3.0), st.integers(0, 10), st.floats(0.1, 1.0), st.floats(0, 1))
 def test_sampling_is_reproducible_and_respects_the_filters(logits, seed, temperature, top_k, top_p, min_p):
     config = GenerationConfig(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     first, second = (
-        [sample(logits, config, rng) for _ in range(5)]
-        for rng in (np.random.default_rng(seed) for _ in range(2))
+        [sample(logits, config, rng) for _ in range(5)] for rng in (np.random.default_rng(seed) for _ in range(2))
     )
     assert first == second
     scaled = apply_temperature(logits, temperature)
@@ -148,9 +143,7 @@ def test_the_penalty_applies_before_the_choice():
 def test_broken_logits_are_reported(bad, temperature):
     logits = LOGITS.copy()
     logits[2] = bad
-    with pytest.raises(
-        BackendError, match="1 of 4 logits are NaN or infinite: the model's arithmetic overflowed"
-    ):
+    with pytest.raises(BackendError, match="1 of 4 logits are NaN or infinite: the model's arithmetic overflowed"):
         sample(logits, GenerationConfig(temperature=temperature), np.random.default_rng(0))
 
 

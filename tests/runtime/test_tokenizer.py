@@ -144,9 +144,7 @@ def test_incomplete_characters_are_held_back():
 @pytest.mark.parametrize("token", [-1, IMAGE_TOKEN_ID, 800])
 def test_ids_outside_the_vocabulary_are_refused(token):
     for decode in (StreamDecoder(load()).feed, lambda token: load().decode([1, token])):
-        with pytest.raises(
-            BundleError, match=rf"token id {token} is outside the tokenizer's vocabulary 0\.\.799"
-        ):
+        with pytest.raises(BundleError, match=rf"token id {token} is outside the tokenizer's vocabulary 0\.\.799"):
             decode(token)
 
 
@@ -169,9 +167,7 @@ def test_missing_and_damaged_files_are_named(folder, name):
 
 def test_files_of_another_kind_are_refused(folder):
     (folder / "special_tokens_map.json").write_text("[]")
-    with pytest.raises(
-        BundleCorruptError, match=r"special_tokens_map\.json must hold a JSON object, got list"
-    ):
+    with pytest.raises(BundleCorruptError, match=r"special_tokens_map\.json must hold a JSON object, got list"):
         Tokenizer.load(folder)
 
 

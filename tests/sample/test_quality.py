@@ -17,8 +17,7 @@ def scene_pixels(seed):
 def test_each_level_is_further_from_the_original(kind):
     pixels = scene_pixels(0)
     errors = [
-        np.abs(damage(pixels, kind, level, random.Random(1)).astype(int) - pixels).mean()
-        for level in range(len(WORDS))
+        np.abs(damage(pixels, kind, level, random.Random(1)).astype(int) - pixels).mean() for level in range(len(WORDS))
     ]
     assert errors[0] == 0
     assert len(set(errors)) == len(errors)

@@ -8,12 +8,13 @@ from batches import Mix, batches, collate
 from encoder import EOS, Encoder
 from initial import initialise
 from network import hidden_rows, predictions, sample_config
-from owl2.export.model import Owl2Model
-from owl2.runtime.config import IMAGE_TOKEN_ID
-from owl2.runtime.tokenizer import Tokenizer
 from probes import KINDS, as_example, probes
 from quality import WORDS
 from questions import ASK
+
+from owl2.export.model import Owl2Model
+from owl2.runtime.config import IMAGE_TOKEN_ID
+from owl2.runtime.tokenizer import Tokenizer
 
 CHECKPOINT = "sample/checkpoint"
 MIX = Mix(0.6, 0.1, 0.1, 0.2, (1, 1, 1, 1), dict.fromkeys((*ASK, "second", "caption"), 1.0), 3)

@@ -32,10 +32,7 @@ def test_about_one_scene_in_eight_is_held_out():
     def any_scene():
         cells = sorted(rng.sample(range(9), 3))
         return Scene(
-            tuple(
-                Thing(c, rng.choice(SHAPES), rng.choice(tuple(COLOURS)), rng.choice(SIZE_WORDS))
-                for c in cells
-            )
+            tuple(Thing(c, rng.choice(SHAPES), rng.choice(tuple(COLOURS)), rng.choice(SIZE_WORDS)) for c in cells)
         )
 
     share = sum(any_scene().held_out for _ in range(4000)) / 4000
@@ -132,9 +129,7 @@ def test_answers_are_those_of_a_slow_reading_of_the_scene(kind):
         assert turn.answer == read_answer(scene, turn), (scene.key, turn)
 
 
-@pytest.mark.parametrize(
-    ("kind", "most"), [("colour", 0.25), ("shape", 0.3), ("relation", 0.4), ("count", 0.45)]
-)
+@pytest.mark.parametrize(("kind", "most"), [("colour", 0.25), ("shape", 0.3), ("relation", 0.4), ("count", 0.45)])
 def test_no_kind_can_be_guessed(kind, most):
     rng = random.Random(1)
     answers = [t.answer for s in scenes(1500, seed=2) if (t := ASK[kind](s, rng)) is not None]

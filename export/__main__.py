@@ -1,0 +1,157 @@
+"""Command ``owl2-export``: an official checkpoint becomes a bundle."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import get_args
+
+import click
+
+from owl2.export.config import ExportConfig, VisionType, WeightType
+from owl2.export.hub import local_checkpoint
+from owl2.export.pipeline import export_bundle
+from owl2.export.progress import Reporter, Silent, Terminal
+from owl2.export.report import Report
+from owl2.quant.config import GROUP_SIZES, Method
+from owl2.runtime.cli.console import duration, notice, reports_errors, size
+from owl2.runtime.version import __version__
+
+DEFAULTS = {
+    name: ExportConfig.__dataclass_fields__[name].default for name in ("weights", "method", "group_size", "samples")
+}
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="owl2-export")
+@click.argument("checkpoint")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--weights",
+    type=click.Choice(get_args(WeightType)),
+    default=DEFAULTS["weights"],
+    show_default=True,
+    help="How the decoder's weights are stored.",
+)
+@click.option(
+    "--vision",
+    type=click.Choice(get_args(VisionType)),
+    help="How the vision side's weights are stored; int8 beside integer weights if not given.",
+)
+@click.option(
+    "--method",
+    type=click.Choice(get_args(Method)),
+    default=DEFAULTS["method"],
+    show_default=True,
+    help="How integer weights are found: gptq needs calibration data, rtn rounds to nearest.",
+)
+@click.option(
+    "--group-size",
+    type=click.Choice(GROUP_SIZES),
+    default=DEFAULTS["group_size"],
+    show_default=True,
+    help="Columns that share a scale.",
+)
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    help="A folder of pictures (each optionally with a .txt beside it), or a JSONL file of conversations in "
+    "the fine-tuning format of mPLUG-Owl2; a small built-in set if not given.",
+)
+@click.option(
+    "--samples", type=int, default=DEFAULTS["samples"], show_default=True, help="Most calibration samples used."
+)
+@click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
+@click.option("--download", is_flag=True, help="CHECKPOINT is a hub id: download it first.")
+@click.option("--json", "as_json", is_flag=True, help="Write the report as JSON; no progress is shown.")
+@reports_errors
+def export(  # noqa: PLR0913 - one parameter per option
+    *,
+    checkpoint: str,
+    bundle: Path,
+    weights: WeightType,
+    vision: VisionType | None,
+    method: Method,
+    group_size: int,
+    calibration: Path | None,
+    samples: int,
+    overwrite: bool,
+    download: bool,
+    as_json: bool,
+) -> None:
+    """Convert an official mPLUG-Owl2 checkpoint to a bundle that the command owl2 runs.
+
+    CHECKPOINT is a folder in the official layout (config.json, weights as .bin or .safetensors, tokenizer.model);
+    Q-Align, OneAlign and DeQA have the same. BUNDLE is the folder to write; it appears when everything is
+    complete and checked.
+
+    \b
+    Examples:
+      owl2-export mplug-owl2-llama2-7b/ owl2-int4/
+      owl2-export one-align/ one-align-int4/ --calibration photos/
+      owl2-export checkpoint/ bundle/ --calibration talks.jsonl --weights int8
+      owl2-export checkpoint/ exact/ --weights fp32
+      owl2-export MAGAer13/mplug-owl2-llama2-7b owl2-int4/ --download
+    """
+    with ExitStack() as stack:
+        reporter: Reporter = Silent() if as_json else stack.enter_context(Terminal())
+        config = ExportConfig(
+            checkpoint=local_checkpoint(checkpoint, download=download),
+            bundle=bundle,
+            weights=weights,
+            vision=vision,
+            method=method,
+            group_size=group_size,
+            calibration=calibration,
+            samples=samples,
+            overwrite=overwrite,
+        )
+        report = export_bundle(config, reporter)
+    if as_json:
+        click.echo(json.dumps({"bundle": str(bundle), **report.to_json()}, indent=2))
+        return
+    click.echo(_summary(bundle, report))
+    for note in report.calibration.notes:
+        notice(f"note: {note}")
+
+
+def _summary(bundle: Path, report: Report) -> str:
+    """What was written and how good it is."""
+    accuracy, calibration = report.accuracy, report.calibration
+    lines = [
+        f"{bundle}: {size(report.size)} in {duration(report.seconds)}, peak memory {size(report.peak_memory)}",
+        *(
+            f"  {p.graph}: equals torch within {p.exact:.1e} of the RMS; stored weights change it by {p.weights:.2%}, "
+            f"int8 activations by {p.activations:.2%}"
+            for p in report.parity
+        ),
+    ]
+    if calibration.samples:
+        lines.append(
+            f"  calibration: {calibration.source}, {calibration.samples} samples with {calibration.pictures} pictures, "
+            f"{calibration.text_rows} text and {calibration.image_rows} image rows"
+        )
+    if report.modules:
+        error = sum(module.error for module in report.modules.values()) / len(report.modules)
+        rounding = sum(module.rtn_error for module in report.modules.values()) / len(report.modules)
+        lines.append(f"  GPTQ: mean output error of a layer {error:.2e}, rounding would leave {rounding:.2e}")
+    lines.append(
+        f"  against the checkpoint ({accuracy.measured_on}): KL {accuracy.kl_text:.2e} nats at text positions, "
+        f"same best token {accuracy.top1_agreement_text:.1%}, mean logit difference "
+        f"{accuracy.mean_abs_logit_difference:.3f}"
+    )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the command line and exit: 0 success, 1 failure, 2 wrong usage, 130 stopped by Ctrl-C."""
+    # A polite kill cleans up as Ctrl-C does.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    export(prog_name="owl2-export")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Settings of an export."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from owl2.quant.config import Method, QuantConfig
+from owl2.runtime.config import require
+
+WeightType = Literal["int4", "int8", "fp16", "fp32"]
+VisionType = Literal["int8", "fp16", "fp32"]
+
+BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "int4": 0.5}
+
+
+@dataclass(frozen=True, slots=True)
+class ExportConfig:
+    """What is exported, where to, and how its weights are stored.
+
+    Attributes:
+        checkpoint: folder in the official layout.
+        bundle: folder to write.
+        weights: of the decoder's linear layers.
+        vision: of the vision tower's and the abstractor's linear layers; None for int8 beside integer weights
+            and for the decoder's own type otherwise.
+        method: how integer weights are found.
+        group_size: columns that share a scale.
+        calibration: folder of pictures or JSONL file; None for the built-in set.
+        samples: most calibration samples used.
+        overwrite: replace a bundle that is there.
+
+    Raises:
+        ConfigError: a value outside its set.
+    """
+
+    checkpoint: Path
+    bundle: Path
+    weights: WeightType = "int4"
+    vision: VisionType | None = None
+    method: Method = "gptq"
+    group_size: int = 128
+    calibration: Path | None = None
+    samples: int = 128
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        require(
+            self.weights in get_args(WeightType),
+            f"weights {self.weights!r}: use one of {', '.join(get_args(WeightType))}",
+        )
+        require(
+            self.vision is None or self.vision in get_args(VisionType),
+            f"vision {self.vision!r}: use one of {', '.join(get_args(VisionType))}",
+        )
+        require(self.samples > 0, f"samples must be positive, got {self.samples}")
+        _ = self.quant
+
+    @property
+    def quant(self) -> QuantConfig | None:
+        """How the decoder's weights become integers; None when they stay floating point."""
+        if self.weights in ("fp16", "fp32"):
+            return None
+        return QuantConfig(bits=int(self.weights[3:]), group_size=self.group_size, method=self.method)
+
+    @property
+    def head(self) -> WeightType:
+        """The output head's type: int8 beside integer weights, where 4 bits would cost the most."""
+        return self.weights if self.quant is None else "int8"
+
+    @property
+    def vision_type(self) -> VisionType:
+        """The vision side's type, the default resolved."""
+        if self.vision is not None:
+            return self.vision
+        return "int8" if self.weights in ("int4", "int8") else self.weights
+
+    @property
+    def embeddings(self) -> Literal["fp32", "fp16"]:
+        """The token table's type."""
+        return "fp32" if self.weights == "fp32" else "fp16"

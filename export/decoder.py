@@ -1,0 +1,159 @@
+"""Exporting the decoder, layer by layer: in memory are one layer and the hidden rows of the prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from owl2.export.checkpoint import Checkpoint
+from owl2.export.config import ExportConfig
+from owl2.export.graph.builder import GraphBuilder
+from owl2.export.graph.decoder import DecoderGraph
+from owl2.export.graph.dialect import Linear
+from owl2.export.graph.ort import OrtDialect
+from owl2.export.model import DecoderLayer, RmsNorm
+from owl2.export.progress import Reporter
+from owl2.export.weights import DenseWeight, LinearWeight
+from owl2.quant.config import QuantConfig
+from owl2.quant.gptq import GptqReport
+from owl2.quant.grid import rtn
+from owl2.quant.layer import LINEARS, quantize_layer
+from owl2.quant.stream import Stream
+from owl2.runtime import spec
+from owl2.runtime.engine import Floats
+
+NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Prompts on their way through the layers.
+
+    Attributes:
+        calibration: through the stored weights, for GPTQ; None where it is not used.
+        stored: the measured prompts, through the stored weights.
+        reference: the measured prompts, through the original weights.
+    """
+
+    calibration: Stream | None
+    stored: Stream
+    reference: Stream
+
+
+@dataclass(frozen=True)
+class ExportedDecoder:
+    """What the export of the decoder yields.
+
+    Attributes:
+        modules: what GPTQ cost, by name of the linear layer; empty for other methods.
+        stored: logits [T, V] of each measured prompt from torch on the stored weights.
+        reference: the same on the original weights.
+    """
+
+    modules: dict[str, GptqReport]
+    stored: list[Floats]
+    reference: list[Floats]
+
+
+def export_decoder(
+    checkpoint: Checkpoint, folder: Path, config: ExportConfig, streams: Streams, reporter: Reporter
+) -> ExportedDecoder:
+    """Write ``decoder.onnx``.
+
+    Raises:
+        CalibrationError, QuantizationError: a weight cannot be quantized.
+    """
+    decoder = checkpoint.config.decoder
+    modules: dict[str, GptqReport] = {}
+    reporter.stage(_stage_name(config), decoder.num_hidden_layers + 1)
+    with GraphBuilder(folder / spec.DECODER_GRAPH) as graph:
+        writer = DecoderGraph(graph, OrtDialect(), decoder)
+        for index in range(decoder.num_hidden_layers):
+            name = f"layers.{index}"
+            layer = DecoderLayer(decoder).eval()
+            checkpoint.load_into(layer, f"model.{name}.")
+            streams.reference.advance(layer)
+            weights = _store_layer(layer, streams.calibration, config, name, modules)
+            streams.stored.advance(layer)
+            if streams.calibration is not None:
+                streams.calibration.advance(layer)
+            writer.layer(_linears(layer, weights, name), _gains(layer))
+            reporter.advance()
+        stored, reference = _finish(checkpoint, writer, config, streams)
+        reporter.advance()
+    return ExportedDecoder(modules, stored, reference)
+
+
+def _stage_name(config: ExportConfig) -> str:
+    method = f", {config.method.upper()}" if config.quant is not None else ""
+    return f"decoder layers, {config.weights}{method}"
+
+
+def _store_layer(
+    layer: DecoderLayer, calibration: Stream | None, config: ExportConfig, name: str, modules: dict[str, GptqReport]
+) -> dict[str, LinearWeight]:
+    """The stored form of each linear layer's weight; ``layer`` computes with these from now on."""
+    if config.quant is None:
+        dtype = "fp32" if config.weights == "fp32" else "fp16"
+        weights: dict[str, LinearWeight] = {}
+        for linear in LINEARS:
+            weight = _parameter(layer, f"{linear}.weight")
+            weights[linear] = stored = DenseWeight(weight.clone(), dtype)
+            weight.copy_(stored.dequantize())
+        return weights
+    done = quantize_layer(layer, calibration, config.quant, name)
+    modules.update({f"{name}.{linear}": entry.report for linear, entry in done.items() if entry.report is not None})
+    return {linear: entry.weight for linear, entry in done.items()}
+
+
+def _parameter(layer: DecoderLayer, name: str) -> Tensor:
+    return layer.get_parameter(name).detach()
+
+
+def _linears(layer: DecoderLayer, weights: Mapping[str, LinearWeight], name: str) -> dict[str, Linear]:
+    """Graph linears by their name within the layer, biases included."""
+    parameters = dict(layer.named_parameters())
+    biases = {linear: parameters.get(f"{linear}.bias") for linear in weights}
+    return {
+        linear: Linear(f"{name}.{linear}", weight, None if (bias := biases[linear]) is None else bias.detach())
+        for linear, weight in weights.items()
+    }
+
+
+def _gains(layer: DecoderLayer) -> dict[str, tuple[Tensor, Tensor]]:
+    """Text and image gain of both norms."""
+    return {
+        norm: (_parameter(layer, f"{norm}.multiway.0.weight"), _parameter(layer, f"{norm}.multiway.1.weight"))
+        for norm in NORMS
+    }
+
+
+@torch.no_grad()
+def _finish(
+    checkpoint: Checkpoint, writer: DecoderGraph, config: ExportConfig, streams: Streams
+) -> tuple[list[Floats], list[Floats]]:
+    """Write norm and head; returns the logits on stored and on original weights."""
+    decoder = checkpoint.config.decoder
+    norm = RmsNorm(decoder.hidden_size, decoder.rms_norm_eps)
+    checkpoint.load_into(norm, "model.norm.")
+    source = "model.embed_tokens.weight" if decoder.tie_word_embeddings else "lm_head.weight"
+    original = checkpoint.tensor(source)
+    head = _store_head(original, config)
+    writer.finish(norm.weight.detach(), head)
+
+    def logits(stream: Stream, weight: Tensor) -> list[Floats]:
+        return [(norm(sequence.rows) @ weight.T).numpy() for sequence in stream.sequences]
+
+    reference = logits(streams.reference, original)
+    return logits(streams.stored, head.dequantize()), reference
+
+
+def _store_head(weight: Tensor, config: ExportConfig) -> LinearWeight:
+    if config.head == "int8":
+        # Eight bits leave rounding nothing to gain from a Hessian.
+        return rtn(weight, QuantConfig(bits=8, group_size=config.group_size, method="rtn"))
+    return DenseWeight(weight, "fp32" if config.head == "fp32" else "fp16")

@@ -1,0 +1,135 @@
+"""Comparing exported graphs with torch, as part of every export.
+
+Two questions are kept apart. Does the graph compute what torch computes *on the stored weights*? To answer it
+exactly, activations stay in float32 (:func:`with_float_activations`); a difference is a defect and ends the
+export. How much do the int8 activations of the fast kernels add? That is bounded loosely and reported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from owl2.export.graph.builder import CONTRIB
+from owl2.runtime.engine import Floats
+from owl2.runtime.errors import ParityError
+
+# Relative to the RMS of what torch computes. float32 graphs of the full-size shapes stay below 1e-4.
+EXACT_LIMIT = 1e-3
+# int8 activations: RMS of the difference over RMS. Broken graphs are near 1.4.
+ACTIVATION_LIMIT = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """How a graph compares with torch; differences are relative to the RMS of torch's values.
+
+    Attributes:
+        graph: file name.
+        values: how many were compared.
+        exact: largest difference to torch on the stored weights, activations in float32.
+        limit: the bound on it.
+        activations: RMS difference that the graph's own activation types add.
+        weights: RMS difference between stored and original weights, both in torch.
+        total: RMS difference between the graph as it runs and torch on the original weights.
+    """
+
+    graph: str
+    values: int
+    exact: float
+    limit: float
+    activations: float
+    weights: float
+    total: float
+
+
+def compare(graph: str, *, exact: Floats, actual: Floats, stored: Floats, reference: Floats) -> Parity:
+    """Measure and judge.
+
+    Args:
+        graph: name for messages.
+        exact: the graph's values with float32 activations.
+        actual: the graph's values as it runs.
+        stored: torch's values on the stored weights.
+        reference: torch's values on the original weights. All four have one shape.
+
+    Raises:
+        ParityError: the graph is not torch's equal, with the numbers.
+    """
+    scale = _rms(reference) or 1.0
+    parity = Parity(
+        graph=graph,
+        values=reference.size,
+        exact=float(np.max(np.abs(exact - stored))) / scale,
+        limit=EXACT_LIMIT,
+        activations=_rms(actual - exact) / scale,
+        weights=_rms(stored - reference) / scale,
+        total=_rms(actual - reference) / scale,
+    )
+    # Written so that NaN fails.
+    if not parity.exact <= EXACT_LIMIT:
+        raise ParityError(
+            f"{graph} does not compute what torch computes on the same weights: largest difference {parity.exact:.3g} "
+            f"of the RMS, at most {EXACT_LIMIT:g} is allowed ({parity.values} values compared). Nothing was written; "
+            "please report this with your config.json"
+        )
+    if not parity.activations <= ACTIVATION_LIMIT:
+        raise ParityError(
+            f"{graph}: int8 activations change the result by {parity.activations:.3g} of its RMS, at most "
+            f"{ACTIVATION_LIMIT:g} is allowed. Nothing was written; use fp16 or fp32 weights for this part"
+        )
+    return parity
+
+
+def _rms(values: Floats) -> float:
+    return float(np.sqrt(np.mean(np.square(values, dtype=np.float64))))
+
+
+@contextlib.contextmanager
+def with_float_activations(path: Path) -> Iterator[Path]:
+    """A graph like the one at ``path``, on the same weights, that keeps activations in float32.
+
+    It lies beside it while the context lasts and shares its external data.
+    """
+    model = onnx.load(path, load_external_data=False)
+    nodes = []
+    for node in model.graph.node:
+        if node.op_type == "MatMulNBits":
+            kept = [attribute for attribute in node.attribute if attribute.name != "accuracy_level"]
+            del node.attribute[:]
+            node.attribute.extend([*kept, helper.make_attribute("accuracy_level", 0)])
+            nodes.append(node)
+        elif node.op_type == "DynamicQuantizeMatMul" and node.domain == CONTRIB:
+            nodes.extend(_dequantized(node))
+        else:
+            nodes.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    variant = path.with_suffix(".float.onnx")
+    variant.write_bytes(model.SerializeToString())
+    try:
+        yield variant
+    finally:
+        variant.unlink(missing_ok=True)
+
+
+def _dequantized(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """x · dequantized weight (+ bias) instead of an int8 product.
+
+    Cast and Mul, since ONNX Runtime would fuse DequantizeLinear and MatMul back into an int8 product.
+    """
+    x, codes, scales, *rest = node.input
+    bias = rest[1] if len(rest) > 1 else ""
+    weight, product, output = f"{node.name}.weight", f"{node.name}.product", node.output[0]
+    made = [
+        helper.make_node("Cast", [codes], [f"{node.name}.codes"], to=onnx.TensorProto.FLOAT),
+        helper.make_node("Mul", [f"{node.name}.codes", scales], [weight]),
+        helper.make_node("MatMul", [x, weight], [product if bias else output]),
+    ]
+    return [*made, helper.make_node("Add", [product, bias], [output])] if bias else made

@@ -1,0 +1,79 @@
+"""Telling how far long work has come."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import TimeRemainingColumn as TimeLeftColumn
+
+
+class Reporter(Protocol):
+    """Is told of stages and their steps."""
+
+    def stage(self, name: str, total: int) -> None:
+        """A stage of ``total`` steps begins; the one before it is done."""
+
+    def advance(self) -> None:
+        """One step is done."""
+
+
+class Silent:
+    """Says nothing."""
+
+    def stage(self, name: str, total: int) -> None:
+        """Ignored."""
+
+    def advance(self) -> None:
+        """Ignored."""
+
+
+class Terminal:
+    """Bars with the time left on a terminal, one line per finished stage elsewhere; both on stderr."""
+
+    def __init__(self) -> None:
+        self._bars = Progress(
+            TextColumn("{task.description:28}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeLeftColumn(),
+            console=Console(stderr=True),
+            disable=not sys.stderr.isatty(),
+            speed_estimate_period=3600,  # a layer may take minutes
+        )
+        self._task: TaskID | None = None
+        self._stage: tuple[str, float] | None = None
+
+    def __enter__(self) -> Terminal:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self._finish()
+        self._bars.stop()
+
+    def stage(self, name: str, total: int) -> None:
+        """Begin a bar, or time a line."""
+        self._finish()
+        self._stage = name, time.perf_counter()
+        self._task = self._bars.add_task(name, total=total)
+
+    def advance(self) -> None:
+        """Move the bar."""
+        if self._task is not None:
+            self._bars.advance(self._task)
+
+    def _finish(self) -> None:
+        if self._stage is not None and self._bars.disable:
+            name, began = self._stage
+            sys.stderr.write(f"{name}: {time.perf_counter() - began:.1f} s\n")
+        self._stage = None

@@ -1,0 +1,75 @@
+"""Calibration and probe prompts, tokenized and with their pictures preprocessed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from owl2.quant.calibration import CalibrationSet, Sample, probe_samples
+from owl2.runtime.config import ModelConfig
+from owl2.runtime.multimodal import Prompt, encode_prompt
+from owl2.runtime.pictures import Picture, open_pictures
+from owl2.runtime.tokenizer import Tokenizer
+
+# One in so many calibration samples is kept from the quantizer to measure with, at most HELD_OUT of them.
+HELD_OUT_EVERY = 8
+HELD_OUT = 16
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What passes through the model while it is exported.
+
+    Attributes:
+        calibration: the quantizer looks at these; empty where nothing is calibrated.
+        probes: the graphs are compared with torch on these.
+        held_out: the loss of accuracy is measured on these, which the quantizer has not seen.
+    """
+
+    calibration: list[Prompt]
+    probes: list[Prompt]
+    held_out: list[Prompt]
+
+    @property
+    def measured(self) -> list[Prompt]:
+        """Probes and held-out prompts, in this order."""
+        return self.probes + self.held_out
+
+    @property
+    def pictures(self) -> dict[str, Picture]:
+        """All pictures by digest."""
+        return pictures_of([*self.calibration, *self.measured])
+
+
+def pictures_of(prompts: Iterable[Prompt]) -> dict[str, Picture]:
+    """Pictures of ``prompts`` by digest, each once."""
+    return {digest: picture for prompt in prompts for digest, picture in prompt.pictures.items()}
+
+
+def prepare(data: CalibrationSet, config: ModelConfig, tokenizer: Tokenizer, *, calibrate: bool) -> Prompts:
+    """Encode the samples; what exceeds the context is cut at its end.
+
+    Raises:
+        ImageError, PromptError: a sample cannot be used.
+    """
+
+    def encode(samples: Iterable[Sample]) -> list[Prompt]:
+        return [_encode(sample, config, tokenizer) for sample in samples]
+
+    samples = data.samples
+    places = range(0, len(samples), HELD_OUT_EVERY)[:HELD_OUT] if len(samples) >= HELD_OUT_EVERY else range(0)
+    held_out = [samples[i] for i in places]
+    rest = [sample for i, sample in enumerate(samples) if i not in places]
+    return Prompts(encode(rest) if calibrate else [], encode(probe_samples()), encode(held_out))
+
+
+def _encode(sample: Sample, config: ModelConfig, tokenizer: Tokenizer) -> Prompt:
+    pictures = open_pictures(sample.images, config.preprocess, None)
+    prompt = encode_prompt(sample.prompt, pictures, tokenizer, config.rows_per_image)
+    return Prompt(prompt.keys[: config.decoder.max_position_embeddings], prompt.pictures)
+
+
+def fingerprint(prompts: Sequence[Prompt]) -> str:
+    """SHA-256 (hex) of all positions, which name token ids and the digests of pictures."""
+    return hashlib.sha256(repr([prompt.keys for prompt in prompts]).encode()).hexdigest()

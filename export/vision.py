@@ -1,0 +1,125 @@
+"""Exporting the vision tower and the abstractor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from torch import Tensor, nn
+
+from owl2.export.checkpoint import Checkpoint
+from owl2.export.config import VisionType
+from owl2.export.graph.builder import GraphBuilder
+from owl2.export.graph.ort import OrtDialect
+from owl2.export.graph.vision import VisionGraph
+from owl2.export.model import VisionModel, VisualAbstractor
+from owl2.export.parity import Parity, compare, with_float_activations
+from owl2.export.progress import Reporter
+from owl2.export.weights import ChannelInt8Weight, DenseWeight, LinearWeight
+from owl2.runtime import spec
+from owl2.runtime.engine import Floats
+from owl2.runtime.pictures import Picture
+
+
+@dataclass(frozen=True)
+class ExportedVision:
+    """What the export of the vision side yields.
+
+    Attributes:
+        reference: decoder rows of the measured pictures by digest, from torch on the checkpoint's weights.
+        rows: decoder rows of all pictures by digest, from the exported graph.
+        parity: the graph against torch on the stored weights.
+    """
+
+    reference: dict[str, Floats]
+    rows: dict[str, Floats]
+    parity: Parity
+
+
+def store(weight: Tensor, kind: VisionType) -> LinearWeight:
+    """The stored form of a float32 [N, K] weight."""
+    return ChannelInt8Weight.quantize(weight) if kind == "int8" else DenseWeight(weight, kind)
+
+
+@torch.no_grad()
+def export_vision(
+    checkpoint: Checkpoint,
+    folder: Path,
+    kind: VisionType,
+    pictures: Mapping[str, Picture],
+    measured: set[str],
+    reporter: Reporter,
+) -> ExportedVision:
+    """Write ``vision.onnx``, compare it with torch and run all pictures through it.
+
+    Args:
+        checkpoint: source of the weights.
+        folder: where the graph goes.
+        kind: how linear weights are stored.
+        pictures: by digest.
+        measured: digests of the pictures that torch runs too.
+        reporter: is told of each picture.
+
+    Raises:
+        ParityError: the graph does not compute what torch computes.
+    """
+    config = checkpoint.config
+    tower = VisionModel(config.vision).eval()
+    abstractor = VisualAbstractor(config.abstractor, config.decoder.hidden_size).eval()
+    checkpoint.load_into(tower, "model.vision_model.")
+    checkpoint.load_into(abstractor, "model.visual_abstractor.")
+
+    def torch_rows() -> dict[str, Floats]:
+        made = {}
+        for digest in sorted(measured):
+            pixels = torch.from_numpy(pictures[digest].pixels)[None]
+            made[digest] = abstractor(tower(pixels))[0].numpy()
+            reporter.advance()
+        return made
+
+    reporter.stage("vision tower and abstractor", 2 * len(measured) + len(pictures))
+    reference = torch_rows()
+    for module in (*tower.modules(), *abstractor.modules()):
+        if isinstance(module, nn.Linear):
+            # From here on torch has the weights that the graph stores.
+            module.weight.copy_(store(module.weight, kind).dequantize())
+    stored = torch_rows()
+    path = folder / spec.VISION_GRAPH
+    with GraphBuilder(path) as graph:
+        VisionGraph(graph, OrtDialect(), config, lambda _, weight: store(weight, kind)).write(tower, abstractor)
+    parity = _check(path, pictures, stored, reference)
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    rows = {}
+    for digest, picture in pictures.items():
+        rows[digest] = run_vision(session, picture)
+        reporter.advance()
+    return ExportedVision(reference, rows, parity)
+
+
+def run_vision(session: ort.InferenceSession, picture: Picture) -> Floats:
+    """Decoder rows [queries + 1, C] of one picture."""
+    rows: Floats = session.run([spec.IMAGE_ROWS], {spec.PIXELS: picture.pixels[None]})[0][0]
+    return rows
+
+
+def _check(
+    path: Path, pictures: Mapping[str, Picture], stored: Mapping[str, Floats], reference: Mapping[str, Floats]
+) -> Parity:
+    digests = list(stored)
+    with with_float_activations(path) as exact:
+        graphs = {
+            name: ort.InferenceSession(p, providers=["CPUExecutionProvider"])
+            for name, p in (("exact", exact), ("actual", path))
+        }
+        made = {name: np.stack([run_vision(session, pictures[d]) for d in digests]) for name, session in graphs.items()}
+    return compare(
+        "vision.onnx",
+        exact=made["exact"],
+        actual=made["actual"],
+        stored=np.stack([stored[d] for d in digests]),
+        reference=np.stack([reference[d] for d in digests]),
+    )

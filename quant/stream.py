@@ -1,0 +1,69 @@
+"""Hidden rows of several sequences on their way through the decoder, one layer at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from owl2.export.model import DecoderLayer, Routing, rotary_tables
+from owl2.runtime.config import DecoderConfig
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One prompt.
+
+    Attributes:
+        rows: float32 [T, C], input of the layer that comes next.
+        routing: which of the T rows are text and which are image.
+    """
+
+    rows: Tensor
+    routing: Routing
+
+    @classmethod
+    def of(cls, rows: Tensor, modality: Tensor) -> Sequence:
+        """rows: [T, C]; modality: int64 [T], 1 at image rows."""
+        return cls(rows, Routing.of(modality))
+
+
+class Stream:
+    """Sequences that all stand before the same layer.
+
+    Memory: one [T, C] float32 matrix per sequence, whatever the depth of the model.
+    """
+
+    def __init__(self, config: DecoderConfig, sequences: Iterable[Sequence]) -> None:
+        self.config = config
+        self.sequences = list(sequences)
+
+    def copy(self) -> Stream:
+        """A second stream that starts from the same rows."""
+        return Stream(self.config, [Sequence(s.rows, s.routing) for s in self.sequences])
+
+    @property
+    def text_rows(self) -> int:
+        """Text rows of all sequences."""
+        return sum(len(s.routing.text) for s in self.sequences)
+
+    @property
+    def image_rows(self) -> int:
+        """Image rows of all sequences."""
+        return sum(len(s.routing.image) for s in self.sequences)
+
+    @torch.no_grad()
+    def outputs(self, layer: DecoderLayer) -> Iterator[Tensor]:
+        """The rows that ``layer`` makes of each sequence, each [T, C]."""
+        for sequence in self.sequences:
+            tokens = len(sequence.rows)
+            rotary = rotary_tables(self.config, tokens, tokens)
+            rows, _ = layer(sequence.rows, sequence.routing, (1, tokens), rotary)
+            yield rows
+
+    def advance(self, layer: DecoderLayer) -> None:
+        """Move every sequence behind ``layer``."""
+        for sequence, rows in zip(self.sequences, self.outputs(layer)):
+            sequence.rows = rows
