@@ -74,8 +74,7 @@ def export_decoder(
         writer = DecoderGraph(graph, OrtDialect(), decoder)
         for index in range(decoder.num_hidden_layers):
             name = f"layers.{index}"
-            layer = DecoderLayer(decoder).eval()
-            checkpoint.load_into(layer, f"model.{name}.")
+            layer = _load_layer(checkpoint, f"model.{name}.")
             streams.reference.advance(layer)
             weights = _store_layer(layer, streams.calibration, config, name, modules)
             streams.stored.advance(layer)
@@ -86,6 +85,14 @@ def export_decoder(
         stored, reference = _finish(checkpoint, writer, config, streams)
         reporter.advance()
     return ExportedDecoder(modules, stored, reference)
+
+
+def _load_layer(checkpoint: Checkpoint, prefix: str) -> DecoderLayer:
+    with torch.device("meta"):  # no time for random weights that are replaced at once
+        layer = DecoderLayer(checkpoint.config.decoder).eval()
+    layer.to_empty(device="cpu")
+    checkpoint.load_into(layer, prefix)
+    return layer
 
 
 def _stage_name(config: ExportConfig) -> str:
