@@ -7,14 +7,16 @@ safetensors shards are read by slice.
 from __future__ import annotations
 
 import json
+import re
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from owl2.export.hf_config import model_config
@@ -32,7 +34,8 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
 )
-FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+FLOAT_TYPES = ("float32", "float16", "bfloat16")
+SAFETENSORS_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 OPTIONAL_SUFFIXES = (".q_pos_embed", ".k_pos_embed")
 IGNORED_SUFFIX = ".rotary_emb.inv_freq"
 OPEN_SHARDS = 2
@@ -205,34 +208,38 @@ class _Shard:
             if path.suffix == ".safetensors":
                 self._safe = self._stack.enter_context(safe_open(path, framework="pt"))
                 self._names = set(self._safe.keys())
-            else:
-                loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-                if not isinstance(loaded, Mapping):
-                    raise CheckpointError(f"{path}: expected a dictionary of tensors, got {type(loaded).__name__}")
-                self._bin = {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
-                self._names = set(self._bin)
-        except (OSError, RuntimeError, ValueError, SafetensorError, EOFError) as error:
-            raise CheckpointError(f"{path} cannot be read; it is truncated or damaged: {error}") from error
-        except Exception as error:
-            if type(error).__name__ != "UnpicklingError":
-                raise
-            reason = str(error).splitlines()[0]
+                return
+            loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except UnpicklingError as error:
+            # Torch's own text advises to switch this protection off.
+            found = re.search(r"GLOBAL ([\w.]+)", str(error))
+            reason = f"it asks for {found[1]}" if found else "its pickle is damaged"
             raise CheckpointError(
                 f"{path} holds more than tensors, or no tensors at all, and was not loaded: {reason}"
             ) from error
+        except Exception as error:  # A damaged pickle raises nearly anything.
+            reason = f"{type(error).__name__}: {error}"
+            raise CheckpointError(f"{path} cannot be read; it is truncated or damaged: {reason}") from error
+        if not isinstance(loaded, Mapping):
+            raise CheckpointError(f"{path}: expected a dictionary of tensors, got {type(loaded).__name__}")
+        self._bin = {
+            name: value for name, value in loaded.items() if isinstance(name, str) and isinstance(value, Tensor)
+        }
+        self._names = set(self._bin)
 
     def names(self) -> set[str]:
         return self._names
 
-    def describe(self, name: str) -> tuple[tuple[int, ...], torch.dtype] | None:
+    def describe(self, name: str) -> tuple[tuple[int, ...], str] | None:
         """Shape and dtype without reading the numbers; None when this file does not hold the tensor."""
         if name not in self._names:
             return None
         value = self.tensor(name) if self._bin is not None else None
         if value is not None:
-            return tuple(value.shape), value.dtype
+            return tuple(value.shape), str(value.dtype).removeprefix("torch.")
         view = self._safe.get_slice(name)
-        return tuple(view.get_shape()), SAFETENSORS_TYPES.get(view.get_dtype(), torch.int8)
+        stored: str = view.get_dtype()
+        return tuple(view.get_shape()), SAFETENSORS_TYPES.get(stored, stored)
 
     def tensor(self, name: str) -> Tensor:
         return self._bin[name] if self._bin is not None else self._safe.get_tensor(name)
@@ -240,6 +247,3 @@ class _Shard:
     def close(self) -> None:
         self._bin = None
         self._stack.close()
-
-
-SAFETENSORS_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -112,7 +112,7 @@ def _abstractor(source: Json) -> AbstractorConfig:
         num_attention_heads=_integer(source, "num_attention_heads", 16),
         intermediate_size=_integer(source, "intermediate_size", 2816),
         num_learnable_queries=_integer(source, "num_learnable_queries", 64),
-        grid_size=source.get("grid_size") or 32,
+        grid_size=_integer(source, "grid_size", 32) if source.get("grid_size") else 32,
         layer_norm_eps=_number(source, "layer_norm_eps", 1e-6),
         use_cls_token=_flag(source, "use_cls_token", True),
     )
@@ -129,7 +129,8 @@ def _decoder(source: Json, generation: Json) -> DecoderConfig:
     hidden_act = source.get("hidden_act", "silu")
     require(hidden_act == "silu", f"config.json: hidden_act is {hidden_act!r}; only 'silu' is supported")
     eos = generation.get("eos_token_id", source.get("eos_token_id", 2))
-    require(isinstance(eos, int), f"generation_config.json: eos_token_id must be one integer, got {eos!r}")
+    right = isinstance(eos, int) and not isinstance(eos, bool) and eos >= 0
+    require(right, f"generation_config.json: eos_token_id must be one integer, got {eos!r}")
     return DecoderConfig(
         vocab_size=_integer(source, "vocab_size", 32000),
         hidden_size=_integer(source, "hidden_size", 4096),
@@ -164,6 +165,10 @@ def _preprocess(source: Json, image_aspect_ratio: str | None) -> PreprocessConfi
     for key, expected in (("resample", 3), ("rescale_factor", 1 / 255), ("do_rescale", True)):
         value = source.get(key, expected)
         require(value == expected, f"preprocessor_config.json: {key} is {value!r}, expected {expected!r}")
+    require(
+        image_aspect_ratio is None or isinstance(image_aspect_ratio, str),
+        f"config.json: image_aspect_ratio must be a string, got {image_aspect_ratio!r}",
+    )
     # Anything but "pad" goes straight to the CLIP processor in the official code; a config that says nothing
     # gets the square resize of the official quick start.
     modes: dict[str | None, PreprocessMode] = {"pad": "pad", None: "resize"}
@@ -179,6 +184,8 @@ def _preprocess(source: Json, image_aspect_ratio: str | None) -> PreprocessConfi
 def _edge(source: Json, key: str, name: str) -> int:
     value = source.get(key, 224)
     if isinstance(value, Mapping):
+        square = value.get("height") == value.get("width")
+        require(square, f"preprocessor_config.json: {key} must be square, got {value!r}")
         value = value.get(name)
     right = isinstance(value, int) and not isinstance(value, bool)
     require(right, f"preprocessor_config.json: {key} must be an integer or hold {name!r}, got {source.get(key)!r}")
@@ -187,7 +194,11 @@ def _edge(source: Json, key: str, name: str) -> int:
 
 def _channels(source: Json, key: str, default: tuple[float, float, float]) -> tuple[float, float, float]:
     value = source.get(key, default)
-    right = isinstance(value, list | tuple) and len(value) == 3
+    right = (
+        isinstance(value, list | tuple)
+        and len(value) == 3
+        and all(isinstance(channel, int | float) and not isinstance(channel, bool) for channel in value)
+    )
     require(right, f"preprocessor_config.json: {key} must be three numbers, got {value!r}")
     red, green, blue = (float(channel) for channel in value)
     return red, green, blue

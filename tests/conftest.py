@@ -1,11 +1,91 @@
 """Fixtures that all tests share."""
 
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from owl2.export.checkpoint import TOKENIZER_FILES
+from owl2.export.config import ExportConfig
+from owl2.export.hf_config import model_config
+from owl2.export.model import Owl2Model
+from owl2.export.pipeline import export_bundle
+from safetensors.torch import save_file
+
+GOLDEN = Path(__file__).parent / "golden"
+MakeCheckpoint = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """Folder of the data recorded from the original implementation."""
-    return Path(__file__).parent / "golden"
+    return GOLDEN
+
+
+def _bundle(factory: pytest.TempPathFactory, checkpoint: Path, **settings: Any) -> Path:
+    target = factory.mktemp("bundles") / "bundle"
+    export_bundle(ExportConfig(checkpoint, target, **settings))
+    return target
+
+
+@pytest.fixture(scope="session")
+def bundle_a1(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Golden a1 as a float32 bundle."""
+    return _bundle(tmp_path_factory, GOLDEN / "a1_base_bin" / "model", weights="fp32")
+
+
+@pytest.fixture(scope="session")
+def bundle_a2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Golden a2 as a float32 bundle."""
+    return _bundle(tmp_path_factory, GOLDEN / "a2_fp16_safetensors" / "model", weights="fp32")
+
+
+@pytest.fixture(scope="session")
+def sample_checkpoint(request: pytest.FixtureRequest) -> Path:
+    """The trained sample model in the official layout."""
+    return Path(request.config.rootpath) / "sample" / "checkpoint"
+
+
+@pytest.fixture(scope="session")
+def sample_bundle(tmp_path_factory: pytest.TempPathFactory, sample_checkpoint: Path) -> Path:
+    """The sample model as a user gets it without any option: int4, GPTQ, built-in calibration."""
+    return _bundle(tmp_path_factory, sample_checkpoint)
+
+
+@pytest.fixture
+def make_checkpoint(tmp_path: Path) -> MakeCheckpoint:
+    """Write a random checkpoint like golden a1 with some keys of its config.json changed."""
+
+    def make(
+        top: dict[str, Any] | None = None,
+        vision: dict[str, Any] | None = None,
+        abstractor: dict[str, Any] | None = None,
+        crop_size: int | None = None,
+    ) -> Path:
+        source, folder = GOLDEN / "a1_base_bin" / "model", tmp_path / "checkpoint"
+        folder.mkdir()
+        for name in (*TOKENIZER_FILES, "generation_config.json"):
+            shutil.copy(source / name, folder / name)
+        config = json.loads((source / "config.json").read_text())
+        config.update(top or {})
+        config["visual_config"]["visual_model"].update(vision or {})
+        config["visual_config"]["visual_abstractor"].update(abstractor or {})
+        preprocessor = json.loads((source / "preprocessor_config.json").read_text())
+        if crop_size is not None:
+            preprocessor.update(size=crop_size, crop_size=crop_size)
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+        torch.manual_seed(7)
+        model = Owl2Model(model_config(config, preprocessor, {}))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.12)
+        tied = model.config.decoder.tie_word_embeddings
+        weights = {n: t.contiguous() for n, t in model.state_dict().items() if not (tied and n == "lm_head.weight")}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    return make
