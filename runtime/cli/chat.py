@@ -139,10 +139,16 @@ def _ask(session: Session, question: str) -> None:
     try:
         stream(answer)
     except KeyboardInterrupt:
-        if answer.state != "finished":
-            waiting = f"; {_count(session.pictures)} for the next one" if session.pictures else ""
-            notice_interrupt(f"stopped; the conversation is as it was before this question{waiting}")
-            return
+        if answer.state == "finished":  # it came too late to stop anything
+            _keep(session, answer)
+            raise
+        waiting = f"; {_count(session.pictures)} for the next one" if session.pictures else ""
+        notice_interrupt(f"stopped; the conversation is as it was before this question{waiting}")
+        return
+    _keep(session, answer)
+
+
+def _keep(session: Session, answer: Answer) -> None:
     session.pictures = []
     session.answer = answer
     notice_context(answer, session.context)
