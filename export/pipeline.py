@@ -37,7 +37,7 @@ from owl2.runtime.multimodal import embed
 from owl2.runtime.tokenizer import Tokenizer
 
 TEMPLATE = "mplug_owl2"
-# The last positions of a probe are decoded one by one, to compare the cached step too.
+# So many text positions at the end of a probe are decoded one by one, to compare the cached step too.
 DECODED_STEPS = 4
 
 
@@ -198,7 +198,8 @@ def _full_logits(engine: Engine, embeds: Floats, modality: Ints) -> Floats:
 def _stepwise_logits(engine: Engine, embeds: Floats, modality: Ints) -> Floats:
     """Logits [T, V]: most positions in one prefill, the last ones step by step from the KV cache."""
     count = len(embeds)
-    first = max(1, count - DECODED_STEPS)
+    text_tail = count - 1 - int(np.flatnonzero(modality)[-1]) if modality.any() else count - 1
+    first = count - min(text_tail, DECODED_STEPS)
     buffers = engine.allocate(count, None)
     made = [engine.prefill(embeds[:first], modality[:first], 0, buffers, np.arange(first))]
     made += [engine.decode(embeds[i : i + 1], i, buffers)[None] for i in range(first, count)]

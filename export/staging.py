@@ -114,7 +114,7 @@ def check_space(folder: Path, needed: int) -> None:
     Raises:
         ExportError: less than ``needed`` bytes are free where ``folder`` lies.
     """
-    if shutil.disk_usage(folder).free < needed:
+    if shutil.disk_usage(folder.parent).free < needed:
         raise ExportError(_no_space(folder, needed))
 
 
