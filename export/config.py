@@ -12,6 +12,7 @@ from owl2.runtime.config import require
 WeightType = Literal["int4", "int8", "fp16", "fp32"]
 VisionType = Literal["int8", "fp16", "fp32"]
 
+VISION_BESIDE: dict[WeightType, VisionType] = {"int4": "int8", "int8": "int8", "fp16": "fp16", "fp32": "fp32"}
 BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "int4": 0.5}
 
 
@@ -72,9 +73,7 @@ class ExportConfig:
     @property
     def vision_type(self) -> VisionType:
         """The vision side's type, the default resolved."""
-        if self.vision is not None:
-            return self.vision
-        return "int8" if self.weights in ("int4", "int8") else self.weights
+        return self.vision or VISION_BESIDE[self.weights]
 
     @property
     def embeddings(self) -> Literal["fp32", "fp16"]:

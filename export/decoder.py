@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -105,7 +106,7 @@ def _store_layer(
 ) -> dict[str, LinearWeight]:
     """The stored form of each linear layer's weight; ``layer`` computes with these from now on."""
     if config.quant is None:
-        dtype = "fp32" if config.weights == "fp32" else "fp16"
+        dtype: Literal["fp32", "fp16"] = "fp32" if config.weights == "fp32" else "fp16"
         weights: dict[str, LinearWeight] = {}
         for linear in LINEARS:
             weight = _parameter(layer, f"{linear}.weight")

@@ -116,14 +116,14 @@ def _shapes(rng: random.Random) -> Drawing:
         size = rng.uniform(50, 90)
         left, top = rng.uniform(5, 15) + index * SIDE / 2, rng.uniform(10, SIDE - size - 10)
         SHAPES[name](pen, (left, top, left + size, top + size), colour)
-    left, right = (f"{colour} {name}" for colour, name in zip(colours, names))
+    one, other = (f"{colour} {name}" for colour, name in zip(colours, names))
     return Drawing(
         image,
-        f"A {left} on the left and a {right} on the right, on a {ground} background.",
+        f"A {one} on the left and a {other} on the right, on a {ground} background.",
         (
             (f"What colour is the {names[0]} on the left?", f"It is {colours[0]}."),
             ("How many shapes are there?", "There are two shapes."),
-            (f"Is the {right} left of the {left}?", "No, it is on the right."),
+            (f"Is the {other} left of the {one}?", "No, it is on the right."),
         ),
     )
 

@@ -6,6 +6,7 @@ The foreign ``config.json`` of a PyTorch checkpoint is translated to these class
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -100,7 +101,7 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         require(self.type in ("linear", "dynamic"), f"rope_scaling type {self.type!r}: linear or dynamic only")
-        require(self.factor > 1.0, f"rope_scaling factor {self.factor} must be greater than 1")
+        require(1.0 < self.factor < math.inf, f"rope_scaling factor {self.factor} must be greater than 1 and finite")
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +127,7 @@ class DecoderConfig:
             self.hidden_size % self.num_attention_heads == 0,
             f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}",
         )
+        require(0.0 < self.rope_theta < math.inf, f"rope_theta {self.rope_theta} must be a positive number")
         require(self.head_dim % 2 == 0, f"head_dim {self.head_dim} must be even (rotary positions)")
 
     @property
@@ -155,6 +157,7 @@ class PreprocessConfig:
     def __post_init__(self) -> None:
         require(self.mode in get_args(PreprocessMode), f"preprocess mode {self.mode!r}: resize, pad or crop only")
         require(self.size > 0 and self.crop_size > 0, "preprocess size and crop_size must be positive")
+        require(all(value > 0 for value in self.std), f"preprocess std must be positive, got {list(self.std)}")
 
 
 @dataclass(frozen=True, slots=True)

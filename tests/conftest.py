@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from owl2.export.checkpoint import TOKENIZER_FILES
 from owl2.export.config import ExportConfig
 from owl2.export.hf_config import model_config
 from owl2.export.model import Owl2Model
 from owl2.export.pipeline import export_bundle
-from safetensors.torch import save_file
+
+# The matrices here are tiny; threads that wait for each other only cost time on a busy machine.
+torch.set_num_threads(1)
 
 GOLDEN = Path(__file__).parent / "golden"
 MakeCheckpoint = Callable[..., Path]

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from owl2.runtime import Chat, ContextOverflowError, Owl2, PromptError
 from owl2.runtime.backends.ort import OrtEngine
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.multimodal import embed
 from owl2.runtime.prompt import Message, render
-from PIL import Image
 
 TOLERANCE = 1e-3
 CASES = {"a1": "a1_base_bin", "a2": "a2_fp16_safetensors"}
@@ -59,9 +60,7 @@ def test_rows_of_the_vision_graph(case: Case, mode: str) -> None:
 
 @pytest.mark.parametrize("group", DECODED)
 def test_greedy_ids(case: Case, group: str) -> None:
-    answer = case.owl.generate(
-        case.prompts[group], images=case.pictures[group], preprocess="resize", max_new_tokens=16
-    )
+    answer = case.owl.generate(case.prompts[group], images=case.pictures[group], preprocess="resize", max_new_tokens=16)
     _ = answer.text
     assert answer.ids == case.array("decode.npz", f"{group}/new_ids").tolist()
     assert answer.finish_reason == "length"

@@ -6,7 +6,7 @@ memory of one weight.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -74,17 +74,29 @@ class GraphBuilder:
         **attributes: Attribute,
     ) -> list[str]:
         """Append a node and return its output names; a number of outputs lets the builder name them."""
+        return self._append(op, inputs, outputs, domain, attributes)
+
+    def op(self, op: str, *inputs: str, domain: str = "", **attributes: Attribute) -> str:
+        """Append a node with one output and return its name."""
+        return self._append(op, inputs, 1, domain, attributes)[0]
+
+    def _append(
+        self,
+        op: str,
+        inputs: Sequence[str],
+        outputs: Sequence[str] | int,
+        domain: str,
+        attributes: Mapping[str, Attribute],
+    ) -> list[str]:
         if isinstance(outputs, int):
             self._counter += 1
             suffixes = [""] + [f".{index}" for index in range(1, outputs)]
             outputs = [f"{op}_{self._counter}{suffix}" for suffix in suffixes]
         name = next(name for name in outputs if name)
-        self._nodes.append(helper.make_node(op, list(inputs), list(outputs), name=name, domain=domain, **attributes))
+        node = helper.make_node(op, list(inputs), list(outputs), name=name, domain=domain)
+        node.attribute.extend(helper.make_attribute(key, value) for key, value in attributes.items())
+        self._nodes.append(node)
         return list(outputs)
-
-    def op(self, op: str, *inputs: str, domain: str = "", **attributes: Attribute) -> str:
-        """Append a node with one output and return its name."""
-        return self.node(op, inputs, domain=domain, **attributes)[0]
 
     def constant(self, name: str, values: NDArray[np.generic]) -> str:
         """Add an initializer once; large ones go to the external file. The same name returns the same tensor."""

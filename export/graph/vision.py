@@ -32,13 +32,13 @@ class VisionGraph:
         size = self.config.vision.image_size
         self.graph.input(spec.PIXELS, TensorProto.FLOAT, ["N", 3, size, size])
         x = self._embed(tower)
-        for index, layer in enumerate(tower.encoder.layers):
-            x = self._layer(x, layer, f"vision.{index}")
+        for index in range(self.config.vision.num_hidden_layers):
+            x = self._layer(x, tower.encoder.layer(index), f"vision.{index}")
         if tower.post_layernorm is not None:
             x = self._layer_norm(x, tower.post_layernorm, "vision.post_layernorm")
         rows = self._abstract(x, abstractor)
         self.graph.node("Identity", [rows], outputs=[spec.IMAGE_ROWS])
-        shape = ["N", self.config.rows_per_image, self.config.decoder.hidden_size]
+        shape: list[int | str] = ["N", self.config.rows_per_image, self.config.decoder.hidden_size]
         self.graph.output(spec.IMAGE_ROWS, TensorProto.FLOAT, shape)
         self.graph.save()
 
@@ -92,8 +92,8 @@ class VisionGraph:
 
     def _abstract(self, patches: str, abstractor: VisualAbstractor) -> str:
         queries = self._batched(abstractor.query_embeds, "abstractor.query_embeds")
-        for index, layer in enumerate(abstractor.encoder.layers):
-            queries = self._cross_attend(queries, patches, layer.crossattention, f"abstractor.{index}")
+        for index in range(self.config.abstractor.num_hidden_layers):
+            queries = self._cross_attend(queries, patches, abstractor.encoder.block(index), f"abstractor.{index}")
         rows = self._module(queries, abstractor.visual_fc, "abstractor.visual_fc")
         end = self._batched(abstractor.vit_eos, "abstractor.vit_eos")
         return self.graph.node("Concat", [rows, end], axis=1)[0]

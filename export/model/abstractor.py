@@ -124,6 +124,12 @@ class AbstractorEncoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(AbstractorLayer(config) for _ in range(config.num_hidden_layers))
 
+    def block(self, index: int) -> CrossAttentionBlock:
+        """The block of one of the layers."""
+        layer = self.layers[index]
+        assert isinstance(layer, AbstractorLayer)
+        return layer.crossattention
+
 
 class VisualAbstractor(nn.Module):
     """Vision rows to decoder rows."""
@@ -139,8 +145,8 @@ class VisualAbstractor(nn.Module):
         """patches: [N, S, C] -> query rows after each layer, each [N, Q, C]."""
         queries = self.query_embeds.expand(len(patches), -1, -1)
         states = []
-        for layer in self.encoder.layers:
-            queries = layer.crossattention(queries, patches)
+        for index in range(len(self.encoder.layers)):
+            queries = self.encoder.block(index)(queries, patches)
             states.append(queries)
         return states
 

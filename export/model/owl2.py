@@ -24,7 +24,7 @@ class Merged:
         modality: int64 [B, L]; 1 at image rows, 0 at text and padding.
         mask: bool [B, L]; False at padding.
         labels: int64 [B, L]; -100 at image rows and padding. None when no labels were given.
-        lengths: int64 [B], real positions of each row.
+        lengths: int64 [B], positions of each row before it was padded to the longest; padding ids inside it count.
     """
 
     embeds: Tensor

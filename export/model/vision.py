@@ -39,7 +39,7 @@ class Embeddings(nn.Module):
 
     def positions(self) -> Tensor:
         """Position rows of this image size: -> [1, num_tokens, C]."""
-        table = self.position_embedding
+        table: Tensor = self.position_embedding
         if self.config.use_cls_token:
             return table
         grid = self.config.grid
@@ -111,6 +111,12 @@ class Encoder(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+
+    def layer(self, index: int) -> Layer:
+        """One of the layers."""
+        layer = self.layers[index]
+        assert isinstance(layer, Layer)
+        return layer
 
 
 class VisionModel(nn.Module):

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import MakeCheckpoint
+from PIL import Image
+
 from owl2.export.checkpoint import Checkpoint
 from owl2.export.config import ExportConfig
 from owl2.export.graph.ort import OrtDialect
@@ -25,7 +27,6 @@ from owl2.runtime import Owl2
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.errors import CalibrationError, ConfigError, ExportError, ParityError
 from owl2.runtime.image import load_image, preprocess
-from PIL import Image
 
 COMMAND = (sys.executable, "-m", "owl2.export")
 
@@ -149,7 +150,10 @@ def test_variations_of_the_architecture(
         model = Owl2Model(checkpoint.config)
         checkpoint.load_into(model, "")
         config = checkpoint.config
-    prompt, path = "USER: <|image|>What is it? ASSISTANT: It", golden / "images" / "00_rgb_landscape_97x61.png"
+    prompt, path = (
+        "USER: <|image|>What is it, and what does it mean? ASSISTANT: It is",
+        golden / "images" / "00_rgb_landscape_97x61.png",
+    )
     context = 64 if name == "dynamic_rope" else None
     owl = Owl2.load(target, context=context)
     made = owl.logits(prompt, images=path)
@@ -184,9 +188,7 @@ class TestFaults:
         )
         self.planted(a1, tmp_path, "decoder.onnx does not compute")
 
-    def test_a_wrong_position_in_cached_steps(
-        self, a1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_wrong_position_in_cached_steps(self, a1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         from owl2.runtime.backends.ort import OrtEngine
 
         original = OrtEngine.decode
@@ -252,7 +254,7 @@ class TestTarget:
         talks = tmp_path / "talks.jsonl"
         turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
         talks.write_text(json.dumps({"conversations": turns}))
-        with pytest.raises(CalibrationError, match="none of its 1 samples has a picture.*image rows"):
+        with pytest.raises(CalibrationError, match=r"none of its 1 samples has a picture.*image rows"):
             export_bundle(ExportConfig(a1, tmp_path / "bundle", calibration=talks))
         assert leftovers(tmp_path) == ["talks.jsonl"]
 

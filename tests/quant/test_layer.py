@@ -1,0 +1,175 @@
+"""One decoder layer: each linear layer is quantized with the rows of its own branch, on the quantized prefix."""
+
+import pytest
+import torch
+
+from owl2.export.model import DecoderLayer, Routing, rotary_tables
+from owl2.export.model.decoder import rotate
+from owl2.quant.config import QuantConfig
+from owl2.quant.gptq import gptq
+from owl2.quant.grid import rtn
+from owl2.quant.layer import LINEARS, quantize_layer
+from owl2.quant.stream import Sequence, Stream
+from owl2.runtime.config import DecoderConfig
+from owl2.runtime.errors import CalibrationError, QuantizationError
+
+CONFIG = DecoderConfig(vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4)
+QUANT = QuantConfig(group_size=32)
+MODALITIES = ([0, 0, 1, 1, 1, 1, 0, 0, 0, 0], [0] * 12, [1, 1, 1, 0, 0])
+
+
+def make_layer() -> DecoderLayer:
+    torch.manual_seed(1)
+    layer = DecoderLayer(CONFIG).eval()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return layer
+
+
+def make_stream(modalities: tuple[list[int], ...] = MODALITIES, repeats: int = 12) -> Stream:
+    generator = torch.Generator().manual_seed(2)
+    sequences = []
+    for modality in modalities * repeats:
+        rows = torch.randn(len(modality), CONFIG.hidden_size, generator=generator)
+        # Image rows live in other directions than text rows, as they do in the real model.
+        kinds = torch.tensor(modality)
+        rows[kinds == 1] *= torch.linspace(0.1, 3.0, CONFIG.hidden_size)
+        sequences.append(Sequence.of(rows, kinds))
+    return Stream(CONFIG, sequences)
+
+
+def second_moment(rows: torch.Tensor) -> torch.Tensor:
+    return (2.0 / len(rows)) * rows.T @ rows
+
+
+def normalised(layer: DecoderLayer, rows: torch.Tensor, routing: Routing, name: str) -> torch.Tensor:
+    """RMSNorm written out."""
+    norms = layer.get_submodule(name).multiway
+    scaled = rows / (rows.pow(2).mean(-1, keepdim=True) + CONFIG.rms_norm_eps).sqrt()
+    gains = torch.stack([norms[0].weight, norms[1].weight])
+    kinds = torch.zeros(len(rows), dtype=torch.int64)
+    kinds[routing.image] = 1
+    return scaled * gains[kinds]
+
+
+def attended(layer: DecoderLayer, rows: torch.Tensor, routing: Routing) -> torch.Tensor:
+    """What enters o_proj, head by head, query by query."""
+    attention, tokens, width = layer.self_attn, len(rows), CONFIG.head_dim
+    q, k, v = attention.q_proj(rows), attention.k_proj(rows, routing), attention.v_proj(rows, routing)
+    cos, sin = rotary_tables(CONFIG, tokens, tokens)
+    out = torch.empty_like(q)
+    for head in range(CONFIG.num_attention_heads):
+        part = slice(head * width, (head + 1) * width)
+        turned_q, turned_k = (rotate(x[None, None, :, part], cos, sin)[0, 0] for x in (q, k))
+        for place in range(tokens):
+            scores = turned_k[: place + 1] @ turned_q[place] / width**0.5
+            out[place, part] = scores.softmax(0) @ v[: place + 1, part]
+    return out
+
+
+@torch.no_grad()
+def test_each_weight_is_what_gptq_makes_of_its_own_rows_behind_the_quantized_ones() -> None:
+    """Everything is computed again from the definition, with the layer as it stands after each step."""
+    layer, stream = make_layer(), make_stream()
+    made = quantize_layer(layer, stream, QUANT, "layers.0")
+    slow = make_layer()
+
+    def check(name: str, rows: torch.Tensor) -> None:
+        expected, _ = gptq(slow.get_submodule(name).weight, second_moment(rows), QUANT)
+        different = (made[name].weight.codes != expected.codes).float().mean()
+        assert different < 0.005, name  # sums in another order move a few values that lie between two codes
+        slow.get_submodule(name).weight.copy_(made[name].weight.dequantize())
+
+    pairs = [(sequence.rows, sequence.routing) for sequence in stream.sequences]
+    normed = [normalised(slow, rows, routing, "input_layernorm") for rows, routing in pairs]
+    text = torch.cat([rows[routing.text] for rows, (_, routing) in zip(normed, pairs)])
+    image = torch.cat([rows[routing.image] for rows, (_, routing) in zip(normed, pairs)])
+    check("self_attn.q_proj", torch.cat(normed))
+    for name in ("k_proj", "v_proj"):
+        check(f"self_attn.{name}.multiway.0", text)
+        check(f"self_attn.{name}.multiway.1", image)
+    contexts = [attended(slow, rows, routing) for rows, (_, routing) in zip(normed, pairs)]
+    check("self_attn.o_proj", torch.cat(contexts))
+    hidden = [rows + slow.self_attn.o_proj(context) for (rows, _), context in zip(pairs, contexts)]
+    normed = [normalised(slow, rows, routing, "post_attention_layernorm") for rows, (_, routing) in zip(hidden, pairs)]
+    for name in ("gate_proj", "up_proj"):
+        check(f"mlp.{name}", torch.cat(normed))
+    gated = [torch.nn.functional.silu(slow.mlp.gate_proj(rows)) * slow.mlp.up_proj(rows) for rows in normed]
+    check("mlp.down_proj", torch.cat(gated))
+
+
+def test_the_layer_computes_with_the_stored_weights_afterwards() -> None:
+    layer = make_layer()
+    made = quantize_layer(layer, make_stream(), QUANT, "layers.0")
+    assert set(made) == set(LINEARS)
+    for name, quantized in made.items():
+        torch.testing.assert_close(layer.get_submodule(name).weight.detach(), quantized.weight.dequantize())
+        assert quantized.report is not None
+        assert quantized.report.error < quantized.report.rtn_error
+
+
+def test_the_branches_do_not_share_a_hessian() -> None:
+    """With only text rows in its Hessian, the image branch loses more on image rows."""
+    layer, stream = make_layer(), make_stream()
+    made = quantize_layer(layer, stream, QUANT, "layers.0")
+    name = "self_attn.k_proj.multiway.1"
+    fresh = make_layer()
+    with torch.no_grad():
+        rows = [normalised(fresh, s.rows, s.routing, "input_layernorm") for s in stream.sequences]
+        text = torch.cat([r[s.routing.text] for r, s in zip(rows, stream.sequences)])
+        image = torch.cat([r[s.routing.image] for r, s in zip(rows, stream.sequences)])
+        weight = fresh.get_submodule(name).weight
+        mistaken, _ = gptq(weight, second_moment(text), QUANT)
+        errors = [float((image @ (weight - w.dequantize()).T).pow(2).mean()) for w in (made[name].weight, mistaken)]
+    assert errors[0] < 0.8 * errors[1]
+
+
+def test_calibration_is_not_moved_by_quantizing() -> None:
+    stream = make_stream()
+    before = [sequence.rows.clone() for sequence in stream.sequences]
+    quantize_layer(make_layer(), stream, QUANT, "layers.0")
+    for sequence, rows in zip(stream.sequences, before):
+        torch.testing.assert_close(sequence.rows, rows)
+
+
+def test_no_image_rows_is_an_error_and_not_silent_rounding() -> None:
+    stream = make_stream(([0, 0, 0, 0],))
+    with pytest.raises(CalibrationError, match=r"layers\.7 keys and values, image rows: no such rows"):
+        quantize_layer(make_layer(), stream, QUANT, "layers.7")
+
+
+def test_gptq_without_rows_is_an_error() -> None:
+    with pytest.raises(CalibrationError, match=r"layers.3: GPTQ needs calibration rows; .* method rtn on purpose"):
+        quantize_layer(make_layer(), None, QUANT, "layers.3")
+
+
+def test_rounding_needs_no_rows() -> None:
+    layer, config = make_layer(), QuantConfig(group_size=32, method="rtn")
+    original = {name: layer.get_submodule(name).weight.detach().clone() for name in LINEARS}
+    for name, quantized in quantize_layer(layer, None, config, "layers.0").items():
+        assert torch.equal(quantized.weight.codes, rtn(original[name], config).codes)
+        assert quantized.report is None
+
+
+def test_a_weight_that_cannot_be_quantized_is_named() -> None:
+    layer = make_layer()
+    with torch.no_grad():
+        layer.mlp.up_proj.weight[3, 4] = float("nan")
+    with pytest.raises(QuantizationError, match=r"layers.2 mlp.up_proj: 1 of the weight's 6144 values are NaN"):
+        quantize_layer(layer, make_stream(), QUANT, "layers.2")
+
+
+@torch.no_grad()
+def test_a_stream_moves_as_a_forward_pass_does() -> None:
+    layer, stream = make_layer(), make_stream(repeats=1)
+    expected = [
+        layer(s.rows, s.routing, (1, len(s.rows)), rotary_tables(CONFIG, len(s.rows), len(s.rows)))[0]
+        for s in stream.sequences
+    ]
+    copy = stream.copy()
+    stream.advance(layer)
+    for sequence, rows, old in zip(stream.sequences, expected, copy.sequences):
+        torch.testing.assert_close(sequence.rows, rows)
+        assert not torch.equal(sequence.rows, old.rows)
+    assert (stream.text_rows, stream.image_rows) == (6 + 12 + 2, 4 + 3)
