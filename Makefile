@@ -1,0 +1,60 @@
+# Two commands are all a newcomer needs: "make demo" and "make test".
+
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+FOLDERS := export runtime quant sample scripts tests
+
+.PHONY: help demo test lint types unit wheel bench full clean
+
+help:
+	@echo "make demo   set up, convert the sample model, ask about a picture"
+	@echo "make test   set up, lint, check types, run the tests, try the installed wheel"
+	@echo "make bench  speed of a conversation with the sample model"
+	@echo "make full   what takes long: accuracy of every kind of bundle, full-size layers"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.export: $(BIN)/python pyproject.toml constraints.txt
+	$(INSTALL) -e '.[export]'
+	@touch $@
+
+$(VENV)/.dev: $(BIN)/python pyproject.toml constraints.txt
+	$(INSTALL) -e '.[dev,sample,hub]'
+	@touch $@ $(VENV)/.export
+
+bundles/sample/owl2.json: $(VENV)/.export sample/checkpoint/model.safetensors
+	$(BIN)/owl2-export sample/checkpoint bundles/sample --overwrite
+
+demo: bundles/sample/owl2.json
+	$(BIN)/owl2 ask bundles/sample "Describe the picture." --image sample/pictures/scene3.png --stats
+
+test: lint types unit wheel
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check $(FOLDERS)
+	$(BIN)/ruff format --check $(FOLDERS)
+
+# mypy follows imports through the installed package, which an editable install hides from it.
+types: $(VENV)/.dev
+	@mkdir -p build/typecheck/owl2
+	@for folder in export runtime quant; do ln -sfn ../../../$$folder build/typecheck/owl2/$$folder; done
+	$(BIN)/mypy -p owl2
+
+unit: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+wheel: $(VENV)/.dev bundles/sample/owl2.json
+	scripts/check-wheel $(BIN)/python bundles/sample
+
+bench: $(VENV)/.dev bundles/sample/owl2.json
+	$(BIN)/python scripts/bench_turns.py bundles/sample sample/pictures
+
+full: $(VENV)/.dev
+	PYTHON=$(BIN)/python scripts/measure-sample build/measure
+	PYTHON=$(BIN)/python scripts/measure-layers build/measure
+
+clean:
+	rm -rf build bundles $(VENV)
