@@ -1,0 +1,82 @@
+"""The cache knows what it holds; merging names every position by what decides it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from owl2.runtime import ContextOverflowError
+from owl2.runtime.backends.ort import OrtEngine
+from owl2.runtime.bundle import Bundle
+from owl2.runtime.config import IMAGE_TOKEN_ID
+from owl2.runtime.kv_cache import GROWTH, KvCache
+from owl2.runtime.multimodal import digests_of, embed, merge
+
+
+@pytest.fixture(scope="module")
+def engine(bundle_a1: Path) -> OrtEngine:
+    return OrtEngine(Bundle.open(bundle_a1))
+
+
+keys = st.lists(st.one_of(st.integers(0, 3), st.tuples(st.sampled_from("ab"), st.integers(0, 2))), max_size=8)
+
+
+@given(held=keys, wanted=keys)
+def test_shared_prefix_is_the_longest_common_one(engine: OrtEngine, held: list, wanted: list) -> None:
+    cache = KvCache(engine, 100)
+    cache.commit(held)
+    count = cache.shared_prefix(wanted)
+    assert held[:count] == wanted[:count]
+    assert count == min(len(held), len(wanted)) or held[count] != wanted[count]
+
+
+def test_buffers_grow_in_steps_and_keep_their_content(engine: OrtEngine) -> None:
+    cache = KvCache(engine, 2 * GROWTH + 10)
+    first = cache.reserve(5)
+    for array in first.arrays:
+        array[:, :, :5] = np.arange(5)[:, None]
+    cache.commit(range(5))
+    assert cache.reserve(GROWTH - 5) is first
+    second = cache.reserve(GROWTH)
+    assert second.capacity == 2 * GROWTH
+    assert all((array[:, :, :5] == np.arange(5)[:, None]).all() for array in second.arrays)
+    cache.commit(range(GROWTH))
+    assert cache.reserve(GROWTH).capacity == 2 * GROWTH + 10
+    assert cache.nbytes == sum(array.nbytes for array in cache.reserve(1).arrays)
+
+
+def test_reserving_alone_changes_nothing_and_truncating_forgets(engine: OrtEngine) -> None:
+    cache = KvCache(engine, 50)
+    cache.commit([1, 2, 3])
+    cache.reserve(10)
+    assert cache.keys == (1, 2, 3)
+    cache.truncate(1)
+    assert cache.keys == (1,)
+    cache.clear()
+    assert (cache.length, cache.nbytes) == (0, 0)
+
+
+def test_more_than_the_context_is_refused_with_the_numbers(engine: OrtEngine) -> None:
+    cache = KvCache(engine, 8)
+    cache.commit([1, 2, 3])
+    with pytest.raises(ContextOverflowError, match="holds 8 positions: 3 are used and 6 more were asked for") as caught:
+        cache.reserve(6)
+    assert (caught.value.used, caught.value.requested, caught.value.limit) == (3, 6, 8)
+    assert cache.length == 3
+
+
+def test_placeholders_become_rows_of_their_pictures_in_order() -> None:
+    merged = merge([1, IMAGE_TOKEN_ID, 5, IMAGE_TOKEN_ID], ["b", "a"], 2)
+    assert merged == [1, ("b", 0), ("b", 1), 5, ("a", 0), ("a", 1)]
+    assert digests_of([*merged, ("b", 0)]) == ["b", "a"]
+
+
+def test_embedding_takes_rows_from_the_table_and_from_pictures() -> None:
+    table = np.arange(12, dtype=np.float16).reshape(6, 2)
+    rows = {"a": np.full((2, 2), -1, np.float32), "b": np.full((2, 2), -2, np.float32)}
+    embeds, modality = embed([5, ("b", 1), ("a", 0), 0], table, rows)
+    assert embeds.dtype == np.float32
+    np.testing.assert_array_equal(embeds, [[10, 11], [-2, -2], [-1, -1], [0, 1]])
+    assert modality.tolist() == [0, 1, 1, 0]
