@@ -104,7 +104,8 @@ def check_context(cache: KvCache, prompt: Prompt) -> None:
             shared,
             len(prompt.keys) - shared + 1,
             cache.limit,
-            "shorten the prompt, use fewer pictures, start a new chat or load with a larger context",
+            "shorten the prompt, use fewer pictures, start a new chat or, where the model allows it, load with a "
+            "larger context",
         )
 
 

@@ -114,7 +114,9 @@ def _from_file(path: Path, max_pixels: int) -> Image.Image:
         try:
             image = Image.open(path, formats=FORMATS)
         except Image.DecompressionBombError as error:
-            raise ImageError(f"{path}: {error}; the limit here is {max_pixels}: scale it down first") from error
+            raise ImageError(
+                f"{path} is far too large ({error}); the limit here is {max_pixels} pixels: scale it down first"
+            ) from error
         except Exception as error:
             raise _unreadable(str(path), error) from error
     with image:

@@ -69,7 +69,7 @@ class KvCache:
                 self.length,
                 count,
                 self.limit,
-                "shorten the prompt, start a new chat or load with a larger context",
+                "shorten the prompt, start a new chat or, where the model allows it, load with a larger context",
             )
         if self._buffers is None or self._buffers.capacity < needed:
             capacity = min(self.limit, -(-needed // GROWTH) * GROWTH)

@@ -65,14 +65,18 @@ def check_placeholders(prompt: str, count: int) -> None:
     placed = prompt.count(IMAGE_TOKEN)
     if placed > count:
         raise PromptError(
-            f"the prompt has {placed} {IMAGE_TOKEN} placeholders, but {count} pictures were given; "
+            f"the prompt has {_count(placed, f'{IMAGE_TOKEN} placeholder')}, but {_count(count, 'picture')} given; "
             "give the missing pictures or remove placeholders"
         )
     if placed < count:
         raise PromptError(
-            f"{count} pictures were given, but the prompt has {placed} {IMAGE_TOKEN} placeholders; "
+            f"{_count(count, 'picture')} given, but the prompt has {_count(placed, f'{IMAGE_TOKEN} placeholder')}; "
             "write one placeholder where each picture belongs or give fewer pictures"
         )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _render_one(message: Message, separator: str) -> str:

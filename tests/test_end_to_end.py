@@ -177,7 +177,7 @@ class TestConversation:
     def test_a_refused_question_changes_nothing(self, case: Case) -> None:
         chat, _ = self.ask_twice(case)
         before = chat.messages
-        with pytest.raises(PromptError, match=r"has 2 <\|image\|> placeholders, but 1 pictures were given"):
+        with pytest.raises(PromptError, match=r"has 2 <\|image\|> placeholders, but 1 picture given"):
             chat.ask("<|image|> or <|image|>?", images=case.images[:1])
         with pytest.raises(ContextOverflowError, match=f"the context holds {case.owl.context} positions"):
             chat.ask("word " * 3000)

@@ -215,7 +215,7 @@ class TestErrors:
             (("q", "--threads", "0"), "threads must be positive, got 0"),
             (("q", "--context", "100000"), "context 100000 exceeds the 2048 positions"),
             (("",), "the question is empty"),
-            (("<|image|> what?",), "1 <|image|> placeholders, but 0 pictures"),
+            (("<|image|> what?",), "1 <|image|> placeholder, but 0 pictures"),
         ],
     )
     def test_one_line(self, bundle_a1: Path, args: Sequence[str], message: str) -> None:
@@ -316,7 +316,7 @@ class TestChat:
             ("/image ~/no such picture.png", "cannot read /"),
             ("/image ~nobody-of-this-name/a.png", "cannot read ~nobody-of-this-name/a.png"),
             ("/image " + "x" * 5000, "File name too long"),
-            ("<|image|> what?", "1 <|image|> placeholders, but 0 pictures"),
+            ("<|image|> what?", "1 <|image|> placeholder, but 0 pictures"),
         ],
     )
     def test_failed_line_does_not_end_it(self, bundle_a1: Path, owl: Owl2, line: str, message: str) -> None:
