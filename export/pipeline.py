@@ -69,8 +69,9 @@ def export_bundle(config: ExportConfig, reporter: Reporter | None = None) -> Rep
             manifest = _manifest(checkpoint.config, config)
             bundle = Bundle(folder, manifest)
             reporter.stage("comparing with torch", 2 * len(probes) + len(prompts.measured))
-            parity = _check_decoder(bundle, probes, decoder, reporter)
-            accuracy = _measure(bundle, prompts, vision, decoder, reporter)
+            engine = OrtEngine(bundle)
+            parity = _check_decoder(bundle, engine, probes, decoder, reporter)
+            accuracy = _measure(bundle, engine, prompts, vision, decoder, reporter)
             report = Report(
                 recipe=_recipe(config),
                 calibration=record,
@@ -147,17 +148,19 @@ def _write_table(path: Path, table: NDArray[np.float32], dtype: type[np.float16 
             file.write(block.astype(dtype).tobytes())
 
 
-def _check_decoder(bundle: Bundle, probes: list[Embedded], decoder: ExportedDecoder, reporter: Reporter) -> Parity:
+def _check_decoder(
+    bundle: Bundle, engine: Engine, probes: list[Embedded], decoder: ExportedDecoder, reporter: Reporter
+) -> Parity:
     """Compare the decoder graph with torch on the probes.
 
     Raises:
         ParityError: they differ.
     """
 
-    def logits(engine: Engine) -> Floats:
+    def logits(of: Engine) -> Floats:
         made = []
         for embeds, modality in probes:
-            made.append(_stepwise_logits(engine, embeds, modality))
+            made.append(_stepwise_logits(of, embeds, modality))
             reporter.advance()
         return np.concatenate(made)
 
@@ -166,17 +169,22 @@ def _check_decoder(bundle: Bundle, probes: list[Embedded], decoder: ExportedDeco
     return compare(
         spec.DECODER_GRAPH,
         exact=exact,
-        actual=logits(OrtEngine(bundle)),
+        actual=logits(engine),
         stored=np.concatenate(decoder.stored[: len(probes)]),
         reference=np.concatenate(decoder.reference[: len(probes)]),
     )
 
 
 def _measure(
-    bundle: Bundle, prompts: Prompts, vision: ExportedVision, decoder: ExportedDecoder, reporter: Reporter
+    bundle: Bundle,
+    engine: Engine,
+    prompts: Prompts,
+    vision: ExportedVision,
+    decoder: ExportedDecoder,
+    reporter: Reporter,
 ) -> Accuracy:
     """Compare the whole bundle, its own vision rows and token table included, with torch on the checkpoint."""
-    engine, table = OrtEngine(bundle), bundle.embeddings()
+    table = bundle.embeddings()
     pairs, modalities = [], []
     for prompt, reference in zip(prompts.measured, decoder.reference):
         embeds, modality = embed(prompt.keys, table, vision.rows)
