@@ -228,7 +228,8 @@ def converse(scene: Scene, rng: random.Random, *, turns: int, weights: dict[str,
         talk.extend(turn for turn in asked if turn is not None)
         known.update(turn.question for turn in talk if turn.kind != "second")
         known.update({"caption"} if kind == "caption" else ())
-    return talk
+    # A scene of one thing may have refused every question that was drawn; a caption always fits.
+    return talk or [caption(scene, rng)]
 
 
 def in_words(scene: Scene, rng: random.Random) -> str:

@@ -182,3 +182,11 @@ def test_conversations_have_every_kind_and_no_question_twice():
         assert all(isinstance(turn, Turn) for turn in talk)
         seen |= {turn.kind for turn in talk}
     assert seen == set(weights)
+
+
+def test_a_conversation_is_never_empty():
+    """No relation can be asked of a single thing."""
+    rng = random.Random(0)
+    scene = random_scene(rng, 1, held_out=False)
+    (turn,) = converse(scene, rng, turns=4, weights={"relation": 1.0})
+    assert turn.kind == "caption"
