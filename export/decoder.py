@@ -51,13 +51,24 @@ class ExportedDecoder:
 
     Attributes:
         modules: what GPTQ cost, by name of the linear layer; empty for other methods.
-        stored: logits [T, V] of each measured prompt from torch on the stored weights.
+        stored: rows [T, C] of each measured prompt behind the final norm, from torch on the stored weights.
         reference: the same on the original weights.
+        stored_head, reference_head: float32 [V, C].
     """
 
     modules: dict[str, GptqReport]
-    stored: list[Floats]
-    reference: list[Floats]
+    stored: list[Tensor]
+    reference: list[Tensor]
+    stored_head: Tensor
+    reference_head: Tensor
+
+    def stored_logits(self, index: int) -> Floats:
+        """Logits [T, V] of one measured prompt on the stored weights."""
+        return (self.stored[index] @ self.stored_head.T).numpy()
+
+    def reference_logits(self, index: int) -> Floats:
+        """The same on the original weights."""
+        return (self.reference[index] @ self.reference_head.T).numpy()
 
 
 def export_decoder(
@@ -83,9 +94,12 @@ def export_decoder(
                 streams.calibration.advance(layer)
             writer.layer(_linears(layer, weights, name), _gains(layer))
             reporter.advance()
-        stored, reference = _finish(checkpoint, writer, config, streams)
+        norm, head, reference_head = _finish(checkpoint, writer, config)
         reporter.advance()
-    return ExportedDecoder(modules, stored, reference)
+    with torch.no_grad():
+        stored = [norm(sequence.rows) for sequence in streams.stored.sequences]
+        reference = [norm(sequence.rows) for sequence in streams.reference.sequences]
+    return ExportedDecoder(modules, stored, reference, head, reference_head)
 
 
 def _load_layer(checkpoint: Checkpoint, prefix: str) -> DecoderLayer:
@@ -141,23 +155,15 @@ def _gains(layer: DecoderLayer) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 @torch.no_grad()
-def _finish(
-    checkpoint: Checkpoint, writer: DecoderGraph, config: ExportConfig, streams: Streams
-) -> tuple[list[Floats], list[Floats]]:
-    """Write norm and head; returns the logits on stored and on original weights."""
+def _finish(checkpoint: Checkpoint, writer: DecoderGraph, config: ExportConfig) -> tuple[RmsNorm, Tensor, Tensor]:
+    """Write norm and head; returns the norm, and the head as stored and as it was."""
     decoder = checkpoint.config.decoder
     norm = RmsNorm(decoder.hidden_size, decoder.rms_norm_eps)
     checkpoint.load_into(norm, "model.norm.")
-    source = "model.embed_tokens.weight" if decoder.tie_word_embeddings else "lm_head.weight"
-    original = checkpoint.tensor(source)
+    original = checkpoint.tensor("model.embed_tokens.weight" if decoder.tie_word_embeddings else "lm_head.weight")
     head = _store_head(original, config)
     writer.finish(norm.weight.detach(), head)
-
-    def logits(stream: Stream, weight: Tensor) -> list[Floats]:
-        return [(norm(sequence.rows) @ weight.T).numpy() for sequence in stream.sequences]
-
-    reference = logits(streams.reference, original)
-    return logits(streams.stored, head.dequantize()), reference
+    return norm, head.dequantize(), original
 
 
 def _store_head(weight: Tensor, config: ExportConfig) -> LinearWeight:

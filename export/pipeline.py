@@ -21,16 +21,16 @@ from owl2.export.model import Owl2Model
 from owl2.export.parity import Parity, compare, with_float_activations
 from owl2.export.progress import Reporter, Silent
 from owl2.export.prompts import Prompts, fingerprint, pictures_of, prepare
-from owl2.export.report import Accuracy, CalibrationRecord, Report, measure_accuracy
+from owl2.export.report import Accuracy, AccuracyMeter, CalibrationRecord, Report
 from owl2.export.staging import Staging, check_space, disk_errors
 from owl2.export.vision import ExportedVision, export_vision
 from owl2.quant.calibration import CalibrationSet, load_calibration
 from owl2.quant.stream import Sequence, Stream
 from owl2.runtime import spec
-from owl2.runtime.backends.ort import OrtEngine
+from owl2.runtime.backends.ort import OrtDecoder, OrtOptions
 from owl2.runtime.bundle import Bundle, FileEntry, Manifest, WeightFormat, hash_file
 from owl2.runtime.config import ModelConfig
-from owl2.runtime.engine import Engine, Floats, Ints
+from owl2.runtime.engine import Decoder, Floats, Ints
 from owl2.runtime.errors import BundleError, CheckpointError
 from owl2.runtime.generate import peak_memory
 from owl2.runtime.multimodal import embed
@@ -69,9 +69,8 @@ def export_bundle(config: ExportConfig, reporter: Reporter | None = None) -> Rep
             manifest = _manifest(checkpoint.config, config)
             bundle = Bundle(folder, manifest)
             reporter.stage("comparing with torch", 2 * len(probes) + len(prompts.measured))
-            engine = OrtEngine(bundle)
-            parity = _check_decoder(bundle, engine, probes, decoder, reporter)
-            accuracy = _measure(bundle, engine, prompts, vision, decoder, reporter)
+            parity = _check_decoder(bundle, probes, decoder, reporter)
+            accuracy = _measure(bundle, prompts, vision, decoder, reporter)
             report = Report(
                 recipe=_recipe(config),
                 calibration=record,
@@ -148,69 +147,66 @@ def _write_table(path: Path, table: NDArray[np.float32], dtype: type[np.float16 
             file.write(block.astype(dtype).tobytes())
 
 
-def _check_decoder(
-    bundle: Bundle, engine: Engine, probes: list[Embedded], decoder: ExportedDecoder, reporter: Reporter
-) -> Parity:
+def _check_decoder(bundle: Bundle, probes: list[Embedded], decoder: ExportedDecoder, reporter: Reporter) -> Parity:
     """Compare the decoder graph with torch on the probes.
 
     Raises:
         ParityError: they differ.
     """
 
-    def logits(of: Engine) -> Floats:
+    def logits(session: Decoder) -> Floats:
         made = []
         for embeds, modality in probes:
-            made.append(_stepwise_logits(of, embeds, modality))
+            made.append(_stepwise_logits(session, embeds, modality))
             reporter.advance()
         return np.concatenate(made)
 
     with with_float_activations(bundle.path(spec.DECODER_GRAPH)) as variant:
-        exact = logits(OrtEngine(bundle, decoder_graph=variant.name))
+        exact = logits(OrtDecoder(variant, bundle.manifest.model.decoder, OrtOptions(frugal=True)))
     return compare(
         spec.DECODER_GRAPH,
         exact=exact,
-        actual=logits(engine),
-        stored=np.concatenate(decoder.stored[: len(probes)]),
-        reference=np.concatenate(decoder.reference[: len(probes)]),
+        actual=logits(_open_decoder(bundle)),
+        stored=np.concatenate([decoder.stored_logits(i) for i in range(len(probes))]),
+        reference=np.concatenate([decoder.reference_logits(i) for i in range(len(probes))]),
     )
 
 
+def _open_decoder(bundle: Bundle) -> OrtDecoder:
+    """The decoder as the runtime opens it, but without a second copy of floating-point weights in memory."""
+    frugal = bundle.manifest.weights.method == "none"
+    return OrtDecoder(bundle.path(spec.DECODER_GRAPH), bundle.manifest.model.decoder, OrtOptions(frugal=frugal))
+
+
 def _measure(
-    bundle: Bundle,
-    engine: Engine,
-    prompts: Prompts,
-    vision: ExportedVision,
-    decoder: ExportedDecoder,
-    reporter: Reporter,
+    bundle: Bundle, prompts: Prompts, vision: ExportedVision, decoder: ExportedDecoder, reporter: Reporter
 ) -> Accuracy:
     """Compare the whole bundle, its own vision rows and token table included, with torch on the checkpoint."""
-    table = bundle.embeddings()
-    pairs, modalities = [], []
-    for prompt, reference in zip(prompts.measured, decoder.reference):
-        embeds, modality = embed(prompt.keys, table, vision.rows)
-        pairs.append((reference, _full_logits(engine, embeds, modality)))
-        modalities.append(modality)
+    session, table = _open_decoder(bundle), bundle.embeddings()
+    first, name = (len(prompts.probes), "held-out calibration samples") if prompts.held_out else (0, "built-in probes")
+    meter = AccuracyMeter()
+    for index, prompt in enumerate(prompts.measured):
+        if index >= first:
+            embeds, modality = embed(prompt.keys, table, vision.rows)
+            meter.add(decoder.reference_logits(index), _full_logits(session, embeds, modality), modality)
         reporter.advance()
-    if not prompts.held_out:
-        return measure_accuracy("built-in probes", pairs, modalities)
-    first = len(prompts.probes)
-    return measure_accuracy("held-out calibration samples", pairs[first:], modalities[first:])
+    return meter.result(name)
 
 
-def _full_logits(engine: Engine, embeds: Floats, modality: Ints) -> Floats:
+def _full_logits(session: Decoder, embeds: Floats, modality: Ints) -> Floats:
     """Logits [T, V] of all positions from one prefill."""
     count = len(embeds)
-    return engine.prefill(embeds, modality, 0, engine.allocate(count, None), np.arange(count))
+    return session.prefill(embeds, modality, 0, session.allocate(count, None), np.arange(count))
 
 
-def _stepwise_logits(engine: Engine, embeds: Floats, modality: Ints) -> Floats:
+def _stepwise_logits(session: Decoder, embeds: Floats, modality: Ints) -> Floats:
     """Logits [T, V]: most positions in one prefill, the last ones step by step from the KV cache."""
     count = len(embeds)
     text_tail = count - 1 - int(np.flatnonzero(modality)[-1]) if modality.any() else count - 1
     first = count - min(text_tail, DECODED_STEPS)
-    buffers = engine.allocate(count, None)
-    made = [engine.prefill(embeds[:first], modality[:first], 0, buffers, np.arange(first))]
-    made += [engine.decode(embeds[i : i + 1], i, buffers)[None] for i in range(first, count)]
+    buffers = session.allocate(count, None)
+    made = [session.prefill(embeds[:first], modality[:first], 0, buffers, np.arange(first))]
+    made += [session.decode(embeds[i : i + 1], i, buffers)[None] for i in range(first, count)]
     return np.concatenate(made)
 
 

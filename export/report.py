@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from owl2.export.parity import Parity
 from owl2.quant.gptq import GptqReport
 from owl2.runtime.engine import Floats, Ints
+
+# Rows of logits compared at a time, which bounds the memory at full-size vocabularies.
+ROWS_AT_ONCE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +70,7 @@ class Report:
         modules: what GPTQ cost, by linear layer.
         size: bytes of the bundle.
         seconds: wall time of the export.
-        peak_memory: largest resident size of the process, bytes.
+        peak_memory: largest resident size of the process, bytes; mapped files count.
     """
 
     recipe: Mapping[str, Any]
@@ -83,36 +87,53 @@ class Report:
         return asdict(self)
 
 
-def measure_accuracy(measured_on: str, pairs: Sequence[tuple[Floats, Floats]], modalities: Sequence[Ints]) -> Accuracy:
-    """Compare logits.
+class AccuracyMeter:
+    """Compares logits prompt by prompt; nothing but sums is kept."""
 
-    Args:
-        measured_on: name of the prompts.
-        pairs: per prompt, logits [T, V] of torch on the original weights and of the bundle.
-        modalities: per prompt, int64 [T], 1 at image rows.
-    """
-    image = np.concatenate(modalities).astype(bool)
-    kl = np.concatenate([_kl(reference, made) for reference, made in pairs])
-    same = np.concatenate([reference.argmax(-1) == made.argmax(-1) for reference, made in pairs])
-    difference = [float(np.abs(reference - made).mean(dtype=np.float64)) for reference, made in pairs]
-    return Accuracy(
-        measured_on=measured_on,
-        positions=len(kl),
-        mean_abs_logit_difference=float(np.average(difference, weights=[len(m) for m in modalities])),
-        kl_text=float(kl[~image].mean()),
-        kl_image=float(kl[image].mean()) if image.any() else 0.0,
-        top1_agreement_text=float(same[~image].mean()),
-    )
+    def __init__(self) -> None:
+        self._positions = np.zeros(2)  # text, image
+        self._kl = np.zeros(2)
+        self._same = np.zeros(2)
+        self._difference = 0.0
+
+    def add(self, reference: Floats, made: Floats, modality: Ints) -> None:
+        """Compare one prompt.
+
+        Args:
+            reference: logits [T, V] of torch on the original weights.
+            made: logits [T, V] of the bundle.
+            modality: int64 [T], 1 at image rows.
+        """
+        for start in range(0, len(modality), ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            one, other, kinds = reference[rows], made[rows], modality[rows]
+            self._positions += np.bincount(kinds, minlength=2)
+            self._kl += np.bincount(kinds, _kl(one, other), 2)
+            self._same += np.bincount(kinds, one.argmax(-1) == other.argmax(-1), 2)
+            self._difference += float(np.abs(one - other).mean(-1, dtype=np.float64).sum())
+
+    def result(self, measured_on: str) -> Accuracy:
+        """Means over everything added."""
+        counted = np.maximum(self._positions, 1)
+        kl, same = self._kl / counted, self._same / counted
+        return Accuracy(
+            measured_on=measured_on,
+            positions=int(self._positions.sum()),
+            mean_abs_logit_difference=self._difference / float(counted.sum()),
+            kl_text=float(kl[0]),
+            kl_image=float(kl[1]),
+            top1_agreement_text=float(same[0]),
+        )
 
 
-def _kl(reference: Floats, made: Floats) -> Floats:
+def _kl(reference: Floats, made: Floats) -> NDArray[np.float64]:
     """Kullback-Leibler divergence of each row of logits, in nats: [T, V] twice -> [T]."""
     p, q = _log_softmax(reference), _log_softmax(made)
-    divergence: Floats = (np.exp(p) * (p - q)).sum(-1)
+    divergence: NDArray[np.float64] = (np.exp(p) * (p - q)).sum(-1)
     return divergence
 
 
-def _log_softmax(logits: Floats) -> Floats:
+def _log_softmax(logits: Floats) -> NDArray[np.float64]:
     shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    result: Floats = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
     return result

@@ -21,6 +21,7 @@ from owl2.export.parity import Parity, compare, with_float_activations
 from owl2.export.progress import Reporter
 from owl2.export.weights import ChannelInt8Weight, DenseWeight, LinearWeight
 from owl2.runtime import spec
+from owl2.runtime.backends.ort import DEFAULT_OPTIONS, OrtOptions, open_session
 from owl2.runtime.engine import Floats
 from owl2.runtime.pictures import Picture
 
@@ -92,7 +93,7 @@ def export_vision(
     with GraphBuilder(path) as graph:
         VisionGraph(graph, OrtDialect(), config, lambda _, weight: store(weight, kind)).write(tower, abstractor)
     parity = _check(path, pictures, stored, reference)
-    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = open_session(path, DEFAULT_OPTIONS)
     rows = {}
     for digest, picture in pictures.items():
         rows[digest] = run_vision(session, picture)
@@ -110,16 +111,17 @@ def _check(
     path: Path, pictures: Mapping[str, Picture], stored: Mapping[str, Floats], reference: Mapping[str, Floats]
 ) -> Parity:
     digests = list(stored)
-    with with_float_activations(path) as exact:
-        graphs = {
-            name: ort.InferenceSession(p, providers=["CPUExecutionProvider"])
-            for name, p in (("exact", exact), ("actual", path))
-        }
-        made = {name: np.stack([run_vision(session, pictures[d]) for d in digests]) for name, session in graphs.items()}
+
+    def rows(graph: Path, *, frugal: bool) -> Floats:
+        session = open_session(graph, OrtOptions(frugal=frugal))
+        return np.stack([run_vision(session, pictures[digest]) for digest in digests])
+
+    with with_float_activations(path) as variant:
+        exact = rows(variant, frugal=True)
     return compare(
         "vision.onnx",
-        exact=made["exact"],
-        actual=made["actual"],
+        exact=exact,
+        actual=rows(path, frugal=False),
         stored=np.stack([stored[d] for d in digests]),
         reference=np.stack([reference[d] for d in digests]),
     )

@@ -15,19 +15,26 @@ class Answer:
     loop early, :meth:`cancel` or an error undo it: the conversation is as it was before the question.
     """
 
-    def __init__(self, start: Callable[[Run], Iterator[Chunk]], finish: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        start: Callable[[Run], Iterator[Chunk]],
+        finish: Callable[[str], None] | None = None,
+        *,
+        preprocess_seconds: float = 0.0,
+    ) -> None:
         """An answer that has not started.
 
         Args:
             start: begins the generation; called once.
             finish: told the whole text when, and only when, the generation reached its end.
+            preprocess_seconds: what preparing the pictures took.
         """
         self._start = start
         self._finish = finish
-        self._run = Run()
+        self._run = Run(Stats(preprocess_seconds=preprocess_seconds))
         self._parts: list[str] = []
         self._state = "waiting"
-        self._cancelled = False
+        self._error: Exception | None = None
 
     def __iter__(self) -> Iterator[Chunk]:
         if self._state != "waiting":
@@ -36,28 +43,31 @@ class Answer:
         try:
             for chunk in self._start(self._run):
                 self._parts.append(chunk.text)
-                if self._run.finish_reason is not None:
+                if self._run.finish_reason is not None and not self._run.cancelled:
                     # Before the last chunk is handed out: a caller may never come back for more.
                     self._state = "finished"
                     if self._finish is not None:
                         self._finish("".join(self._parts))
                 yield chunk
-                if self._cancelled:
-                    break
+        except Exception as error:
+            self._error = error
+            raise
         finally:
             if self._state != "finished":
                 self._state = "cancelled"
 
     def cancel(self) -> None:
-        """Stop after the token in progress; may be called from another thread."""
-        self._cancelled = True
+        """Stop after the step in progress; may be called from another thread. A finished answer stays as it is."""
+        self._run.cancelled = True
 
     @property
     def text(self) -> str:
-        """The whole text; runs the generation if it has not started."""
+        """The whole text; runs the generation if it has not started. An error is raised again each time."""
         if self._state == "waiting":
             for _ in self:
                 pass
+        if self._error is not None:
+            raise self._error
         return "".join(self._parts)
 
     @property

@@ -23,15 +23,12 @@ class KvBuffers(Protocol):
         """Memory they take."""
 
 
-class Engine(Protocol):
-    """Runs the graphs. Arrays in, arrays out, the K/V buffers explicit.
+class Decoder(Protocol):
+    """Runs the decoder graph. Arrays in, arrays out, the K/V buffers explicit.
 
     Steps write keys and values of positions past..past+T-1 into the buffers, in place, and never touch earlier
     positions: a failed step leaves what was cached before it intact.
     """
-
-    def encode_images(self, pixels: Floats) -> Floats:
-        """pixels: [N, 3, R, R] -> image rows [N, queries + 1, C]."""
 
     def allocate(self, capacity: int, previous: KvBuffers | None) -> KvBuffers:
         """Buffers for ``capacity`` positions that begin with the content of ``previous``."""
@@ -52,3 +49,10 @@ class Engine(Protocol):
 
     def decode(self, embeds: Floats, past: int, buffers: KvBuffers) -> Floats:
         """Run one text position after ``past`` cached ones: embeds [1, C] -> logits [V]."""
+
+
+class Engine(Decoder, Protocol):
+    """Runs both graphs."""
+
+    def encode_images(self, pixels: Floats) -> Floats:
+        """pixels: [N, 3, R, R] -> image rows [N, queries + 1, C]."""

@@ -21,6 +21,7 @@ from owl2.runtime.pictures import PictureEncoder
 from owl2.runtime.sampling import GenerationConfig, StopFilter, log_softmax, sample
 from owl2.runtime.tokenizer import StreamDecoder, Tokenizer
 
+PREFILL_BLOCK = 256
 FinishReason = Literal["stop", "length", "context"]
 
 
@@ -31,13 +32,13 @@ class Chunk:
     Attributes:
         text: what can be shown now; may be empty while a character or a stop string is incomplete, and the last
             chunk may carry text that was held back.
-        token_id: the sampled id; None on the chunk that only flushes held-back text.
-        logprob: natural log-probability of that id under the unmodified logits; None likewise.
+        token_id: the sampled id.
+        logprob: natural log-probability of that id under the unmodified logits.
     """
 
     text: str
-    token_id: int | None
-    logprob: float | None
+    token_id: int
+    logprob: float
 
 
 @dataclass(slots=True)
@@ -49,9 +50,10 @@ class Stats:
         reused_tokens: of these, how many the KV cache already held.
         images_encoded: pictures that went through the vision tower.
         generated_tokens: ids sampled, the end of sequence included.
+        preprocess_seconds: reading and preprocessing the pictures given with this question.
         vision_seconds: in the vision tower.
         prefill_seconds: in the decoder, for the new prompt positions.
-        time_to_first_token: from the start of the run to the first sampled id.
+        time_to_first_token: all of the above, to the first sampled id.
         decode_seconds: from the first sampled id to the last.
         peak_memory: largest resident size of the process so far.
     """
@@ -60,6 +62,7 @@ class Stats:
     reused_tokens: int = 0
     images_encoded: int = 0
     generated_tokens: int = 0
+    preprocess_seconds: float = 0.0
     vision_seconds: float = 0.0
     prefill_seconds: float = 0.0
     time_to_first_token: float = 0.0
@@ -74,13 +77,22 @@ class Stats:
 
 @dataclass(frozen=True)
 class Model:
-    """What a generation needs of a loaded bundle."""
+    """What a generation needs of a loaded bundle.
+
+    Attributes:
+        engine, tokenizer, encoder: do the work.
+        table: token embeddings [V, C].
+        eos_id: ends an answer.
+        steady_limit: sequences up to this length share their rotary angles. Dynamic scaling changes the angles of
+            longer ones, so that their keys cannot be reused; None where nothing changes.
+    """
 
     engine: Engine
     tokenizer: Tokenizer
     table: NDArray[np.floating[Any]]
     eos_id: int
     encoder: PictureEncoder
+    steady_limit: int | None
 
 
 @dataclass
@@ -90,6 +102,7 @@ class Run:
     stats: Stats = field(default_factory=Stats)
     ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    cancelled: bool = False
 
 
 def check_context(cache: KvCache, prompt: Prompt) -> None:
@@ -109,24 +122,39 @@ def check_context(cache: KvCache, prompt: Prompt) -> None:
         )
 
 
-def prefill(model: Model, cache: KvCache, prompt: Prompt, stats: Stats) -> Floats:
-    """Bring ``cache`` to hold exactly the prompt and return its last position's logits [V].
+def reusable(model: Model, cache: KvCache, prompt: Prompt) -> int:
+    """How many positions of the cache the prompt can keep; at least its last one runs again, for its logits."""
+    shared = min(cache.shared_prefix(prompt.keys), len(prompt.keys) - 1)
+    longest = max(cache.longest, len(prompt.keys))
+    return 0 if model.steady_limit is not None and longest > model.steady_limit else shared
 
-    Positions they share are kept; at least the last one runs again, for its logits.
+
+def prefill(model: Model, cache: KvCache, prompt: Prompt, run: Run) -> Floats | None:
+    """Bring ``cache`` to hold exactly the prompt and return its last position's logits [V]; None if cancelled.
+
+    Long prompts run in blocks, so that cancelling takes effect soon and memory stays bounded.
     """
-    keys = prompt.keys
-    reused = min(cache.shared_prefix(keys), len(keys) - 1)
-    new = keys[reused:]
-    start = time.perf_counter()
-    rows, stats.images_encoded = model.encoder.rows([prompt.pictures[digest] for digest in multimodal.digests_of(new)])
-    encoded = time.perf_counter()
-    cache.truncate(reused)
-    embeds, modality = multimodal.embed(new, model.table, rows)
-    last = np.array([len(new) - 1], dtype=np.int64)
-    logits: Floats = model.engine.prefill(embeds, modality, reused, cache.reserve(len(new)), last)[0]
-    cache.commit(new)
+    stats, keys = run.stats, prompt.keys
+    reused = reusable(model, cache, prompt)
     stats.prompt_tokens, stats.reused_tokens = len(keys), reused
+    start = time.perf_counter()
+    pictures = [prompt.pictures[digest] for digest in multimodal.digests_of(keys[reused:])]
+    rows, stats.images_encoded = model.encoder.rows(pictures)
+    encoded = time.perf_counter()
     stats.vision_seconds = encoded - start
+    cache.truncate(reused)
+    # The rotary angles may depend on the whole length, so a prompt that changes them runs as one block.
+    whole = model.steady_limit is not None and len(keys) > model.steady_limit
+    block = len(keys) if whole else PREFILL_BLOCK
+    logits: Floats | None = None
+    while cache.length < len(keys):
+        if run.cancelled:
+            return None
+        new = keys[cache.length : cache.length + block]
+        embeds, modality = multimodal.embed(new, model.table, rows)
+        last = np.array([len(new) - 1], dtype=np.int64)
+        logits = model.engine.prefill(embeds, modality, cache.length, cache.reserve(len(new)), last)[0]
+        cache.commit(new)
     stats.prefill_seconds = time.perf_counter() - encoded
     return logits
 
@@ -136,12 +164,12 @@ def generate(model: Model, cache: KvCache, prompt: Prompt, config: GenerationCon
 
     The cache ends up holding the prompt and every generated id but the last, which was never fed back.
     """
-    start = time.perf_counter()
+    start = time.perf_counter() - run.stats.preprocess_seconds
     rng = np.random.default_rng(config.seed)
     decoder, stop = StreamDecoder(model.tokenizer), StopFilter(config.stop)
     history = [key for key in prompt.keys if isinstance(key, int)]
-    logits = prefill(model, cache, prompt, run.stats)
-    while run.finish_reason is None:
+    logits = prefill(model, cache, prompt, run)
+    while logits is not None and not run.cancelled:
         token = sample(logits, config, rng, history)
         _count_token(run, token, start)
         if token == model.eos_id:
@@ -154,8 +182,9 @@ def generate(model: Model, cache: KvCache, prompt: Prompt, config: GenerationCon
         if run.finish_reason is not None:
             text += _flush(decoder, stop)
         yield Chunk(text, token, float(log_softmax(logits)[token]))
-        if run.finish_reason is None:
-            logits = decode(model, cache, token)
+        if run.finish_reason is not None:
+            return
+        logits = decode(model, cache, token)
 
 
 def decode(model: Model, cache: KvCache, token: int) -> Floats:

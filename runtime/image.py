@@ -14,21 +14,22 @@ import hashlib
 import os
 import warnings
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from owl2.runtime.config import PreprocessConfig, PreprocessMode
-from owl2.runtime.errors import ImageError
+from owl2.runtime.errors import ConfigError, ImageError
 
 ImageInput: TypeAlias = str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
 
 MAX_PIXELS = 8192 * 8192
 """Largest picture that is decoded or made on the way: 67 megapixels, 256 MiB at Pillow's 4 bytes a pixel.
 
-More than cameras deliver by default, and small enough that a hostile file cannot exhaust a small device.
+More than most cameras deliver, and small enough that a hostile file cannot exhaust a small device. In the modes
+that make a square of the longer side first, that side may have 8192 pixels.
 """
 
 # The raster formats people have. Pillow's full list includes EPS, which runs Ghostscript on the file.
@@ -78,6 +79,7 @@ def preprocess(image: Image.Image, config: PreprocessConfig, mode: PreprocessMod
 
     Raises:
         ImageError: the picture is not RGB, or so long that a step would exceed ``MAX_PIXELS``.
+        ConfigError: an unknown mode.
     """
     if image.mode != "RGB":
         raise ImageError(f"preprocess expects an RGB picture, got mode {image.mode}; pass it through load_image")
@@ -88,6 +90,8 @@ def preprocess(image: Image.Image, config: PreprocessConfig, mode: PreprocessMod
             image = _padded(image)
         case "crop":
             pass
+        case other:
+            raise ConfigError(f"preprocess {other!r} is not known; use {', '.join(get_args(PreprocessMode))}")
     return _normalised(_centre_crop(_short_edge_to(image, config.size), config.crop_size), config)
 
 

@@ -32,12 +32,18 @@ class KvCache:
         self.limit = limit
         self._engine = engine
         self._keys: list[Key] = []
+        self._longest = 0
         self._buffers: KvBuffers | None = None
 
     @property
     def length(self) -> int:
         """Positions held."""
         return len(self._keys)
+
+    @property
+    def longest(self) -> int:
+        """The largest :attr:`length` since the cache was last empty."""
+        return self._longest
 
     @property
     def keys(self) -> tuple[Key, ...]:
@@ -79,12 +85,15 @@ class KvCache:
     def commit(self, keys: Sequence[Key]) -> None:
         """Declare that the positions after :attr:`length` now hold ``keys``."""
         self._keys.extend(keys)
+        self._longest = max(self._longest, self.length)
 
     def truncate(self, length: int) -> None:
         """Forget all positions from ``length`` on."""
         del self._keys[length:]
+        if not self._keys:
+            self._longest = 0
 
     def clear(self) -> None:
         """Forget everything and release the buffers."""
-        self._keys.clear()
+        self.truncate(0)
         self._buffers = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
@@ -11,9 +12,9 @@ import numpy as np
 
 from owl2.runtime import multimodal
 from owl2.runtime.answer import Answer
-from owl2.runtime.backends.ort import OrtEngine
+from owl2.runtime.backends.ort import OrtEngine, OrtOptions
 from owl2.runtime.bundle import Bundle, Manifest
-from owl2.runtime.config import ModelConfig, PreprocessMode, require
+from owl2.runtime.config import IMAGE_TOKEN, ModelConfig, PreprocessMode, require
 from owl2.runtime.engine import Engine, Floats
 from owl2.runtime.errors import ContextOverflowError, Owl2Error, PromptError
 from owl2.runtime.generate import Chunk, Model, Run, check_context, generate
@@ -70,6 +71,7 @@ class Owl2:
             bundle.embeddings(),
             config.decoder.eos_token_id,
             PictureEncoder(engine),
+            _steady_limit(config),
         )
 
     @classmethod
@@ -94,9 +96,10 @@ class Owl2:
             BackendError: the provider is not available or a graph cannot be loaded.
             ConfigError: a setting that cannot work.
         """
+        options = OrtOptions(provider, threads)
         opened = Bundle.open(Path(bundle))
         _context(opened.manifest.model, context)
-        return cls(opened, OrtEngine(opened, provider, threads), context)
+        return cls(opened, OrtEngine(opened, options), context)
 
     def chat(self) -> Chat:
         """Begin a conversation with its own KV cache."""
@@ -125,10 +128,13 @@ class Owl2:
             ConfigError: an option out of its range.
         """
         config = GenerationConfig(**options)
-        merged = self._prompt(prompt, self._pictures(images, preprocess))
+        began = time.perf_counter()
+        pictures = self._pictures(images, preprocess)
+        seconds = time.perf_counter() - began
+        merged = self._prompt(prompt, pictures)
         cache = KvCache(self._engine, self.context)
         check_context(cache, merged)
-        return Answer(lambda run: generate(self._model, cache, merged, config, run))
+        return Answer(lambda run: generate(self._model, cache, merged, config, run), preprocess_seconds=seconds)
 
     def logits(self, prompt: str, *, images: Images = (), preprocess: PreprocessMode | None = None) -> Floats:
         """Logits of every merged position of a raw prompt: float32 [T, V].
@@ -169,8 +175,9 @@ class Chat:
 
     @property
     def messages(self) -> tuple[Message, ...]:
-        """The turns so far; an answer that nobody has read yet is generated first."""
-        self._settle()
+        """The turns so far; an answer that nobody has read yet is generated first, one being read is left alone."""
+        if self._pending is not None and self._pending.state == "waiting":
+            _ = self._pending.text
         return tuple(self._messages)
 
     def ask(
@@ -197,7 +204,9 @@ class Chat:
         """
         self._settle()
         owl, config = self._owl, GenerationConfig(**options)
+        began = time.perf_counter()
         new = owl._pictures(images, preprocess)
+        seconds = time.perf_counter() - began
         if not question and not new:
             raise PromptError("the question is empty; give at least one character or picture")
         asked = Message("USER", with_images(question, len(new)))
@@ -206,19 +215,23 @@ class Chat:
         check_context(self._cache, merged)
 
         def finish(text: str) -> None:
-            self._messages += [asked, Message("ASSISTANT", text)]
-            self._pictures = pictures
+            if self._pending is answer:
+                # A placeholder that the model wrote itself stands for no picture.
+                self._messages += [asked, Message("ASSISTANT", text.replace(IMAGE_TOKEN, "<image>"))]
+                self._pictures = pictures
 
         def start(run: Run) -> Iterator[Chunk]:
             if self._pending is not answer:
                 raise Owl2Error("a newer question was asked in this chat; this answer can no longer be generated")
             return generate(owl._model, self._cache, merged, config, run)
 
-        answer = self._pending = Answer(start, finish)
+        answer = self._pending = Answer(start, finish, preprocess_seconds=seconds)
         return answer
 
     def reset(self) -> None:
-        """Forget the conversation and release its KV cache."""
+        """Forget the conversation and release its KV cache; an answer that is being read ends."""
+        if self._pending is not None:
+            self._pending.cancel()
         self._pending = None
         self._messages.clear()
         self._pictures = []
@@ -233,6 +246,11 @@ class Chat:
             self._pending = None
         elif pending is not None:
             pending.cancel()
+
+
+def _steady_limit(config: ModelConfig) -> int | None:
+    scaling = config.decoder.rope_scaling
+    return config.decoder.max_position_embeddings if scaling is not None and scaling.type == "dynamic" else None
 
 
 def _context(config: ModelConfig, context: int | None) -> int:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,13 +15,43 @@ from numpy.typing import NDArray
 
 from owl2.runtime import spec
 from owl2.runtime.bundle import Bundle
-from owl2.runtime.config import DecoderConfig, ModelConfig, require
+from owl2.runtime.config import DecoderConfig, require
 from owl2.runtime.engine import Floats, Ints, KvBuffers
 from owl2.runtime.errors import BackendError, BackendUnavailableError
 from owl2.runtime.rope import rotary_angles
 
 PROVIDERS = {"cpu": "CPUExecutionProvider"}
 ERRORS_ONLY = 3
+THREADS_PER_CORE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class OrtOptions:
+    """How sessions are opened.
+
+    Attributes:
+        provider: execution provider; ``cpu``.
+        threads: of one operator; None lets ONNX Runtime choose the physical cores.
+        frugal: keep weights as they are in the file instead of a faster copy in memory. Slow; for checks.
+
+    Raises:
+        ConfigError: a number of threads that cannot work.
+    """
+
+    provider: str = "cpu"
+    threads: int | None = None
+    frugal: bool = False
+
+    def __post_init__(self) -> None:
+        most = THREADS_PER_CORE * (os.cpu_count() or 1)
+        require(self.threads is None or self.threads > 0, f"threads must be positive, got {self.threads}")
+        require(
+            self.threads is None or self.threads <= most,
+            f"threads {self.threads} is more than this machine can use; give at most {most}",
+        )
+
+
+DEFAULT_OPTIONS = OrtOptions()
 
 
 @dataclass(frozen=True)
@@ -44,61 +77,37 @@ class OrtBuffers:
         return sum(array.nbytes for array in self.arrays)
 
 
-class OrtEngine:
-    """One session for pictures, one for the decoder; see :class:`owl2.runtime.engine.Engine`."""
+class OrtDecoder:
+    """The decoder's session; see :class:`owl2.runtime.engine.Decoder`."""
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        provider: str = "cpu",
-        threads: int | None = None,
-        *,
-        decoder_graph: str = spec.DECODER_GRAPH,
-    ) -> None:
-        """Load the graphs of a verified bundle.
-
-        Args:
-            bundle: what to run.
-            provider: execution provider; ``cpu``.
-            threads: of one operator; None lets ONNX Runtime choose the physical cores.
-            decoder_graph: file of the bundle to use; the exporter checks variants with it.
+    def __init__(self, path: Path, config: DecoderConfig, options: OrtOptions) -> None:
+        """Load the graph at ``path``.
 
         Raises:
-            BackendUnavailableError: the provider is not known or not part of the installed ONNX Runtime.
-            BackendError: a graph cannot be loaded.
+            BackendError: the graph cannot be loaded, or it is not for ``config``.
         """
-        self._config: ModelConfig = bundle.manifest.model
-        self._provider = _provider(provider)
-        self._options = _session_options(threads)
-        self._vision = self._session(bundle, spec.VISION_GRAPH)
-        self._decoder = self._session(bundle, decoder_graph)
-        self._run_options = ort.RunOptions()
-        self._run_options.log_severity_level = 4  # failures come back as exceptions
-
-    def _session(self, bundle: Bundle, name: str) -> ort.InferenceSession:
-        try:
-            return ort.InferenceSession(str(bundle.path(name)), self._options, providers=[self._provider])
-        except Exception as error:  # ONNX Runtime has no common base class for its errors
-            raise BackendError(f"{bundle.path(name)} cannot be loaded: {_first_line(error)}") from error
-
-    def encode_images(self, pixels: Floats) -> Floats:
-        """pixels: [N, 3, R, R] -> image rows [N, queries + 1, C]."""
-        try:
-            rows: Floats = self._vision.run([spec.IMAGE_ROWS], {spec.PIXELS: pixels}, self._run_options)[0]
-        except Exception as error:
-            raise BackendError(f"the vision tower failed: {_first_line(error)}") from error
-        return rows
+        self._config = config
+        self._session = open_session(path, options)
+        shape = (None, config.num_attention_heads, None, spec.padded_head_dim(config))
+        expected: dict[str, tuple[int | None, ...]] = {
+            spec.EMBEDS: (None, None, config.hidden_size),
+            spec.LOGITS: (None, config.vocab_size),
+        }
+        for layer in range(config.num_hidden_layers):
+            expected |= dict.fromkeys((*spec.past_names(layer), *spec.present_names(layer)), shape)
+        check_shapes(path, self._session, expected)
+        self._run_options = _run_options()
 
     def allocate(self, capacity: int, previous: KvBuffers | None) -> OrtBuffers:
         """Buffers for ``capacity`` positions that begin with the content of ``previous``."""
-        decoder = self._config.decoder
+        decoder = self._config
         shape = (1, decoder.num_attention_heads, capacity, spec.padded_head_dim(decoder))
         arrays = [np.zeros(shape, dtype=np.float32) for _ in range(2 * decoder.num_hidden_layers)]
         if isinstance(previous, OrtBuffers):
             kept = min(capacity, previous.capacity)
             for array, old in zip(arrays, previous.arrays):
                 array[:, :, :kept] = old[:, :, :kept]
-        binding = self._decoder.io_binding()
+        binding = self._session.io_binding()
         for layer in range(decoder.num_hidden_layers):
             names = zip(spec.past_names(layer), spec.present_names(layer))
             for array, (past, present) in zip(arrays[2 * layer :], names):
@@ -115,7 +124,7 @@ class OrtEngine:
         total = past + tokens
         require(total <= buffers.capacity, f"{total} positions do not fit K/V buffers of {buffers.capacity}")
         text, image = np.flatnonzero(modality == 0), np.flatnonzero(modality)
-        cos, sin = rotary_tables(self._config.decoder, total)
+        cos, sin = rotary_tables(self._config, total)
         feeds: dict[str, NDArray[Any]] = {
             spec.EMBEDS: embeds[None],
             spec.MODALITY: modality,
@@ -142,12 +151,52 @@ class OrtEngine:
             binding.bind_cpu_input(name, array)
         binding.bind_output(spec.LOGITS, "cpu")
         try:
-            self._decoder.run_with_iobinding(binding, self._run_options)
+            self._session.run_with_iobinding(binding, self._run_options)
         except Exception as error:
             raise BackendError(f"the decoder failed: {_first_line(error)}") from error
         # Outputs come in the order of binding: the buffers first, the logits last.
         logits: Floats = binding.get_outputs()[-1].numpy()
         return logits
+
+
+class OrtEngine:
+    """One session for pictures, one for the decoder; see :class:`owl2.runtime.engine.Engine`."""
+
+    def __init__(self, bundle: Bundle, options: OrtOptions = DEFAULT_OPTIONS) -> None:
+        """Load the graphs of a verified bundle.
+
+        Raises:
+            BackendUnavailableError: the provider is not known or not part of the installed ONNX Runtime.
+            BackendError: a graph cannot be loaded, or does not fit the manifest.
+        """
+        model = bundle.manifest.model
+        path = bundle.path(spec.VISION_GRAPH)
+        self._vision = open_session(path, options)
+        size = model.vision.image_size
+        rows = (None, model.rows_per_image, model.decoder.hidden_size)
+        check_shapes(path, self._vision, {spec.PIXELS: (None, 3, size, size), spec.IMAGE_ROWS: rows})
+        self._decoder = OrtDecoder(bundle.path(spec.DECODER_GRAPH), model.decoder, options)
+        self._run_options = _run_options()
+
+    def encode_images(self, pixels: Floats) -> Floats:
+        """pixels: [N, 3, R, R] -> image rows [N, queries + 1, C]."""
+        try:
+            rows: Floats = self._vision.run([spec.IMAGE_ROWS], {spec.PIXELS: pixels}, self._run_options)[0]
+        except Exception as error:
+            raise BackendError(f"the vision tower failed: {_first_line(error)}") from error
+        return rows
+
+    def allocate(self, capacity: int, previous: KvBuffers | None) -> OrtBuffers:
+        """Buffers for ``capacity`` positions that begin with the content of ``previous``."""
+        return self._decoder.allocate(capacity, previous)
+
+    def prefill(self, embeds: Floats, modality: Ints, past: int, buffers: KvBuffers, logit_rows: Ints) -> Floats:
+        """Run T mixed positions after ``past`` cached ones -> logits [R, V]."""
+        return self._decoder.prefill(embeds, modality, past, buffers, logit_rows)
+
+    def decode(self, embeds: Floats, past: int, buffers: KvBuffers) -> Floats:
+        """Run one text position after ``past`` cached ones: embeds [1, C] -> logits [V]."""
+        return self._decoder.decode(embeds, past, buffers)
 
 
 @lru_cache(maxsize=4)
@@ -170,6 +219,44 @@ def rotary_tables(config: DecoderConfig, total: int) -> tuple[Floats, Floats]:
     return _cached_tables(config, length, config.max_position_embeddings)
 
 
+def open_session(path: Path, options: OrtOptions) -> ort.InferenceSession:
+    """Load a graph.
+
+    Raises:
+        BackendUnavailableError: the provider cannot be had.
+        BackendError: ONNX Runtime refuses the graph.
+    """
+    provider = _provider(options.provider)
+    settings = ort.SessionOptions()
+    settings.log_severity_level = ERRORS_ONLY
+    if options.threads is not None:
+        settings.intra_op_num_threads = options.threads
+    skipped = []
+    if options.frugal:
+        settings.add_session_config_entry("session.disable_prepacking", "1")
+        skipped = ["ConstantFolding"]
+    try:
+        return ort.InferenceSession(path, settings, providers=[provider], disabled_optimizers=skipped)
+    except Exception as error:  # ONNX Runtime has no common base class for its errors
+        raise BackendError(f"{path} cannot be loaded: {_first_line(error)}") from error
+
+
+def check_shapes(path: Path, session: ort.InferenceSession, expected: Mapping[str, tuple[int | None, ...]]) -> None:
+    """Compare a graph's inputs and outputs with what the manifest says of the model.
+
+    Raises:
+        BackendError: one is missing or has another shape; None in ``expected`` stands for any size.
+    """
+    found = {value.name: value.shape for value in (*session.get_inputs(), *session.get_outputs())}
+    for name, shape in expected.items():
+        have = found.get(name)
+        if have is None or len(have) != len(shape) or any(w not in (None, h) for w, h in zip(shape, have)):
+            raise BackendError(
+                f"{path} does not fit the manifest: {name} has shape {have}, the model needs {list(shape)}; "
+                "export the bundle again"
+            )
+
+
 def _provider(name: str) -> str:
     provider = PROVIDERS.get(name)
     if provider is None:
@@ -182,12 +269,9 @@ def _provider(name: str) -> str:
     return provider
 
 
-def _session_options(threads: int | None) -> ort.SessionOptions:
-    require(threads is None or threads > 0, f"threads must be positive, got {threads}")
-    options = ort.SessionOptions()
-    options.log_severity_level = ERRORS_ONLY
-    if threads is not None:
-        options.intra_op_num_threads = threads
+def _run_options() -> ort.RunOptions:
+    options = ort.RunOptions()
+    options.log_severity_level = 4  # failures come back as exceptions
     return options
 
 
