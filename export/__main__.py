@@ -7,18 +7,18 @@ import signal
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 import click
 
 from owl2.export.config import ExportConfig, VisionType, WeightType
-from owl2.export.hub import local_checkpoint
-from owl2.export.pipeline import export_bundle
-from owl2.export.progress import Reporter, Silent, Terminal
-from owl2.export.report import Report
 from owl2.quant.config import GROUP_SIZES, Method
 from owl2.runtime.cli.console import duration, notice, reports_errors, size
 from owl2.runtime.version import __version__
+
+if TYPE_CHECKING:
+    from owl2.export.progress import Reporter
+    from owl2.export.report import Report
 
 DEFAULTS = {
     name: ExportConfig.__dataclass_fields__[name].default for name in ("weights", "method", "group_size", "samples")
@@ -50,8 +50,9 @@ DEFAULTS = {
 )
 @click.option(
     "--group-size",
-    type=click.Choice(GROUP_SIZES),
-    default=DEFAULTS["group_size"],
+    type=click.Choice([str(size) for size in GROUP_SIZES]),
+    default=str(DEFAULTS["group_size"]),
+    callback=lambda _context, _option, value: int(value),
     show_default=True,
     help="Columns that share a scale.",
 )
@@ -96,6 +97,13 @@ def export(  # noqa: PLR0913 - one parameter per option
       owl2-export checkpoint/ exact/ --weights fp32
       owl2-export MAGAer13/mplug-owl2-llama2-7b owl2-int4/ --download
     """
+    # Not before: these need what only the extra brings, and take a while to import.
+    from owl2.export.hub import local_checkpoint
+    from owl2.export.pipeline import export_bundle
+    from owl2.export.progress import Silent, Terminal
+    from owl2.export.staging import Staging
+
+    Staging(bundle, overwrite=overwrite)  # before anything long begins
     with ExitStack() as stack:
         reporter: Reporter = Silent() if as_json else stack.enter_context(Terminal())
         config = ExportConfig(
@@ -150,7 +158,12 @@ def main() -> None:
     """Run the command line and exit: 0 success, 1 failure, 2 wrong usage, 130 stopped by Ctrl-C."""
     # A polite kill cleans up as Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    export(prog_name="owl2-export")
+    try:
+        export(prog_name="owl2-export")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("owl2"):
+            raise
+        sys.exit(f"owl2-export: error: {error.name} is not installed; exporting needs: pip install 'owl2[export]'")
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ from owl2.export.hf_config import model_config
 from owl2.export.model import Owl2Model
 from owl2.runtime.config import ModelConfig
 from owl2.runtime.errors import CheckpointError
+from owl2.runtime.spec import TOKENIZER_FILES
 
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
 REQUIRED_FILES = ("config.json", "preprocessor_config.json", *TOKENIZER_FILES)
 
 # Weight files in the order transformers prefers them: index or single file.
@@ -218,6 +218,10 @@ class _Shard:
                 f"{path} holds more than tensors, or no tensors at all, and was not loaded: {reason}"
             ) from error
         except Exception as error:  # A damaged pickle raises nearly anything.
+            if "mmap can only be used" in str(error):
+                raise CheckpointError(
+                    f"{path} is in torch's format from before 1.6; load it with torch and save it again"
+                ) from error
             reason = f"{type(error).__name__}: {error}"
             raise CheckpointError(f"{path} cannot be read; it is truncated or damaged: {reason}") from error
         if not isinstance(loaded, Mapping):

@@ -10,7 +10,7 @@ from owl2.export.checkpoint import REQUIRED_FILES
 from owl2.runtime.errors import CheckpointError
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-PATTERNS = (*REQUIRED_FILES, "generation_config.json", "*.safetensors", "*.bin", "*.index.json")
+JSON_FILES = (*REQUIRED_FILES, "generation_config.json", "*.index.json")
 
 
 def local_checkpoint(name: str, *, download: bool) -> Path:
@@ -28,9 +28,13 @@ def local_checkpoint(name: str, *, download: bool) -> Path:
         raise CheckpointError(f"{name!r} is no hub id; expected OWNER/MODEL, as in MAGAer13/mplug-owl2-llama2-7b")
     if importlib.util.find_spec("huggingface_hub") is None:
         raise CheckpointError("downloading needs huggingface_hub: pip install 'owl2[hub]'")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(PATTERNS)))
+        files = HfApi().list_repo_files(name)
+        weights = "*.safetensors" if any("/" not in f and f.endswith(".safetensors") for f in files) else "*.bin"
+        # What lies in folders are checkpoints of the training run.
+        return Path(snapshot_download(name, allow_patterns=[*JSON_FILES, weights], ignore_patterns=["*/*"]))
     except Exception as error:  # its errors come from several libraries below it
-        raise CheckpointError(f"{name} cannot be downloaded: {str(error).splitlines()[0]}") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{name} cannot be downloaded: {reason}") from error

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from owl2.export import __version__
-from owl2.export.checkpoint import TOKENIZER_FILES, Checkpoint
+from owl2.export.checkpoint import Checkpoint
 from owl2.export.config import BYTES, ExportConfig
 from owl2.export.decoder import ExportedDecoder, Streams, export_decoder
 from owl2.export.graph.ort import MINIMUM_ONNXRUNTIME
@@ -36,7 +36,6 @@ from owl2.runtime.generate import peak_memory
 from owl2.runtime.multimodal import embed
 from owl2.runtime.tokenizer import Tokenizer
 
-TEMPLATE = "mplug_owl2"
 # So many text positions at the end of a probe are decoded one by one, to compare the cached step too.
 DECODED_STEPS = 4
 
@@ -59,7 +58,7 @@ def export_bundle(config: ExportConfig, reporter: Reporter | None = None) -> Rep
         with staging, disk_errors(staging.folder, needed):
             check_space(staging.folder, needed)
             folder = staging.folder
-            for name in TOKENIZER_FILES:
+            for name in spec.TOKENIZER_FILES:
                 shutil.copyfile(checkpoint.folder / name, folder / name)
             measured = set(pictures_of(prompts.measured))
             vision = export_vision(checkpoint, folder, config.vision_type, prompts.pictures, measured, reporter)
@@ -106,7 +105,7 @@ def estimate_size(model: ModelConfig, config: ExportConfig) -> int:
 
 def _prompts(config: ExportConfig, checkpoint: Checkpoint) -> tuple[CalibrationSet, Prompts]:
     calibrate = config.quant is not None and config.method == "gptq"
-    data = load_calibration(config.calibration, config.samples)
+    data = load_calibration(config.calibration, config.samples, need_pictures=calibrate)
     try:
         tokenizer = Tokenizer.load(checkpoint.folder)
     except BundleError as error:
@@ -244,7 +243,7 @@ def _manifest(model: ModelConfig, config: ExportConfig) -> Manifest:
         producer=f"owl2 {__version__}",
         dialect="ort",
         minimum_onnxruntime=MINIMUM_ONNXRUNTIME,
-        template=TEMPLATE,
+        template="mplug_owl2",
         weights=WeightFormat(
             decoder=config.weights,
             head=config.head,

@@ -58,10 +58,11 @@ def prepare(data: CalibrationSet, config: ModelConfig, tokenizer: Tokenizer, *, 
         return [_encode(sample, config, tokenizer) for sample in samples]
 
     samples = data.samples
-    # The first samples always stay with the quantizer: a short list may hold its only picture there.
     places = range(HELD_OUT_EVERY - 1, len(samples), HELD_OUT_EVERY)[:HELD_OUT]
     held_out = [samples[i] for i in places]
     rest = [sample for i, sample in enumerate(samples) if i not in places]
+    if not any(sample.images for sample in rest):  # the quantizer needs what few pictures there are
+        held_out, rest = [], list(samples)
     return Prompts(encode(rest) if calibrate else [], encode(probe_samples()), encode(held_out))
 
 

@@ -32,15 +32,13 @@ class Staging:
         Raises:
             ExportError: the target exists and may not be replaced.
         """
-        self.target = target = target.absolute()
-        self.folder = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        self.target = target = Path(os.path.realpath(target))
         self._published = False
-        if not target.exists():
-            return
-        replaceable = target.is_dir() and ((target / spec.MANIFEST).is_file() or not any(target.iterdir()))
-        if not replaceable:
+        if target.exists() and not _replaceable(target):
             raise ExportError(f"{target} exists and is no bundle; it is left alone: choose another folder")
-        if not overwrite and any(target.iterdir()):
+        self.folder = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        self._restore_replaced()
+        if not overwrite and target.exists() and any(target.iterdir()):
             raise ExportError(f"{target} exists; give --overwrite to replace it or choose another folder")
 
     def __enter__(self) -> Staging:
@@ -76,11 +74,33 @@ class Staging:
             self.folder.rename(self.target)
         self._published = True
 
-    def _remove_leftovers(self) -> None:
-        for path in self.target.parent.glob(f".{self.target.name}.*.partial"):
-            pid = path.name.split(".")[-2]
-            if pid.isdigit() and not _alive(int(pid)):
+    def _left_behind(self, kind: str) -> list[Path]:
+        """Hidden folders of processes that are gone."""
+        parent, prefix, suffix = self.target.parent, f".{self.target.name}.", f".{kind}"
+        names = [path.name for path in parent.iterdir()] if parent.is_dir() else []
+        pids = {name: name.removeprefix(prefix).removesuffix(suffix) for name in names if name.startswith(prefix)}
+        return [
+            parent / name
+            for name, pid in pids.items()
+            if name.endswith(suffix) and pid.isdigit() and not _alive(int(pid))
+        ]
+
+    def _restore_replaced(self) -> None:
+        """Put back a bundle whose replacement was killed between the two renames."""
+        for path in self._left_behind("replaced"):
+            if self.target.exists():
                 shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.rename(self.target)
+
+    def _remove_leftovers(self) -> None:
+        for path in self._left_behind("partial"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _replaceable(target: Path) -> bool:
+    """Whether it is a bundle or an empty folder."""
+    return target.is_dir() and ((target / spec.MANIFEST).is_file() or not any(target.iterdir()))
 
 
 def _alive(pid: int) -> bool:

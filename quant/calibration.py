@@ -58,12 +58,14 @@ class CalibrationSet:
         return sum(len(sample.images) for sample in self.samples)
 
 
-def load_calibration(path: Path | None, limit: int) -> CalibrationSet:
+def load_calibration(path: Path | None, limit: int, *, need_pictures: bool = True) -> CalibrationSet:
     """Read at most ``limit`` samples, spread evenly over the source; None gives the built-in set.
 
+    Only the pictures of the chosen samples are opened.
+
     Raises:
-        CalibrationError: the path is missing, empty or unreadable, lines are malformed (all of them are named),
-            or no sample has a picture.
+        CalibrationError: the path is missing, empty or unreadable, lines are malformed or pictures unusable (all of
+            them are named), or no sample has a picture though ``need_pictures``.
         ConfigError: the limit is not positive.
     """
     if limit < 1:
@@ -79,14 +81,15 @@ def load_calibration(path: Path | None, limit: int) -> CalibrationSet:
             f"{path} does not exist; give a folder of pictures or a JSONL file of conversations, or leave the "
             "option out for the built-in set"
         )
-    chosen = _evenly(whole.samples, limit)
-    result = CalibrationSet(whole.source, chosen, whole.notes)
-    if result.pictures == 0:
+    if need_pictures and whole.pictures == 0:
         raise CalibrationError(
-            f"{whole.source}: none of its {len(chosen)} samples has a picture. This model has keys, values and norms "
-            "of their own for image rows; without pictures these would be rounded blindly. Add conversations with "
-            "pictures, or use a folder of pictures"
+            f"{whole.source}: none of its {len(whole.samples)} samples has a picture. This model has keys, values and "
+            "norms of their own for image rows; without pictures these would be rounded blindly. Add conversations "
+            "with pictures, or use a folder of pictures"
         )
+    result = CalibrationSet(whole.source, _evenly(whole.samples, limit), whole.notes)
+    if path is not None:
+        _check_pictures(path, [image for sample in result.samples for image in sample.images])
     return result
 
 
@@ -119,9 +122,14 @@ def probe_samples() -> tuple[Sample, ...]:
 
 
 def _evenly(samples: Sequence[Sample], limit: int) -> tuple[Sample, ...]:
+    """At most ``limit`` samples from the whole length; one with a picture among them if there is any."""
     if len(samples) <= limit:
         return tuple(samples)
-    return tuple(samples[i * len(samples) // limit] for i in range(limit))
+    chosen = [samples[i * len(samples) // limit] for i in range(limit)]
+    pictured = next((sample for sample in samples if sample.images), None)
+    if pictured is not None and not any(sample.images for sample in chosen):
+        chosen[0] = pictured
+    return tuple(chosen)
 
 
 def _from_folder(folder: Path) -> CalibrationSet:
@@ -131,7 +139,6 @@ def _from_folder(folder: Path) -> CalibrationSet:
             f"{folder} holds no pictures; expected files ending in {', '.join(PICTURE_SUFFIXES)}, "
             "each optionally with a text of the same name ending in .txt"
         )
-    _check_pictures(folder, paths)
     samples, without = [], 0
     for index, path in enumerate(paths):
         question = Message("USER", IMAGE_TOKEN + builtin.QUESTIONS[index % len(builtin.QUESTIONS)])
@@ -149,11 +156,11 @@ def _from_folder(folder: Path) -> CalibrationSet:
     return CalibrationSet(folder.name, tuple(samples + texts), (note,))
 
 
-def _check_pictures(source: Path, paths: Sequence[Path]) -> None:
+def _check_pictures(source: Path, images: Sequence[ImageInput]) -> None:
     problems = []
-    for path in paths:
+    for image in images:
         try:
-            load_image(path)
+            load_image(image)
         except ImageError as error:
             problems.append(str(error))
     _raise_problems(source, problems)
@@ -169,18 +176,20 @@ def _raise_problems(source: Path, problems: Sequence[str]) -> None:
 
 def _from_jsonl(path: Path) -> CalibrationSet:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(
             f"{path} cannot be read: {error}; expected UTF-8 text, one JSON object per line"
         ) from error
+    if text.lstrip().startswith("["):
+        raise CalibrationError(f"{path} is one JSON array; expected one JSON object per line")
     samples, problems = [], []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             samples.append(_sample(json.loads(line), path.parent))
-        except ValueError as error:  # PromptError and ImageError too
+        except ValueError as error:  # PromptError too
             problems.append(f"line {number}: {error}")
     _raise_problems(path, problems)
     if not samples:
@@ -203,15 +212,12 @@ def _sample(record: Any, folder: Path) -> Sample:  # noqa: ANN401 - any JSON val
         messages[0] = Message(messages[0].role, with_images(messages[0].text or "", len(names)))
     prompt = render(messages)
     check_placeholders(prompt, len(names))
-    images = tuple(folder / name for name in names)
-    for image in images:
-        load_image(image)
-    return Sample(prompt, images)
+    return Sample(prompt, tuple(folder / name for name in names))
 
 
 def _message(entry: Any) -> Message:  # noqa: ANN401 - any JSON value
-    role = ROLES.get(entry.get("from", "")) if isinstance(entry, Mapping) else None
-    text = entry.get("value") if isinstance(entry, Mapping) else None
+    given: Mapping[str, Any] = entry if isinstance(entry, Mapping) else {}
+    role, text = ROLES.get(str(given.get("from"))), given.get("value")
     if role is None or not isinstance(text, str):
         raise ValueError(f'a turn must be {{"from": "human" or "gpt", "value": text}}, got {entry!r}')
     return Message(role, text)

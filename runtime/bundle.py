@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -25,6 +26,7 @@ from owl2.runtime.errors import (
 )
 
 HASH_BLOCK = 1 << 22
+EXPECTED = "expected a folder written by owl2-export"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +65,9 @@ class Manifest:
     Attributes:
         format: version of the bundle format.
         producer: the exporter, with its version.
-        dialect: operator set of the graphs.
+        dialect: operator set of the graphs; ``ort``.
         minimum_onnxruntime: lowest version that has the graphs' operators.
-        template: name of the conversation template.
+        template: name of the conversation template; ``mplug_owl2``.
         weights: how the weights are stored.
         model: architecture and image preprocessing.
         files: every other file of the bundle.
@@ -73,9 +75,9 @@ class Manifest:
 
     format: int
     producer: str
-    dialect: str
+    dialect: Literal["ort"]
     minimum_onnxruntime: str
-    template: str
+    template: Literal["mplug_owl2"]
     weights: WeightFormat
     model: ModelConfig
     files: Mapping[str, FileEntry]
@@ -105,9 +107,9 @@ class _ManifestHead:
 
     format: int
     producer: str
-    dialect: str
+    dialect: Literal["ort"]
     minimum_onnxruntime: str
-    template: str
+    template: Literal["mplug_owl2"]
     weights: WeightFormat
     model: ModelConfig
 
@@ -130,7 +132,7 @@ class Bundle:
             BackendUnavailableError: the installed ONNX Runtime is too old for the graphs.
         """
         manifest = read_manifest(folder)
-        problems = check_files(folder, manifest.files)
+        problems = check_files(folder, manifest)
         if problems:
             raise BundleCorruptError(f"{folder}: " + "; ".join(problems) + "; copy or export the bundle again")
         check_onnxruntime(manifest.minimum_onnxruntime)
@@ -159,12 +161,13 @@ def read_manifest(folder: Path) -> Manifest:
         BundleError, BundleVersionError, BundleCorruptError: as :meth:`Bundle.open`.
     """
     path = folder / spec.MANIFEST
+    if not folder.exists():
+        raise BundleError(f"{folder} does not exist; give a folder written by owl2-export")
+    if not folder.is_dir():
+        raise BundleError(f"{folder} is a file; give the folder that owl2-export wrote")
     if not path.is_file():
-        hint = (
-            "it is a PyTorch checkpoint: convert it with owl2-export"
-            if (folder / "config.json").is_file()
-            else ("expected a folder written by owl2-export")
-        )
+        is_checkpoint = (folder / "config.json").is_file()
+        hint = "it is a PyTorch checkpoint: convert it with owl2-export" if is_checkpoint else EXPECTED
         raise BundleError(f"{folder} is no bundle: {spec.MANIFEST} is missing; {hint}")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -182,11 +185,18 @@ def read_manifest(folder: Path) -> Manifest:
         raise BundleCorruptError(f"{path}: {error}") from error
 
 
-def check_files(folder: Path, files: Mapping[str, FileEntry]) -> list[str]:
+def check_files(folder: Path, manifest: Manifest) -> list[str]:
     """Compare size and hash of every file; returns one sentence per problem."""
+    unlisted = [name for name in spec.BUNDLE_FILES if name not in manifest.files]
+    problems = [f"{name} is not listed in {spec.MANIFEST}" for name in unlisted]
+    decoder, weights = manifest.model.decoder, manifest.weights
+    rows = manifest.files.get(spec.EMBEDDINGS)
+    expected = decoder.vocab_size * decoder.hidden_size * (2 if weights.embeddings == "fp16" else 4)
+    if rows is not None and rows.size != expected:
+        problems.append(f"{spec.EMBEDDINGS} has {rows.size} bytes, the model's token table takes {expected}")
     with ThreadPoolExecutor() as pool:
-        found = pool.map(lambda item: _check_file(folder, *item), files.items())
-    return [problem for problem in found if problem]
+        found = pool.map(lambda item: _check_file(folder, *item), manifest.files.items())
+    return problems + [problem for problem in found if problem]
 
 
 def _check_file(folder: Path, name: str, entry: FileEntry) -> str:
@@ -226,4 +236,7 @@ def check_onnxruntime(minimum: str) -> None:
 
 
 def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(".")[:2])
+    numbers = re.match(r"(\d+)\.(\d+)", text)
+    if numbers is None:
+        raise BundleCorruptError(f"{spec.MANIFEST}: minimum_onnxruntime {text!r} is no version such as 1.22")
+    return tuple(map(int, numbers.groups()))

@@ -17,6 +17,7 @@ from owl2.runtime.errors import ConfigError
 PreprocessMode = Literal["resize", "pad", "crop"]
 
 IMAGE_TOKEN = "<|image|>"
+LONGEST_CONTEXT = 1 << 20  # positions; tables of the whole context are kept in memory
 IMAGE_TOKEN_ID = -200
 
 T = TypeVar("T")
@@ -26,6 +27,18 @@ def require(condition: bool, message: str) -> None:
     """Raise :class:`ConfigError` with ``message`` unless ``condition`` holds."""
     if not condition:
         raise ConfigError(message)
+
+
+def require_positive(config: Any, part: str) -> None:  # noqa: ANN401 - any of the classes below
+    """Refuse sizes and counts that are not positive; token ids may be 0.
+
+    Raises:
+        ConfigError: naming the field.
+    """
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, int) and not isinstance(value, bool) and not field.name.endswith("_token_id"):
+            require(value > 0, f"{part} {field.name} must be positive, got {value}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +57,7 @@ class VisionConfig:
     use_post_layernorm: bool = True
 
     def __post_init__(self) -> None:
+        require_positive(self, "vision")
         require(
             self.hidden_size % self.num_attention_heads == 0,
             f"vision hidden_size {self.hidden_size} is not a multiple of its {self.num_attention_heads} heads",
@@ -82,6 +96,7 @@ class AbstractorConfig:
     use_cls_token: bool = True
 
     def __post_init__(self) -> None:
+        require_positive(self, "abstractor")
         require(
             self.hidden_size % self.num_attention_heads == 0,
             f"abstractor hidden_size {self.hidden_size} is not a multiple of its {self.num_attention_heads} heads",
@@ -123,6 +138,14 @@ class DecoderConfig:
     eos_token_id: int = 2
 
     def __post_init__(self) -> None:
+        require_positive(self, "decoder")
+        for name in ("bos_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            require(0 <= value < self.vocab_size, f"{name} {value} is outside the vocabulary of {self.vocab_size}")
+        require(
+            self.max_position_embeddings <= LONGEST_CONTEXT,
+            f"max_position_embeddings {self.max_position_embeddings} is more than {LONGEST_CONTEXT}",
+        )
         require(
             self.hidden_size % self.num_attention_heads == 0,
             f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}",
@@ -220,18 +243,23 @@ def from_json(cls: type[T], data: Mapping[str, Any], where: str) -> T:
 
 
 def _from_json_value(hint: Any, value: Any, where: str) -> Any:  # noqa: ANN401 - any JSON value
-    if get_origin(hint) is types.UnionType:
+    origin, choices = get_origin(hint), get_args(hint)
+    if origin is types.UnionType:
         if value is None:
             return None
-        hint = next(choice for choice in get_args(hint) if choice is not type(None))
+        hint = next(choice for choice in choices if choice is not type(None))
     if hasattr(hint, "__dataclass_fields__"):
         return from_json(hint, value, where)
-    if get_origin(hint) is tuple:
-        require(isinstance(value, list | tuple), f"{where}: expected a list, got {value!r}")
-        return tuple(value)
+    if origin is Literal:
+        require(value in choices, f"{where}: expected one of {', '.join(map(str, choices))}, got {value!r}")
+    if origin is tuple:
+        fits = isinstance(value, list | tuple) and len(value) == len(choices)
+        require(fits, f"{where}: expected a list of {len(choices)}, got {value!r}")
+        return tuple(_from_json_value(choice, entry, where) for choice, entry in zip(choices, value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value)
     if isinstance(hint, type):
         right = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
         require(right, f"{where}: expected {hint.__name__}, got {value!r}")
+        require(hint is not float or math.isfinite(value), f"{where}: expected a number, got {value!r}")
     return value

@@ -16,6 +16,16 @@ DECODER_GRAPH = "decoder.onnx"
 EMBEDDINGS = "embeddings.bin"
 REPORT = "report.json"
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
+BUNDLE_FILES = (
+    VISION_GRAPH,
+    VISION_GRAPH + ".data",
+    DECODER_GRAPH,
+    DECODER_GRAPH + ".data",
+    EMBEDDINGS,
+    *TOKENIZER_FILES,
+    REPORT,
+)
+"""Everything beside the manifest."""
 
 # vision.onnx
 PIXELS = "pixel_values"  # float32 [N, 3, R, R]

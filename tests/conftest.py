@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from owl2.export.checkpoint import TOKENIZER_FILES
 from owl2.export.config import ExportConfig
 from owl2.export.hf_config import model_config
 from owl2.export.model import Owl2Model
 from owl2.export.pipeline import export_bundle
+from owl2.runtime.spec import TOKENIZER_FILES
 
 # The matrices here are tiny; threads that wait for each other only cost time on a busy machine.
 torch.set_num_threads(1)

@@ -5,9 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import MakeCheckpoint
 from PIL import Image
 
-from owl2.runtime import Chat, ContextOverflowError, Owl2, PromptError
+from owl2.export.config import ExportConfig
+from owl2.export.pipeline import export_bundle
+from owl2.runtime import Chat, ConfigError, ContextOverflowError, Owl2, PromptError
 from owl2.runtime.backends.ort import OrtEngine
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.multimodal import embed
@@ -208,6 +211,99 @@ class TestConversation:
         expected = self.ask_twice(case)[0].ask("Why?", max_new_tokens=8).text
         assert chat.ask("Why?", max_new_tokens=8).text == expected
 
+    def test_messages_can_be_read_while_an_answer_streams(self, case: Case) -> None:
+        chat, first = self.ask_twice(case)
+        seen = [(chunk.text, len(chat.messages)) for chunk in chat.ask("Why?", max_new_tokens=8)]
+        assert [count for _, count in seen[:-1]] == [2] * (len(seen) - 1)
+        assert [message.text for message in chat.messages[1::2]] == [first, "".join(text for text, _ in seen)]
+
+    def test_reset_while_an_answer_streams_ends_it(self, case: Case) -> None:
+        chat, _ = self.ask_twice(case)
+        answer = chat.ask("Why?", max_new_tokens=50)
+        stream = iter(answer)
+        next(stream)
+        chat.reset()
+        assert list(stream) == []
+        assert answer.state == "cancelled"
+        assert chat.messages == ()
+        cold = case.owl.chat().ask("Hi", max_new_tokens=5)
+        assert chat.ask("Hi", max_new_tokens=5).text == cold.text
+
+    def test_an_abandoned_stream_does_not_disturb_the_next_question(self, case: Case) -> None:
+        chat, _ = self.ask_twice(case)
+        stream = iter(chat.ask("And then?", max_new_tokens=50))
+        next(stream)
+        expected = self.ask_twice(case)[0].ask("Why?", max_new_tokens=8).text
+        assert chat.ask("Why?", max_new_tokens=8).text == expected
+        assert list(stream) == []
+        assert len(chat.messages) == 4
+
+    def test_cancelling_stops_and_undoes(self, case: Case) -> None:
+        chat, _ = self.ask_twice(case)
+        before = chat.messages
+        answer = chat.ask("And then?", max_new_tokens=50)
+        pieces = 0
+        for _ in answer:
+            pieces += 1
+            if pieces == 3:
+                answer.cancel()
+        assert (pieces, answer.state, answer.finish_reason) == (3, "cancelled", None)
+        assert chat.messages == before
+
+    def test_cancelling_before_the_start_runs_nothing(self, case: Case) -> None:
+        chat = case.owl.chat()
+        answer = chat.ask("Hi", max_new_tokens=1)
+        answer.cancel()
+        assert answer.text == ""
+        assert answer.stats.generated_tokens == 0
+        assert chat.messages == ()
+
+    def test_cancelling_takes_effect_between_blocks_of_a_long_prompt(
+        self, case: Case, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        answer = case.owl.chat().ask("word " * 80, max_new_tokens=5)
+        original, blocks = OrtEngine.prefill, []
+
+        def counted(self: OrtEngine, embeds: np.ndarray, *others: object) -> np.ndarray:
+            blocks.append(len(embeds))
+            answer.cancel()
+            return original(self, embeds, *others)
+
+        monkeypatch.setattr("owl2.runtime.generate.PREFILL_BLOCK", 32)
+        monkeypatch.setattr(OrtEngine, "prefill", counted)
+        assert answer.text == ""
+        assert blocks == [32]
+
+    def test_a_prompt_in_blocks_has_the_logits_of_one_in_a_piece(
+        self, case: Case, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def logprobs() -> list[float]:
+            answer = case.owl.chat().ask("What is this?", images=case.images[:2], max_new_tokens=6)
+            return [chunk.logprob for chunk in answer]
+
+        whole = logprobs()
+        monkeypatch.setattr("owl2.runtime.generate.PREFILL_BLOCK", 5)
+        np.testing.assert_allclose(logprobs(), whole, atol=1e-4, rtol=0)
+
+    def test_a_placeholder_that_the_model_wrote_stands_for_no_picture(self, case: Case) -> None:
+        chat, _ = self.ask_twice(case)
+        answer = chat.ask("Why?", max_new_tokens=2)
+        assert answer._finish is not None
+        answer._finish("It is <|image|>.")
+        assert case.owl.chat().messages == ()
+        assert chat._messages[-1].text == "It is <image>."
+
+    def test_preparing_pictures_counts_as_time_to_the_first_token(self, case: Case) -> None:
+        answer = case.owl.chat().ask("What?", images=case.images[:3], max_new_tokens=1)
+        _ = answer.text
+        stats = answer.stats
+        assert stats.preprocess_seconds > 0
+        assert stats.time_to_first_token > stats.preprocess_seconds + stats.vision_seconds + stats.prefill_seconds
+
+    def test_an_unknown_mode_is_refused(self, case: Case) -> None:
+        with pytest.raises(ConfigError, match="preprocess 'stretch' is not known; use resize, pad, crop"):
+            case.owl.chat().ask("What?", images=case.images[:1], preprocess="stretch")
+
     def test_kv_buffers_are_written_in_place_and_grow(self, case: Case) -> None:
         chat = case.owl.chat()
         _ = chat.ask("q", images=case.images[:1], max_new_tokens=4).text
@@ -248,3 +344,24 @@ def test_a_context_can_be_chosen(case: Case) -> None:
     with pytest.raises(ContextOverflowError) as caught:
         owl.generate("USER: " + "word " * 50)
     assert caught.value.limit == 40
+
+
+def test_keys_of_stretched_positions_are_not_reused(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """Dynamic scaling turns the keys of a long sequence by other angles than those of a short one."""
+    scaling = {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 48}
+    export_bundle(ExportConfig(make_checkpoint(top=scaling), tmp_path / "bundle", weights="fp32"))
+    owl = Owl2.load(tmp_path / "bundle", context=400)
+
+    def logprobs(chat: Chat, question: str) -> list[float]:
+        return [chunk.logprob for chunk in chat.ask(question, max_new_tokens=4)]
+
+    chat = owl.chat()
+    next(iter(chat.ask("word " * 40)))  # longer than the limit, and left again
+    np.testing.assert_allclose(logprobs(chat, "Hi"), logprobs(owl.chat(), "Hi"), atol=1e-5, rtol=0)
+    second = chat.ask("Hello", max_new_tokens=4)
+    assert second.text is not None
+    assert second.stats.reused_tokens > 0  # as long as everything stays short, the cache is used
+    again = owl.chat()
+    again._messages = list(chat.messages)
+    warm, cold = logprobs(chat, "word " * 40), logprobs(again, "word " * 40)
+    np.testing.assert_allclose(warm, cold, atol=1e-5, rtol=0)

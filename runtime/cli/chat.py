@@ -23,8 +23,9 @@ from owl2.runtime.cli.console import (
     stream,
 )
 from owl2.runtime.cli.options import Options, bundle_argument, model_options
+from owl2.runtime.config import PreprocessConfig
 from owl2.runtime.errors import ContextOverflowError, ImageError, Owl2Error
-from owl2.runtime.image import load_image
+from owl2.runtime.image import load_image, preprocess
 from owl2.runtime.model import Chat
 from owl2.runtime.version import __version__
 
@@ -40,6 +41,7 @@ class Session:
         chat: the conversation.
         options: how answers are generated.
         context: positions it may take.
+        preprocess: how the bundle prepares pictures.
         pictures: wait for the next question.
         answer: the last finished one.
         done: no more lines are wanted.
@@ -49,6 +51,7 @@ class Session:
     chat: Chat
     options: Options
     context: int
+    preprocess: PreprocessConfig
     pictures: list[Image.Image] = field(default_factory=list)
     answer: Answer | None = None
     done: bool = False
@@ -75,7 +78,7 @@ def chat(options: Options, bundle: Path) -> None:
     if interactive:
         notice(f"loading {bundle}")
     owl = options.load(bundle)
-    session = Session(owl.chat(), options, owl.context)
+    session = Session(owl.chat(), options, owl.context, owl.config.preprocess)
     if interactive:
         _prepare_terminal()
         notice(f"version {__version__}; /help lists the commands, Ctrl-C stops an answer, {LEAVING}")
@@ -166,7 +169,10 @@ def _command(session: Session, line: str) -> None:
 def _image(session: Session, argument: str) -> None:
     if not argument:
         raise Owl2Error("/image needs the path of a picture, as in /image ~/cat.jpg")
-    session.pictures.append(_open(argument))
+    picture = _open(argument)
+    # Now, not with the question: a picture that cannot be used must not stand in the way of later ones.
+    preprocess(picture, session.preprocess, session.options.preprocess)
+    session.pictures.append(picture)
     notice(f"{_count(session.pictures)} for the next question")
 
 

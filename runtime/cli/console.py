@@ -21,8 +21,10 @@ UNSHOWN = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code
 
 
 def notice(text: str) -> None:
-    """Write one line to stderr."""
-    click.echo(f"owl2: {' '.join(text.splitlines())}", err=True)
+    """Write a message to stderr, behind the name of the command."""
+    context = click.get_current_context(silent=True)
+    name = context.find_root().info_name if context is not None else None
+    click.echo(f"{name or 'owl2'}: {text}", err=True)
 
 
 def notice_interrupt(text: str) -> None:

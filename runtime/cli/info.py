@@ -64,7 +64,7 @@ def _inspect(folder: Path) -> Findings:
         BundleError: there is no manifest that can be read.
     """
     manifest = read_manifest(folder)
-    problems = check_files(folder, manifest.files)
+    problems = check_files(folder, manifest)
     try:
         check_onnxruntime(manifest.minimum_onnxruntime)
     except BackendUnavailableError as error:

@@ -31,7 +31,8 @@ def handler(folder: Path) -> type[http.server.BaseHTTPRequestHandler]:
 
         def answer(self, *, body: bool) -> None:
             path = self.path.split("?")[0]
-            names = [*(p.name for p in sorted(folder.iterdir())), "run_me.py"]
+            extra = ["run_me.py", "pytorch_model.bin", "checkpoint-9/model.safetensors"]
+            names = [*(p.name for p in sorted(folder.iterdir())), *extra]
             record: object = None
             if path.startswith(f"/api/models/{MODEL}/tree/"):
                 record = [{"type": "file", "path": name, "size": 1, "oid": "0" * 40} for name in names]
@@ -86,7 +87,7 @@ def test_download_and_export(hub: str, tmp_path: Path) -> None:
     assert (tmp_path / "bundle" / "owl2.json").is_file()
     fetched = {path.name for path in (tmp_path / "cache").rglob("snapshots/*/*")}
     assert "model-00001-of-00005.safetensors" in fetched
-    assert "run_me.py" not in fetched
+    assert not {"run_me.py", "pytorch_model.bin", "checkpoint-9"} & fetched
 
 
 def test_a_model_the_hub_does_not_have(hub: str, tmp_path: Path) -> None:

@@ -82,7 +82,8 @@ class TestWeights:
         assert set(report.modules) == expected
         assert all(module.error < module.rtn_error for module in report.modules.values())
         size = sum(path.stat().st_size for path in target.iterdir())
-        assert estimate_size(manifest.model, config) < size
+        # Page alignment of the weights and the graphs themselves weigh little beside real weights only.
+        assert 0.3 * size < estimate_size(manifest.model, config) < size
 
     def test_fewer_bits_lose_more(self, a1: Path, tmp_path: Path, photos: Path) -> None:
         kls = []
@@ -189,10 +190,10 @@ class TestFaults:
         self.planted(a1, tmp_path, "decoder.onnx does not compute")
 
     def test_a_wrong_position_in_cached_steps(self, a1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        from owl2.runtime.backends.ort import OrtEngine
+        from owl2.runtime.backends.ort import OrtDecoder
 
-        original = OrtEngine.decode
-        monkeypatch.setattr(OrtEngine, "decode", lambda self, rows, past, kv: original(self, rows, past - 1, kv))
+        original = OrtDecoder.decode
+        monkeypatch.setattr(OrtDecoder, "decode", lambda self, rows, past, kv: original(self, rows, past - 1, kv))
         self.planted(a1, tmp_path, "decoder.onnx does not compute")
 
 
@@ -214,6 +215,31 @@ class TestTarget:
         with pytest.raises(ExportError, match="is no bundle; it is left alone"):
             export_bundle(ExportConfig(a1, tmp_path / "photos", overwrite=True))
         assert leftovers(tmp_path / "photos") == ["wedding.jpg"]
+
+    def test_what_a_kill_between_the_renames_left_is_put_back(self, a1: Path, tmp_path: Path) -> None:
+        target = tmp_path / "b[1]"  # brackets mean nothing here
+        export_bundle(ExportConfig(a1, target, weights="fp32"))
+        process = subprocess.Popen([sys.executable, "-c", ""])
+        process.wait()
+        target.rename(tmp_path / f".b[1].{process.pid}.replaced")
+        (tmp_path / f".b[1].{process.pid}.partial").mkdir()
+        with pytest.raises(ExportError, match="exists; give --overwrite"):
+            export_bundle(ExportConfig(a1, target, weights="fp16"))
+        assert Bundle.open(target).manifest.weights.decoder == "fp32"
+        export_bundle(ExportConfig(a1, target, weights="fp16", overwrite=True))
+        assert leftovers(tmp_path) == ["b[1]"]
+
+    def test_a_link_to_a_bundle_stays_a_link(self, a1: Path, tmp_path: Path) -> None:
+        export_bundle(ExportConfig(a1, tmp_path / "real", weights="fp32"))
+        (tmp_path / "link").symlink_to("real")
+        export_bundle(ExportConfig(a1, tmp_path / "link", weights="fp16", overwrite=True))
+        assert (tmp_path / "link").is_symlink()
+        assert Bundle.open(tmp_path / "real").manifest.weights.decoder == "fp16"
+        assert leftovers(tmp_path) == ["link", "real"]
+
+    def test_the_root_folder_is_no_bundle(self, a1: Path) -> None:
+        with pytest.raises(ExportError, match="is no bundle"):
+            export_bundle(ExportConfig(a1, Path("/"), overwrite=True))
 
     def test_parents_are_made(self, tmp_path: Path) -> None:
         with Staging(tmp_path / "deep" / "er" / "bundle", overwrite=False) as staging:
@@ -280,7 +306,7 @@ class TestCommand:
     def test_the_built_in_calibration_is_told(self, a1: Path, tmp_path: Path) -> None:
         result = self.run(a1, tmp_path / "bundle")
         assert result.returncode == 0
-        assert "owl2: note: the built-in calibration set was used: drawn pictures" in result.stderr
+        assert "owl2-export: note: the built-in calibration set was used: drawn pictures" in result.stderr
         assert "equals torch within" in result.stdout
         notes = json.loads((tmp_path / "bundle" / "report.json").read_text())["calibration"]["notes"]
         assert notes[0].startswith("the built-in calibration set was used")
@@ -297,7 +323,7 @@ class TestCommand:
         result = self.run(*args, cwd=tmp_path)
         assert result.returncode == 1
         assert message in result.stderr
-        assert result.stderr.startswith("owl2: error: ")
+        assert result.stderr.startswith("owl2-export: error: ")
         assert result.stderr.count("\n") == 1
         assert leftovers(tmp_path) == []
 
@@ -325,7 +351,7 @@ class TestCommand:
             _, errors = process.communicate(timeout=60)
         assert process.returncode == code
         assert "Traceback" not in errors
-        assert number == signal.SIGTERM or errors.endswith("owl2: stopped\n")
+        assert number == signal.SIGTERM or errors.endswith("owl2-export: stopped\n")
         assert leftovers(tmp_path) == []
 
     def test_a_killed_export_leaves_no_half_bundle(self, a1: Path, sample_checkpoint: Path, tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ class TestFolder:
         (folder / "x.png").write_bytes(b"no picture")
         (folder / "y.png").write_bytes(b"")
         with pytest.raises(CalibrationError, match=r"(?s)2 problems:.*x\.png.*y\.png"):
-            load_calibration(folder, 10)
+            load_calibration(folder, 100)
 
     def test_missing(self, tmp_path: Path) -> None:
         with pytest.raises(CalibrationError, match="nowhere does not exist; give a folder of pictures or a JSONL"):
@@ -112,10 +112,10 @@ class TestConversations:
             "{no json",
             [],
             {"conversations": "text"},
+            {"conversations": [{"from": ["human"], "value": "x"}]},
             talk(image="a.jpg"),
             {"conversations": [{"from": "system", "value": "x"}]},
             talk(f"{IMAGE_TOKEN}{IMAGE_TOKEN}", "x", image="a.jpg"),
-            talk("q", "a", image="missing.png"),
             talk("q", "a", image=3),
         )
         with pytest.raises(CalibrationError) as caught:
@@ -124,15 +124,45 @@ class TestConversations:
         assert "8 problems" in message
         for part in (
             "line 2: Expecting property name",
-            'line 3: expected an object with "conversations"',
             'line 4: expected an object with "conversations"',
-            'line 5: "conversations" is empty',
-            "line 6: a turn must be",
-            "line 7: the prompt has 2",
-            "line 8: cannot read",
+            "line 5: a turn must be",
+            'line 6: "conversations" is empty',
+            "line 7: a turn must be",
+            "line 8: the prompt has 2",
             'line 9: "image" must be',
         ):
             assert part in message
+
+    def test_pictures_that_cannot_be_read_are_named(self, folder: Path) -> None:
+        path = write_lines(folder / "talks.jsonl", talk("q", "a", image="missing.png"), talk("q", "a", image="a.jpg"))
+        with pytest.raises(CalibrationError, match=r"(?s)1 problems:.*cannot read .*missing\.png"):
+            load_calibration(path, 10)
+
+    def test_only_the_chosen_pictures_are_opened(self, folder: Path) -> None:
+        lines = [talk("q", "a", image="a.jpg" if i % 4 == 0 else "missing.png") for i in range(12)]
+        assert load_calibration(write_lines(folder / "talks.jsonl", *lines), 3).pictures == 3
+
+    def test_one_json_array_is_no_jsonl(self, folder: Path) -> None:
+        path = folder / "talks.json"
+        path.write_text(json.dumps([talk("q", "a")], indent=2))
+        with pytest.raises(CalibrationError, match="is one JSON array; expected one JSON object per line"):
+            load_calibration(path, 10)
+
+    def test_unicode_line_separators_and_a_byte_order_mark_are_text(self, folder: Path) -> None:
+        line = json.dumps(talk("one\u2028two\x85", "a", image="a.jpg"), ensure_ascii=False)
+        path = folder / "talks.jsonl"
+        path.write_bytes(b"\xef\xbb\xbf" + line.encode())
+        assert "one\u2028two\x85" in load_calibration(path, 10).samples[0].prompt
+
+    def test_a_small_choice_still_has_a_picture(self, folder: Path) -> None:
+        lines = [talk("q", "a")] * 20
+        path = write_lines(folder / "talks.jsonl", *lines, talk("q", "a", image="a.jpg"))
+        assert load_calibration(path, 3).pictures == 1
+        assert load_calibration(None, 1).pictures == 1
+
+    def test_pictures_are_not_needed_where_nothing_is_calibrated(self, folder: Path) -> None:
+        path = write_lines(folder / "talks.jsonl", talk("q", "a"))
+        assert load_calibration(path, 3, need_pictures=False).pictures == 0
 
     def test_no_pictures_says_why_they_are_needed(self, tmp_path: Path) -> None:
         path = write_lines(tmp_path / "talks.jsonl", talk("Hello", "Hi"), talk("What?", "That."))

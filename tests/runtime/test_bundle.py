@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from owl2.runtime import Owl2
-from owl2.runtime.bundle import Bundle, Manifest, check_onnxruntime, read_manifest
+from owl2.runtime.bundle import Bundle, Manifest, check_onnxruntime, hash_file, read_manifest
 from owl2.runtime.errors import (
     BackendError,
     BackendUnavailableError,
@@ -81,6 +81,9 @@ def test_unknown_format_version(copy: Path, version: object) -> None:
     ("changes", "message"),
     [
         ({"surprise": 1}, "unknown keys surprise"),
+        ({"dialect": "onnx"}, "dialect: expected one of ort, got 'onnx'"),
+        ({"template": "vicuna"}, "template: expected one of mplug_owl2, got 'vicuna'"),
+        ({"minimum_onnxruntime": "new"}, "minimum_onnxruntime 'new' is no version"),
         ({"weights": {"decoder": "int4"}}, "weights: missing keys"),
         ({"files": []}, "files: expected an object"),
         ({"files": {"decoder.onnx": {"size": "big", "sha256": "x"}}}, "size: expected int, got 'big'"),
@@ -109,17 +112,55 @@ def test_files_outside_the_bundle_are_not_followed(copy: Path, tmp_path: Path) -
 def test_a_folder_that_is_no_bundle(tmp_path: Path, golden: Path) -> None:
     with pytest.raises(BundleError, match=r"owl2\.json is missing; expected a folder written by owl2-export"):
         Owl2.load(tmp_path)
+    with pytest.raises(BundleError, match="nowhere does not exist; give a folder written by owl2-export"):
+        Owl2.load(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(BundleError, match="file is a file; give the folder"):
+        Owl2.load(tmp_path / "file")
     with pytest.raises(BundleError, match="it is a PyTorch checkpoint: convert it with owl2-export"):
         Owl2.load(golden / "a1_base_bin" / "model")
 
 
-def test_a_graph_without_its_data_cannot_be_loaded(copy: Path) -> None:
-    """The hashes hold, yet ONNX Runtime refuses the graph: its own first line is passed on."""
+def test_a_file_that_is_not_listed_is_not_used(copy: Path) -> None:
     files = json.loads((copy / "owl2.json").read_text())["files"]
-    (copy / "vision.onnx.data").unlink()
     del files["vision.onnx.data"]
     edit(copy, files=files)
+    with pytest.raises(BundleCorruptError, match=r"vision\.onnx\.data is not listed in owl2\.json"):
+        Owl2.load(copy)
+
+
+def test_a_graph_that_onnxruntime_refuses(copy: Path) -> None:
+    """The hashes hold; its own first line is passed on."""
+    (copy / "vision.onnx").write_bytes(b"no graph")
+    files = json.loads((copy / "owl2.json").read_text())["files"]
+    files["vision.onnx"] = {"size": 8, "sha256": hash_file(copy / "vision.onnx")}
+    edit(copy, files=files)
     with pytest.raises(BackendError, match=r"vision\.onnx cannot be loaded: "):
+        Owl2.load(copy)
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "error", "message"),
+    [
+        ("decoder", {"vocab_size": 900}, BundleCorruptError, "embeddings.bin has .* the model's token table takes"),
+        ("decoder", {"num_attention_heads": 0}, BundleCorruptError, "num_attention_heads must be positive, got 0"),
+        ("decoder", {"num_attention_heads": 8}, BackendError, "does not fit the manifest: past_key_values.0.key"),
+        ("decoder", {"num_hidden_layers": 4}, BackendError, "does not fit the manifest: past_key_values.3.key"),
+        ("decoder", {"eos_token_id": 5000}, BundleCorruptError, "eos_token_id 5000 is outside the vocabulary of 800"),
+        ("decoder", {"max_position_embeddings": 10**9}, BundleCorruptError, "max_position_embeddings .* is more than"),
+        ("vision", {"patch_size": 0}, BundleCorruptError, "patch_size must be positive"),
+        ("abstractor", {"num_learnable_queries": 3}, BackendError, "does not fit the manifest: image_rows has shape"),
+        ("preprocess", {"mean": [1.0, 2.0]}, BundleCorruptError, "mean: expected a list of 3"),
+        ("preprocess", {"std": ["a", "b", "c"]}, BundleCorruptError, "std: expected float, got 'a'"),
+        ("preprocess", {"mode": "stretch"}, BundleCorruptError, "mode: expected one of resize, pad, crop"),
+    ],
+)
+def test_a_model_that_was_edited(
+    copy: Path, part: str, changes: dict[str, object], error: type[Exception], message: str
+) -> None:
+    model = json.loads((copy / "owl2.json").read_text())["model"]
+    edit(copy, model=model | {part: model[part] | changes})
+    with pytest.raises(error, match=message):
         Owl2.load(copy)
 
 
@@ -134,6 +175,7 @@ def test_an_older_onnxruntime_than_needed() -> None:
     [
         ({"provider": "cuda"}, BackendUnavailableError, "provider 'cuda' is not known; known: cpu"),
         ({"threads": 0}, ConfigError, "threads must be positive, got 0"),
+        ({"threads": 100_000}, ConfigError, "threads 100000 is more than this machine can use; give at most"),
         ({"context": 0}, ConfigError, "context must be positive, got 0"),
         ({"context": 4096}, ConfigError, "context 4096 exceeds the 2048 positions this model was trained for"),
     ],
