@@ -54,7 +54,7 @@ bench: $(VENV)/.dev bundles/sample/owl2.json
 
 full: $(VENV)/.dev
 	PYTHON=$(BIN)/python scripts/measure-sample build/measure
-	PYTHON=$(BIN)/python scripts/measure-layers build/measure
+	$(BIN)/python scripts/measure_layers.py build/measure --samples 16
 
 clean:
 	rm -rf build bundles $(VENV)

@@ -91,7 +91,7 @@ def export_vision(
     stored = torch_rows()
     path = folder / spec.VISION_GRAPH
     with GraphBuilder(path) as graph:
-        VisionGraph(graph, OrtDialect(), config, lambda _, weight: store(weight, kind)).write(tower, abstractor)
+        VisionGraph(graph, OrtDialect(), config, lambda weight: store(weight, kind)).write(tower, abstractor)
     parity = _check(path, pictures, stored, reference)
     session = open_session(path, DEFAULT_OPTIONS)
     rows = {}

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from owl2.runtime.config import require
 from owl2.runtime.errors import BackendError
-from owl2.runtime.tokenizer import Tokenizer
 
 Logits = NDArray[np.float32]
 
@@ -158,18 +157,6 @@ def sample(logits: Logits, config: GenerationConfig, rng: np.random.Generator, p
     mass = np.cumsum(_softmax(logits[candidates]))
     drawn = np.searchsorted(mass, rng.random() * mass[-1], side="right")
     return int(candidates[min(drawn, candidates.size - 1)])
-
-
-def official_stop(new_ids: Sequence[int], keyword: str, tokenizer: Tokenizer) -> bool:
-    """Whether the original implementation would stop after the last of ``new_ids``.
-
-    It does when they end with the ids of ``keyword``, or when the text of as many last ids, without special
-    tokens, contains it. A keyword spelled with more tokens than its own is therefore not found;
-    :class:`StopFilter` finds it.
-    """
-    keyword_ids = tokenizer.encode(keyword)
-    last = list(new_ids[-len(keyword_ids) :])
-    return bool(last) and (last == keyword_ids or keyword in tokenizer.decode(last))
 
 
 class StopFilter:

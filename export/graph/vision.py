@@ -17,8 +17,8 @@ from owl2.export.weights import LinearWeight
 from owl2.runtime import spec
 from owl2.runtime.config import ModelConfig
 
-MakeWeight = Callable[[str, Tensor], LinearWeight]
-"""(name, float32 [N, K]) -> the stored form of that weight."""
+MakeWeight = Callable[[Tensor], LinearWeight]
+"""float32 [N, K] -> the stored form of that weight."""
 
 
 class VisionGraph:
@@ -46,7 +46,7 @@ class VisionGraph:
         return self.graph.constant(name, tensor.detach().numpy())
 
     def _linear(self, x: str, name: str, weight: Tensor, bias: Tensor) -> str:
-        made = self.make_weight(name, weight.detach())
+        made = self.make_weight(weight.detach())
         return self.dialect.linear(self.graph, x, Linear(name, made, bias.detach()))
 
     def _module(self, x: str, module: nn.Linear, name: str) -> str:

@@ -16,13 +16,16 @@ import torch
 from conftest import MakeCheckpoint
 from PIL import Image
 
+from owl2.export import decoder
 from owl2.export.checkpoint import Checkpoint
 from owl2.export.config import ExportConfig
 from owl2.export.graph.ort import OrtDialect
-from owl2.export.model import Owl2Model
+from owl2.export.model import DecoderLayer, Owl2Model
 from owl2.export.pipeline import estimate_size, export_bundle
 from owl2.export.staging import Staging, check_space
-from owl2.quant.layer import LINEARS
+from owl2.quant.config import QuantConfig
+from owl2.quant.layer import LINEARS, QuantizedLinear
+from owl2.quant.stream import Stream
 from owl2.runtime import Owl2
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.errors import CalibrationError, ConfigError, ExportError, ParityError
@@ -181,8 +184,6 @@ class TestFaults:
         self.planted(a1, tmp_path, r"vision.onnx does not compute .* largest difference 0\.\d+ of the RMS, at most")
 
     def test_branches_exchanged(self, a1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        from owl2.export import decoder
-
         original = decoder._gains
         monkeypatch.setattr(
             decoder, "_gains", lambda layer: {n: (image, text) for n, (text, image) in original(layer).items()}
@@ -195,6 +196,30 @@ class TestFaults:
         original = OrtDecoder.decode
         monkeypatch.setattr(OrtDecoder, "decode", lambda self, rows, past, kv: original(self, rows, past - 1, kv))
         self.planted(a1, tmp_path, "decoder.onnx does not compute")
+
+
+def test_calibration_passes_through_the_quantized_layers(
+    a1: Path, tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What calibrates layer 1 is what the stored layer 0 makes of the rows, not what the original one does."""
+    seen: list[Stream] = []
+    layers: list[DecoderLayer] = []
+    original = decoder.quantize_layer
+
+    def watched(layer: DecoderLayer, stream: Stream, config: QuantConfig, name: str) -> dict[str, QuantizedLinear]:
+        seen.append(stream.copy())
+        layers.append(layer)
+        return original(layer, stream, config, name)
+
+    monkeypatch.setattr(decoder, "quantize_layer", watched)
+    export_bundle(ExportConfig(a1, tmp_path / "bundle", calibration=photos, group_size=32))
+    with Checkpoint(a1) as checkpoint:
+        before = DecoderLayer(checkpoint.config.decoder)
+        checkpoint.load_into(before, "model.layers.0.")
+    rows = [sequence.rows for sequence in seen[1].sequences]
+    for given, stored, unquantized in zip(rows, seen[0].outputs(layers[0]), seen[0].outputs(before)):
+        torch.testing.assert_close(given, stored)
+        assert float((given - unquantized).abs().max()) > 1e-3
 
 
 class TestTarget:
