@@ -8,8 +8,9 @@ values and norms) with the language side frozen; "all" trains everything on imag
 ``--start CHECKPOINT`` trains a finished model further instead: everything together, with more of what comes
 late (relations, ratings of quality), at half the rate.
 
-The run is resumable: the state (weights, optimizers, step, time spent) is written every few minutes, batches
-depend on the seed and the step only, and the learning rate on the share of the time budget that is spent.
+The run is resumable: the state (weights, optimizers, step, time spent) is written every few minutes. What is
+drawn depends on the seed and the step; the mix it is drawn from and the learning rate on the share of the time
+that is spent.
 """
 
 from __future__ import annotations
