@@ -218,11 +218,9 @@ class _Shard:
                 f"{path} holds more than tensors, or no tensors at all, and was not loaded: {reason}"
             ) from error
         except Exception as error:  # A damaged pickle raises nearly anything.
-            if "mmap can only be used" in str(error):
-                raise CheckpointError(
-                    f"{path} is in torch's format from before 1.6; load it with torch and save it again"
-                ) from error
             reason = f"{type(error).__name__}: {error}"
+            if "mmap can only be used" in reason:
+                reason = "it is not the zip file that torch has written since version 1.6"
             raise CheckpointError(f"{path} cannot be read; it is truncated or damaged: {reason}") from error
         if not isinstance(loaded, Mapping):
             raise CheckpointError(f"{path}: expected a dictionary of tensors, got {type(loaded).__name__}")
