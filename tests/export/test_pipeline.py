@@ -111,7 +111,7 @@ class TestWeights:
             export_bundle(ExportConfig(a1, tmp_path / name, calibration=photos))
         files = [Bundle.open(tmp_path / name).manifest.files for name in ("one", "two")]
         different = {name for name in files[0] if files[0][name] != files[1][name]}
-        assert different == {"report.json"}  # it holds seconds and memory
+        assert different <= {"report.json"}  # it holds seconds and memory
 
 
 VARIATIONS = {
