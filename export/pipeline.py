@@ -68,8 +68,10 @@ def export_bundle(config: ExportConfig, reporter: Reporter | None = None) -> Rep
             manifest = _manifest(checkpoint.config, config)
             bundle = Bundle(folder, manifest)
             reporter.stage("comparing with torch", 2 * len(probes) + len(prompts.measured))
-            parity = _check_decoder(bundle, probes, decoder, reporter)
-            accuracy = _measure(bundle, prompts, vision, decoder, reporter)
+            exact = _exact_logits(bundle, probes, reporter)
+            session = _open_decoder(bundle)
+            parity = _check_decoder(exact, _probe_logits(session, probes, reporter), decoder, len(probes))
+            accuracy = _measure(bundle, session, prompts, vision, decoder, reporter)
             report = Report(
                 recipe=_recipe(config),
                 calibration=record,
@@ -136,7 +138,8 @@ def _embed(
 
     measured = [embed(prompt.keys, table, vision.reference) for prompt in prompts.measured]
     calibration = [embed(prompt.keys, table, vision.rows) for prompt in prompts.calibration]
-    streams = Streams(stream(calibration) if calibration else None, stream(measured), stream(measured))
+    stored = stream(measured)
+    streams = Streams(stream(calibration) if calibration else None, stored, stored.copy())
     return streams, measured[: len(prompts.probes)]
 
 
@@ -146,28 +149,34 @@ def _write_table(path: Path, table: NDArray[np.float32], dtype: type[np.float16 
             file.write(block.astype(dtype).tobytes())
 
 
-def _check_decoder(bundle: Bundle, probes: list[Embedded], decoder: ExportedDecoder, reporter: Reporter) -> Parity:
+def _probe_logits(session: Decoder, probes: list[Embedded], reporter: Reporter) -> Floats:
+    """Logits of all probes, one after the other: [sum of T, V]."""
+    made = []
+    for embeds, modality in probes:
+        made.append(_stepwise_logits(session, embeds, modality))
+        reporter.advance()
+    return np.concatenate(made)
+
+
+def _exact_logits(bundle: Bundle, probes: list[Embedded], reporter: Reporter) -> Floats:
+    """The same with float32 activations; that session is gone before the next one is opened."""
+    with with_float_activations(bundle.path(spec.DECODER_GRAPH)) as variant:
+        session = OrtDecoder(variant, bundle.manifest.model.decoder, OrtOptions(frugal=True))
+        return _probe_logits(session, probes, reporter)
+
+
+def _check_decoder(exact: Floats, actual: Floats, decoder: ExportedDecoder, probes: int) -> Parity:
     """Compare the decoder graph with torch on the probes.
 
     Raises:
         ParityError: they differ.
     """
-
-    def logits(session: Decoder) -> Floats:
-        made = []
-        for embeds, modality in probes:
-            made.append(_stepwise_logits(session, embeds, modality))
-            reporter.advance()
-        return np.concatenate(made)
-
-    with with_float_activations(bundle.path(spec.DECODER_GRAPH)) as variant:
-        exact = logits(OrtDecoder(variant, bundle.manifest.model.decoder, OrtOptions(frugal=True)))
     return compare(
         spec.DECODER_GRAPH,
         exact=exact,
-        actual=logits(_open_decoder(bundle)),
-        stored=np.concatenate([decoder.stored_logits(i) for i in range(len(probes))]),
-        reference=np.concatenate([decoder.reference_logits(i) for i in range(len(probes))]),
+        actual=actual,
+        stored=np.concatenate([decoder.stored_logits(i) for i in range(probes)]),
+        reference=np.concatenate([decoder.reference_logits(i) for i in range(probes)]),
     )
 
 
@@ -178,10 +187,15 @@ def _open_decoder(bundle: Bundle) -> OrtDecoder:
 
 
 def _measure(
-    bundle: Bundle, prompts: Prompts, vision: ExportedVision, decoder: ExportedDecoder, reporter: Reporter
+    bundle: Bundle,
+    session: Decoder,
+    prompts: Prompts,
+    vision: ExportedVision,
+    decoder: ExportedDecoder,
+    reporter: Reporter,
 ) -> Accuracy:
     """Compare the whole bundle, its own vision rows and token table included, with torch on the checkpoint."""
-    session, table = _open_decoder(bundle), bundle.embeddings()
+    table = bundle.embeddings()
     first, name = (len(prompts.probes), "held-out calibration samples") if prompts.held_out else (0, "built-in probes")
     meter = AccuracyMeter()
     for index, prompt in enumerate(prompts.measured):

@@ -93,25 +93,12 @@ class Manifest:
         Raises:
             ConfigError: unknown or missing keys, or wrong types.
         """
-        files = data.get("files")
-        if not isinstance(files, Mapping):
-            raise ConfigError("files: expected an object of file names")
-        plain = from_json(_ManifestHead, {key: data[key] for key in data if key != "files"}, "owl2.json")
-        entries = {name: from_json(FileEntry, entry, f"files.{name}") for name, entry in files.items()}
-        return cls(**{name: getattr(plain, name) for name in plain.__slots__}, files=entries)
+        return from_json(cls, data, spec.MANIFEST)
 
-
-@dataclass(frozen=True, slots=True)
-class _ManifestHead:
-    """The manifest without its file list, whose keys are free."""
-
-    format: int
-    producer: str
-    dialect: Literal["ort"]
-    minimum_onnxruntime: str
-    template: Literal["mplug_owl2"]
-    weights: WeightFormat
-    model: ModelConfig
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(entry.size for entry in self.files.values())
 
 
 @dataclass(frozen=True)
@@ -148,10 +135,6 @@ class Bundle:
         dtype = np.float16 if self.manifest.weights.embeddings == "fp16" else np.float32
         shape = (decoder.vocab_size, decoder.hidden_size)
         return np.memmap(self.path(spec.EMBEDDINGS), dtype=dtype, mode="r", shape=shape)
-
-    def size(self) -> int:
-        """Bytes of all files."""
-        return sum(entry.size for entry in self.manifest.files.values())
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -154,6 +154,12 @@ class DecoderConfig:
         require(self.head_dim % 2 == 0, f"head_dim {self.head_dim} must be even (rotary positions)")
 
     @property
+    def steady_limit(self) -> int | None:
+        """Longest sequence whose rotary angles do not depend on its length; None where no length changes them."""
+        dynamic = self.rope_scaling is not None and self.rope_scaling.type == "dynamic"
+        return self.max_position_embeddings if dynamic else None
+
+    @property
     def head_dim(self) -> int:
         """Width of one attention head."""
         return self.hidden_size // self.num_attention_heads
@@ -252,6 +258,9 @@ def _from_json_value(hint: Any, value: Any, where: str) -> Any:  # noqa: ANN401 
         return from_json(hint, value, where)
     if origin is Literal:
         require(value in choices, f"{where}: expected one of {', '.join(map(str, choices))}, got {value!r}")
+    if origin is Mapping:
+        require(isinstance(value, Mapping), f"{where}: expected an object, got {value!r}")
+        return {name: _from_json_value(choices[1], entry, f"{where}.{name}") for name, entry in value.items()}
     if origin is tuple:
         fits = isinstance(value, list | tuple) and len(value) == len(choices)
         require(fits, f"{where}: expected a list of {len(choices)}, got {value!r}")

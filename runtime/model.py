@@ -71,7 +71,7 @@ class Owl2:
             bundle.embeddings(),
             config.decoder.eos_token_id,
             PictureEncoder(engine),
-            _steady_limit(config),
+            config.decoder.steady_limit,
         )
 
     @classmethod
@@ -239,18 +239,11 @@ class Chat:
 
     def _settle(self) -> None:
         """Generate an answer nobody has read; drop one that was left half read."""
-        pending, self._pending = self._pending, None
-        if pending is not None and pending.state == "waiting":
-            self._pending = pending
-            _ = pending.text
-            self._pending = None
-        elif pending is not None:
-            pending.cancel()
-
-
-def _steady_limit(config: ModelConfig) -> int | None:
-    scaling = config.decoder.rope_scaling
-    return config.decoder.max_position_embeddings if scaling is not None and scaling.type == "dynamic" else None
+        if self._pending is not None and self._pending.state == "waiting":
+            _ = self._pending.text
+        elif self._pending is not None:
+            self._pending.cancel()
+        self._pending = None
 
 
 def _context(config: ModelConfig, context: int | None) -> int:

@@ -14,8 +14,8 @@ def rotary_base(config: DecoderConfig, total: int) -> float:
     ``dynamic`` scaling raises theta once ``total`` exceeds max_position_embeddings ("NTK-aware" scaling:
     theta · (f·L/max - (f-1))^(d/(d-2))).
     """
-    scaling, limit, dim = config.rope_scaling, config.max_position_embeddings, config.head_dim
-    if scaling is None or scaling.type != "dynamic" or total <= limit:
+    scaling, limit, dim = config.rope_scaling, config.steady_limit, config.head_dim
+    if scaling is None or limit is None or total <= limit:
         return config.rope_theta
     stretch: float = scaling.factor * total / limit - (scaling.factor - 1)
     return float(config.rope_theta * stretch ** (dim / (dim - 2)))

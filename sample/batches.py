@@ -16,8 +16,9 @@ from questions import Turn, converse, in_words
 from torch import Tensor
 from world import MAX_THINGS, Scene, draw, random_scene
 
-MEAN = np.array((0.48145466, 0.4578275, 0.40821073), np.float32)
-STD = np.array((0.26862954, 0.26130258, 0.27577711), np.float32)
+from owl2.runtime.config import PreprocessConfig
+
+MEAN, STD = (np.array(values, np.float32) for values in (PreprocessConfig().mean, PreprocessConfig().std))
 QUALITY_WEIGHT = 5.0
 
 

@@ -17,6 +17,7 @@ from questions import ASK, Turn, caption, follow_up, in_words
 from world import MAX_THINGS, Scene, draw, random_scene
 
 from owl2.export.model import Owl2Model
+from owl2.runtime.prompt import Message, render, with_images
 
 MAIN_KINDS = ("colour", "shape", "count", "relation")
 KINDS = (*ASK, "caption", "second", "told", "fact", "quality")
@@ -34,10 +35,10 @@ class Probe:
 
 def template(turns: list[Turn], image: bool) -> str:
     """The official prompt: earlier turns with their answers, the last one open."""
-    text = "USER: <|image|>" if image else "USER: "
-    for turn in turns[:-1]:
-        text += f"{turn.question} ASSISTANT: {turn.answer}</s>USER: "
-    return f"{text}{turns[-1].question} ASSISTANT:"
+    messages = [m for turn in turns for m in (Message("USER", turn.question), Message("ASSISTANT", turn.answer))]
+    messages[0] = Message("USER", with_images(turns[0].question, int(image)))
+    messages[-1] = Message("ASSISTANT")
+    return render(messages)
 
 
 def _ask(kind: str, scene: Scene, rng: random.Random) -> list[Turn] | None:

@@ -212,8 +212,7 @@ def rotary_tables(config: DecoderConfig, total: int) -> tuple[Floats, Floats]:
 
     The tables of the whole context are computed once, unless dynamic scaling makes them depend on ``total``.
     """
-    scaling = config.rope_scaling
-    if total > config.max_position_embeddings and scaling is not None and scaling.type == "dynamic":
+    if config.steady_limit is not None and total > config.steady_limit:
         return _cached_tables(config, total, total)
     length = max(total, config.max_position_embeddings)
     return _cached_tables(config, length, config.max_position_embeddings)

@@ -94,7 +94,7 @@ def _record(findings: Findings) -> dict[str, Any]:
     return {
         "verified": not findings.problems,
         "problems": findings.problems,
-        "size": _total(manifest),
+        "size": manifest.size,
         "context": decoder.max_position_embeddings,
         "positions_per_picture": manifest.model.rows_per_image,
         "kv_bytes_per_position": per_position,
@@ -114,7 +114,7 @@ def _table(folder: Path, findings: Findings) -> str:
         ("model", _model(manifest)),
         ("weights", _weights(manifest.weights)),
         ("accuracy", accuracy),
-        ("files", [*files, ("total", size(_total(manifest)))]),
+        ("files", [*files, ("total", size(manifest.size))]),
     ]
     blocks = [_section(title, rows) for title, rows in sections if rows]
     return "\n\n".join([*blocks, _verdict(findings)])
@@ -198,7 +198,3 @@ def _weights(weights: WeightFormat) -> list[Row]:
 
 def _figure(value: str | float) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _total(manifest: Manifest) -> int:
-    return sum(entry.size for entry in manifest.files.values())

@@ -34,7 +34,7 @@ def test_every_file_is_listed_with_its_size(bundle_a1: Path) -> None:
     bundle = Bundle.open(bundle_a1)
     listed = set(bundle.manifest.files)
     assert listed == {path.name for path in bundle_a1.iterdir()} - {"owl2.json"}
-    assert bundle.size() == sum((bundle_a1 / name).stat().st_size for name in listed)
+    assert bundle.manifest.size == sum((bundle_a1 / name).stat().st_size for name in listed)
 
 
 def test_the_manifest_survives_json(bundle_a1: Path) -> None:
