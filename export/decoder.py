@@ -20,9 +20,8 @@ from owl2.export.model import DecoderLayer, RmsNorm
 from owl2.export.progress import Reporter
 from owl2.export.weights import DenseWeight, LinearWeight
 from owl2.quant.config import QuantConfig
-from owl2.quant.gptq import GptqReport
 from owl2.quant.grid import rtn
-from owl2.quant.layer import LINEARS, quantize_layer
+from owl2.quant.layer import LINEARS, ModuleReport, quantize_layer
 from owl2.quant.stream import Stream
 from owl2.runtime import spec
 from owl2.runtime.engine import Floats
@@ -56,7 +55,7 @@ class ExportedDecoder:
         stored_head, reference_head: float32 [V, C].
     """
 
-    modules: dict[str, GptqReport]
+    modules: dict[str, ModuleReport]
     stored: list[Tensor]
     reference: list[Tensor]
     stored_head: Tensor
@@ -80,7 +79,7 @@ def export_decoder(
         CalibrationError, QuantizationError: a weight cannot be quantized.
     """
     decoder = checkpoint.config.decoder
-    modules: dict[str, GptqReport] = {}
+    modules: dict[str, ModuleReport] = {}
     reporter.stage(_stage_name(config), decoder.num_hidden_layers + 1)
     with GraphBuilder(folder / spec.DECODER_GRAPH) as graph:
         writer = DecoderGraph(graph, OrtDialect(), decoder)
@@ -116,7 +115,7 @@ def _stage_name(config: ExportConfig) -> str:
 
 
 def _store_layer(
-    layer: DecoderLayer, calibration: Stream | None, config: ExportConfig, name: str, modules: dict[str, GptqReport]
+    layer: DecoderLayer, calibration: Stream | None, config: ExportConfig, name: str, modules: dict[str, ModuleReport]
 ) -> dict[str, LinearWeight]:
     """The stored form of each linear layer's weight; ``layer`` computes with these from now on."""
     if config.quant is None:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from owl2.export.parity import Parity
-from owl2.quant.gptq import GptqReport
+from owl2.quant.layer import ModuleReport
 from owl2.runtime.engine import Floats, Ints
 
 # Rows of logits compared at a time, which bounds the memory at full-size vocabularies.
@@ -77,7 +77,7 @@ class Report:
     calibration: CalibrationRecord
     parity: tuple[Parity, ...]
     accuracy: Accuracy
-    modules: Mapping[str, GptqReport]
+    modules: Mapping[str, ModuleReport]
     size: int
     seconds: float
     peak_memory: int

@@ -20,8 +20,11 @@ import torch
 from torch import Tensor
 
 from owl2.quant.config import QuantConfig
+from owl2.quant.descent import descend
 from owl2.quant.grid import QuantizedWeight, check_weight, compute_scales, round_to_grid, rtn
 from owl2.runtime.errors import QuantizationError
+
+MOST_SAMPLED = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +32,7 @@ class GptqReport:
     """What quantizing one weight cost.
 
     Attributes:
-        error: squared error of the layer's output over its energy, tr(dW H dW^T) / tr(W H W^T).
+        error: squared error of the layer's output over its energy, as :func:`relative_error` of sampled rows.
         rtn_error: the same for rounding to nearest with the same scale search.
         damping: fraction of the mean of H's diagonal that was added; above the configured one after retries.
         dead_columns: inputs that were always zero during calibration; these are rounded to nearest.
@@ -60,7 +63,7 @@ def gptq(weight: Tensor, hessian: Tensor, config: QuantConfig) -> tuple[Quantize
     Args:
         weight: [N, K] float of any width.
         hessian: [K, K] float32 or float64, symmetric; any positive multiple gives the same codes.
-        config: every field but ``method`` is read.
+        config: every field but ``method`` and ``image_weight`` is read.
 
     Returns:
         Codes and scales in the original order of columns, and what they cost.
@@ -94,16 +97,27 @@ def gptq(weight: Tensor, hessian: Tensor, config: QuantConfig) -> tuple[Quantize
         start = stop
 
     quantized = QuantizedWeight(codes, scales, config.bits, config.group_size)
-    baseline = rtn(weight, config, torch.where(dead, diagonal[~dead].mean(), diagonal))
-    # A weight of zeros has no error and no energy: 0 / 1.
-    energy = output_energy(weight, hessian) or 1.0
+    mean = diagonal[~dead].mean()
+    descend(weight, hessian, float(factors.damping * mean), quantized, config.sweeps)
+    sampled = sampled_rows(weight)
+    baseline = rtn(weight[sampled], config, torch.where(dead, mean, diagonal))
     report = GptqReport(
-        error=output_energy(weight - quantized.dequantize(), hessian) / energy,
-        rtn_error=output_energy(weight - baseline.dequantize(), hessian) / energy,
+        error=relative_error(weight[sampled], quantized.dequantize()[sampled], hessian),
+        rtn_error=relative_error(weight[sampled], baseline.dequantize(), hessian),
         damping=factors.damping,
         dead_columns=int(dead.sum()),
     )
     return quantized, report
+
+
+def sampled_rows(weight: Tensor) -> slice:
+    """Output rows that stand for all in a report: evenly spread, at most 1024 of N, since an energy costs N·K²."""
+    return slice(None, None, -(-len(weight) // MOST_SAMPLED))
+
+
+def relative_error(weight: Tensor, stored: Tensor, hessian: Tensor) -> float:
+    """Squared error of the layer's output over its energy, tr(dW H dW^T) / tr(W H W^T); 0 for a weight of zeros."""
+    return output_energy(weight - stored, hessian) / (output_energy(weight, hessian) or 1.0)
 
 
 def output_energy(weight: Tensor, hessian: Tensor) -> float:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from owl2.export.model import DecoderLayer
 from owl2.quant.config import QuantConfig
-from owl2.quant.gptq import GptqReport, gptq
+from owl2.quant.gptq import gptq, relative_error, sampled_rows
 from owl2.quant.grid import QuantizedWeight, rtn
 from owl2.quant.hessian import HessianAccumulator
 from owl2.quant.stream import Sequence, Stream
@@ -36,12 +36,40 @@ SITES = (
 LINEARS = tuple(name for site in SITES for name in site)
 
 
+@dataclass(frozen=True, slots=True)
+class ModuleReport:
+    """What GPTQ cost in one linear layer; errors are squared, relative to the energy of the layer's output.
+
+    Attributes:
+        error: on the calibration rows as weighted for this layer.
+        rtn_error: the same for rounding to nearest with the same scale search.
+        text_error, image_error: on the rows of one modality; None where the layer never sees them.
+        damping: fraction of the mean of the Hessian's diagonal that was added.
+        dead_columns: inputs that were always zero during calibration.
+    """
+
+    error: float
+    rtn_error: float
+    text_error: float | None
+    image_error: float | None
+    damping: float
+    dead_columns: int
+
+
 @dataclass(frozen=True)
 class QuantizedLinear:
     """A quantized weight and, for GPTQ, what it cost."""
 
     weight: QuantizedWeight
-    report: GptqReport | None
+    report: ModuleReport | None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Second moments of the rows that a linear layer sees; None for the modality that it never sees."""
+
+    text: HessianAccumulator | None
+    image: HessianAccumulator | None
 
 
 class _InputSeen(Exception):
@@ -101,31 +129,52 @@ def quantize_layer(
         raise CalibrationError(f"{name}: GPTQ needs calibration rows; give some, or choose method rtn on purpose")
     done = {}
     for site in SITES:
-        hessians = _hessians(layer, site, stream, name)
+        text, image = _moments(layer, site[0], stream, name)
+        shared = text.joined(image, config.image_weight)
         for linear in site:
+            rows = Rows(None if linear in IMAGE_BRANCH else text, None if linear in TEXT_BRANCH else image)
             try:
-                done[linear] = QuantizedLinear(*gptq(_weight(layer, linear), hessians[linear], config))
+                done[linear] = _quantize(_weight(layer, linear), rows, shared, config)
             except QuantizationError as error:
                 raise QuantizationError(f"{name} {linear}: {error}") from error
             _store(layer, linear, done[linear])
     return done
 
 
-def _hessians(layer: DecoderLayer, site: tuple[str, ...], stream: Stream, name: str) -> dict[str, Tensor]:
-    """The Hessian of each linear layer of ``site``, each [K, K]; equal ones are the same tensor."""
-    width = _weight(layer, site[0]).shape[1]
-    if site[0] != ATTENTION:
-        rows = HessianAccumulator(width, f"{name} {site[0]}")
-        for _, inputs in site_inputs(layer, site[0], stream):
-            rows.add(inputs)
-        return dict.fromkeys(site, rows.result())
-    text = HessianAccumulator(width, f"{name} keys and values, text rows")
-    image = HessianAccumulator(width, f"{name} keys and values, image rows")
-    for sequence, inputs in site_inputs(layer, ATTENTION, stream):
+def _moments(
+    layer: DecoderLayer, linear: str, stream: Stream, name: str
+) -> tuple[HessianAccumulator, HessianAccumulator]:
+    """Second moments of the text rows and of the image rows that enter ``linear``."""
+    width = _weight(layer, linear).shape[1]
+    what = "keys and values" if linear == ATTENTION else linear
+    text, image = (HessianAccumulator(width, f"{name} {what}, {kind} rows") for kind in ("text", "image"))
+    for sequence, inputs in site_inputs(layer, linear, stream):
         text.add(inputs[sequence.routing.text])
         image.add(inputs[sequence.routing.image])
-    branches = dict.fromkeys(TEXT_BRANCH, text.result()) | dict.fromkeys(IMAGE_BRANCH, image.result())
-    return branches | {ATTENTION: text.joined(image).result()}
+    return text, image
+
+
+def _quantize(weight: Tensor, rows: Rows, shared: Tensor, config: QuantConfig) -> QuantizedLinear:
+    """GPTQ on the rows that a linear layer sees; ``shared`` is the Hessian of both modalities, [K, K]."""
+    alone = rows.image if rows.text is None else rows.text if rows.image is None else None
+    quantized, report = gptq(weight, shared if alone is None else alone.result(), config)
+    sampled = sampled_rows(weight)
+    stored = quantized.dequantize()[sampled]
+
+    def error_on(moment: HessianAccumulator | None) -> float | None:
+        return None if moment is None else relative_error(weight[sampled], stored, moment.result())
+
+    return QuantizedLinear(
+        quantized,
+        ModuleReport(
+            error=report.error,
+            rtn_error=report.rtn_error,
+            text_error=error_on(rows.text),
+            image_error=error_on(rows.image),
+            damping=report.damping,
+            dead_columns=report.dead_columns,
+        ),
+    )
 
 
 def _weight(layer: DecoderLayer, name: str) -> Tensor:

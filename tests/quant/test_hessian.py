@@ -18,15 +18,22 @@ def test_batches_add_up_to_the_whole():
     torch.testing.assert_close(accumulator.result(), 2 / 50 * data.T @ data)
 
 
-def test_weight_counts_a_row_several_times():
+def test_joined_rows_count_by_their_weight():
     text, image = rows(5), rows(9, seed=1)
-    weighted = HessianAccumulator(6, "weighted")
-    weighted.add(text, weight=3.0)
-    weighted.add(image)
-    repeated = HessianAccumulator(6, "repeated")
-    repeated.add(torch.cat([text, text, text, image]))
-    torch.testing.assert_close(weighted.result(), repeated.result())
-    assert weighted.count == 14
+    one, other, repeated = (HessianAccumulator(6, name) for name in ("text", "image", "both"))
+    one.add(text)
+    other.add(image)
+    repeated.add(torch.cat([text, image, image, image]))
+    torch.testing.assert_close(one.joined(other, 3.0), repeated.result())
+    assert (one.count, other.count) == (5, 9)
+
+
+def test_joining_with_nothing_is_an_error_that_names_it():
+    text, image = HessianAccumulator(6, "text rows"), HessianAccumulator(6, "image rows")
+    text.add(rows(5))
+    for pair in ((text, image), (image, text)):
+        with pytest.raises(CalibrationError, match="image rows: no such rows in the calibration data"):
+            pair[0].joined(pair[1], 1.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -57,20 +64,18 @@ def test_no_rows_is_an_error_that_names_them(batches):
 
 
 @pytest.mark.parametrize(
-    ("bad", "weight", "message"),
+    ("bad", "message"),
     [
-        (rows(3, width=5), 1.0, r"layer 0: expected calibration rows of shape \(n, 6\), got \(3, 5\)"),
-        (rows(3)[0], 1.0, r"shape \(n, 6\), got \(6,\)"),
-        (rows(3), 0.0, "weight of calibration rows must be positive, got 0.0"),
-        (rows(3), float("nan"), "must be positive, got nan"),
-        (torch.tensor([[1.0] * 6, [float("nan")] * 6]), 1.0, "1 of 2 calibration rows hold NaN or infinite"),
+        (rows(3, width=5), r"layer 0: expected calibration rows of shape \(n, 6\), got \(3, 5\)"),
+        (rows(3)[0], r"shape \(n, 6\), got \(6,\)"),
+        (torch.tensor([[1.0] * 6, [float("nan")] * 6]), "1 of 2 calibration rows hold NaN or infinite"),
     ],
 )
-def test_bad_rows_are_refused_and_change_nothing(bad, weight, message):
+def test_bad_rows_are_refused_and_change_nothing(bad, message):
     accumulator = HessianAccumulator(6, "layer 0")
     accumulator.add(rows(4))
     before = accumulator.result()
     with pytest.raises(CalibrationError, match=message):
-        accumulator.add(bad, weight=weight)
+        accumulator.add(bad)
     assert accumulator.count == 4
     assert torch.equal(accumulator.result(), before)

@@ -1,5 +1,7 @@
 """One decoder layer: each linear layer is quantized with the rows of its own branch, on the quantized prefix."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -39,8 +41,8 @@ def make_stream(modalities: tuple[list[int], ...] = MODALITIES, repeats: int = 1
     return Stream(CONFIG, sequences)
 
 
-def second_moment(rows: torch.Tensor) -> torch.Tensor:
-    return (2.0 / len(rows)) * rows.T @ rows
+def second_moment(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    return (2.0 / weights.sum()) * (weights[:, None] * rows).T @ rows
 
 
 def normalised(layer: DecoderLayer, rows: torch.Tensor, routing: Routing, name: str) -> torch.Tensor:
@@ -75,8 +77,9 @@ def test_each_weight_is_what_gptq_makes_of_its_own_rows_behind_the_quantized_one
     made = quantize_layer(layer, stream, QUANT, "layers.0")
     slow = make_layer()
 
-    def check(name: str, rows: torch.Tensor) -> None:
-        expected, _ = gptq(slow.get_submodule(name).weight, second_moment(rows), QUANT)
+    def check(name: str, rows: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        hessian = second_moment(rows, torch.ones(len(rows)) if weights is None else weights)
+        expected, _ = gptq(slow.get_submodule(name).weight, hessian, QUANT)
         different = (made[name].weight.codes != expected.codes).float().mean()
         assert different < 0.005, name  # sums in another order move a few values that lie between two codes
         slow.get_submodule(name).weight.copy_(made[name].weight.dequantize())
@@ -85,18 +88,20 @@ def test_each_weight_is_what_gptq_makes_of_its_own_rows_behind_the_quantized_one
     normed = [normalised(slow, rows, routing, "input_layernorm") for rows, routing in pairs]
     text = torch.cat([rows[routing.text] for rows, (_, routing) in zip(normed, pairs)])
     image = torch.cat([rows[routing.image] for rows, (_, routing) in zip(normed, pairs)])
-    check("self_attn.q_proj", torch.cat(normed))
+    # Where both modalities come in, an image row counts less.
+    weights = torch.cat([torch.ones(len(rows)).index_fill(0, r.image, QUANT.image_weight) for rows, r in pairs])
+    check("self_attn.q_proj", torch.cat(normed), weights)
     for name in ("k_proj", "v_proj"):
         check(f"self_attn.{name}.multiway.0", text)
         check(f"self_attn.{name}.multiway.1", image)
     contexts = [attended(slow, rows, routing) for rows, (_, routing) in zip(normed, pairs)]
-    check("self_attn.o_proj", torch.cat(contexts))
+    check("self_attn.o_proj", torch.cat(contexts), weights)
     hidden = [rows + slow.self_attn.o_proj(context) for (rows, _), context in zip(pairs, contexts)]
     normed = [normalised(slow, rows, routing, "post_attention_layernorm") for rows, (_, routing) in zip(hidden, pairs)]
     for name in ("gate_proj", "up_proj"):
-        check(f"mlp.{name}", torch.cat(normed))
+        check(f"mlp.{name}", torch.cat(normed), weights)
     gated = [torch.nn.functional.silu(slow.mlp.gate_proj(rows)) * slow.mlp.up_proj(rows) for rows in normed]
-    check("mlp.down_proj", torch.cat(gated))
+    check("mlp.down_proj", torch.cat(gated), weights)
 
 
 def test_the_layer_computes_with_the_stored_weights_afterwards() -> None:
@@ -120,7 +125,7 @@ def test_the_branches_do_not_share_a_hessian() -> None:
         text = torch.cat([r[s.routing.text] for r, s in zip(rows, stream.sequences)])
         image = torch.cat([r[s.routing.image] for r, s in zip(rows, stream.sequences)])
         weight = fresh.get_submodule(name).weight
-        mistaken, _ = gptq(weight, second_moment(text), QUANT)
+        mistaken, _ = gptq(weight, second_moment(text, torch.ones(len(text))), QUANT)
         errors = [float((image @ (weight - w.dequantize()).T).pow(2).mean()) for w in (made[name].weight, mistaken)]
     assert errors[0] < 0.8 * errors[1]
 
@@ -173,3 +178,42 @@ def test_a_stream_moves_as_a_forward_pass_does() -> None:
         torch.testing.assert_close(sequence.rows, rows)
         assert not torch.equal(sequence.rows, old.rows)
     assert (stream.text_rows, stream.image_rows) == (6 + 12 + 2, 4 + 3)
+
+
+@torch.no_grad()
+def test_the_report_tells_the_modalities_apart() -> None:
+    """Each figure is the error of the layer's output over its energy, on the rows of one modality."""
+    layer, stream = make_layer(), make_stream()
+    made = quantize_layer(layer, stream, QUANT, "layers.0")
+    fresh = make_layer()
+    rows = [normalised(fresh, s.rows, s.routing, "input_layernorm") for s in stream.sequences]
+    text = torch.cat([r[s.routing.text] for r, s in zip(rows, stream.sequences)])
+    image = torch.cat([r[s.routing.image] for r, s in zip(rows, stream.sequences)])
+
+    def error(name: str, seen: torch.Tensor) -> float:
+        weight = fresh.get_submodule(name).weight
+        difference = seen @ (weight - made[name].weight.dequantize()).T
+        return float(difference.pow(2).sum() / (seen @ weight.T).pow(2).sum())
+
+    reports = {name: quantized.report for name, quantized in made.items()}
+    for name, seen in (("q_proj", (text, image)), ("k_proj.multiway.0", (text,)), ("v_proj.multiway.1", (image,))):
+        report = reports[f"self_attn.{name}"]
+        assert report is not None
+        given = [e for e in (report.text_error, report.image_error) if e is not None]
+        assert given == pytest.approx([error(f"self_attn.{name}", s) for s in seen], rel=1e-4)
+    assert all(
+        r is not None and r.text_error is not None and r.image_error is not None
+        for name, r in reports.items()
+        if "multiway" not in name
+    )
+
+
+def test_image_rows_that_count_more_lose_less() -> None:
+    errors = []
+    for weight in (0.01, 100.0):
+        made = quantize_layer(make_layer(), make_stream(), replace(QUANT, image_weight=weight), "layers.0")
+        report = made["self_attn.q_proj"].report
+        assert report is not None
+        errors.append((report.text_error, report.image_error))
+    assert errors[0][0] < errors[1][0]
+    assert errors[1][1] < errors[0][1]
