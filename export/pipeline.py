@@ -78,6 +78,7 @@ def export_bundle(config: ExportConfig, reporter: Reporter | None = None) -> Rep
                 parity=(vision.parity, parity),
                 accuracy=accuracy,
                 modules=decoder.modules,
+                vision=vision.sensitivity,
                 size=sum(path.stat().st_size for path in folder.iterdir()),
                 seconds=round(time.perf_counter() - began, 2),
                 peak_memory=peak_memory(),

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from owl2.export.parity import Parity
+from owl2.export.vision import PartReport
 from owl2.quant.layer import ModuleReport
 from owl2.runtime.engine import Floats, Ints
 
@@ -68,6 +69,7 @@ class Report:
         parity: each graph against torch.
         accuracy: the bundle against the checkpoint.
         modules: what GPTQ cost, by linear layer.
+        vision: what int8 costs each part of the vision side; empty for floating point.
         size: bytes of the bundle.
         seconds: wall time of the export.
         peak_memory: largest resident size of the process, bytes; mapped files count.
@@ -78,6 +80,7 @@ class Report:
     parity: tuple[Parity, ...]
     accuracy: Accuracy
     modules: Mapping[str, ModuleReport]
+    vision: tuple[PartReport, ...]
     size: int
     seconds: float
     peak_memory: int

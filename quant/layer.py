@@ -7,8 +7,8 @@ the rows of that modality only; shared ones see all rows.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -76,7 +76,7 @@ class _InputSeen(Exception):
     """Ends a forward pass once the wanted input was seen."""
 
 
-@contextmanager
+@contextlib.contextmanager
 def _watching(module: nn.Module, seen: list[Tensor]) -> Iterator[None]:
     """Put the input of ``module`` into ``seen`` and end the forward pass there."""
 
@@ -95,11 +95,9 @@ def site_inputs(layer: DecoderLayer, name: str, stream: Stream) -> Iterator[tupl
     """Each sequence with the rows [T, K] that enter the linear layer ``name`` of ``layer``."""
     for sequence in stream.sequences:
         seen: list[Tensor] = []
-        with _watching(layer.get_submodule(name), seen):
-            try:
-                next(Stream(stream.config, [sequence]).outputs(layer))
-            except _InputSeen:
-                yield sequence, seen[0]
+        with _watching(layer.get_submodule(name), seen), contextlib.suppress(_InputSeen):
+            next(Stream(stream.config, [sequence]).outputs(layer))
+        yield sequence, seen[0]
 
 
 def quantize_layer(

@@ -17,8 +17,8 @@ from owl2.export.weights import LinearWeight
 from owl2.runtime import spec
 from owl2.runtime.config import ModelConfig
 
-MakeWeight = Callable[[Tensor], LinearWeight]
-"""float32 [N, K] -> the stored form of that weight."""
+MakeWeight = Callable[[nn.Linear, Tensor], LinearWeight]
+"""A linear layer and its weight float32 [N, K], rows perhaps reordered -> the stored form of that weight."""
 
 
 class VisionGraph:
@@ -45,12 +45,9 @@ class VisionGraph:
     def _constant(self, name: str, tensor: Tensor) -> str:
         return self.graph.constant(name, tensor.detach().numpy())
 
-    def _linear(self, x: str, name: str, weight: Tensor, bias: Tensor) -> str:
-        made = self.make_weight(weight.detach())
-        return self.dialect.linear(self.graph, x, Linear(name, made, bias.detach()))
-
     def _module(self, x: str, module: nn.Linear, name: str) -> str:
-        return self._linear(x, name, module.weight, module.bias)
+        made = self.make_weight(module, module.weight.detach())
+        return self.dialect.linear(self.graph, x, Linear(name, made, module.bias.detach()))
 
     def _layer_norm(self, x: str, norm: nn.LayerNorm, name: str) -> str:
         weight = self._constant(name + ".weight", norm.weight)
@@ -81,7 +78,8 @@ class VisionGraph:
         width = self.config.vision.hidden_size
         normed = self._layer_norm(x, layer.input_layernorm, name + ".input_layernorm")
         weight, bias = split_heads_first(layer.self_attn.query_key_value, heads)
-        fused = self._linear(normed, name + ".query_key_value", weight, bias)
+        made = self.make_weight(layer.self_attn.query_key_value, weight.detach())
+        fused = self.dialect.linear(graph, normed, Linear(name + ".query_key_value", made, bias.detach()))
         q, k, v = graph.node("Split", [fused, graph.indices(width, width, width)], outputs=3, axis=-1)
         attention = self.dialect.full_attention(graph, q, k, v, heads)
         x = graph.op("Add", x, self._module(attention, layer.self_attn.dense, name + ".dense"))
