@@ -22,7 +22,7 @@ from owl2.export.weights import DenseWeight, LinearWeight
 from owl2.quant.config import QuantConfig
 from owl2.quant.grid import rtn
 from owl2.quant.layer import LINEARS, ModuleReport, quantize_layer
-from owl2.quant.stream import Stream
+from owl2.quant.stream import Calibration, Stream
 from owl2.runtime import spec
 from owl2.runtime.engine import Floats
 
@@ -34,12 +34,12 @@ class Streams:
     """Prompts on their way through the layers.
 
     Attributes:
-        calibration: through the stored weights, for GPTQ; None where it is not used.
+        calibration: for GPTQ; None where it is not used.
         stored: the measured prompts, through the stored weights.
         reference: the measured prompts, through the original weights.
     """
 
-    calibration: Stream | None
+    calibration: Calibration | None
     stored: Stream
     reference: Stream
 
@@ -89,8 +89,6 @@ def export_decoder(
             streams.reference.advance(layer)
             weights = _store_layer(layer, streams.calibration, config, name, modules)
             streams.stored.advance(layer)
-            if streams.calibration is not None:
-                streams.calibration.advance(layer)
             writer.layer(_linears(layer, weights, name), _gains(layer))
             reporter.advance()
         norm, head, reference_head = _finish(checkpoint, writer, config)
@@ -115,7 +113,11 @@ def _stage_name(config: ExportConfig) -> str:
 
 
 def _store_layer(
-    layer: DecoderLayer, calibration: Stream | None, config: ExportConfig, name: str, modules: dict[str, ModuleReport]
+    layer: DecoderLayer,
+    calibration: Calibration | None,
+    config: ExportConfig,
+    name: str,
+    modules: dict[str, ModuleReport],
 ) -> dict[str, LinearWeight]:
     """The stored form of each linear layer's weight; ``layer`` computes with these from now on."""
     if config.quant is None:

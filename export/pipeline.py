@@ -25,7 +25,7 @@ from owl2.export.report import Accuracy, AccuracyMeter, CalibrationRecord, Repor
 from owl2.export.staging import Staging, check_space, disk_errors
 from owl2.export.vision import ExportedVision, export_vision
 from owl2.quant.calibration import CalibrationSet, load_calibration
-from owl2.quant.stream import Sequence, Stream
+from owl2.quant.stream import Calibration, Sequence, Stream
 from owl2.runtime import spec
 from owl2.runtime.backends.ort import OrtDecoder, OrtOptions
 from owl2.runtime.bundle import Bundle, FileEntry, Manifest, WeightFormat, hash_file
@@ -140,7 +140,7 @@ def _embed(
     measured = [embed(prompt.keys, table, vision.reference) for prompt in prompts.measured]
     calibration = [embed(prompt.keys, table, vision.rows) for prompt in prompts.calibration]
     stored = stream(measured)
-    streams = Streams(stream(calibration) if calibration else None, stored, stored.copy())
+    streams = Streams(Calibration(stream(calibration)) if calibration else None, stored, stored.copy())
     return streams, measured[: len(prompts.probes)]
 
 
@@ -236,15 +236,15 @@ def _recipe(config: ExportConfig) -> dict[str, object]:
     }
 
 
-def _calibration_record(data: CalibrationSet, prompts: Prompts, stream: Stream | None) -> CalibrationRecord:
-    if stream is None:
+def _calibration_record(data: CalibrationSet, prompts: Prompts, calibration: Calibration | None) -> CalibrationRecord:
+    if calibration is None:
         return CalibrationRecord("none", 0, 0, 0, 0, "", ())
     return CalibrationRecord(
         source=data.source,
         samples=len(prompts.calibration),
         pictures=len(pictures_of(prompts.calibration)),
-        text_rows=stream.text_rows,
-        image_rows=stream.image_rows,
+        text_rows=calibration.quantized.text_rows,
+        image_rows=calibration.quantized.image_rows,
         fingerprint=fingerprint(prompts.calibration),
         notes=data.notes,
     )

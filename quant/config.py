@@ -30,6 +30,8 @@ class QuantConfig:
         image_weight: what an image row counts in the Hessian of a projection that both modalities share, a text
             row counting 1. Nothing is read from the model's output at image rows, they only lend keys and values
             to the text after them, so their errors matter less (Li et al. 2024, MBQ, section 3.1).
+        asymmetry: how far GPTQ aims at the output of the original model instead of the output that the weight
+            would have on inputs that quantizing the layers before has changed; 0 not at all, 1 all the way.
         clip_search: try scales that clip the largest weights and keep the one with the least error.
         signed_scales: let a scale be negative, so that the largest weight may use the one extra code on the
             negative side. Lowers the squared error by 6 to 12 % (4 bits) at no cost in ONNX Runtime; TensorRT
@@ -46,6 +48,7 @@ class QuantConfig:
     damping: float = 0.01
     sweeps: int = 2
     image_weight: float = 0.2
+    asymmetry: float = 0.5
     clip_search: bool = True
     signed_scales: bool = False
 
@@ -65,3 +68,4 @@ class QuantConfig:
             0.0 < self.image_weight <= 1000.0,
             f"image_weight {self.image_weight} must be above 0 and at most 1000 (a text row counts 1)",
         )
+        require(0.0 <= self.asymmetry <= 1.0, f"asymmetry {self.asymmetry} must be 0 to 1")

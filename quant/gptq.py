@@ -53,7 +53,9 @@ class _Factors:
     damping: float
 
 
-def gptq(weight: Tensor, hessian: Tensor, config: QuantConfig) -> tuple[QuantizedWeight, GptqReport]:
+def gptq(
+    weight: Tensor, hessian: Tensor, config: QuantConfig, target: Tensor | None = None
+) -> tuple[QuantizedWeight, GptqReport]:
     """Quantize a weight for inputs with the given second moment.
 
     Computes in the Hessian's dtype. float32 is meant for real layers: the damping (1 % of the mean) is far
@@ -63,7 +65,9 @@ def gptq(weight: Tensor, hessian: Tensor, config: QuantConfig) -> tuple[Quantize
     Args:
         weight: [N, K] float of any width.
         hessian: [K, K] float32 or float64, symmetric; any positive multiple gives the same codes.
-        config: every field but ``method`` and ``image_weight`` is read.
+        config: settings of the grid and of GPTQ.
+        target: [N, K], what to round instead, such as a corrected ``weight``; the report still compares with
+            ``weight``. None for ``weight`` itself.
 
     Returns:
         Codes and scales in the original order of columns, and what they cost.
@@ -75,6 +79,7 @@ def gptq(weight: Tensor, hessian: Tensor, config: QuantConfig) -> tuple[Quantize
     check_weight(weight)
     _check_hessian(weight, hessian)
     weight = weight.to(hessian.dtype)
+    target = weight if target is None else target
     diagonal = hessian.diagonal()
     dead = diagonal == 0
     groups = _processing_order(diagonal, config)
@@ -87,7 +92,7 @@ def gptq(weight: Tensor, hessian: Tensor, config: QuantConfig) -> tuple[Quantize
     start = 0
     for number, group in groups:
         stop = start + len(group)
-        original = weight[:, group].T.contiguous()
+        original = target[:, group].T.contiguous()
         carried = factors.feedback[:start, start:stop].T @ error[:start]
         within = factors.feedback[start:stop, start:stop]
         scale = _group_scales(original, carried, within, factors.pivots[start:stop], config)
@@ -98,7 +103,7 @@ def gptq(weight: Tensor, hessian: Tensor, config: QuantConfig) -> tuple[Quantize
 
     quantized = QuantizedWeight(codes, scales, config.bits, config.group_size)
     mean = diagonal[~dead].mean()
-    descend(weight, hessian, float(factors.damping * mean), quantized, config.sweeps)
+    descend(target, hessian, float(factors.damping * mean), quantized, config.sweeps)
     sampled = sampled_rows(weight)
     baseline = rtn(weight[sampled], config, torch.where(dead, mean, diagonal))
     report = GptqReport(
@@ -166,15 +171,30 @@ def _factorize(hessian: Tensor, dead: Tensor, columns: Tensor, damping: float) -
     backwards = columns.flip(0)
     matrix = hessian[backwards][:, backwards]
     diagonal = matrix.diagonal()
-    mean = diagonal[~dead[backwards]].mean()
-    undamped = torch.where(dead[backwards], mean, diagonal)
+    undamped = torch.where(dead[backwards], diagonal[~dead[backwards]].mean(), diagonal)
+    lower, damping = damped_cholesky(matrix, undamped, damping)
+    upper = lower.flip(0, 1)
+    root = upper.diagonal().clone()
+    return _Factors(upper.div_(root), root.square(), damping)
+
+
+def damped_cholesky(matrix: Tensor, diagonal: Tensor, damping: float) -> tuple[Tensor, float]:
+    """Lower Cholesky factor [K, K] of a matrix with a damped diagonal, and the damping that was needed.
+
+    Args:
+        matrix: [K, K], overwritten.
+        diagonal: [K], its diagonal before damping.
+        damping: fraction of the mean of the positive part of ``diagonal``; raised tenfold until it suffices.
+
+    Raises:
+        QuantizationError: it does not, up to 1.
+    """
+    undamped, mean = diagonal.clone(), diagonal[diagonal > 0].mean()
     while damping <= 1.0:
-        diagonal.copy_(undamped + damping * mean)
+        matrix.diagonal().copy_(undamped + damping * mean)
         lower, info = torch.linalg.cholesky_ex(matrix)
         if int(info) == 0:
-            upper = lower.flip(0, 1)
-            root = upper.diagonal().clone()
-            return _Factors(upper.div_(root), root.square(), damping)
+            return lower, damping
         damping *= 10.0
     raise QuantizationError(
         "the Hessian is not positive definite even with damping 1; it is no sum of x x^T, or its rows were "

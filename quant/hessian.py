@@ -1,4 +1,4 @@
-"""The second moment of a linear layer's inputs, gathered batch by batch."""
+"""The second moments of a linear layer's inputs, gathered batch by batch."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from owl2.runtime.errors import CalibrationError
 class HessianAccumulator:
     """Sums ``x x^T`` over the input rows x of one layer (GPTQ, Frantar et al. 2022, section 3).
 
-    Memory: one [K, K] float32 matrix, whose rounding stays far below the damping that GPTQ adds.
+    Beside it, the sum of ``d x^T``, where d is what quantizing the layers before has taken from a row: the row
+    as the original model has it, minus x. Both are plain sums, since any positive multiple serves as well.
+
+    Memory: two [K, K] float32 matrices, whose rounding stays far below the damping that GPTQ adds.
 
     Args:
         width: K, the layer's input features.
         name: what the rows are, for messages: ``layer 3 k_proj, image rows``.
-        device: where the matrix lives and where rows are expected.
+        device: where the matrices live and where rows are expected.
     """
 
     def __init__(self, width: int, name: str, device: torch.device | str = "cpu") -> None:
@@ -24,46 +27,57 @@ class HessianAccumulator:
         self.name = name
         self.count = 0
         self._moment = torch.zeros(width, width, dtype=torch.float32, device=device)
+        self._deviation = torch.zeros(width, width, dtype=torch.float32, device=device)
 
-    def add(self, rows: Tensor) -> None:
-        """Add rows: [n, K] float; n may be 0.
+    def add(self, rows: Tensor, original: Tensor) -> None:
+        """Add rows [n, K] float and what they are in the original model, [n, K]; n may be 0.
 
         Raises:
             CalibrationError: the wrong shape, or values that are not finite.
         """
-        if rows.ndim != 2 or rows.shape[1] != self.width:
-            raise CalibrationError(
-                f"{self.name}: expected calibration rows of shape (n, {self.width}), got {tuple(rows.shape)}"
-            )
-        bad = int((~torch.isfinite(rows)).any(dim=1).sum())
-        if bad:
-            raise CalibrationError(
-                f"{self.name}: {bad} of {rows.shape[0]} calibration rows hold NaN or infinite values; run "
-                "the calibration in float32 or look for a damaged checkpoint"
-            )
+        for given in (rows, original):
+            if given.ndim != 2 or given.shape[1] != self.width:
+                raise CalibrationError(
+                    f"{self.name}: expected calibration rows of shape (n, {self.width}), got {tuple(given.shape)}"
+                )
+            bad = int((~torch.isfinite(given)).any(dim=1).sum())
+            if bad:
+                raise CalibrationError(
+                    f"{self.name}: {bad} of {given.shape[0]} calibration rows hold NaN or infinite values; run "
+                    "the calibration in float32 or look for a damaged checkpoint"
+                )
         rows = rows.float()
         self._moment.addmm_(rows.T, rows)
+        self._deviation.addmm_((original.float() - rows).T, rows)
         self.count += rows.shape[0]
 
-    def result(self) -> Tensor:
-        """The Hessian of the squared output error: [K, K] float32, ``2 / n * sum(x x^T)``.
+    @property
+    def hessian(self) -> Tensor:
+        """Sum of ``x x^T``: [K, K] float32.
 
         Raises:
             CalibrationError: no row was added. Quantizing without data would be plain rounding in disguise.
         """
         self._require_rows()
-        return self._moment * (2.0 / self.count)
+        return self._moment
 
-    def joined(self, other: HessianAccumulator, weight: float) -> Tensor:
-        """The Hessian of the rows of both, each of ``other`` counting ``weight`` times: [K, K] float32.
+    @property
+    def deviation(self) -> Tensor:
+        """Sum of ``d x^T``: [K, K] float32; raises as :attr:`hessian`."""
+        self._require_rows()
+        return self._deviation
+
+    def joined(self, other: HessianAccumulator, weight: float) -> HessianAccumulator:
+        """A new accumulator that has seen the rows of both, each of ``other`` counting ``weight`` times.
 
         Raises:
             CalibrationError: one of the two has seen no row.
         """
-        self._require_rows()
-        other._require_rows()
-        both = torch.add(self._moment, other._moment, alpha=weight)
-        return both.mul_(2.0 / (self.count + weight * other.count))
+        both = HessianAccumulator(self.width, f"{self.name} and {other.name}", self._moment.device)
+        both.count = self.count + other.count
+        torch.add(self.hessian, other.hessian, alpha=weight, out=both._moment)
+        torch.add(self.deviation, other.deviation, alpha=weight, out=both._deviation)
+        return both
 
     def _require_rows(self) -> None:
         if self.count == 0:

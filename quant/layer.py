@@ -8,6 +8,7 @@ the rows of that modality only; shared ones see all rows.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from owl2.export.model import DecoderLayer
+from owl2.quant.asymmetric import asymmetric_target
 from owl2.quant.config import QuantConfig
 from owl2.quant.gptq import gptq, relative_error, sampled_rows
 from owl2.quant.grid import QuantizedWeight, rtn
 from owl2.quant.hessian import HessianAccumulator
-from owl2.quant.stream import Sequence, Stream
+from owl2.quant.stream import Calibration, Sequence, Stream
 from owl2.runtime.errors import CalibrationError, QuantizationError
 
 ATTENTION = "self_attn.q_proj"
@@ -64,14 +66,6 @@ class QuantizedLinear:
     report: ModuleReport | None
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Second moments of the rows that a linear layer sees; None for the modality that it never sees."""
-
-    text: HessianAccumulator | None
-    image: HessianAccumulator | None
-
-
 class _InputSeen(Exception):
     """Ends a forward pass once the wanted input was seen."""
 
@@ -101,13 +95,13 @@ def site_inputs(layer: DecoderLayer, name: str, stream: Stream) -> Iterator[tupl
 
 
 def quantize_layer(
-    layer: DecoderLayer, stream: Stream | None, config: QuantConfig, name: str
+    layer: DecoderLayer, calibration: Calibration | None, config: QuantConfig, name: str
 ) -> dict[str, QuantizedLinear]:
     """Quantize all linear layers of ``layer`` and leave their dequantized weights in it.
 
     Args:
         layer: float32; changed in place.
-        stream: calibration rows before this layer; not moved. ``rtn`` needs none.
+        calibration: rows before this layer, moved behind it. ``rtn`` needs none.
         config: settings of all weights.
         name: of the layer, for messages.
 
@@ -115,7 +109,7 @@ def quantize_layer(
         One entry per name of :data:`LINEARS`.
 
     Raises:
-        CalibrationError: GPTQ without a stream, or a branch that sees no rows.
+        CalibrationError: GPTQ without calibration, or a branch that sees no rows.
         QuantizationError: a weight cannot be quantized; the message names it.
     """
     if config.method == "rtn":
@@ -123,55 +117,55 @@ def quantize_layer(
         for linear, quantized in done.items():
             _store(layer, linear, quantized)
         return done
-    if stream is None:
+    if calibration is None:
         raise CalibrationError(f"{name}: GPTQ needs calibration rows; give some, or choose method rtn on purpose")
+    original = copy.deepcopy(layer)
     done = {}
     for site in SITES:
-        text, image = _moments(layer, site[0], stream, name)
+        text, image = _moments(layer, original, site, calibration, name)
         shared = text.joined(image, config.image_weight)
         for linear in site:
-            rows = Rows(None if linear in IMAGE_BRANCH else text, None if linear in TEXT_BRANCH else image)
+            seen = (None if linear in IMAGE_BRANCH else text), (None if linear in TEXT_BRANCH else image)
             try:
-                done[linear] = _quantize(_weight(layer, linear), rows, shared, config)
+                done[linear] = _quantize(_weight(layer, linear), seen, shared, config)
             except QuantizationError as error:
                 raise QuantizationError(f"{name} {linear}: {error}") from error
             _store(layer, linear, done[linear])
+    calibration.advance(layer, original)
     return done
 
 
 def _moments(
-    layer: DecoderLayer, linear: str, stream: Stream, name: str
+    layer: DecoderLayer, original: DecoderLayer, site: tuple[str, ...], calibration: Calibration, name: str
 ) -> tuple[HessianAccumulator, HessianAccumulator]:
-    """Second moments of the text rows and of the image rows that enter ``linear``."""
-    width = _weight(layer, linear).shape[1]
-    what = "keys and values" if linear == ATTENTION else linear
+    """Moments of the text rows and of the image rows that enter the linear layers of ``site``."""
+    width = _weight(layer, site[0]).shape[1]
+    what = "keys and values" if site[0] == ATTENTION else site[0]
     text, image = (HessianAccumulator(width, f"{name} {what}, {kind} rows") for kind in ("text", "image"))
-    for sequence, inputs in site_inputs(layer, linear, stream):
-        text.add(inputs[sequence.routing.text])
-        image.add(inputs[sequence.routing.image])
+    inputs = site_inputs(layer, site[0], calibration.quantized)
+    exact_inputs = site_inputs(original, site[0], calibration.original)
+    for (sequence, rows), (_, exact) in zip(inputs, exact_inputs, strict=True):
+        text.add(rows[sequence.routing.text], exact[sequence.routing.text])
+        image.add(rows[sequence.routing.image], exact[sequence.routing.image])
     return text, image
 
 
-def _quantize(weight: Tensor, rows: Rows, shared: Tensor, config: QuantConfig) -> QuantizedLinear:
-    """GPTQ on the rows that a linear layer sees; ``shared`` is the Hessian of both modalities, [K, K]."""
-    alone = rows.image if rows.text is None else rows.text if rows.image is None else None
-    quantized, report = gptq(weight, shared if alone is None else alone.result(), config)
+def _quantize(
+    weight: Tensor,
+    seen: tuple[HessianAccumulator | None, HessianAccumulator | None],
+    shared: HessianAccumulator,
+    config: QuantConfig,
+) -> QuantizedLinear:
+    """GPTQ on the rows that a linear layer sees: text, image (None if it never does), or both as ``shared``."""
+    alone = seen[1] if seen[0] is None else seen[0] if seen[1] is None else None
+    rows = shared if alone is None else alone
+    target = asymmetric_target(weight, rows.hessian, rows.deviation, config.damping, config.asymmetry)
+    quantized, cost = gptq(weight, rows.hessian, config, target)
     sampled = sampled_rows(weight)
     stored = quantized.dequantize()[sampled]
-
-    def error_on(moment: HessianAccumulator | None) -> float | None:
-        return None if moment is None else relative_error(weight[sampled], stored, moment.result())
-
+    text, image = (None if m is None else relative_error(weight[sampled], stored, m.hessian) for m in seen)
     return QuantizedLinear(
-        quantized,
-        ModuleReport(
-            error=report.error,
-            rtn_error=report.rtn_error,
-            text_error=error_on(rows.text),
-            image_error=error_on(rows.image),
-            damping=report.damping,
-            dead_columns=report.dead_columns,
-        ),
+        quantized, ModuleReport(cost.error, cost.rtn_error, text, image, cost.damping, cost.dead_columns)
     )
 
 

@@ -67,3 +67,22 @@ class Stream:
         """Move every sequence behind ``layer``."""
         for sequence, rows in zip(self.sequences, self.outputs(layer)):
             sequence.rows = rows
+
+
+class Calibration:
+    """The calibration prompts twice, on their way through the layers: quantized and as they were.
+
+    Attributes:
+        quantized: through the stored weights.
+        original: through the checkpoint's weights.
+    """
+
+    def __init__(self, stream: Stream) -> None:
+        """Both begin with the rows of ``stream``, which stands before the first layer."""
+        self.quantized = stream
+        self.original = stream.copy()
+
+    def advance(self, quantized: DecoderLayer, original: DecoderLayer) -> None:
+        """Move each stream behind its layer."""
+        self.quantized.advance(quantized)
+        self.original.advance(original)

@@ -11,12 +11,12 @@ from owl2.quant.config import QuantConfig
 from owl2.quant.gptq import gptq
 from owl2.quant.grid import rtn
 from owl2.quant.layer import LINEARS, quantize_layer
-from owl2.quant.stream import Sequence, Stream
+from owl2.quant.stream import Calibration, Sequence, Stream
 from owl2.runtime.config import DecoderConfig
 from owl2.runtime.errors import CalibrationError, QuantizationError
 
 CONFIG = DecoderConfig(vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4)
-QUANT = QuantConfig(group_size=32)
+QUANT = QuantConfig(group_size=32, asymmetry=0.0)
 MODALITIES = ([0, 0, 1, 1, 1, 1, 0, 0, 0, 0], [0] * 12, [1, 1, 1, 0, 0])
 
 
@@ -30,6 +30,7 @@ def make_layer() -> DecoderLayer:
 
 
 def make_stream(modalities: tuple[list[int], ...] = MODALITIES, repeats: int = 12) -> Stream:
+    """Rows before the first layer."""
     generator = torch.Generator().manual_seed(2)
     sequences = []
     for modality in modalities * repeats:
@@ -74,7 +75,7 @@ def attended(layer: DecoderLayer, rows: torch.Tensor, routing: Routing) -> torch
 def test_each_weight_is_what_gptq_makes_of_its_own_rows_behind_the_quantized_ones() -> None:
     """Everything is computed again from the definition, with the layer as it stands after each step."""
     layer, stream = make_layer(), make_stream()
-    made = quantize_layer(layer, stream, QUANT, "layers.0")
+    made = quantize_layer(layer, Calibration(stream.copy()), QUANT, "layers.0")
     slow = make_layer()
 
     def check(name: str, rows: torch.Tensor, weights: torch.Tensor | None = None) -> None:
@@ -106,7 +107,7 @@ def test_each_weight_is_what_gptq_makes_of_its_own_rows_behind_the_quantized_one
 
 def test_the_layer_computes_with_the_stored_weights_afterwards() -> None:
     layer = make_layer()
-    made = quantize_layer(layer, make_stream(), QUANT, "layers.0")
+    made = quantize_layer(layer, Calibration(make_stream()), QUANT, "layers.0")
     assert set(made) == set(LINEARS)
     for name, quantized in made.items():
         torch.testing.assert_close(layer.get_submodule(name).weight.detach(), quantized.weight.dequantize())
@@ -117,7 +118,7 @@ def test_the_layer_computes_with_the_stored_weights_afterwards() -> None:
 def test_the_branches_do_not_share_a_hessian() -> None:
     """With only text rows in its Hessian, the image branch loses more on image rows."""
     layer, stream = make_layer(), make_stream()
-    made = quantize_layer(layer, stream, QUANT, "layers.0")
+    made = quantize_layer(layer, Calibration(stream.copy()), QUANT, "layers.0")
     name = "self_attn.k_proj.multiway.1"
     fresh = make_layer()
     with torch.no_grad():
@@ -130,18 +131,34 @@ def test_the_branches_do_not_share_a_hessian() -> None:
     assert errors[0] < 0.8 * errors[1]
 
 
-def test_calibration_is_not_moved_by_quantizing() -> None:
-    stream = make_stream()
-    before = [sequence.rows.clone() for sequence in stream.sequences]
-    quantize_layer(make_layer(), stream, QUANT, "layers.0")
-    for sequence, rows in zip(stream.sequences, before):
-        torch.testing.assert_close(sequence.rows, rows)
+@torch.no_grad()
+def test_both_streams_are_moved_behind_their_layer() -> None:
+    calibration, layer = Calibration(make_stream()), make_layer()
+    quantize_layer(layer, calibration, QUANT, "layers.0")
+    for stream, through in ((calibration.quantized, layer), (calibration.original, make_layer())):
+        expected = make_stream()
+        expected.advance(through)
+        for moved, wanted in zip(stream.sequences, expected.sequences):
+            torch.testing.assert_close(moved.rows, wanted.rows)
+
+
+@torch.no_grad()
+def test_aiming_at_the_original_output_brings_the_layer_closer_to_it() -> None:
+    """Two layers: what the second makes of rows that the first has changed, against the original model."""
+    errors = []
+    for share in (0.0, 0.5):
+        calibration, config = Calibration(make_stream()), replace(QUANT, asymmetry=share)
+        for index in range(2):
+            quantize_layer(make_layer(), calibration, config, f"layers.{index}")
+        pairs = zip(calibration.quantized.sequences, calibration.original.sequences)
+        errors.append(sum(float((one.rows - other.rows).pow(2).sum()) for one, other in pairs))
+    assert errors[1] < 0.97 * errors[0]
 
 
 def test_no_image_rows_is_an_error_and_not_silent_rounding() -> None:
     stream = make_stream(([0, 0, 0, 0],))
     with pytest.raises(CalibrationError, match=r"layers\.7 keys and values, image rows: no such rows"):
-        quantize_layer(make_layer(), stream, QUANT, "layers.7")
+        quantize_layer(make_layer(), Calibration(stream), QUANT, "layers.7")
 
 
 def test_gptq_without_rows_is_an_error() -> None:
@@ -162,7 +179,7 @@ def test_a_weight_that_cannot_be_quantized_is_named() -> None:
     with torch.no_grad():
         layer.mlp.up_proj.weight[3, 4] = float("nan")
     with pytest.raises(QuantizationError, match=r"layers.2 mlp.up_proj: 1 of the weight's 6144 values are NaN"):
-        quantize_layer(layer, make_stream(), QUANT, "layers.2")
+        quantize_layer(layer, Calibration(make_stream()), QUANT, "layers.2")
 
 
 @torch.no_grad()
@@ -184,7 +201,7 @@ def test_a_stream_moves_as_a_forward_pass_does() -> None:
 def test_the_report_tells_the_modalities_apart() -> None:
     """Each figure is the error of the layer's output over its energy, on the rows of one modality."""
     layer, stream = make_layer(), make_stream()
-    made = quantize_layer(layer, stream, QUANT, "layers.0")
+    made = quantize_layer(layer, Calibration(stream.copy()), QUANT, "layers.0")
     fresh = make_layer()
     rows = [normalised(fresh, s.rows, s.routing, "input_layernorm") for s in stream.sequences]
     text = torch.cat([r[s.routing.text] for r, s in zip(rows, stream.sequences)])
@@ -211,7 +228,7 @@ def test_the_report_tells_the_modalities_apart() -> None:
 def test_image_rows_that_count_more_lose_less() -> None:
     errors = []
     for weight in (0.01, 100.0):
-        made = quantize_layer(make_layer(), make_stream(), replace(QUANT, image_weight=weight), "layers.0")
+        made = quantize_layer(make_layer(), Calibration(make_stream()), replace(QUANT, image_weight=weight), "layers.0")
         report = made["self_attn.q_proj"].report
         assert report is not None
         errors.append((report.text_error, report.image_error))

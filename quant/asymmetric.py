@@ -1,0 +1,35 @@
+"""Asymmetric calibration: aim at what the layer computed before anything was quantized.
+
+The layers before have moved a layer's inputs from x to x'. GPTQ keeps ``W x'``; what is wanted is ``W x``. The
+weight that gets closest to it in the least-squares sense is ``W + W D H^-1`` with ``D = sum (x - x') x'^T`` and
+``H = sum x' x'^T``; rounding this weight for the inputs x' minimizes ``|W x - Q x'|^2`` (the objective of Li et
+al. 2025, GPTAQ, section 3, here solved before rounding instead of inside it). Taken whole it follows the noise
+of the calibration data; a part of the way is better.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from owl2.quant.gptq import damped_cholesky
+
+
+def asymmetric_target(weight: Tensor, hessian: Tensor, deviation: Tensor, damping: float, share: float) -> Tensor:
+    """``weight`` moved by ``share`` of the way to the weight that makes up for changed inputs: [N, K].
+
+    Args:
+        weight: [N, K] in the dtype of ``hessian``.
+        hessian: [K, K], sum of x' x'^T.
+        deviation: [K, K], sum of (x - x') x'^T; both with the same weights of rows.
+        damping: added to the Hessian's diagonal, as a fraction of its mean.
+        share: 0 leaves the weight as it is, 1 goes all the way.
+
+    Raises:
+        QuantizationError: the Hessian stays indefinite with damping up to 1.
+    """
+    if share == 0.0:
+        return weight
+    lower, _ = damped_cholesky(hessian.clone(), hessian.diagonal(), damping)
+    correction = torch.cholesky_solve((weight @ deviation).T, lower).T
+    return weight + share * correction
