@@ -154,9 +154,7 @@ def verify(folder: Path, options: OrtOptions) -> Verdict:
     return Verdict((), tuple(replays), loaded - began, time.perf_counter() - loaded)
 
 
-def golden_prompt(
-    text: str, images: Sequence[NDArray[np.uint8]], model: ModelConfig, tokenizer: Tokenizer
-) -> Prompt:
+def golden_prompt(text: str, images: Sequence[NDArray[np.uint8]], model: ModelConfig, tokenizer: Tokenizer) -> Prompt:
     """A golden's prompt with its pictures, cut where the context ends."""
     pictures = open_pictures(list(images), model.preprocess, None)
     prompt = encode_prompt(text, pictures, tokenizer, model.rows_per_image)

@@ -256,5 +256,3 @@ def _group_json(group: Group) -> dict[str, Any]:
     if group.changes is not None:
         record["changes"] = asdict(group.changes)
     return record
-
-

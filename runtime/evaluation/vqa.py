@@ -14,11 +14,9 @@ ENOUGH = 3
 """An answer that so many other people gave is fully right."""
 
 ARTICLES = frozenset(("a", "an", "the"))
-NUMBERS = {
-    "none": "0",
-    **{word: str(n) for n, word in enumerate("zero one two three four five six seven eight nine ten".split())},
-}
-PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+NUMBERS = {"none": "0", **{word: str(value) for value, word in enumerate(DIGITS)}}
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 GROUPED_DIGITS = re.compile(r"\d,\d")
 LOOSE_PERIOD = re.compile(r"\.(?!\d)")
 
@@ -31,7 +29,7 @@ _CONTRACTED = """
     weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's who've
     why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're
     you've 'ow's'at
-""".split()
+"""
 
 
 def _misspelled(word: str) -> list[str]:
@@ -39,7 +37,7 @@ def _misspelled(word: str) -> list[str]:
     return [word[:i] + word[i + 1 :] for i, letter in enumerate(word) if letter == "'"]
 
 
-CONTRACTIONS = {wrong: word for word in _CONTRACTED for wrong in _misspelled(word)}
+CONTRACTIONS = {wrong: word for word in _CONTRACTED.split() for wrong in _misspelled(word)}
 
 
 def normalise(answer: str) -> str:
