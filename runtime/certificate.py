@@ -135,7 +135,8 @@ def verify(folder: Path, options: OrtOptions) -> Verdict:
         return Verdict(tuple(problems), (), 0.0, 0.0)
     check_onnxruntime(manifest.minimum_onnxruntime)
     bundle = Bundle(folder, manifest)
-    goldens, limits = read_goldens(bundle), read_limits(bundle)
+    goldens = read_goldens(bundle)
+    limits = read_limits(bundle, goldens)
     began = time.perf_counter()
     engine = OrtEngine(bundle, options)
     tokenizer, encoder, table = Tokenizer.load(folder), PictureEncoder(engine), bundle.embeddings()
@@ -236,7 +237,7 @@ def read_goldens(bundle: Bundle) -> tuple[Golden, ...]:
         raise BundleCorruptError(f"{path} is no certificate: {error}; export the bundle again") from error
 
 
-def read_limits(bundle: Bundle) -> dict[str, Reached]:
+def read_limits(bundle: Bundle, goldens: Sequence[Golden]) -> dict[str, Reached]:
     """What the report says of each golden, by name.
 
     Raises:
@@ -248,6 +249,9 @@ def read_limits(bundle: Bundle) -> dict[str, Reached]:
         reached = [from_json(Reached, entry, "goldens") for entry in entries]
     except (OSError, ValueError, LookupError, TypeError, ConfigError) as error:
         raise BundleCorruptError(f"{path} holds no certificate: {error!r}; export the bundle again") from error
+    missing = [golden.name for golden in goldens if golden.name not in {entry.name for entry in reached}]
+    if missing:
+        raise BundleCorruptError(f"{path} holds no certificate for {', '.join(missing)}; export the bundle again")
     return {entry.name: entry for entry in reached}
 
 
