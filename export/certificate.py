@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from owl2.export.parity import with_float_activations
+from owl2.export.progress import Reporter
 from owl2.quant.calibration import probe_samples
 from owl2.runtime import spec
 from owl2.runtime.backends.ort import OrtDecoder, OrtOptions, open_session
-from owl2.runtime.bundle import Bundle
+from owl2.runtime.bundle import Bundle, WeightFormat
 from owl2.runtime.certificate import (
     Golden,
     Reached,
@@ -21,24 +22,38 @@ from owl2.runtime.certificate import (
 )
 from owl2.runtime.engine import Decoder, Floats
 from owl2.runtime.image import load_image
-from owl2.runtime.multimodal import Prompt
+from owl2.runtime.multimodal import Prompt, embed
 from owl2.runtime.tokenizer import Tokenizer
 
 NAMES = ("text", "one picture", "two pictures")
 
-FACTOR = 8.0
-FLOOR = 1e-3
+# A device passes within so many times what the exporting machine reached, and within a floor, since a handful of
+# positions is a small sample. Measured with the sample model and two models of random weights, exported on a CPU with
+# AVX-512 VNNI and replayed on emulated ones with SSE4 and with AVX2: int4 kernels reach 0 to 1.4 times the exporter's
+# divergence, int8 vision graphs of the sample 4 to 8 times (at most 0.015 nats) on AVX2, whose int8 products saturate.
+# On the random weights saturation does real harm, 0.08 to 0.4 nats, and fails. So does about every run of 64 KiB of
+# wrong weights in the sample's decoder (0.2 to 6 nats, of 3 MiB). float32 graphs agree within 1e-11 on all of these.
+FACTOR = 5.0
+FLOOR = 1e-2
+FLOAT_FLOOR = 1e-4
 
 
-def limit(kl: float) -> float:
-    """The largest divergence at which a device passes, from what the exporting machine reached."""
-    return max(FLOOR, FACTOR * kl)
+def limit(kl: float, weights: WeightFormat) -> float:
+    """The largest divergence in nats at which a device passes.
+
+    Args:
+        kl: what the exporting machine reached.
+        weights: integer ones bring int8 activations, whose rounding differs between kernels.
+    """
+    integer = any(kind.startswith("int") for kind in (weights.decoder, weights.head, weights.vision))
+    return max(FLOOR if integer else FLOAT_FLOOR, FACTOR * kl)
 
 
-def make_goldens(bundle: Bundle, probes: Sequence[Prompt]) -> list[Golden]:
+def make_goldens(bundle: Bundle, probes: Sequence[Prompt], reporter: Reporter) -> list[Golden]:
     """Write the golden prompts with the logits of the bundle's own graphs, activations in float32.
 
-    One session is open at a time. ``bundle`` is not complete yet; ``probes`` are its encoded probe samples.
+    One session is open at a time, each for one step per prompt or picture: without the fast kernels a step of a
+    full-size decoder takes long. ``bundle`` is not complete yet; ``probes`` are its encoded probe samples.
     """
     table = bundle.embeddings()
     rows = _float_rows(bundle, probes)
@@ -48,6 +63,8 @@ def make_goldens(bundle: Bundle, probes: Sequence[Prompt]) -> list[Golden]:
         session = OrtDecoder(variant, bundle.manifest.model.decoder, OrtOptions(frugal=True))
         for name, sample, prompt in zip(NAMES, probe_samples(), probes, strict=True):
             positions = golden_positions(prompt)
+            embeds, modality = embed(prompt.keys, table, rows)
+            buffers = session.allocate(len(embeds), None)
             goldens.append(
                 Golden(
                     name=name,
@@ -55,9 +72,10 @@ def make_goldens(bundle: Bundle, probes: Sequence[Prompt]) -> list[Golden]:
                     ids=np.array(tokenizer.encode_prompt(sample.prompt), dtype=np.int64),
                     images=tuple(np.asarray(load_image(image)) for image in sample.images),
                     positions=positions,
-                    logits=run_golden(session, table, prompt, rows, positions),
+                    logits=session.prefill(embeds, modality, 0, buffers, positions),
                 )
             )
+            reporter.advance()
     write_goldens(bundle.path(spec.GOLDENS), goldens)
     return goldens
 
@@ -82,7 +100,8 @@ def certify(
     for golden, prompt in zip(goldens, probes, strict=True):
         made = run_golden(session, bundle.embeddings(), prompt, rows, golden.positions)
         kl, agreement = distance(golden.logits, made)
-        reached.append(Reached(golden.name, len(golden.positions), kl, agreement, limit(kl)))
+        most = limit(kl, bundle.manifest.weights)
+        reached.append(Reached(golden.name, len(golden.positions), kl, agreement, most))
     return tuple(reached)
 
 
