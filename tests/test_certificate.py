@@ -2,13 +2,17 @@
 
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from test_imports import BLOCKED
 
 from owl2.export.certificate import FACTOR, FLOAT_FLOOR, FLOOR
 from owl2.quant.calibration import probe_samples
@@ -138,6 +142,17 @@ class TestVerify:
         assert result.exit_code == 1
         assert "text          FAIL: the tokenizer divides the prompt differently" in result.stdout
         assert json.loads(run(copy, "--json").stdout)["goldens"][0]["kl"] is None
+
+    def test_without_torch(self, bundle_a1: Path) -> None:
+        script = BLOCKED + (
+            "from owl2.runtime.__main__ import main\n"
+            f"sys.argv = ['owl2', 'verify', {str(bundle_a1)!r}]\n"
+            "try:\n    main()\nfinally:\n    assert not {'torch', 'onnx'} & set(sys.modules)\n"
+        )
+        command = [sys.executable, "-c", script]
+        result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=os.sep, timeout=120)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.endswith("\npass\n")
 
     def test_no_bundle(self, tmp_path: Path) -> None:
         result = run(tmp_path)

@@ -27,6 +27,8 @@ from owl2.runtime.errors import BackendError, BundleError, DataError, ReferenceM
 from owl2.runtime.evaluation import Subject, measure, open_reference, read_items, summarise
 from owl2.runtime.evaluation.divergence import log_softmax_rows
 from owl2.runtime.evaluation.measure import Answered, Likelihood, Ranked
+from owl2.runtime.image import load_image
+from owl2.runtime.prompt import Message
 
 COMMAND = (sys.executable, "-m", "owl2.runtime")
 PICTURES = Path(__file__).parents[1] / "sample" / "pictures"
@@ -120,6 +122,8 @@ class TestTasks:
         assert scores["rouge_l"].value == pytest.approx((1 + rouge) / 2)
         # The first is exactly right; every n-gram of the second is in both references and weighs nothing.
         assert scores["cider_d"].value == pytest.approx((10 + 0) / 2)
+        assert list(tasks["conversation"].whole.scores) == ["perplexity", "nats_per_token", "tokens"]
+        assert list(tasks["text"].whole.scores) == ["perplexity", "nats_per_token", "bits_per_byte", "tokens"]
         assert summary.divergence is None
         json.dumps(summary.to_json(), allow_nan=False)
 
@@ -272,16 +276,12 @@ class TestAgainst:
 
 
 class TestTorchEngine:
-    PROMPT = "USER: <|image|>What is it? ASSISTANT: It is"
-
     def test_is_the_torch_model(self, golden: Path) -> None:
         """Blocks, cached steps and a reused prefix lead to the logits of one run of the whole model."""
         folder = golden / "a1_base_bin" / "model"
         model, config = open_checkpoint(folder)
         subject = Subject("torch", model, config, config.decoder.max_position_embeddings)
-        pictures = subject.open([_picture(golden)])
-        from owl2.runtime.prompt import Message
-
+        pictures = subject.open([load_image(golden / "images" / "00_rgb_landscape_97x61.png")])
         prompt = subject.encode([Message("USER", "<|image|>What is it?"), Message("ASSISTANT", "It is")], pictures)
         with Checkpoint(folder) as checkpoint:
             whole = Owl2Model(checkpoint.config)
@@ -310,12 +310,6 @@ class TestTorchEngine:
                 engine.prefill(rows, kinds, 0, object(), wanted)
 
 
-def _picture(golden: Path) -> object:
-    from owl2.runtime.image import load_image
-
-    return load_image(golden / "images" / "00_rgb_landscape_97x61.png")
-
-
 class TestCommand:
     def test_help_teaches(self) -> None:
         text = run("--help").stdout
@@ -329,6 +323,8 @@ class TestCommand:
         assert result.exit_code == 1
         assert "2 problems; nothing was measured:\n  line 1: " in result.stderr
         assert run("b", "--data", bad, "--items").exit_code == 1
+        good = write(tmp_path / "good.jsonl", {"text": "x"})
+        assert "is neither a bundle" in run(tmp_path / "no bundle", "--data", good, "--against", tmp_path).stderr
         assert "--items writes into the JSON" in run("b", "--data", bad, "--items").stderr
         assert "max_new_tokens 0 must be at least 1" in run("b", "--data", bad, "--max-new-tokens", 0).stderr
         assert run("b").exit_code == 2

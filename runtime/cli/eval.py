@@ -19,7 +19,7 @@ from owl2.runtime.config import PreprocessMode, require
 from owl2.runtime.evaluation.data import Item, read_items
 from owl2.runtime.evaluation.divergence import Divergence
 from owl2.runtime.evaluation.measure import MAX_NEW_TOKENS, Measured, measure
-from owl2.runtime.evaluation.subject import Subject, open_reference
+from owl2.runtime.evaluation.subject import Subject, is_bundle, open_reference
 from owl2.runtime.evaluation.summary import Figure, Group, Summary, item_json, summarise
 from owl2.runtime.model import Owl2
 from owl2.runtime.version import __version__
@@ -129,7 +129,10 @@ def eval_command(  # noqa: PLR0913 - one parameter per option
     """
     require(max_new_tokens > 0, f"max_new_tokens {max_new_tokens} must be at least 1")
     require(as_json or not with_items, "--items writes into the JSON; give --json too")
-    items = read_items(data, limit)  # before the model, which may take long to load
+    # Before the model, which may take long to load.
+    items = read_items(data, limit)
+    if against is not None:
+        is_bundle(against)
     owl = Owl2.load(bundle, threads=threads, provider=provider, context=context)
     subject = Subject.of(owl, str(bundle), preprocess)
     reference = None if against is None else open_reference(against, subject, threads=threads, provider=provider)

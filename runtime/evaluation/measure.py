@@ -70,7 +70,7 @@ class Likelihood:
     Attributes:
         nats: minus the sum of log-probabilities.
         tokens: how many were predicted.
-        bytes: of the text in UTF-8.
+        bytes: of a plain text in UTF-8; 0 for anything else.
     """
 
     nats: float
@@ -281,11 +281,5 @@ def _ids(keys: Sequence[Key]) -> Ints:
 
 
 def _bytes(item: Item) -> int:
-    """Size of the text whose likelihood counts."""
-    match item.task:
-        case Text(text):
-            return len(text.encode())
-        case Conversation(turns):
-            return sum(len((turn.text or "").encode()) for turn in turns if turn.role == "ASSISTANT")
-        case _:
-            return len(_right_answer(item).encode())
+    """Size of a plain text; turns of a conversation are not all of their prompt, and end with a special token."""
+    return len(item.task.text.encode()) if isinstance(item.task, Text) else 0

@@ -28,7 +28,7 @@ REFERENCES = "owl2.references"
 CHECKPOINT = "checkpoint"
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Subject:
     """A loaded model with one KV cache that its prompts share.
 
@@ -37,6 +37,7 @@ class Subject:
         model, config: what runs.
         context: positions a prompt may take.
         preprocess: how pictures are squared; None for the model's own mode.
+        cache: of the prompt at hand.
     """
 
     name: str
@@ -47,7 +48,7 @@ class Subject:
     cache: KvCache = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "cache", KvCache(self.model.engine, self.context))
+        self.cache = KvCache(self.model.engine, self.context)
 
     @classmethod
     def of(cls, owl: Owl2, name: str, preprocess: PreprocessMode | None = None) -> Subject:
@@ -73,7 +74,7 @@ class Subject:
         """Plain text in windows that fill the context, each behind a start-of-sequence token."""
         tokenizer = self.model.tokenizer
         ids = tokenizer.encode(text, parse_special=False)
-        step = self.context - 1
+        step = max(self.context - 1, 1)
         return [Prompt([tokenizer.bos_id, *ids[i : i + step]], {}) for i in range(0, len(ids), step)]
 
     def logit_blocks(self, prompt: Prompt, first: int = 0) -> Iterator[tuple[int, Floats]]:
@@ -136,16 +137,14 @@ def open_reference(path: Path, subject: Subject, *, threads: int | None = None, 
         threads, provider: of another bundle.
 
     Raises:
-        ReferenceModelError: it is neither, torch is not installed, or it is a model of other shape.
-        BundleError, BackendError, CheckpointError, ConfigError: it cannot be loaded.
+        ReferenceModelError: torch is not installed, or it is a model of other shape.
+        BundleError, BackendError, CheckpointError, ConfigError: it is neither, or cannot be loaded.
     """
-    if (path / spec.MANIFEST).is_file():
+    if is_bundle(path):
         owl = Owl2.load(path, threads=threads, provider=provider)
         model, config = owl._model, owl.config
-    elif (path / "config.json").is_file():
-        model, config = _open_checkpoint(path)
     else:
-        raise BundleError(f"{path} is neither a bundle ({spec.MANIFEST}) nor an official checkpoint (config.json)")
+        model, config = _open_checkpoint(path)
     ours, theirs = subject.config, config
     for what, one, other in (
         ("tokens", ours.decoder.vocab_size, theirs.decoder.vocab_size),
@@ -157,6 +156,19 @@ def open_reference(path: Path, subject: Subject, *, threads: int | None = None, 
                 "distributions cannot be compared"
             )
     return Subject(str(path), model, config, subject.context, subject.preprocess)
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether a folder is a bundle, or else an official checkpoint.
+
+    Raises:
+        BundleError: it is neither.
+    """
+    if (path / spec.MANIFEST).is_file():
+        return True
+    if (path / "config.json").is_file():
+        return False
+    raise BundleError(f"{path} is neither a bundle ({spec.MANIFEST}) nor an official checkpoint (config.json)")
 
 
 def _open_checkpoint(path: Path) -> tuple[Model, ModelConfig]:

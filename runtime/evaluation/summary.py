@@ -173,7 +173,7 @@ def _score(task: Task, output: Output) -> Score:
         case Question(_, answers), Answered(text):
             if len(answers) > 1:
                 return {"vqa_accuracy": vqa_accuracy(text, answers)}
-            normalised, strict = exact_match(text, answers[0])[::-1]
+            strict, normalised = exact_match(text, answers[0])
             return {"exact_match_normalised": normalised, "exact_match": strict}
         case Choice(_, _, answer), Ranked():
             return {
@@ -209,12 +209,10 @@ def _mean(values: Sequence[float]) -> Figure:
 
 def _likelihood_figures(total: Likelihood) -> Figures:
     mean = total.nats / max(total.tokens, 1)
-    return {
-        "perplexity": Figure(math.exp(min(mean, 700.0))),
-        "nats_per_token": Figure(mean),
-        "bits_per_byte": Figure(total.nats / math.log(2) / max(total.bytes, 1)),
-        "tokens": Figure(total.tokens),
-    }
+    figures = {"perplexity": Figure(math.exp(min(mean, 700.0))), "nats_per_token": Figure(mean)}
+    if total.bytes:
+        figures["bits_per_byte"] = Figure(total.nats / math.log(2) / total.bytes)
+    return figures | {"tokens": Figure(total.tokens)}
 
 
 def _changes(
