@@ -151,6 +151,11 @@ def _summary(bundle: Path, report: Report) -> str:
         f"same best token {accuracy.top1_agreement_text:.1%}, mean logit difference "
         f"{accuracy.mean_abs_logit_difference:.3f}"
     )
+    worst = max(golden.kl for golden in report.goldens)
+    lines.append(
+        f"  certificate: {len(report.goldens)} golden prompts, KL of at most {worst:.1e} nats on this machine; "
+        "owl2 verify replays them on a device"
+    )
     return "\n".join(lines)
 
 

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from owl2.export import __version__
+from owl2.export.certificate import certify, make_goldens
 from owl2.export.checkpoint import Checkpoint
 from owl2.export.config import BYTES, ExportConfig
 from owl2.export.decoder import ExportedDecoder, Streams, export_decoder
@@ -21,7 +22,7 @@ from owl2.export.model import Owl2Model
 from owl2.export.parity import Parity, compare, with_float_activations
 from owl2.export.progress import Reporter, Silent
 from owl2.export.prompts import Prompts, fingerprint, pictures_of, prepare
-from owl2.export.report import Accuracy, AccuracyMeter, CalibrationRecord, Report
+from owl2.export.report import Accuracy, CalibrationRecord, Report
 from owl2.export.staging import Staging, check_space, disk_errors
 from owl2.export.vision import ExportedVision, export_vision
 from owl2.quant.calibration import CalibrationSet, load_calibration
@@ -32,6 +33,7 @@ from owl2.runtime.bundle import Bundle, FileEntry, Manifest, WeightFormat, hash_
 from owl2.runtime.config import ModelConfig
 from owl2.runtime.engine import Decoder, Floats, Ints
 from owl2.runtime.errors import BundleError, CheckpointError
+from owl2.runtime.evaluation.divergence import Divergence, divergence
 from owl2.runtime.generate import peak_memory
 from owl2.runtime.multimodal import embed
 from owl2.runtime.tokenizer import Tokenizer
@@ -67,8 +69,9 @@ def export_bundle(config: ExportConfig, reporter: Reporter | None = None) -> Rep
             decoder = export_decoder(checkpoint, folder, config, streams, reporter)
             manifest = _manifest(checkpoint.config, config)
             bundle = Bundle(folder, manifest)
-            reporter.stage("comparing with torch", 2 * len(probes) + len(prompts.measured))
+            reporter.stage("comparing with torch", 3 * len(probes) + len(prompts.measured))
             exact = _exact_logits(bundle, probes, reporter)
+            goldens = make_goldens(bundle, prompts.probes, reporter)
             session = _open_decoder(bundle)
             parity = _check_decoder(exact, _probe_logits(session, probes, reporter), decoder, len(probes))
             accuracy = _measure(bundle, session, prompts, vision, decoder, reporter)
@@ -77,6 +80,7 @@ def export_bundle(config: ExportConfig, reporter: Reporter | None = None) -> Rep
                 calibration=record,
                 parity=(vision.parity, parity),
                 accuracy=accuracy,
+                goldens=certify(bundle, goldens, session, prompts.probes, vision.rows),
                 modules=decoder.modules,
                 vision=vision.sensitivity,
                 size=sum(path.stat().st_size for path in folder.iterdir()),
@@ -198,13 +202,14 @@ def _measure(
     """Compare the whole bundle, its own vision rows and token table included, with torch on the checkpoint."""
     table = bundle.embeddings()
     first, name = (len(prompts.probes), "held-out calibration samples") if prompts.held_out else (0, "built-in probes")
-    meter = AccuracyMeter()
+    apart = Divergence()
     for index, prompt in enumerate(prompts.measured):
         if index >= first:
             embeds, modality = embed(prompt.keys, table, vision.rows)
-            meter.add(decoder.reference_logits(index), _full_logits(session, embeds, modality), modality)
+            made = _full_logits(session, embeds, modality)
+            apart += divergence(decoder.reference_logits(index), made, modality)
         reporter.advance()
-    return meter.result(name)
+    return Accuracy.of(name, apart)
 
 
 def _full_logits(session: Decoder, embeds: Floats, modality: Ints) -> Floats:

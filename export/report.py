@@ -6,16 +6,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from owl2.export.parity import Parity
 from owl2.export.vision import PartReport
 from owl2.quant.layer import ModuleReport
-from owl2.runtime.engine import Floats, Ints
-
-# Rows of logits compared at a time, which bounds the memory at full-size vocabularies.
-ROWS_AT_ONCE = 64
+from owl2.runtime.certificate import Reached
+from owl2.runtime.evaluation.divergence import Divergence
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +23,7 @@ class Accuracy:
         mean_abs_logit_difference: over all positions and the whole vocabulary.
         kl_text, kl_image: mean Kullback-Leibler divergence of the next-token distributions, in nats, at text
             and at image positions.
-        top1_agreement_text: share of text positions with the same most likely token.
+        top1_agreement_text, top1_agreement_image: share of these positions with the same most likely token.
     """
 
     measured_on: str
@@ -37,6 +32,20 @@ class Accuracy:
     kl_text: float
     kl_image: float
     top1_agreement_text: float
+    top1_agreement_image: float
+
+    @classmethod
+    def of(cls, measured_on: str, apart: Divergence) -> Accuracy:
+        """The means of what was summed up."""
+        return cls(
+            measured_on=measured_on,
+            positions=int(sum(apart.positions)),
+            mean_abs_logit_difference=apart.mean_difference,
+            kl_text=apart.mean_kl(0),
+            kl_image=apart.mean_kl(1),
+            top1_agreement_text=apart.agreement(0),
+            top1_agreement_image=apart.agreement(1),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +77,7 @@ class Report:
         calibration: what the quantizer looked at.
         parity: each graph against torch.
         accuracy: the bundle against the checkpoint.
+        goldens: what this machine reached on the certificate's prompts, and what a device must.
         modules: what GPTQ cost, by linear layer.
         vision: what int8 costs each part of the vision side; empty for floating point.
         size: bytes of the bundle.
@@ -81,6 +91,7 @@ class Report:
     accuracy: Accuracy
     modules: Mapping[str, ModuleReport]
     vision: tuple[PartReport, ...]
+    goldens: tuple[Reached, ...]
     size: int
     seconds: float
     peak_memory: int
@@ -88,55 +99,3 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """Plain dictionaries."""
         return asdict(self)
-
-
-class AccuracyMeter:
-    """Compares logits prompt by prompt; nothing but sums is kept."""
-
-    def __init__(self) -> None:
-        self._positions = np.zeros(2)  # text, image
-        self._kl = np.zeros(2)
-        self._same = np.zeros(2)
-        self._difference = 0.0
-
-    def add(self, reference: Floats, made: Floats, modality: Ints) -> None:
-        """Compare one prompt.
-
-        Args:
-            reference: logits [T, V] of torch on the original weights.
-            made: logits [T, V] of the bundle.
-            modality: int64 [T], 1 at image rows.
-        """
-        for start in range(0, len(modality), ROWS_AT_ONCE):
-            rows = slice(start, start + ROWS_AT_ONCE)
-            one, other, kinds = reference[rows], made[rows], modality[rows]
-            self._positions += np.bincount(kinds, minlength=2)
-            self._kl += np.bincount(kinds, _kl(one, other), 2)
-            self._same += np.bincount(kinds, one.argmax(-1) == other.argmax(-1), 2)
-            self._difference += float(np.abs(one - other).mean(-1, dtype=np.float64).sum())
-
-    def result(self, measured_on: str) -> Accuracy:
-        """Means over everything added."""
-        counted = np.maximum(self._positions, 1)
-        kl, same = self._kl / counted, self._same / counted
-        return Accuracy(
-            measured_on=measured_on,
-            positions=int(self._positions.sum()),
-            mean_abs_logit_difference=self._difference / float(counted.sum()),
-            kl_text=float(kl[0]),
-            kl_image=float(kl[1]),
-            top1_agreement_text=float(same[0]),
-        )
-
-
-def _kl(reference: Floats, made: Floats) -> NDArray[np.float64]:
-    """Kullback-Leibler divergence of each row of logits, in nats: [T, V] twice -> [T]."""
-    p, q = _log_softmax(reference), _log_softmax(made)
-    divergence: NDArray[np.float64] = (np.exp(p) * (p - q)).sum(-1)
-    return divergence
-
-
-def _log_softmax(logits: Floats) -> NDArray[np.float64]:
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return result

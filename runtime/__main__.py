@@ -1,4 +1,4 @@
-"""Command ``owl2``: ask, chat, info."""
+"""Command ``owl2``: ask, chat, info, eval, verify."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import click
 
 from owl2.runtime.cli.ask import ask
 from owl2.runtime.cli.chat import chat
+from owl2.runtime.cli.eval import eval_command
 from owl2.runtime.cli.info import info
+from owl2.runtime.cli.verify import verify_command
 from owl2.runtime.version import __version__
 
 
@@ -25,10 +27,12 @@ def cli() -> None:
       owl2 info bundle/
       owl2 ask bundle/ "What is in the picture?" --image cat.jpg
       owl2 chat bundle/
+      owl2 eval bundle/ --data questions.jsonl
+      owl2 verify bundle/
     """
 
 
-for command in (ask, chat, info):
+for command in (ask, chat, info, eval_command, verify_command):
     cli.add_command(command)
 
 

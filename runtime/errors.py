@@ -6,6 +6,8 @@
     ├── ConfigError (ValueError)        a setting or a config.json that cannot work
     ├── CheckpointError                 the PyTorch checkpoint is incomplete, misshaped or unreadable
     ├── CalibrationError                the calibration data cannot serve its purpose
+    ├── DataError (ValueError)          data to measure a bundle on that cannot be used
+    ├── ReferenceModelError             what a bundle is to be compared with cannot be had, or is no match
     ├── QuantizationError               the numerics of quantizing failed
     ├── ExportError                     a bundle could not be written
     │   └── ParityError                 an exported graph does not compute what torch computes
@@ -38,6 +40,14 @@ class CheckpointError(Owl2Error):
 
 class CalibrationError(Owl2Error):
     """The calibration data cannot serve its purpose."""
+
+
+class DataError(Owl2Error, ValueError):
+    """Data to measure a bundle on that cannot be used; every line at fault is named."""
+
+
+class ReferenceModelError(Owl2Error):
+    """What a bundle is to be compared with cannot be had, or is no match for it."""
 
 
 class QuantizationError(Owl2Error):

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from owl2.runtime.config import DecoderConfig
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 MANIFEST = "owl2.json"
 VISION_GRAPH = "vision.onnx"
 DECODER_GRAPH = "decoder.onnx"
 EMBEDDINGS = "embeddings.bin"
 REPORT = "report.json"
+GOLDENS = "goldens.npz"
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
 BUNDLE_FILES = (
     VISION_GRAPH,
@@ -23,6 +24,7 @@ BUNDLE_FILES = (
     DECODER_GRAPH + ".data",
     EMBEDDINGS,
     *TOKENIZER_FILES,
+    GOLDENS,
     REPORT,
 )
 """Everything beside the manifest."""

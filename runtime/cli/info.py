@@ -27,12 +27,15 @@ class Findings:
 
     Attributes:
         manifest: its ``owl2.json``.
-        accuracy: named figures of its report; empty if it has none.
+        accuracy, calibration: named figures of its report; empty if it has none.
+        goldens: what the exporting machine reached on each golden prompt, and the limit for a device.
         problems: a sentence each; empty if the bundle can be used.
     """
 
     manifest: Manifest
     accuracy: dict[str, Any]
+    calibration: dict[str, Any]
+    goldens: list[dict[str, Any]]
     problems: list[str]
 
 
@@ -69,16 +72,25 @@ def _inspect(folder: Path) -> Findings:
         check_onnxruntime(manifest.minimum_onnxruntime)
     except BackendUnavailableError as error:
         problems.append(str(error))
-    return Findings(manifest, _accuracy(folder / spec.REPORT), problems)
+    report = _report(folder / spec.REPORT)
+    entries = report.get("goldens")
+    goldens = [_plain(entry) for entry in entries] if isinstance(entries, list) else []
+    return Findings(manifest, _plain(report.get("accuracy")), _plain(report.get("calibration")), goldens, problems)
 
 
-def _accuracy(report: Path) -> dict[str, Any]:
-    """Numbers and words directly under ``accuracy`` in the report, if there are any."""
+def _report(path: Path) -> dict[str, Any]:
+    """The report, if there is one: damage is told by the hashes."""
     try:
-        accuracy = json.loads(report.read_text(encoding="utf-8"))["accuracy"]
-        return {name: value for name, value in accuracy.items() if isinstance(value, str | int | float)}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return {}  # damage is told by the hashes; without them the report is optional
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return report if isinstance(report, dict) else {}
+
+
+def _plain(entry: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
+    """Numbers and words directly under an entry of the report; nothing if it is no object."""
+    items = entry.items() if isinstance(entry, dict) else ()
+    return {name: value for name, value in items if isinstance(value, str | int | float)}
 
 
 def _kv_bytes(decoder: DecoderConfig) -> int:
@@ -101,6 +113,8 @@ def _record(findings: Findings) -> dict[str, Any]:
         "kv_bytes_full_context": per_position * decoder.max_position_embeddings,
         "installed_onnxruntime": onnxruntime.__version__,
         "accuracy": findings.accuracy,
+        "calibration": findings.calibration,
+        "goldens": findings.goldens,
         "manifest": manifest.to_json(),
     }
 
@@ -108,12 +122,13 @@ def _record(findings: Findings) -> dict[str, Any]:
 def _table(folder: Path, findings: Findings) -> str:
     manifest = findings.manifest
     files = [(name, size(entry.size)) for name, entry in manifest.files.items()]
-    accuracy = [(name, _figure(value)) for name, value in findings.accuracy.items()]
     sections = [
         ("", [("bundle", str(folder)), *_origin(manifest)]),
         ("model", _model(manifest)),
         ("weights", _weights(manifest.weights)),
-        ("accuracy", accuracy),
+        ("accuracy", _figures(findings.accuracy)),
+        ("calibration", _figures(findings.calibration)),
+        ("certificate", [(str(golden.get("name")), _golden(golden)) for golden in findings.goldens]),
         ("files", [*files, ("total", size(manifest.size))]),
     ]
     blocks = [_section(title, rows) for title, rows in sections if rows]
@@ -194,6 +209,16 @@ def _weights(weights: WeightFormat) -> list[Row]:
         ("vision", weights.vision),
         ("embeddings", weights.embeddings),
     ]
+
+
+def _figures(entry: dict[str, Any]) -> list[Row]:
+    return [(name, _figure(value)) for name, value in entry.items() if value != ""]
+
+
+def _golden(golden: dict[str, Any]) -> str:
+    """What the exporting machine reached; ``owl2 verify`` measures this one."""
+    reached, most = (_figure(golden.get(name, "?")) for name in ("kl", "limit"))
+    return f"KL {reached} nats where it was exported, at most {most} on a device"
 
 
 def _figure(value: str | float) -> str:

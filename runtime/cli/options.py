@@ -20,6 +20,22 @@ from owl2.runtime.sampling import GenerationConfig
 DEFAULTS = GenerationConfig()
 
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
+preprocess_option = click.option(
+    "--preprocess",
+    type=click.Choice(get_args(PreprocessMode)),
+    help="How pictures become square; the bundle's own mode if not given.",
+)
+threads_option = click.option("--threads", type=int, help="Threads of the CPU; ONNX Runtime's choice if not given.")
+context_option = click.option(
+    "--context", type=int, help="Positions a conversation may take; the model's own if not given."
+)
+provider_option = click.option(
+    "--provider",
+    type=click.Choice(list(PROVIDERS)),
+    default="cpu",
+    show_default=True,
+    help="Execution provider.",
+)
 
 
 @dataclass(frozen=True)
@@ -75,11 +91,7 @@ def _generation(name: str, kind: type, text: str) -> Callable[[Callable[..., Non
 
 
 _OPTIONS = (
-    click.option(
-        "--preprocess",
-        type=click.Choice(get_args(PreprocessMode)),
-        help="How pictures become square; the bundle's own mode if not given.",
-    ),
+    preprocess_option,
     _generation("max_new_tokens", int, "Most tokens of an answer."),
     _generation("temperature", float, "0 takes the most likely token; larger values vary more."),
     _generation("top_k", int, "Sample from this many candidates; 0 for all."),
@@ -88,14 +100,8 @@ _OPTIONS = (
     _generation("repetition_penalty", float, "Above 1 discourages repeating; 1 is off."),
     _generation("seed", int, "Makes sampling reproducible."),
     click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; repeatable."),
-    click.option("--threads", type=int, help="Threads of the CPU; ONNX Runtime's choice if not given."),
-    click.option("--context", type=int, help="Positions a conversation may take; the model's own if not given."),
-    click.option(
-        "--provider",
-        type=click.Choice(list(PROVIDERS)),
-        default="cpu",
-        show_default=True,
-        help="Execution provider.",
-    ),
+    threads_option,
+    context_option,
+    provider_option,
     click.option("--stats", is_flag=True, help="Write token counts and timings to stderr after an answer."),
 )

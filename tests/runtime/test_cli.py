@@ -433,7 +433,7 @@ class TestInfo:
         assert result.exit_code == 0
         decoder = owl.config.decoder
         for text in (
-            "format       version 1, written by ",
+            "format       version 2, written by ",
             f"{decoder.num_hidden_layers} layers, width {decoder.hidden_size}",
             f"vocabulary {decoder.vocab_size}",
             "context     2048 positions",
@@ -501,7 +501,19 @@ class TestInfo:
             "agreement": "997 of 1000",
         }
 
-    @pytest.mark.parametrize("content", ["{}", "[]", '{"accuracy": null}', "no JSON"])
+    def test_certificate(self, sample_bundle: Path) -> None:
+        report = json.loads((sample_bundle / "report.json").read_text())
+        table = run("info", sample_bundle).stdout
+        assert "\ncalibration\n  source       built-in\n  samples      84\n" in table
+        assert f"  fingerprint  {report['calibration']['fingerprint']}\n\ncertificate\n  text          KL " in table
+        assert f"at most {report['goldens'][2]['limit']:.4g} on a device\n\nfiles" in table
+        record = json.loads(run("info", sample_bundle, "--json").stdout)
+        assert record["goldens"] == report["goldens"]
+        assert record["calibration"]["text_rows"] == report["calibration"]["text_rows"]
+
+    @pytest.mark.parametrize(
+        "content", ["{}", "[]", '{"accuracy": null, "calibration": 3, "goldens": 4}', '{"goldens": [5]}', "no JSON"]
+    )
     def test_report_without_accuracy(self, copy: Path, content: str) -> None:
         _replace(copy, "report.json", content)
         result = run("info", copy)

@@ -1,0 +1,70 @@
+"""``owl2 verify``: whether a bundle is whole and this device computes what it should."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from owl2.runtime.backends.ort import OrtOptions
+from owl2.runtime.certificate import Replay, Verdict, verify
+from owl2.runtime.cli.console import duration, reports_errors
+from owl2.runtime.cli.options import bundle_argument, provider_option, threads_option
+
+
+@click.command("verify")
+@bundle_argument
+@provider_option
+@threads_option
+@click.option("--json", "as_json", is_flag=True, help="Write everything as JSON.")
+@reports_errors
+def verify_command(bundle: Path, provider: str, threads: int | None, as_json: bool) -> None:
+    """Check every file's hash, and replay the bundle's golden prompts on this device.
+
+    A bundle holds a few prompts with the logits they must lead to: text, one picture, several. What this device
+    makes of them may differ by no more than the limit in the bundle's report, as KL divergence in nats; the KL that
+    the exporting machine reached stands beside it. The exit code is 0 for pass and 1 for FAIL.
+
+    \b
+    Examples:
+      owl2 verify bundle/
+      owl2 verify bundle/ --threads 2 --json
+    """
+    verdict = verify(bundle, OrtOptions(provider, threads))
+    click.echo(json.dumps(_record(verdict), indent=2) if as_json else _table(bundle, verdict))
+    sys.exit(0 if verdict.passed else 1)
+
+
+def _record(verdict: Verdict) -> dict[str, object]:
+    return {
+        "passed": verdict.passed,
+        "problems": list(verdict.problems),
+        "goldens": [
+            # JSON knows no NaN.
+            asdict(replay) | {"kl": replay.kl if replay.kl == replay.kl else None, "passed": replay.passed}
+            for replay in verdict.replays
+        ],
+        "load_seconds": verdict.load_seconds,
+        "replay_seconds": verdict.replay_seconds,
+    }
+
+
+def _table(folder: Path, verdict: Verdict) -> str:
+    if verdict.problems:
+        lines = [f"  {problem}" for problem in verdict.problems]
+        return "\n".join([f"{folder}: files are not what was exported; nothing was replayed", *lines, "FAIL"])
+    width = max((len(replay.name) for replay in verdict.replays), default=0)
+    lines = [f"{'golden':{width}}  {'KL (nats)':>10}  {'limit':>8}  {'exporter':>8}  same best token"]
+    lines += [_row(replay, width) for replay in verdict.replays]
+    times = f"loaded in {duration(verdict.load_seconds)}, replayed in {duration(verdict.replay_seconds)}"
+    return "\n".join([*lines, "", f"all files verified; {times}", "pass" if verdict.passed else "FAIL"])
+
+
+def _row(replay: Replay, width: int) -> str:
+    if replay.problem:
+        return f"{replay.name:{width}}  FAIL: {replay.problem}"
+    figures = f"{replay.kl:10.2e}  {replay.limit:8.1e}  {replay.exported_kl:8.1e}  {replay.top1_agreement:6.1%}"
+    return f"{replay.name:{width}}  {figures}  {'pass' if replay.passed else 'FAIL'}"
