@@ -54,16 +54,22 @@ def prepare(data: CalibrationSet, config: ModelConfig, tokenizer: Tokenizer, *, 
         ImageError, PromptError: a sample cannot be used.
     """
 
-    def encode(samples: Iterable[Sample]) -> list[Prompt]:
-        return [_encode(sample, config, tokenizer) for sample in samples]
-
     samples = data.samples
     places = range(HELD_OUT_EVERY - 1, len(samples), HELD_OUT_EVERY)[:HELD_OUT]
     held_out = [samples[i] for i in places]
     rest = [sample for i, sample in enumerate(samples) if i not in places]
     if not any(sample.images for sample in rest):  # the quantizer needs what few pictures there are
         held_out, rest = [], list(samples)
+
+    def encode(chosen: Iterable[Sample]) -> list[Prompt]:
+        return encode_samples(chosen, config, tokenizer)
+
     return Prompts(encode(rest) if calibrate else [], encode(probe_samples()), encode(held_out))
+
+
+def encode_samples(samples: Iterable[Sample], config: ModelConfig, tokenizer: Tokenizer) -> list[Prompt]:
+    """Tokenize prompts and preprocess their pictures; raises as :func:`prepare`."""
+    return [_encode(sample, config, tokenizer) for sample in samples]
 
 
 def _encode(sample: Sample, config: ModelConfig, tokenizer: Tokenizer) -> Prompt:

@@ -1,0 +1,285 @@
+"""What each choice of the quantizer is worth on the sample model: KL and accuracy, one change at a time.
+
+Only the decoder layers are quantized (head, vision side and token table stay float32), so that nothing else
+blurs the comparison. Every recipe is run on two calibration sets; KL is the mean over both, in nats, against
+the float32 model on conversations that are in neither. Accuracy is that of the first set's model, in torch.
+
+Needs the sample's modules: run from the repository, ``python scripts/ablate.py SCRATCH [--answers]``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "sample"))
+
+from encoder import Encoder
+from evaluate import evaluate, torch_answers
+from make_calibration import write_calibration
+
+from owl2.export.checkpoint import Checkpoint
+from owl2.export.model import DecoderLayer, Owl2Model
+from owl2.export.prompts import encode_samples
+from owl2.quant.calibration import load_calibration
+from owl2.quant.config import QuantConfig
+from owl2.quant.gptq import gptq
+from owl2.quant.grid import rtn
+from owl2.quant.hessian import HessianAccumulator
+from owl2.quant.layer import IMAGE_BRANCH, SITES, quantize_layer, site_inputs
+from owl2.quant.stream import Calibration, Sequence, Stream
+from owl2.runtime.evaluation.divergence import Divergence, divergence
+from owl2.runtime.multimodal import embed
+from owl2.runtime.tokenizer import Tokenizer
+
+CHECKPOINT = Path(__file__).parents[1] / "sample" / "checkpoint"
+CALIBRATION_SEEDS = (0, 1)
+HELD_OUT_SEED, HELD_OUT = 1000, 256
+
+Quantize = Callable[[DecoderLayer, Calibration, QuantConfig], None]
+"""Quantizes a layer in place and moves the calibration behind it."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One row of the table."""
+
+    name: str
+    config: QuantConfig
+    quantize: Quantize
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a recipe costs; KL in nats, agreement of the best token and answers as shares."""
+
+    name: str
+    kl_text: float
+    kl_text_by_set: list[float]
+    kl_image: float
+    agreement_text: float
+    answers: dict[str, float]
+    seconds: float
+
+
+def ours(layer: DecoderLayer, calibration: Calibration, config: QuantConfig) -> None:
+    """The quantizer of owl2-export."""
+    quantize_layer(layer, calibration, config, "layer")
+
+
+def rounding(layer: DecoderLayer, calibration: Calibration, config: QuantConfig) -> None:
+    """Round to nearest."""
+    quantize_layer(layer, None, replace(config, method="rtn"), "layer")
+    calibration.advance(layer, layer)
+
+
+def text_only(layer: DecoderLayer, calibration: Calibration, config: QuantConfig) -> None:
+    """What tools for language models do: calibrate on text, so that the image branch is only rounded."""
+    _one_hessian(layer, calibration, config, images=False)
+
+
+def merged(layer: DecoderLayer, calibration: Calibration, config: QuantConfig) -> None:
+    """What tools that know of pictures but not of branches do: one Hessian of all rows for every projection."""
+    _one_hessian(layer, calibration, config, images=True)
+
+
+@torch.no_grad()
+def _one_hessian(layer: DecoderLayer, calibration: Calibration, config: QuantConfig, *, images: bool) -> None:
+    for site in SITES:
+        rows = HessianAccumulator(layer.get_submodule(site[0]).in_features, site[0])
+        for sequence, inputs in site_inputs(layer, site[0], calibration.quantized):
+            seen = inputs if images else inputs[sequence.routing.text]
+            rows.add(seen, seen)
+        for name in site:
+            weight = layer.get_parameter(f"{name}.weight")
+            if name in IMAGE_BRANCH and not images:
+                weight.copy_(rtn(weight, config).dequantize())
+            else:
+                weight.copy_(gptq(weight.detach(), rows.hessian, config)[0].dequantize())
+    calibration.advance(layer, layer)
+
+
+@torch.no_grad()
+def rotated(layer: DecoderLayer, calibration: Calibration, config: QuantConfig) -> None:
+    """Values and the inputs of the output projection turned by a Hadamard matrix within each head."""
+    heads = layer.self_attn.heads
+    turn = torch.block_diag(*[_hadamard(layer.self_attn.q_proj.out_features // heads)] * heads)
+    for branch in (0, 1):
+        value = layer.get_parameter(f"self_attn.v_proj.multiway.{branch}.weight")
+        value.copy_(turn @ value)
+    output = layer.get_parameter("self_attn.o_proj.weight")
+    output.copy_(output @ turn.T)
+    ours(layer, calibration, config)
+
+
+def _hadamard(width: int) -> Tensor:
+    matrix = torch.ones(1, 1)
+    while len(matrix) < width:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix / math.sqrt(width)
+
+
+def channel_scales(power: float) -> Quantize:
+    """AWQ (Lin et al. 2023): strong channels scaled up in the weights and down in both norms' gains."""
+
+    @torch.no_grad()
+    def quantize(layer: DecoderLayer, calibration: Calibration, config: QuantConfig) -> None:
+        for site, norm in ((SITES[0], "input_layernorm"), (SITES[2], "post_attention_layernorm")):
+            rows = torch.cat([inputs for _, inputs in site_inputs(layer, site[0], calibration.quantized)])
+            scale = rows.abs().mean(0).clamp(min=1e-6) ** power
+            scale /= scale.log().mean().exp()
+            for branch in (0, 1):
+                layer.get_parameter(f"{norm}.multiway.{branch}.weight").div_(scale)
+            for name in site:
+                layer.get_parameter(f"{name}.weight").mul_(scale)
+        ours(layer, calibration, config)
+
+    return quantize
+
+
+def recipes(group_size: int) -> Iterator[Recipe]:
+    """Baselines, ours, ours without each of its parts, and what was tried and not kept."""
+    plain = QuantConfig(group_size=group_size, sweeps=0, image_weight=1.0, asymmetry=0.0)
+    full = QuantConfig(group_size=group_size, signed_scales=True)
+    yield Recipe("rounding", full, rounding)
+    yield Recipe("GPTQ, calibrated on text", plain, text_only)
+    yield Recipe("GPTQ, one Hessian for all rows", plain, merged)
+    yield Recipe("GPTQ, a Hessian per branch", plain, ours)
+    yield Recipe("ours", full, ours)
+    yield Recipe("without signed scales", replace(full, signed_scales=False), ours)
+    yield Recipe("without activation order", replace(full, act_order=False), ours)
+    yield Recipe("without clip search", replace(full, clip_search=False), ours)
+    yield Recipe("without descent", replace(full, sweeps=0), ours)
+    yield Recipe("without asymmetric target", replace(full, asymmetry=0.0), ours)
+    yield Recipe("asymmetric target all the way", replace(full, asymmetry=1.0), ours)
+    for weight in (0.05, 1.0, 5.0):
+        yield Recipe(f"an image row counts {weight:g}", replace(full, image_weight=weight), ours)
+    yield Recipe("head-wise rotation of v and o", full, rotated)
+    yield Recipe("channel scales, power 0.25", full, channel_scales(0.25))
+    yield Recipe("channel scales, power 0.5", full, channel_scales(0.5))
+
+
+class Bench:
+    """The sample model, its calibration sets and the held-out conversations with their reference logits."""
+
+    def __init__(self, scratch: Path) -> None:
+        with Checkpoint(CHECKPOINT) as checkpoint:
+            self.config = checkpoint.config
+            self.model = Owl2Model(checkpoint.config)
+            checkpoint.load_into(self.model, "")
+            self.table = checkpoint.tensor("model.embed_tokens.weight").numpy()
+        self.original = {name: value.clone() for name, value in self.model.model.layers.state_dict().items()}
+        self.tokenizer = Tokenizer.load(CHECKPOINT)
+        self.sets = [self._embedded(scratch / f"calibration-{seed}", 128, seed) for seed in CALIBRATION_SEEDS]
+        self.held_out = self._embedded(scratch / "held-out", HELD_OUT, HELD_OUT_SEED)
+        self.reference = self._logits()
+
+    @torch.no_grad()
+    def _embedded(self, folder: Path, count: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+        path = write_calibration(folder, count=count, seed=seed)
+        prompts = encode_samples(load_calibration(path, count).samples, self.config, self.tokenizer)
+        made = []
+        for prompt in prompts:
+            images = {
+                digest: self.model.encode_images(torch.from_numpy(picture.pixels)[None])[0].numpy()
+                for digest, picture in prompt.pictures.items()
+            }
+            rows, modality = embed(prompt.keys, self.table, images)
+            made.append((torch.from_numpy(rows), torch.from_numpy(modality)))
+        return made
+
+    def _stream(self, embedded: list[tuple[Tensor, Tensor]]) -> Stream:
+        return Stream(self.config.decoder, [Sequence.of(rows, modality) for rows, modality in embedded])
+
+    @torch.no_grad()
+    def _logits(self) -> list[Tensor]:
+        stream = self._stream(self.held_out)
+        for layer in self.model.model.layers:
+            stream.advance(layer)
+        return [self.model.head(self.model.model.norm(sequence.rows)) for sequence in stream.sequences]
+
+    def quantize(self, recipe: Recipe, calibration_set: int) -> None:
+        """Quantize the model's layers from the original weights."""
+        self.model.model.layers.load_state_dict(self.original)
+        calibration = Calibration(self._stream(self.sets[calibration_set]))
+        for layer in self.model.model.layers:
+            recipe.quantize(layer, calibration, recipe.config)
+
+    def compare(self) -> Divergence:
+        """The model as it is now against the original one."""
+        total = Divergence()
+        for reference, made, (_, modality) in zip(self.reference, self._logits(), self.held_out):
+            total += divergence(reference.numpy(), made.numpy(), modality.numpy())
+        return total
+
+    def answers(self) -> dict[str, float]:
+        """Share of right answers: 1,000 questions of the main kinds, and captions."""
+        encoder = Encoder(CHECKPOINT / "tokenizer.model")
+        result = evaluate(lambda asked: torch_answers(self.model, encoder, asked), count=1000)
+        return {name: kind.share for name, kind in result.kinds.items()} | {"main": result.main_right / 1000}
+
+
+def run(bench: Bench, recipe: Recipe, *, answers: bool) -> Result:
+    """Quantize on each calibration set and compare."""
+    began = time.perf_counter()
+    by_set, given = [], {}
+    for index in range(len(bench.sets)):
+        bench.quantize(recipe, index)
+        by_set.append(bench.compare())
+        if answers and index == 0:
+            given = bench.answers()
+    total = sum(by_set[1:], by_set[0])
+    return Result(
+        recipe.name,
+        total.mean_kl(0),
+        [one.mean_kl(0) for one in by_set],
+        total.mean_kl(1),
+        total.agreement(0),
+        given,
+        time.perf_counter() - began,
+    )
+
+
+def line(result: Result) -> str:
+    """One row of the table."""
+    sets = " ".join(f"{value:.5f}" for value in result.kl_text_by_set)
+    right = " ".join(f"{kind} {share:.1%}" for kind, share in result.answers.items())
+    return (
+        f"{result.name:34} {result.kl_text:.5f} ({sets})  image {result.kl_image:.5f}  "
+        f"agreement {result.agreement_text:.2%}  {right}"
+    )
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("scratch", type=Path, help="folder for calibration data")
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--only", nargs="*", metavar="TEXT", help="recipes whose name holds one of these")
+    parser.add_argument("--answers", action="store_true", help="ask the held-out questions too")
+    parser.add_argument("--json", type=Path, help="file for the results")
+    options = parser.parse_args()
+    bench, results = Bench(options.scratch), []
+    print(f"{'recipe':34} KL at text positions (by calibration set)", flush=True)
+    if options.answers:
+        print("float32", bench.answers(), flush=True)
+    for recipe in recipes(options.group_size):
+        if options.only is None or any(text in recipe.name for text in options.only):
+            results.append(run(bench, recipe, answers=options.answers))
+            print(line(results[-1]), flush=True)
+    if options.json is not None:
+        options.json.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
