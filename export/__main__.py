@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, get_args
 
 import click
 
-from owl2.export.config import ExportConfig, VisionType, WeightType
+from owl2.export.config import ExportConfig, Layout, VisionType, WeightType
 from owl2.quant.config import GROUP_SIZES, Method
 from owl2.runtime.cli.console import duration, notice, reports_errors, size
 from owl2.runtime.version import __version__
@@ -32,8 +32,7 @@ DEFAULTS = {
 @click.option(
     "--weights",
     type=click.Choice(get_args(WeightType)),
-    default=DEFAULTS["weights"],
-    show_default=True,
+    show_default=f"{DEFAULTS['weights']}, or as in a quantized CHECKPOINT",
     help="How the decoder's weights are stored.",
 )
 @click.option(
@@ -51,9 +50,8 @@ DEFAULTS = {
 @click.option(
     "--group-size",
     type=click.Choice([str(size) for size in GROUP_SIZES]),
-    default=str(DEFAULTS["group_size"]),
-    callback=lambda _context, _option, value: int(value),
-    show_default=True,
+    callback=lambda _context, _option, value: value and int(value),
+    show_default=f"{DEFAULTS['group_size']}, or as in a quantized CHECKPOINT",
     help="Columns that share a scale.",
 )
 @click.option(
@@ -65,6 +63,14 @@ DEFAULTS = {
 @click.option(
     "--samples", type=int, default=DEFAULTS["samples"], show_default=True, help="Most calibration samples used."
 )
+@click.option(
+    "--layout",
+    type=click.Choice(get_args(Layout)),
+    default="bundle",
+    show_default=True,
+    help="What is written: a bundle for the command owl2, or a quantized checkpoint (qweight, qzeros, scales, g_idx) "
+    "for GPTQModel, AutoGPTQ and Optimum.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
 @click.option("--download", is_flag=True, help="CHECKPOINT is a hub id: download it first.")
 @click.option("--json", "as_json", is_flag=True, help="Write the report as JSON; no progress is shown.")
@@ -73,12 +79,13 @@ def export(  # noqa: PLR0913 - one parameter per option
     *,
     checkpoint: str,
     bundle: Path,
-    weights: WeightType,
+    weights: WeightType | None,
     vision: VisionType | None,
     method: Method,
-    group_size: int,
+    group_size: int | None,
     calibration: Path | None,
     samples: int,
+    layout: Layout,
     overwrite: bool,
     download: bool,
     as_json: bool,
@@ -89,35 +96,45 @@ def export(  # noqa: PLR0913 - one parameter per option
     Q-Align, OneAlign and DeQA have the same. BUNDLE is the folder to write; it appears when everything is
     complete and checked.
 
+    A checkpoint that GPTQModel or AutoGPTQ has quantized keeps its integers and scales exactly; layers that it
+    left in floating point are quantized here. With --layout gptq, such a checkpoint is what is written.
+
     \b
     Examples:
       owl2-export mplug-owl2-llama2-7b/ owl2-int4/
       owl2-export one-align/ one-align-int4/ --calibration photos/
       owl2-export checkpoint/ bundle/ --calibration talks.jsonl --weights int8
       owl2-export checkpoint/ exact/ --weights fp32
+      owl2-export checkpoint/ checkpoint-gptq/ --layout gptq
+      owl2-export checkpoint-gptq/ bundle/
       owl2-export MAGAer13/mplug-owl2-llama2-7b owl2-int4/ --download
     """
     # Not before: these need what only the extra brings, and take a while to import.
+    from owl2.export.gptq_checkpoint import export_gptq
     from owl2.export.hub import local_checkpoint
     from owl2.export.pipeline import export_bundle
     from owl2.export.progress import Silent, Terminal
+    from owl2.export.source import default_settings
     from owl2.export.staging import Staging
 
     Staging(bundle, overwrite=overwrite)  # before anything long begins
     with ExitStack() as stack:
         reporter: Reporter = Silent() if as_json else stack.enter_context(Terminal())
+        folder = local_checkpoint(checkpoint, download=download)
+        usual_weights, usual_group_size = default_settings(folder)
         config = ExportConfig(
-            checkpoint=local_checkpoint(checkpoint, download=download),
+            checkpoint=folder,
             bundle=bundle,
-            weights=weights,
+            weights=weights or usual_weights,
             vision=vision,
             method=method,
-            group_size=group_size,
+            group_size=group_size or usual_group_size,
             calibration=calibration,
             samples=samples,
             overwrite=overwrite,
+            layout=layout,
         )
-        report = export_bundle(config, reporter)
+        report = export_gptq(config, reporter) if layout == "gptq" else export_bundle(config, reporter)
     if as_json:
         click.echo(json.dumps({"bundle": str(bundle), **report.to_json()}, indent=2))
         return
@@ -137,6 +154,11 @@ def _summary(bundle: Path, report: Report) -> str:
             for p in report.parity
         ),
     ]
+    source = report.recipe["source"]
+    if source["kind"] == "gptq checkpoint":
+        here = f", {len(source['quantized_here'])} quantized here" if source["quantized_here"] else ""
+        by = source["quantizer"] or "an unnamed program"
+        lines.append(f"  source: GPTQ checkpoint by {by}, {source['kept']} linear layers kept{here}")
     if calibration.samples:
         lines.append(
             f"  calibration: {calibration.source}, {calibration.samples} samples with {calibration.pictures} pictures, "

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from owl2.quant.grid import rtn
 from owl2.quant.layer import LINEARS, quantize_layer
 from owl2.quant.stream import Stream
 from owl2.runtime import spec
+from owl2.runtime.config import DecoderConfig
 from owl2.runtime.engine import Floats
 
 NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -71,10 +73,35 @@ class ExportedDecoder:
         return (self.reference[index] @ self.reference_head.T).numpy()
 
 
+class LayerWriter(Protocol):
+    """Where finished layers go."""
+
+    def layer(self, linears: Mapping[str, Linear], gains: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """The next layer: linear layers by their name within it, text and image gain (float32 [C]) of both norms."""
+
+    def finish(self, norm: Tensor, head: LinearWeight) -> None:
+        """After the last one: the final norm's gain (float32 [C]) and the output head."""
+
+
+OpenWriter = Callable[[Path, DecoderConfig], AbstractContextManager[LayerWriter]]
+
+
+@contextmanager
+def graph_writer(folder: Path, decoder: DecoderConfig) -> Iterator[DecoderGraph]:
+    """Layers become ``decoder.onnx`` in ``folder``."""
+    with GraphBuilder(folder / spec.DECODER_GRAPH) as graph:
+        yield DecoderGraph(graph, OrtDialect(), decoder)
+
+
 def export_decoder(
-    checkpoint: Checkpoint, folder: Path, config: ExportConfig, streams: Streams, reporter: Reporter
+    checkpoint: Checkpoint,
+    folder: Path,
+    config: ExportConfig,
+    streams: Streams,
+    reporter: Reporter,
+    open_writer: OpenWriter = graph_writer,
 ) -> ExportedDecoder:
-    """Write ``decoder.onnx``.
+    """Quantize layer by layer and write each where ``open_writer`` says, ``decoder.onnx`` if nothing is said.
 
     Raises:
         CalibrationError, QuantizationError: a weight cannot be quantized.
@@ -82,13 +109,13 @@ def export_decoder(
     decoder = checkpoint.config.decoder
     modules: dict[str, GptqReport] = {}
     reporter.stage(_stage_name(config), decoder.num_hidden_layers + 1)
-    with GraphBuilder(folder / spec.DECODER_GRAPH) as graph:
-        writer = DecoderGraph(graph, OrtDialect(), decoder)
+    with open_writer(folder, decoder) as writer:
         for index in range(decoder.num_hidden_layers):
             name = f"layers.{index}"
             layer = _load_layer(checkpoint, f"model.{name}.")
             streams.reference.advance(layer)
-            weights = _store_layer(layer, streams.calibration, config, name, modules)
+            kept = _kept_weights(checkpoint, f"model.{name}.")
+            weights = _store_layer(layer, kept, streams.calibration, config, name, modules)
             streams.stored.advance(layer)
             if streams.calibration is not None:
                 streams.calibration.advance(layer)
@@ -115,8 +142,22 @@ def _stage_name(config: ExportConfig) -> str:
     return f"decoder layers, {config.weights}{method}"
 
 
+def _kept_weights(checkpoint: Checkpoint, prefix: str) -> dict[str, LinearWeight]:
+    """Integers that the checkpoint itself holds, by name within the layer."""
+    return {
+        linear: checkpoint.quantized_weight(prefix + linear)
+        for linear in LINEARS
+        if prefix + linear in checkpoint.quantized
+    }
+
+
 def _store_layer(
-    layer: DecoderLayer, calibration: Stream | None, config: ExportConfig, name: str, modules: dict[str, GptqReport]
+    layer: DecoderLayer,
+    kept: dict[str, LinearWeight],
+    calibration: Stream | None,
+    config: ExportConfig,
+    name: str,
+    modules: dict[str, GptqReport],
 ) -> dict[str, LinearWeight]:
     """The stored form of each linear layer's weight; ``layer`` computes with these from now on."""
     if config.quant is None:
@@ -127,9 +168,9 @@ def _store_layer(
             weights[linear] = stored = DenseWeight(weight.clone(), dtype)
             weight.copy_(stored.dequantize())
         return weights
-    done = quantize_layer(layer, calibration, config.quant, name)
+    done = quantize_layer(layer, calibration, config.quant, name, kept)
     modules.update({f"{name}.{linear}": entry.report for linear, entry in done.items() if entry.report is not None})
-    return {linear: entry.weight for linear, entry in done.items()}
+    return kept | {linear: entry.weight for linear, entry in done.items()}
 
 
 def _parameter(layer: DecoderLayer, name: str) -> Tensor:
@@ -155,7 +196,7 @@ def _gains(layer: DecoderLayer) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 @torch.no_grad()
-def _finish(checkpoint: Checkpoint, writer: DecoderGraph, config: ExportConfig) -> tuple[RmsNorm, Tensor, Tensor]:
+def _finish(checkpoint: Checkpoint, writer: LayerWriter, config: ExportConfig) -> tuple[RmsNorm, Tensor, Tensor]:
     """Write norm and head; returns the norm, and the head as stored and as it was."""
     decoder = checkpoint.config.decoder
     norm = RmsNorm(decoder.hidden_size, decoder.rms_norm_eps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from owl2.export.parity import Parity, compare, with_float_activations
 from owl2.export.progress import Reporter, Silent
 from owl2.export.prompts import Prompts, fingerprint, pictures_of, prepare
 from owl2.export.report import Accuracy, AccuracyMeter, CalibrationRecord, Report
+from owl2.export.source import KEPT, check_settings, needs_calibration, remaining, source_record
 from owl2.export.staging import Staging, check_space, disk_errors
 from owl2.export.vision import ExportedVision, export_vision
 from owl2.quant.calibration import CalibrationSet, load_calibration
@@ -53,7 +55,8 @@ def export_bundle(config: ExportConfig, reporter: Reporter | None = None) -> Rep
     reporter = reporter or Silent()
     staging = Staging(config.bundle, overwrite=config.overwrite)
     with Checkpoint(config.checkpoint) as checkpoint:
-        data, prompts = _prompts(config, checkpoint)
+        check_settings(config, checkpoint)
+        data, prompts = load_prompts(config, checkpoint)
         needed = estimate_size(checkpoint.config, config)
         with staging, disk_errors(staging.folder, needed):
             check_space(staging.folder, needed)
@@ -63,9 +66,9 @@ def export_bundle(config: ExportConfig, reporter: Reporter | None = None) -> Rep
             measured = set(pictures_of(prompts.measured))
             vision = export_vision(checkpoint, folder, config.vision_type, prompts.pictures, measured, reporter)
             streams, probes = _embed(checkpoint, folder, config, prompts, vision)
-            record = _calibration_record(data, prompts, streams.calibration)
+            record = calibration_record(data, prompts, streams.calibration)
             decoder = export_decoder(checkpoint, folder, config, streams, reporter)
-            manifest = _manifest(checkpoint.config, config)
+            manifest = _manifest(checkpoint, config)
             bundle = Bundle(folder, manifest)
             reporter.stage("comparing with torch", 2 * len(probes) + len(prompts.measured))
             exact = _exact_logits(bundle, probes, reporter)
@@ -73,7 +76,7 @@ def export_bundle(config: ExportConfig, reporter: Reporter | None = None) -> Rep
             parity = _check_decoder(exact, _probe_logits(session, probes, reporter), decoder, len(probes))
             accuracy = _measure(bundle, session, prompts, vision, decoder, reporter)
             report = Report(
-                recipe=_recipe(config),
+                recipe=recipe_of(checkpoint, config),
                 calibration=record,
                 parity=(vision.parity, parity),
                 accuracy=accuracy,
@@ -82,7 +85,7 @@ def export_bundle(config: ExportConfig, reporter: Reporter | None = None) -> Rep
                 seconds=round(time.perf_counter() - began, 2),
                 peak_memory=peak_memory(),
             )
-            _write_json(folder / spec.REPORT, report.to_json())
+            write_json(folder / spec.REPORT, report.to_json())
             _write_manifest(folder, manifest)
             staging.publish()
     return report
@@ -105,8 +108,14 @@ def estimate_size(model: ModelConfig, config: ExportConfig) -> int:
     return int(total)
 
 
-def _prompts(config: ExportConfig, checkpoint: Checkpoint) -> tuple[CalibrationSet, Prompts]:
-    calibrate = config.quant is not None and config.method == "gptq"
+def load_prompts(config: ExportConfig, checkpoint: Checkpoint) -> tuple[CalibrationSet, Prompts]:
+    """Calibration data and the prompts made of it.
+
+    Raises:
+        CalibrationError: the data cannot be used.
+        CheckpointError: the tokenizer cannot be used.
+    """
+    calibrate = needs_calibration(config, checkpoint)
     data = load_calibration(config.calibration, config.samples, need_pictures=calibrate)
     try:
         tokenizer = Tokenizer.load(checkpoint.folder)
@@ -131,13 +140,32 @@ def _embed(
     """Write the token table; turn all prompts into streams before the first layer, the probes into arrays too."""
     table = checkpoint.tensor("model.embed_tokens.weight").numpy()
     _write_table(folder / spec.EMBEDDINGS, table, np.float16 if config.embeddings == "fp16" else np.float32)
+    return begin_streams(checkpoint, prompts, table, vision.reference, vision.rows)
+
+
+def begin_streams(
+    checkpoint: Checkpoint,
+    prompts: Prompts,
+    table: NDArray[np.float32],
+    reference: Mapping[str, Floats],
+    rows: Mapping[str, Floats],
+) -> tuple[Streams, list[Embedded]]:
+    """All prompts before the first layer, the probes as arrays too.
+
+    Args:
+        checkpoint: says how wide the layers are.
+        prompts: tokenized.
+        table: token rows [V, C].
+        reference: rows of each picture by digest, for the measured prompts.
+        rows: the same for the calibration prompts.
+    """
 
     def stream(embedded: list[Embedded]) -> Stream:
         sequences = [Sequence.of(torch.from_numpy(embeds), torch.from_numpy(kinds)) for embeds, kinds in embedded]
         return Stream(checkpoint.config.decoder, sequences)
 
-    measured = [embed(prompt.keys, table, vision.reference) for prompt in prompts.measured]
-    calibration = [embed(prompt.keys, table, vision.rows) for prompt in prompts.calibration]
+    measured = [embed(prompt.keys, table, reference) for prompt in prompts.measured]
+    calibration = [embed(prompt.keys, table, rows) for prompt in prompts.calibration]
     stored = stream(measured)
     streams = Streams(stream(calibration) if calibration else None, stored, stored.copy())
     return streams, measured[: len(prompts.probes)]
@@ -223,19 +251,22 @@ def _stepwise_logits(session: Decoder, embeds: Floats, modality: Ints) -> Floats
     return np.concatenate(made)
 
 
-def _recipe(config: ExportConfig) -> dict[str, object]:
+def recipe_of(checkpoint: Checkpoint, config: ExportConfig) -> dict[str, object]:
     """The settings as they took effect; paths of the machine stay out."""
+    quant = config.quant if remaining(checkpoint) else None
     return {
+        "source": source_record(checkpoint),
         "weights": config.weights,
         "head": config.head,
         "vision": config.vision_type,
         "embeddings": config.embeddings,
-        "quant": None if config.quant is None else asdict(config.quant),
+        "quant": None if quant is None else asdict(quant),
         "samples": config.samples,
     }
 
 
-def _calibration_record(data: CalibrationSet, prompts: Prompts, stream: Stream | None) -> CalibrationRecord:
+def calibration_record(data: CalibrationSet, prompts: Prompts, stream: Stream | None) -> CalibrationRecord:
+    """The report's part on what the quantizer looked at; ``stream`` is None where it looked at nothing."""
     if stream is None:
         return CalibrationRecord("none", 0, 0, 0, 0, "", ())
     return CalibrationRecord(
@@ -249,9 +280,10 @@ def _calibration_record(data: CalibrationSet, prompts: Prompts, stream: Stream |
     )
 
 
-def _manifest(model: ModelConfig, config: ExportConfig) -> Manifest:
+def _manifest(checkpoint: Checkpoint, config: ExportConfig) -> Manifest:
     """The manifest without its files, which are not complete yet."""
     quant = config.quant
+    method = "none" if quant is None else quant.method
     return Manifest(
         format=spec.FORMAT_VERSION,
         producer=f"owl2 {__version__}",
@@ -263,10 +295,10 @@ def _manifest(model: ModelConfig, config: ExportConfig) -> Manifest:
             head=config.head,
             vision=config.vision_type,
             embeddings=config.embeddings,
-            method="none" if quant is None else quant.method,
+            method=KEPT if checkpoint.quantized else method,
             group_size=0 if quant is None else quant.group_size,
         ),
-        model=model,
+        model=checkpoint.config,
         files={},
     )
 
@@ -277,8 +309,9 @@ def _write_manifest(folder: Path, manifest: Manifest) -> None:
         for path in sorted(folder.iterdir())
         if path.is_file()
     }
-    _write_json(folder / spec.MANIFEST, manifest.to_json() | {"files": {n: asdict(f) for n, f in files.items()}})
+    write_json(folder / spec.MANIFEST, manifest.to_json() | {"files": {n: asdict(f) for n, f in files.items()}})
 
 
-def _write_json(path: Path, content: dict[str, object]) -> None:
+def write_json(path: Path, content: Mapping[str, object]) -> None:
+    """Write a JSON file for people to read."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

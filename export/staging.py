@@ -13,6 +13,8 @@ from types import TracebackType
 from owl2.runtime import spec
 from owl2.runtime.errors import ExportError
 
+# A file that tells what was written here from what users have of their own.
+WRITTEN = ((spec.MANIFEST,), ("quantize_config.json", spec.REPORT))
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -99,8 +101,11 @@ class Staging:
 
 
 def _replaceable(target: Path) -> bool:
-    """Whether it is a bundle or an empty folder."""
-    return target.is_dir() and ((target / spec.MANIFEST).is_file() or not any(target.iterdir()))
+    """Whether it is an empty folder or one that was written here: a bundle, or a checkpoint with a report."""
+    if not target.is_dir():
+        return False
+    written = any(all((target / name).is_file() for name in names) for names in WRITTEN)
+    return written or not any(target.iterdir())
 
 
 def _alive(pid: int) -> bool:

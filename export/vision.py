@@ -68,19 +68,10 @@ def export_vision(
     Raises:
         ParityError: the graph does not compute what torch computes.
     """
-    config = checkpoint.config
-    tower = VisionModel(config.vision).eval()
-    abstractor = VisualAbstractor(config.abstractor, config.decoder.hidden_size).eval()
-    checkpoint.load_into(tower, "model.vision_model.")
-    checkpoint.load_into(abstractor, "model.visual_abstractor.")
+    tower, abstractor = _load(checkpoint)
 
     def torch_rows() -> dict[str, Floats]:
-        made = {}
-        for digest in sorted(measured):
-            pixels = torch.from_numpy(pictures[digest].pixels)[None]
-            made[digest] = abstractor(tower(pixels))[0].numpy()
-            reporter.advance()
-        return made
+        return _torch_rows(tower, abstractor, {digest: pictures[digest] for digest in sorted(measured)}, reporter)
 
     reporter.stage("vision tower and abstractor", 2 * len(measured) + len(pictures))
     reference = torch_rows()
@@ -91,7 +82,7 @@ def export_vision(
     stored = torch_rows()
     path = folder / spec.VISION_GRAPH
     with GraphBuilder(path) as graph:
-        VisionGraph(graph, OrtDialect(), config, lambda weight: store(weight, kind)).write(tower, abstractor)
+        VisionGraph(graph, OrtDialect(), checkpoint.config, lambda weight: store(weight, kind)).write(tower, abstractor)
     parity = _check(path, pictures, stored, reference)
     session = open_session(path, DEFAULT_OPTIONS)
     rows = {}
@@ -99,6 +90,32 @@ def export_vision(
         rows[digest] = run_vision(session, picture)
         reporter.advance()
     return ExportedVision(reference, rows, parity)
+
+
+@torch.no_grad()
+def reference_rows(checkpoint: Checkpoint, pictures: Mapping[str, Picture], reporter: Reporter) -> dict[str, Floats]:
+    """Decoder rows of all pictures by digest, from torch on the checkpoint's weights."""
+    reporter.stage("vision tower and abstractor", len(pictures))
+    return _torch_rows(*_load(checkpoint), pictures, reporter)
+
+
+def _load(checkpoint: Checkpoint) -> tuple[VisionModel, VisualAbstractor]:
+    config = checkpoint.config
+    tower = VisionModel(config.vision).eval()
+    abstractor = VisualAbstractor(config.abstractor, config.decoder.hidden_size).eval()
+    checkpoint.load_into(tower, "model.vision_model.")
+    checkpoint.load_into(abstractor, "model.visual_abstractor.")
+    return tower, abstractor
+
+
+def _torch_rows(
+    tower: VisionModel, abstractor: VisualAbstractor, pictures: Mapping[str, Picture], reporter: Reporter
+) -> dict[str, Floats]:
+    made = {}
+    for digest, picture in pictures.items():
+        made[digest] = abstractor(tower(torch.from_numpy(picture.pixels)[None]))[0].numpy()
+        reporter.advance()
+    return made
 
 
 def run_vision(session: ort.InferenceSession, picture: Picture) -> Floats:

@@ -52,5 +52,24 @@ class ChannelInt8Weight:
         return self.codes.float() * self.scales[:, None]
 
 
-LinearWeight = DenseWeight | ChannelInt8Weight | QuantizedWeight
+@dataclass(frozen=True)
+class PermutedWeight:
+    """Integers whose groups are no runs of columns: the columns were sorted by group, the input has to follow.
+
+    Attributes:
+        weight: [N, K], column i belongs to input ``columns[i]``.
+        columns: int64 [K], a permutation.
+    """
+
+    weight: QuantizedWeight
+    columns: Tensor
+
+    def dequantize(self) -> Tensor:
+        """float32 [N, K], for inputs in their own order."""
+        matrix = torch.empty(self.weight.codes.shape)
+        matrix[:, self.columns] = self.weight.dequantize()
+        return matrix
+
+
+LinearWeight = DenseWeight | ChannelInt8Weight | QuantizedWeight | PermutedWeight
 """Every form of weight; all answer ``dequantize()``."""

@@ -7,7 +7,7 @@ the rows of that modality only; shared ones see all rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -75,34 +75,42 @@ def site_inputs(layer: DecoderLayer, name: str, stream: Stream) -> Iterator[tupl
 
 
 def quantize_layer(
-    layer: DecoderLayer, stream: Stream | None, config: QuantConfig, name: str
+    layer: DecoderLayer, stream: Stream | None, config: QuantConfig, name: str, kept: Collection[str] = ()
 ) -> dict[str, QuantizedLinear]:
-    """Quantize all linear layers of ``layer`` and leave their dequantized weights in it.
+    """Quantize the linear layers of ``layer`` and leave their dequantized weights in it.
 
     Args:
         layer: float32; changed in place.
         stream: calibration rows before this layer; not moved. ``rtn`` needs none.
         config: settings of all weights.
         name: of the layer, for messages.
+        kept: names of linear layers that stay as they are.
 
     Returns:
-        One entry per name of :data:`LINEARS`.
+        One entry per other name of :data:`LINEARS`.
 
     Raises:
         CalibrationError: GPTQ without a stream, or a branch that sees no rows.
         QuantizationError: a weight cannot be quantized; the message names it.
     """
     if config.method == "rtn":
-        done = {linear: QuantizedLinear(rtn(_weight(layer, linear), config), None) for linear in LINEARS}
+        done = {
+            linear: QuantizedLinear(rtn(_weight(layer, linear), config), None)
+            for linear in LINEARS
+            if linear not in kept
+        }
         for linear, quantized in done.items():
             _store(layer, linear, quantized)
         return done
-    if stream is None:
+    if stream is None and any(linear not in kept for linear in LINEARS):
         raise CalibrationError(f"{name}: GPTQ needs calibration rows; give some, or choose method rtn on purpose")
     done = {}
     for site in SITES:
+        wanted = [linear for linear in site if linear not in kept]
+        if stream is None or not wanted:
+            continue
         hessians = _hessians(layer, site, stream, name)
-        for linear in site:
+        for linear in wanted:
             try:
                 done[linear] = QuantizedLinear(*gptq(_weight(layer, linear), hessians[linear], config))
             except QuantizationError as error:

@@ -46,6 +46,7 @@ class GraphBuilder:
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
         self._counter = 0
+        self._shared: dict[tuple[object, ...], str] = {}
 
     def __enter__(self) -> GraphBuilder:
         return self
@@ -79,6 +80,13 @@ class GraphBuilder:
     def op(self, op: str, *inputs: str, domain: str = "", **attributes: Attribute) -> str:
         """Append a node with one output and return its name."""
         return self._append(op, inputs, 1, domain, attributes)[0]
+
+    def shared(self, op: str, *inputs: str, **attributes: Attribute) -> str:
+        """As :meth:`op`, but the same operator on the same tensors is computed once and its name returned again."""
+        key = (op, inputs, tuple(sorted(attributes.items())))
+        if key not in self._shared:
+            self._shared[key] = self._append(op, inputs, 1, "", attributes)[0]
+        return self._shared[key]
 
     def _append(
         self,

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -206,10 +207,12 @@ def test_calibration_passes_through_the_quantized_layers(
     layers: list[DecoderLayer] = []
     original = decoder.quantize_layer
 
-    def watched(layer: DecoderLayer, stream: Stream, config: QuantConfig, name: str) -> dict[str, QuantizedLinear]:
+    def watched(
+        layer: DecoderLayer, stream: Stream, config: QuantConfig, name: str, kept: Collection[str]
+    ) -> dict[str, QuantizedLinear]:
         seen.append(stream.copy())
         layers.append(layer)
-        return original(layer, stream, config, name)
+        return original(layer, stream, config, name, kept)
 
     monkeypatch.setattr(decoder, "quantize_layer", watched)
     export_bundle(ExportConfig(a1, tmp_path / "bundle", calibration=photos, group_size=32))
