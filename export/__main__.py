@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -176,16 +177,21 @@ def _summary(bundle: Path, report: Report) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Run the command line and exit: 0 success, 1 failure, 2 wrong usage, 130 stopped by Ctrl-C."""
+def main(arguments: Sequence[str] | None = None, name: str = "owl2-export") -> None:
+    """Run the command line and exit: 0 success, 1 failure, 2 wrong usage, 130 stopped by Ctrl-C.
+
+    Args:
+        arguments: those of the process if not given.
+        name: of the command, for its messages.
+    """
     # A polite kill cleans up as Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        export(prog_name="owl2-export")
+        export(args=arguments, prog_name=name)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("owl2"):
             raise
-        sys.exit(f"owl2-export: error: {error.name} is not installed; exporting needs: pip install 'owl2[export]'")
+        sys.exit(f"{name}: error: {error.name} is not installed; exporting needs: pip install 'owl2[export]'")
 
 
 if __name__ == "__main__":
