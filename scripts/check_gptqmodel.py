@@ -131,6 +131,7 @@ def quantize(source: Path, target: Path, variant: Variant, vocabulary: int) -> N
             group_size=variant.group_size,
             desc_act=variant.desc_act,
             sym=variant.sym,
+            act_group_aware=not variant.desc_act and variant.group_size != -1,
             format="gptq" if variant.version == 1 else "gptq_v2",
         ),
         backend=BACKEND.TORCH,
@@ -285,8 +286,8 @@ def check_writing(official: Path, work: Path, bits: int, results: list[str]) -> 
             off = float((got - expected).pow(2).mean().sqrt() / expected.pow(2).mean().sqrt())
             right = right and different == 0 and off < 1e-2
             results.append(
-                f"written int{bits}, {len(shards)} files, branch {branch}: GPTQModel reads {layers} weights, {different} "
-                f"numbers differ; its fp16 logits differ by {off:.1e} of the RMS from ours in float32"
+                f"written int{bits}, {len(shards)} files, branch {branch}: GPTQModel reads {layers} weights, "
+                f"{different} numbers differ; its fp16 logits differ by {off:.1e} of the RMS from ours in float32"
             )
     return right
 
