@@ -19,6 +19,7 @@ from owl2.export.graph.dialect import Linear
 from owl2.export.graph.ort import OrtDialect
 from owl2.export.model import DecoderLayer, RmsNorm
 from owl2.export.progress import Reporter
+from owl2.export.source import remaining
 from owl2.export.weights import DenseWeight, LinearWeight
 from owl2.quant.config import QuantConfig
 from owl2.quant.gptq import GptqReport
@@ -108,7 +109,7 @@ def export_decoder(
     """
     decoder = checkpoint.config.decoder
     modules: dict[str, GptqReport] = {}
-    reporter.stage(_stage_name(config), decoder.num_hidden_layers + 1)
+    reporter.stage(_stage_name(config, checkpoint), decoder.num_hidden_layers + 1)
     with open_writer(folder, decoder) as writer:
         for index in range(decoder.num_hidden_layers):
             name = f"layers.{index}"
@@ -137,8 +138,8 @@ def _load_layer(checkpoint: Checkpoint, prefix: str) -> DecoderLayer:
     return layer
 
 
-def _stage_name(config: ExportConfig) -> str:
-    method = f", {config.method.upper()}" if config.quant is not None else ""
+def _stage_name(config: ExportConfig, checkpoint: Checkpoint) -> str:
+    method = f", {config.method.upper()}" if config.quant is not None and remaining(checkpoint) else ""
     return f"decoder layers, {config.weights}{method}"
 
 

@@ -11,12 +11,14 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from click.testing import CliRunner, Result
 from conftest import MakeCheckpoint
 from onnx import TensorProto, numpy_helper
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from owl2.export import gptq_checkpoint
+from owl2.export.__main__ import export
 from owl2.export.checkpoint import Checkpoint
 from owl2.export.config import ExportConfig
 from owl2.export.gptq_checkpoint import export_gptq
@@ -107,23 +109,20 @@ class TestReading:
             scales = tensors[f"{Q_PROJ}.scales"].float().T
             assert torch.equal(inner.scales, scales)
 
-    @pytest.mark.parametrize("variant", ["int4_g16_sym_v1", "int4_g16_asym_v1_act"])
-    def test_a_bundle_keeps_them_and_quantizes_the_rest(self, a1: Path, tmp_path: Path, variant: str) -> None:
-        tensors, _, settings = recorded(variant)
+    def test_a_bundle_keeps_them_and_quantizes_the_rest(self, a1: Path, tmp_path: Path) -> None:
+        tensors, _, settings = recorded("int4_g16_asym_v1_act")
         folder = with_quantized(a1, tmp_path / "mixed", tensors, settings)
         report = export_bundle(ExportConfig(folder, tmp_path / "bundle", group_size=16, samples=24))
         with Checkpoint(folder) as checkpoint:
             for name in (Q_PROJ, IMAGE_K):
                 weight = checkpoint.quantized_weight(name)
-                inner = weight.weight if isinstance(weight, PermutedWeight) else weight
+                assert isinstance(weight, PermutedWeight)
+                assert weight.weight.zero_points is not None
                 codes, scales, zeros = bundle_weight(tmp_path / "bundle", name.removeprefix("model."), 64)
-                np.testing.assert_array_equal(codes, inner.codes.numpy())
-                np.testing.assert_array_equal(scales, inner.scales.numpy())
-                if inner.zero_points is None:
-                    assert zeros is None
-                else:
-                    unpacked = int4.unpack_zero_points(zeros.reshape(64, -1), 4, 4)
-                    np.testing.assert_array_equal(unpacked, inner.zero_points.numpy())
+                np.testing.assert_array_equal(codes, weight.weight.codes.numpy())
+                np.testing.assert_array_equal(scales, weight.weight.scales.numpy())
+                unpacked = int4.unpack_zero_points(zeros.reshape(64, -1), 4, 4)
+                np.testing.assert_array_equal(unpacked, weight.weight.zero_points.numpy())
         assert report.parity[1].exact < 1e-4
         source = report.recipe["source"]
         assert source["quantizer"] == "gptqmodel:7.7.0"
@@ -268,6 +267,37 @@ class TestWriting:
         monkeypatch.setattr(gptq_checkpoint.GptqWriter, "finish", lambda writer, norm, head: writer._file.finish())
         with pytest.raises(ExportError, match=r"tensors were not written: model.embed_tokens.weight"):
             export_gptq(ExportConfig(a1, tmp_path / "written", group_size=16, method="rtn", layout="gptq"))
+
+
+class TestCommand:
+    """Options that are not given are those of the file."""
+
+    def run(self, *arguments: object) -> Result:
+        return CliRunner().invoke(export, [str(argument) for argument in arguments], prog_name="owl2-export")
+
+    def test_there_and_back(self, a1: Path, tmp_path: Path) -> None:
+        folder, bundle = tmp_path / "written", tmp_path / "bundle"
+        options = ("--weights", "int8", "--group-size", "32", "--method", "rtn")
+        result = self.run(a1, folder, "--layout", "gptq", *options)
+        assert result.exit_code == 0, result.output
+        assert f"{folder}: " in result.output
+        result = self.run(folder, bundle, "--group-size", "64")
+        assert result.exit_code == 1
+        assert "has groups of 32, stored in a bundle as 32; leave --group-size out" in result.output
+        result = self.run(folder, bundle)
+        assert result.exit_code == 0, result.output
+        assert "source: GPTQ checkpoint by owl2:" in result.output
+        assert "27 linear layers kept" in result.output
+        weights = Bundle.open(bundle).manifest.weights
+        assert (weights.decoder, weights.group_size, weights.method) == ("int8", 32, "gptq checkpoint")
+
+    def test_biases_are_written_and_read(self, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+        folder, official = tmp_path / "written", make_checkpoint({"attention_bias": True})
+        assert self.run(official, folder, "--layout", "gptq", "--group-size", "32", "--method", "rtn").exit_code == 0
+        result = self.run(folder, tmp_path / "bundle")
+        assert result.exit_code == 0, result.output
+        name = "model.layers.1.self_attn.v_proj.multiway.1.bias"
+        assert torch.equal(tensors_of(folder)[name], tensors_of(official)[name].half())
 
 
 class TestScales:
