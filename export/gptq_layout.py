@@ -227,9 +227,10 @@ def unpack(tensors: GptqTensors, form: GptqFormat, name: str) -> QuantizedWeight
         raise CheckpointError(f"{name}: scales are NaN or infinite; the file is damaged")
     size = form.group_columns(width)
     columns, groups = _order(tensors.g_idx, width, size, name)
-    signed = (torch.from_numpy(codes).to(torch.int16) - 2 ** (form.bits - 1)).to(torch.int8).T
+    codes -= np.uint8(2 ** (form.bits - 1))  # wraps to the signed number's bits
+    signed = torch.from_numpy(codes.view(np.int8))
     if columns is not None:
-        signed = signed[:, columns]
+        signed = signed[columns]
 
     def blocks(values: Tensor) -> Tensor:
         """[G, N] by group of the file -> [N, G'] by block."""
@@ -237,7 +238,7 @@ def unpack(tensors: GptqTensors, form: GptqFormat, name: str) -> QuantizedWeight
         return values[groups].T.repeat_interleave(repeats, dim=1)[:, : -(-width // form.block)].contiguous()
 
     kept = None if zeros is None else blocks(torch.from_numpy(zeros))
-    weight = QuantizedWeight(signed.contiguous(), blocks(scales), form.bits, form.block, kept)
+    weight = QuantizedWeight(signed.T.contiguous(), blocks(scales), form.bits, form.block, kept)
     return weight if columns is None else PermutedWeight(weight, columns)
 
 

@@ -70,7 +70,8 @@ def unpack_zero_points(packed: NDArray[np.uint8], bits: int, groups: int) -> NDA
         f"{groups} zero points of {bits} bits are packed as uint8 (N, {expected}), got {packed.dtype} of shape "
         f"{packed.shape}",
     )
-    stored = packed if bits == 8 else np.stack([packed & 0xF, packed >> 4], axis=-1).reshape(len(packed), 2 * packed.shape[1])
+    halves = np.stack([packed & 0xF, packed >> 4], axis=-1)
+    stored = packed if bits == 8 else halves.reshape(len(packed), 2 * expected)
     zero_points: NDArray[np.int8] = (stored[:, :groups].astype(np.int16) - 2 ** (bits - 1)).astype(np.int8)
     return zero_points
 
