@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -312,15 +313,18 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     arguments.work.mkdir(parents=True)
-    with Checkpoint(arguments.checkpoint) as checkpoint:
+    checkpoint, work = arguments.checkpoint.resolve(), arguments.work.resolve()
+    record = None if arguments.record is None else arguments.record.resolve()
+    os.chdir(work)  # GPTQModel leaves logs where it runs
+    with Checkpoint(checkpoint) as source:
         for branch in BRANCHES:
-            tensors = {llama: checkpoint.tensor(name).half() for llama, name in llama_names(checkpoint, branch).items()}
-            write_llama(arguments.work / f"dense{branch}", checkpoint.config.decoder, tensors)
+            tensors = {llama: source.tensor(name).half() for llama, name in llama_names(source, branch).items()}
+            write_llama(work / f"dense{branch}", source.config.decoder, tensors)
     results: list[str] = []
-    equal = [check_writing(arguments.checkpoint, arguments.work, bits, results) for bits in (4, 8)]
+    equal = [check_writing(checkpoint, work, bits, results) for bits in (4, 8)]
     for variant in VARIANTS:
         if arguments.only is None or arguments.only in variant.name:
-            equal.append(check_reading(arguments.checkpoint, arguments.work, variant, arguments.record, results))
+            equal.append(check_reading(checkpoint, work, variant, record, results))
     print("\n".join([*results, "all equal" if all(equal) else "DIFFERENT"]))
     sys.exit(not all(equal))
 
