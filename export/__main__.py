@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from owl2.export.report import Report
 
 DEFAULTS = {
-    name: ExportConfig.__dataclass_fields__[name].default for name in ("weights", "method", "group_size", "samples")
+    name: ExportConfig.__dataclass_fields__[name].default
+    for name in ("weights", "method", "group_size", "samples", "device")
 }
 
 
@@ -65,7 +67,15 @@ DEFAULTS = {
 @click.option(
     "--samples", type=int, default=DEFAULTS["samples"], show_default=True, help="Most calibration samples used."
 )
+@click.option(
+    "--device",
+    default=DEFAULTS["device"],
+    show_default=True,
+    metavar="cpu|cuda|cuda:N",
+    help="Where decoder layers are computed and quantized.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
+@click.option("--fresh", is_flag=True, help="Start over where an interrupted export could be continued.")
 @click.option("--download", is_flag=True, help="CHECKPOINT is a hub id: download it first.")
 @click.option("--json", "as_json", is_flag=True, help="Write the report as JSON; no progress is shown.")
 @reports_errors
@@ -79,7 +89,9 @@ def export(  # noqa: PLR0913 - one parameter per option
     group_size: int,
     calibration: Path | None,
     samples: int,
+    device: str,
     overwrite: bool,
+    fresh: bool,
     download: bool,
     as_json: bool,
 ) -> None:
@@ -87,7 +99,8 @@ def export(  # noqa: PLR0913 - one parameter per option
 
     CHECKPOINT is a folder in the official layout (config.json, weights as .bin or .safetensors, tokenizer.model);
     Q-Align, OneAlign and DeQA have the same. BUNDLE is the folder to write; it appears when everything is
-    complete and checked.
+    complete and checked. An export that was stopped, even by a power failure, goes on at the last finished decoder
+    layer when the same command is given again.
 
     \b
     Examples:
@@ -95,17 +108,18 @@ def export(  # noqa: PLR0913 - one parameter per option
       owl2-export one-align/ one-align-int4/ --calibration photos/
       owl2-export checkpoint/ bundle/ --calibration talks.jsonl --weights int8
       owl2-export checkpoint/ exact/ --weights fp32
+      owl2-export checkpoint/ bundle/ --device cuda
       owl2-export MAGAer13/mplug-owl2-llama2-7b owl2-int4/ --download
     """
     # Not before: these need what only the extra brings, and take a while to import.
     from owl2.export.hub import local_checkpoint
     from owl2.export.pipeline import export_bundle
-    from owl2.export.progress import Silent, Terminal
+    from owl2.export.progress import Notes, Terminal
     from owl2.export.staging import Staging
 
     Staging(bundle, overwrite=overwrite)  # before anything long begins
     with ExitStack() as stack:
-        reporter: Reporter = Silent() if as_json else stack.enter_context(Terminal())
+        reporter: Reporter = Notes() if as_json else stack.enter_context(Terminal())
         config = ExportConfig(
             checkpoint=local_checkpoint(checkpoint, download=download),
             bundle=bundle,
@@ -115,7 +129,9 @@ def export(  # noqa: PLR0913 - one parameter per option
             group_size=group_size,
             calibration=calibration,
             samples=samples,
+            device=device,
             overwrite=overwrite,
+            fresh=fresh,
         )
         report = export_bundle(config, reporter)
     if as_json:
@@ -130,7 +146,8 @@ def _summary(bundle: Path, report: Report) -> str:
     """What was written and how good it is."""
     accuracy, calibration = report.accuracy, report.calibration
     lines = [
-        f"{bundle}: {size(report.size)} in {duration(report.seconds)}, peak memory {size(report.peak_memory)}",
+        f"{bundle}: {size(report.size)} in {duration(report.seconds)}, {_mean(report.layer_seconds)} a decoder layer",
+        _memory(report),
         *(
             f"  {p.graph}: equals torch within {p.exact:.1e} of the RMS; stored weights change it by {p.weights:.2%}, "
             f"int8 activations by {p.activations:.2%}"
@@ -152,6 +169,20 @@ def _summary(bundle: Path, report: Report) -> str:
         f"{accuracy.mean_abs_logit_difference:.3f}"
     )
     return "\n".join(lines)
+
+
+def _mean(seconds: Sequence[float]) -> str:
+    return duration(sum(seconds) / max(1, len(seconds)))
+
+
+def _memory(report: Report) -> str:
+    most = size(report.peak_memory)
+    if report.peak_own_memory is None:
+        return f"  memory: at most {most}, files mapped from the checkpoint included"
+    return (
+        f"  memory: at most {size(report.peak_own_memory)}; {most} with pages of the checkpoint's files, which the "
+        "system drops where memory is short"
+    )
 
 
 def main() -> None:

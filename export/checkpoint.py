@@ -83,13 +83,22 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._weight_map
 
+    @property
+    def weight_files(self) -> list[str]:
+        """Names of the files that hold weights."""
+        return sorted(set(self._weight_map.values()))
+
+    def stored(self, name: str) -> Tensor:
+        """One tensor in the type of its file, unchecked; it stays mapped, so it takes no memory of the process."""
+        return self._shard(self._weight_map[name]).tensor(name)
+
     def tensor(self, name: str) -> Tensor:
         """Read one tensor as float32.
 
         Raises:
             CheckpointError: the tensor holds NaN or infinity.
         """
-        value = self._shard(self._weight_map[name]).tensor(name).to(torch.float32, copy=True)
+        value = self.stored(name).to(torch.float32, copy=True)
         bad = int((~value.isfinite()).sum())
         if bad:
             raise CheckpointError(

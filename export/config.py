@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -31,6 +32,8 @@ class ExportConfig:
         calibration: folder of pictures or JSONL file; None for the built-in set.
         samples: most calibration samples used.
         overwrite: replace a bundle that is there.
+        device: where layers are computed and quantized: ``cpu``, ``cuda`` or ``cuda:N``.
+        fresh: start over where an interrupted export could be continued.
 
     Raises:
         ConfigError: a value outside its set.
@@ -45,6 +48,8 @@ class ExportConfig:
     calibration: Path | None = None
     samples: int = 128
     overwrite: bool = False
+    device: str = "cpu"
+    fresh: bool = False
 
     def __post_init__(self) -> None:
         require(
@@ -54,6 +59,10 @@ class ExportConfig:
         require(
             self.vision is None or self.vision in get_args(VisionType),
             f"vision {self.vision!r}: use one of {', '.join(get_args(VisionType))}",
+        )
+        require(
+            re.fullmatch(r"cpu|cuda(:\d+)?", self.device) is not None,
+            f"device {self.device!r}: use cpu, cuda or cuda:N",
         )
         require(self.samples > 0, f"samples must be positive, got {self.samples}")
         _ = self.quant

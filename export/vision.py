@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,13 +40,16 @@ class ExportedVision:
     rows: dict[str, Floats]
     parity: Parity
 
+    def of(self, digests: Iterable[str]) -> ExportedVision:
+        """The graph's rows of some pictures alone."""
+        return ExportedVision({}, {digest: self.rows[digest] for digest in digests}, self.parity)
+
 
 def store(weight: Tensor, kind: VisionType) -> LinearWeight:
     """The stored form of a float32 [N, K] weight."""
     return ChannelInt8Weight.quantize(weight) if kind == "int8" else DenseWeight(weight, kind)
 
 
-@torch.no_grad()
 def export_vision(
     checkpoint: Checkpoint,
     folder: Path,
@@ -68,6 +71,27 @@ def export_vision(
     Raises:
         ParityError: the graph does not compute what torch computes.
     """
+    reporter.stage("vision tower and abstractor", 2 * len(measured) + len(pictures))
+    path = folder / spec.VISION_GRAPH
+    reference, stored = _write(checkpoint, path, kind, [pictures[digest] for digest in sorted(measured)], reporter)
+    parity = _check(path, pictures, stored, reference)
+    session = open_session(path, DEFAULT_OPTIONS)
+    rows = {}
+    for digest, picture in pictures.items():
+        rows[digest] = run_vision(session, picture)
+        reporter.advance()
+    return ExportedVision(reference, rows, parity)
+
+
+@torch.no_grad()
+def _write(
+    checkpoint: Checkpoint, path: Path, kind: VisionType, measured: list[Picture], reporter: Reporter
+) -> tuple[dict[str, Floats], dict[str, Floats]]:
+    """Write the graph; torch's own weights are gone from memory when this returns.
+
+    Returns:
+        What torch makes of the measured pictures with the checkpoint's weights and with the stored ones, by digest.
+    """
     config = checkpoint.config
     tower = VisionModel(config.vision).eval()
     abstractor = VisualAbstractor(config.abstractor, config.decoder.hidden_size).eval()
@@ -76,29 +100,20 @@ def export_vision(
 
     def torch_rows() -> dict[str, Floats]:
         made = {}
-        for digest in sorted(measured):
-            pixels = torch.from_numpy(pictures[digest].pixels)[None]
-            made[digest] = abstractor(tower(pixels))[0].numpy()
+        for picture in measured:
+            made[picture.digest] = abstractor(tower(torch.from_numpy(picture.pixels)[None]))[0].numpy()
             reporter.advance()
         return made
 
-    reporter.stage("vision tower and abstractor", 2 * len(measured) + len(pictures))
     reference = torch_rows()
     for module in (*tower.modules(), *abstractor.modules()):
         if isinstance(module, nn.Linear):
             # From here on torch has the weights that the graph stores.
             module.weight.copy_(store(module.weight, kind).dequantize())
     stored = torch_rows()
-    path = folder / spec.VISION_GRAPH
     with GraphBuilder(path) as graph:
         VisionGraph(graph, OrtDialect(), config, lambda weight: store(weight, kind)).write(tower, abstractor)
-    parity = _check(path, pictures, stored, reference)
-    session = open_session(path, DEFAULT_OPTIONS)
-    rows = {}
-    for digest, picture in pictures.items():
-        rows[digest] = run_vision(session, picture)
-        reporter.advance()
-    return ExportedVision(reference, rows, parity)
+    return reference, stored
 
 
 def run_vision(session: ort.InferenceSession, picture: Picture) -> Floats:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -54,3 +55,14 @@ class ChannelInt8Weight:
 
 LinearWeight = DenseWeight | ChannelInt8Weight | QuantizedWeight
 """Every form of weight; all answer ``dequantize()``."""
+
+
+def dequantized_blocks(weight: LinearWeight, rows: int) -> Iterator[Tensor]:
+    """``weight.dequantize()`` in blocks of at most ``rows`` outputs, each float32 [n, K]."""
+    count = len(weight.values if isinstance(weight, DenseWeight) else weight.codes)
+    for start in range(0, count, rows):
+        part = slice(start, start + rows)
+        if isinstance(weight, DenseWeight):
+            yield replace(weight, values=weight.values[part]).dequantize()
+        else:
+            yield replace(weight, codes=weight.codes[part], scales=weight.scales[part]).dequantize()
