@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -95,9 +95,13 @@ class Journal:
         except _UnusableError as error:
             self._staging.clear()
             return f"what an interrupted export left cannot be continued: {error}; starting over"
-        self._vision, self._decoder = content["vision"], content["decoder"]
+        vision = content["vision"]  # the first that is committed
+        self._vision, self._decoder = vision, content["decoder"]
         self.usage.restore(content["usage"])
         self._remove_others()
+        # What came after the last commit is made again; what was there for a moment only must not stay.
+        weights = data_path(Path(spec.DECODER_GRAPH)).name
+        _remove_all_but({*vision["files"], weights}, self._staging.folder)
         if self._decoder is None:
             return "continuing an interrupted export behind the vision tower"
         self.layers = self._decoder["layers"]
@@ -191,12 +195,10 @@ class Journal:
         self._remove_others()
 
     def _remove_others(self) -> None:
-        """Remove what the journal does not name."""
+        """Remove what the journal no longer names."""
         records = [record for record in (self._vision, self._decoder) if record is not None]
         named = {record[part]["file"] for record in records for part in ("graph", "rows") if part in record}
-        for path in self._staging.journal.iterdir():
-            if path.name not in named | {INDEX}:
-                path.unlink()
+        _remove_all_but(named | {INDEX}, self._staging.journal)
 
     def _read(self) -> dict[str, Any]:
         """The content of the journal, once everything it relies on was found unchanged."""
@@ -296,6 +298,12 @@ def _differences(old: Mapping[str, str], new: Mapping[str, str]) -> str:
         for name in changed
     ]
     return ", ".join(described)
+
+
+def _remove_all_but(names: Collection[str], folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.name not in names:
+            path.unlink()
 
 
 def _check_segments(path: Path, segments: Sequence[Sequence[Any]]) -> None:
