@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from owl2.export.report import Report
 
 DEFAULTS = {
-    name: ExportConfig.__dataclass_fields__[name].default for name in ("weights", "method", "group_size", "samples")
+    name: ExportConfig.__dataclass_fields__[name].default
+    for name in ("weights", "method", "group_size", "samples", "device")
 }
 
 
@@ -72,7 +73,15 @@ DEFAULTS = {
     help="What is written: a bundle for the command owl2, or a quantized checkpoint (qweight, qzeros, scales, g_idx) "
     "for GPTQModel, AutoGPTQ and Optimum.",
 )
+@click.option(
+    "--device",
+    default=DEFAULTS["device"],
+    show_default=True,
+    metavar="cpu|cuda|cuda:N",
+    help="Where decoder layers are computed and quantized.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
+@click.option("--fresh", is_flag=True, help="Start over where an interrupted export could be continued.")
 @click.option("--download", is_flag=True, help="CHECKPOINT is a hub id: download it first.")
 @click.option("--json", "as_json", is_flag=True, help="Write the report as JSON; no progress is shown.")
 @reports_errors
@@ -87,7 +96,9 @@ def export(  # noqa: PLR0913 - one parameter per option
     calibration: Path | None,
     samples: int,
     layout: Layout,
+    device: str,
     overwrite: bool,
+    fresh: bool,
     download: bool,
     as_json: bool,
 ) -> None:
@@ -95,7 +106,8 @@ def export(  # noqa: PLR0913 - one parameter per option
 
     CHECKPOINT is a folder in the official layout (config.json, weights as .bin or .safetensors, tokenizer.model);
     Q-Align, OneAlign and DeQA have the same. BUNDLE is the folder to write; it appears when everything is
-    complete and checked.
+    complete and checked. An export that was stopped, even by a power failure, goes on at the last finished decoder
+    layer when the same command is given again.
 
     A checkpoint that GPTQModel or AutoGPTQ has quantized keeps its integers and scales exactly; layers that it
     left in floating point are quantized here. With --layout gptq, such a checkpoint is what is written.
@@ -108,19 +120,20 @@ def export(  # noqa: PLR0913 - one parameter per option
       owl2-export checkpoint/ exact/ --weights fp32
       owl2-export checkpoint/ checkpoint-gptq/ --layout gptq
       owl2-export checkpoint-gptq/ bundle/
+      owl2-export checkpoint/ bundle/ --device cuda
       owl2-export MAGAer13/mplug-owl2-llama2-7b owl2-int4/ --download
     """
     # Not before: these need what only the extra brings, and take a while to import.
     from owl2.export.gptq_checkpoint import export_gptq
     from owl2.export.hub import local_checkpoint
     from owl2.export.pipeline import export_bundle
-    from owl2.export.progress import Silent, Terminal
+    from owl2.export.progress import Notes, Terminal
     from owl2.export.source import default_settings
     from owl2.export.staging import Staging
 
     Staging(bundle, overwrite=overwrite)  # before anything long begins
     with ExitStack() as stack:
-        reporter: Reporter = Silent() if as_json else stack.enter_context(Terminal())
+        reporter: Reporter = Notes() if as_json else stack.enter_context(Terminal())
         folder = local_checkpoint(checkpoint, download=download)
         usual_weights, usual_group_size = default_settings(folder)
         config = ExportConfig(
@@ -132,8 +145,10 @@ def export(  # noqa: PLR0913 - one parameter per option
             group_size=group_size or usual_group_size,
             calibration=calibration,
             samples=samples,
+            device=device,
             overwrite=overwrite,
             layout=layout,
+            fresh=fresh,
         )
         report = export_gptq(config, reporter) if layout == "gptq" else export_bundle(config, reporter)
     if as_json:
@@ -148,7 +163,8 @@ def _summary(bundle: Path, report: Report) -> str:
     """What was written and how good it is."""
     accuracy, calibration = report.accuracy, report.calibration
     lines = [
-        f"{bundle}: {size(report.size)} in {duration(report.seconds)}, peak memory {size(report.peak_memory)}",
+        f"{bundle}: {size(report.size)} in {duration(report.seconds)}, {_mean(report.layer_seconds)} a decoder layer",
+        _memory(report),
         *(
             f"  {p.graph}: equals torch within {p.exact:.1e} of the RMS; stored weights change it by {p.weights:.2%}, "
             f"int8 activations by {p.activations:.2%}"
@@ -175,6 +191,20 @@ def _summary(bundle: Path, report: Report) -> str:
         f"{accuracy.mean_abs_logit_difference:.3f}"
     )
     return "\n".join(lines)
+
+
+def _mean(seconds: Sequence[float]) -> str:
+    return duration(sum(seconds) / max(1, len(seconds)))
+
+
+def _memory(report: Report) -> str:
+    most = size(report.peak_memory)
+    if report.peak_own_memory is None:
+        return f"  memory: at most {most}, files mapped from the checkpoint included"
+    return (
+        f"  memory: at most {size(report.peak_own_memory)}; {most} with pages of the checkpoint's files, which the "
+        "system drops where memory is short"
+    )
 
 
 def main(arguments: Sequence[str] | None = None, name: str = "owl2-export") -> None:

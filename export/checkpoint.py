@@ -104,6 +104,15 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._weight_map or self._linear(name) in self.quantized
 
+    @property
+    def weight_files(self) -> list[str]:
+        """Names of the files that hold weights."""
+        return sorted(set(self._weight_map.values()))
+
+    def stored(self, name: str) -> Tensor:
+        """One tensor in the type of its file, unchecked; it stays mapped, so it takes no memory of the process."""
+        return self._shard(self._weight_map[name]).tensor(name)
+
     def tensor(self, name: str) -> Tensor:
         """Read one tensor as float32; the weight of a quantized layer is what its integers stand for.
 
@@ -112,7 +121,7 @@ class Checkpoint:
         """
         if name not in self._weight_map and self._linear(name) in self.quantized:
             return self.quantized_weight(self._linear(name)).dequantize()
-        value = self._shard(self._weight_map[name]).tensor(name).to(torch.float32, copy=True)
+        value = self.stored(name).to(torch.float32, copy=True)
         bad = int((~value.isfinite()).sum())
         if bad:
             raise CheckpointError(

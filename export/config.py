@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -35,6 +36,8 @@ class ExportConfig:
         samples: most calibration samples used.
         overwrite: replace a bundle that is there.
         layout: ``bundle``, or ``gptq`` for a checkpoint in the layout of AutoGPTQ, GPTQModel and Optimum.
+        device: where layers are computed and quantized: ``cpu``, ``cuda`` or ``cuda:N``.
+        fresh: start over where an interrupted export could be continued.
 
     Raises:
         ConfigError: a value outside its set, or one that the layout does not have.
@@ -50,6 +53,8 @@ class ExportConfig:
     samples: int = 128
     overwrite: bool = False
     layout: Layout = "bundle"
+    device: str = "cpu"
+    fresh: bool = False
 
     def __post_init__(self) -> None:
         require(
@@ -59,6 +64,10 @@ class ExportConfig:
         require(
             self.vision is None or self.vision in get_args(VisionType),
             f"vision {self.vision!r}: use one of {', '.join(get_args(VisionType))}",
+        )
+        require(
+            re.fullmatch(r"cpu|cuda(:\d+)?", self.device) is not None,
+            f"device {self.device!r}: use cpu, cuda or cuda:N",
         )
         require(self.samples > 0, f"samples must be positive, got {self.samples}")
         require(self.layout in get_args(Layout), f"layout {self.layout!r}: use bundle or gptq")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +14,8 @@ from torch import Tensor
 from owl2.export import __version__
 from owl2.export.checkpoint import DECODER_LAYERS, REQUIRED_FILES, Checkpoint
 from owl2.export.config import ExportConfig
-from owl2.export.decoder import ExportedDecoder, export_decoder
+from owl2.export.decoder import ExportedDecoder, Streams, export_layer, finish_decoder, stage_name
+from owl2.export.device import check_device, device_memory_errors
 from owl2.export.gptq_layout import CONFIG_FILE, CONFIG_KEY, GptqFormat, GptqTensors, pack
 from owl2.export.graph.dialect import Linear
 from owl2.export.model import Owl2Model
@@ -27,15 +26,16 @@ from owl2.export.report import Accuracy, AccuracyMeter, Report
 from owl2.export.safetensors_writer import SHARD_BYTES, SafetensorsWriter, TensorEntry
 from owl2.export.source import check_settings
 from owl2.export.staging import Staging, check_space, disk_errors
+from owl2.export.usage import Usage
 from owl2.export.vision import reference_rows
 from owl2.export.weights import LinearWeight
 from owl2.quant.config import QuantConfig
+from owl2.quant.gptq import GptqReport
 from owl2.quant.grid import QuantizedWeight
 from owl2.quant.layer import LINEARS
 from owl2.runtime import spec
 from owl2.runtime.config import DecoderConfig
 from owl2.runtime.errors import ConfigError, ExportError
-from owl2.runtime.generate import peak_memory
 
 # Copied as they are; the first ones must exist.
 COPIED = (
@@ -61,35 +61,31 @@ def export_gptq(config: ExportConfig, reporter: Reporter | None = None, shard_by
         CalibrationError, QuantizationError: the weights cannot be quantized with this data.
         ExportError: the target exists, values exceed fp16, or the disk is full.
     """
-    began = time.perf_counter()
     reporter = reporter or Silent()
     if config.quant is None or config.layout != "gptq":
         raise ConfigError(f"layout gptq and integer weights are needed, got {config.layout} and {config.weights}")
     staging = Staging(config.bundle, overwrite=config.overwrite)
     if staging.target == config.checkpoint.resolve():
         raise ExportError(f"{config.bundle} is the checkpoint itself; choose another folder")
+    check_device(config.device)
     form = written_format(config.quant)
-    with Checkpoint(config.checkpoint) as checkpoint:
+    with Usage() as usage, Checkpoint(config.checkpoint) as checkpoint:
         check_settings(config, checkpoint)
         _check_shapes(checkpoint.config.decoder, form)
         plan = tensor_plan(checkpoint, form)
         data, prompts = load_prompts(config, checkpoint)
         needed = sum(entry.size for entry in plan.values())
-        with staging, disk_errors(staging.folder, needed):
-            check_space(staging.folder, needed)
+        with disk_errors(staging, needed), staging:
+            staging.clear()  # what an interrupted export of a bundle left cannot be continued here
+            check_space(staging, needed)
             folder = staging.folder
             _write_files(checkpoint.folder, folder, form)
             table = checkpoint.tensor("model.embed_tokens.weight").numpy()
             rows = reference_rows(checkpoint, prompts.pictures, reporter)
             streams, _ = begin_streams(checkpoint, prompts, table, rows, rows)
             record = calibration_record(data, prompts, streams.calibration)
-
-            @contextmanager
-            def open_writer(folder: Path, decoder: DecoderConfig) -> Iterator[GptqWriter]:
-                with SafetensorsWriter(folder, plan, shard_bytes) as file:
-                    yield GptqWriter(file, checkpoint, form)
-
-            decoder = export_decoder(checkpoint, folder, config, streams, reporter, open_writer)
+            with device_memory_errors(config.device), SafetensorsWriter(folder, plan, shard_bytes) as file:
+                decoder = _quantize(checkpoint, GptqWriter(file, checkpoint, form), config, streams, usage, reporter)
             report = Report(
                 recipe=recipe_of(checkpoint, config),
                 calibration=record,
@@ -97,12 +93,35 @@ def export_gptq(config: ExportConfig, reporter: Reporter | None = None, shard_by
                 accuracy=_accuracy(decoder, prompts),
                 modules=decoder.modules,
                 size=sum(path.stat().st_size for path in folder.iterdir()),
-                seconds=round(time.perf_counter() - began, 2),
-                peak_memory=peak_memory(),
+                seconds=round(usage.seconds, 2),
+                layer_seconds=tuple(usage.layer_seconds),
+                peak_memory=usage.peak,
+                peak_own_memory=usage.own_peak,
             )
             write_json(folder / spec.REPORT, report.to_json())
             staging.publish()
     return report
+
+
+def _quantize(
+    checkpoint: Checkpoint,
+    writer: GptqWriter,
+    config: ExportConfig,
+    streams: Streams,
+    usage: Usage,
+    reporter: Reporter,
+) -> ExportedDecoder:
+    layers = checkpoint.config.decoder.num_hidden_layers
+    modules: dict[str, GptqReport] = {}
+    reporter.stage(stage_name(config, checkpoint), layers + 1)
+    usage.begin_layers()
+    for index in range(layers):
+        export_layer(checkpoint, writer, config, index, streams, modules)
+        usage.end_layer()
+        reporter.advance()
+    made = finish_decoder(checkpoint, writer, config, streams, modules)
+    reporter.advance()
+    return made
 
 
 def written_format(quant: QuantConfig) -> GptqFormat:

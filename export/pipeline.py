@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,7 +17,9 @@ from owl2.export import __version__
 from owl2.export.checkpoint import Checkpoint
 from owl2.export.config import BYTES, ExportConfig
 from owl2.export.decoder import ExportedDecoder, Streams, export_decoder
+from owl2.export.device import check_device, device_memory_errors
 from owl2.export.graph.ort import MINIMUM_ONNXRUNTIME
+from owl2.export.journal import Journal, journal_size, resume_key
 from owl2.export.model import Owl2Model
 from owl2.export.parity import Parity, compare, with_float_activations
 from owl2.export.progress import Reporter, Silent
@@ -25,6 +27,7 @@ from owl2.export.prompts import Prompts, fingerprint, pictures_of, prepare
 from owl2.export.report import Accuracy, AccuracyMeter, CalibrationRecord, Report
 from owl2.export.source import KEPT, check_settings, needs_calibration, remaining, source_record
 from owl2.export.staging import Staging, check_space, disk_errors
+from owl2.export.usage import Usage
 from owl2.export.vision import ExportedVision, export_vision
 from owl2.quant.calibration import CalibrationSet, load_calibration
 from owl2.quant.stream import Sequence, Stream
@@ -33,8 +36,7 @@ from owl2.runtime.backends.ort import OrtDecoder, OrtOptions
 from owl2.runtime.bundle import Bundle, FileEntry, Manifest, WeightFormat, hash_file
 from owl2.runtime.config import ModelConfig
 from owl2.runtime.engine import Decoder, Floats, Ints
-from owl2.runtime.errors import BundleError, CheckpointError
-from owl2.runtime.generate import peak_memory
+from owl2.runtime.errors import BundleError, CheckpointError, ExportError
 from owl2.runtime.multimodal import embed
 from owl2.runtime.tokenizer import Tokenizer
 
@@ -51,23 +53,31 @@ def export_bundle(config: ExportConfig, reporter: Reporter | None = None) -> Rep
         ParityError: a graph does not compute what torch computes.
         ExportError: the target exists, or the disk is full.
     """
-    began = time.perf_counter()
     reporter = reporter or Silent()
     staging = Staging(config.bundle, overwrite=config.overwrite)
-    with Checkpoint(config.checkpoint) as checkpoint:
+    check_device(config.device)
+    with Usage() as usage, Checkpoint(config.checkpoint) as checkpoint:
         check_settings(config, checkpoint)
         data, prompts = load_prompts(config, checkpoint)
-        needed = estimate_size(checkpoint.config, config)
-        with staging, disk_errors(staging.folder, needed):
-            check_space(staging.folder, needed)
+        needed = estimate_size(checkpoint.config, config) + journal_size(prompts, checkpoint.config)
+        with _tells_what_is_kept(staging, reporter), disk_errors(staging, needed), staging:
+            layers = checkpoint.config.decoder.num_hidden_layers
+            journal = Journal(staging, resume_key(config, checkpoint, prompts), layers, usage)
+            if remark := journal.resume(fresh=config.fresh):
+                reporter.note(remark)
+            check_space(staging, needed)
             folder = staging.folder
             for name in spec.TOKENIZER_FILES:
                 shutil.copyfile(checkpoint.folder / name, folder / name)
-            measured = set(pictures_of(prompts.measured))
-            vision = export_vision(checkpoint, folder, config.vision_type, prompts.pictures, measured, reporter)
+            vision = _vision(checkpoint, folder, config, prompts, journal, reporter)
             streams, probes = _embed(checkpoint, folder, config, prompts, vision)
             record = calibration_record(data, prompts, streams.calibration)
-            decoder = export_decoder(checkpoint, folder, config, streams, reporter)
+            # What the layers do not need makes room for them: pixels, and rows of the calibration pictures.
+            vision = vision.of(pictures_of(prompts.measured))
+            prompts = prompts.without_pictures()
+            with device_memory_errors(config.device):
+                decoder = export_decoder(checkpoint, folder, config, streams, journal, reporter)
+            del streams
             manifest = _manifest(checkpoint, config)
             bundle = Bundle(folder, manifest)
             reporter.stage("comparing with torch", 2 * len(probes) + len(prompts.measured))
@@ -82,13 +92,43 @@ def export_bundle(config: ExportConfig, reporter: Reporter | None = None) -> Rep
                 accuracy=accuracy,
                 modules=decoder.modules,
                 size=sum(path.stat().st_size for path in folder.iterdir()),
-                seconds=round(time.perf_counter() - began, 2),
-                peak_memory=peak_memory(),
+                seconds=round(usage.seconds, 2),
+                layer_seconds=tuple(usage.layer_seconds),
+                peak_memory=usage.peak,
+                peak_own_memory=usage.own_peak,
             )
             write_json(folder / spec.REPORT, report.to_json())
             _write_manifest(folder, manifest)
             staging.publish()
     return report
+
+
+@contextlib.contextmanager
+def _tells_what_is_kept(staging: Staging, reporter: Reporter) -> Iterator[None]:
+    """Say what an interrupted export leaves; errors that say so themselves are left alone."""
+    try:
+        yield
+    except BaseException as error:
+        if staging.kept and not (isinstance(error, ExportError) and staging.left in str(error)):
+            reporter.note(staging.left)
+        raise
+
+
+def _vision(
+    checkpoint: Checkpoint,
+    folder: Path,
+    config: ExportConfig,
+    prompts: Prompts,
+    journal: Journal,
+    reporter: Reporter,
+) -> ExportedVision:
+    """The vision side as an earlier run left it, or exported now."""
+    vision = journal.vision()
+    if vision is None:
+        measured = set(pictures_of(prompts.measured))
+        vision = export_vision(checkpoint, folder, config.vision_type, prompts.pictures, measured, reporter)
+        journal.keep_vision(vision)
+    return vision
 
 
 def estimate_size(model: ModelConfig, config: ExportConfig) -> int:
@@ -262,6 +302,7 @@ def recipe_of(checkpoint: Checkpoint, config: ExportConfig) -> dict[str, object]
         "embeddings": config.embeddings,
         "quant": None if quant is None else asdict(quant),
         "samples": config.samples,
+        "device": config.device,
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,13 +40,16 @@ class ExportedVision:
     rows: dict[str, Floats]
     parity: Parity
 
+    def of(self, digests: Iterable[str]) -> ExportedVision:
+        """The graph's rows of some pictures alone."""
+        return ExportedVision({}, {digest: self.rows[digest] for digest in digests}, self.parity)
+
 
 def store(weight: Tensor, kind: VisionType) -> LinearWeight:
     """The stored form of a float32 [N, K] weight."""
     return ChannelInt8Weight.quantize(weight) if kind == "int8" else DenseWeight(weight, kind)
 
 
-@torch.no_grad()
 def export_vision(
     checkpoint: Checkpoint,
     folder: Path,
@@ -68,21 +71,9 @@ def export_vision(
     Raises:
         ParityError: the graph does not compute what torch computes.
     """
-    tower, abstractor = _load(checkpoint)
-
-    def torch_rows() -> dict[str, Floats]:
-        return _torch_rows(tower, abstractor, {digest: pictures[digest] for digest in sorted(measured)}, reporter)
-
     reporter.stage("vision tower and abstractor", 2 * len(measured) + len(pictures))
-    reference = torch_rows()
-    for module in (*tower.modules(), *abstractor.modules()):
-        if isinstance(module, nn.Linear):
-            # From here on torch has the weights that the graph stores.
-            module.weight.copy_(store(module.weight, kind).dequantize())
-    stored = torch_rows()
     path = folder / spec.VISION_GRAPH
-    with GraphBuilder(path) as graph:
-        VisionGraph(graph, OrtDialect(), checkpoint.config, lambda weight: store(weight, kind)).write(tower, abstractor)
+    reference, stored = _write(checkpoint, path, kind, [pictures[digest] for digest in sorted(measured)], reporter)
     parity = _check(path, pictures, stored, reference)
     session = open_session(path, DEFAULT_OPTIONS)
     rows = {}
@@ -93,10 +84,31 @@ def export_vision(
 
 
 @torch.no_grad()
+def _write(
+    checkpoint: Checkpoint, path: Path, kind: VisionType, measured: list[Picture], reporter: Reporter
+) -> tuple[dict[str, Floats], dict[str, Floats]]:
+    """Write the graph; torch's own weights are gone from memory when this returns.
+
+    Returns:
+        What torch makes of the measured pictures with the checkpoint's weights and with the stored ones, by digest.
+    """
+    tower, abstractor = _load(checkpoint)
+    reference = _torch_rows(tower, abstractor, measured, reporter)
+    for module in (*tower.modules(), *abstractor.modules()):
+        if isinstance(module, nn.Linear):
+            # From here on torch has the weights that the graph stores.
+            module.weight.copy_(store(module.weight, kind).dequantize())
+    stored = _torch_rows(tower, abstractor, measured, reporter)
+    with GraphBuilder(path) as graph:
+        VisionGraph(graph, OrtDialect(), checkpoint.config, lambda weight: store(weight, kind)).write(tower, abstractor)
+    return reference, stored
+
+
+@torch.no_grad()
 def reference_rows(checkpoint: Checkpoint, pictures: Mapping[str, Picture], reporter: Reporter) -> dict[str, Floats]:
     """Decoder rows of all pictures by digest, from torch on the checkpoint's weights."""
     reporter.stage("vision tower and abstractor", len(pictures))
-    return _torch_rows(*_load(checkpoint), pictures, reporter)
+    return _torch_rows(*_load(checkpoint), list(pictures.values()), reporter)
 
 
 def _load(checkpoint: Checkpoint) -> tuple[VisionModel, VisualAbstractor]:
@@ -109,11 +121,11 @@ def _load(checkpoint: Checkpoint) -> tuple[VisionModel, VisualAbstractor]:
 
 
 def _torch_rows(
-    tower: VisionModel, abstractor: VisualAbstractor, pictures: Mapping[str, Picture], reporter: Reporter
+    tower: VisionModel, abstractor: VisualAbstractor, pictures: list[Picture], reporter: Reporter
 ) -> dict[str, Floats]:
     made = {}
-    for digest, picture in pictures.items():
-        made[digest] = abstractor(tower(torch.from_numpy(picture.pixels)[None]))[0].numpy()
+    for picture in pictures:
+        made[picture.digest] = abstractor(tower(torch.from_numpy(picture.pixels)[None]))[0].numpy()
         reporter.advance()
     return made
 

@@ -121,17 +121,19 @@ def quantize_layer(
 
 def _hessians(layer: DecoderLayer, site: tuple[str, ...], stream: Stream, name: str) -> dict[str, Tensor]:
     """The Hessian of each linear layer of ``site``, each [K, K]; equal ones are the same tensor."""
-    width = _weight(layer, site[0]).shape[1]
+    weight = _weight(layer, site[0])
+    width, device = weight.shape[1], weight.device
     if site[0] != ATTENTION:
-        rows = HessianAccumulator(width, f"{name} {site[0]}")
+        rows = HessianAccumulator(width, f"{name} {site[0]}", device)
         for _, inputs in site_inputs(layer, site[0], stream):
             rows.add(inputs)
         return dict.fromkeys(site, rows.result())
-    text = HessianAccumulator(width, f"{name} keys and values, text rows")
-    image = HessianAccumulator(width, f"{name} keys and values, image rows")
+    text = HessianAccumulator(width, f"{name} keys and values, text rows", device)
+    image = HessianAccumulator(width, f"{name} keys and values, image rows", device)
     for sequence, inputs in site_inputs(layer, ATTENTION, stream):
-        text.add(inputs[sequence.routing.text])
-        image.add(inputs[sequence.routing.image])
+        routing = sequence.routing.to(device)
+        text.add(inputs[routing.text])
+        image.add(inputs[routing.image])
     branches = dict.fromkeys(TEXT_BRANCH, text.result()) | dict.fromkeys(IMAGE_BRANCH, image.result())
     return branches | {ATTENTION: text.joined(image).result()}
 

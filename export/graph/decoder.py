@@ -8,6 +8,7 @@ branch's weights are never read.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from onnx import TensorProto
@@ -18,6 +19,21 @@ from owl2.export.graph.dialect import AttentionInputs, Dialect, Linear
 from owl2.export.weights import LinearWeight
 from owl2.runtime import spec
 from owl2.runtime.config import DecoderConfig
+
+
+@dataclass(frozen=True)
+class DecoderState:
+    """Where the next layer of a decoder graph goes on.
+
+    Attributes:
+        residual: tensor that holds the residual stream.
+        pending: tensor not yet added to it; empty before the first layer.
+        layers: how many are written.
+    """
+
+    residual: str
+    pending: str
+    layers: int
 
 
 class DecoderGraph:
@@ -52,6 +68,15 @@ class DecoderGraph:
 
     def _cache_shape(self) -> list[int | str]:
         return ["B", self.config.num_attention_heads, "S", self.head_dim]
+
+    @property
+    def state(self) -> DecoderState:
+        """Where the next layer goes on; the builder has a state of its own."""
+        return DecoderState(self._residual, self._pending, self._index)
+
+    def restore(self, state: DecoderState) -> None:
+        """Go on from ``state`` in a builder that was restored to the same point."""
+        self._residual, self._pending, self._index = state.residual, state.pending, state.layers
 
     def layer(self, linears: Mapping[str, Linear], gains: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Append one layer.
