@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import MakeCheckpoint
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
