@@ -386,7 +386,7 @@ class TestCommand:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (450_000, 450_000))
 
-        options = ("--weights", "fp32", "--vision", "int8")
+        options = ("--weights", "fp32", "--vision", "int8", "--samples", "1")
         result = self.run(a1, tmp_path / "bundle", *options, preexec_fn=limit)
         assert result.returncode == 1
         assert "not enough space in" in result.stderr
