@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from owl2.export.checkpoint import Checkpoint
@@ -25,7 +26,7 @@ from owl2.quant.config import QuantConfig
 from owl2.quant.gptq import GptqReport
 from owl2.quant.grid import rtn
 from owl2.quant.layer import LINEARS, quantize_layer
-from owl2.quant.stream import Stream
+from owl2.quant.stream import Sequence, Stream
 from owl2.runtime import spec
 from owl2.runtime.engine import Floats
 
@@ -48,10 +49,18 @@ class Streams:
     stored: Stream
     reference: Stream
 
-    @property
-    def all(self) -> list[Stream]:
-        """Those there are, in a fixed order."""
-        return [*([] if self.calibration is None else [self.calibration]), self.stored, self.reference]
+    def arrays(self) -> list[NDArray[Any]]:
+        """All that changes from layer to layer; :meth:`restore` takes it."""
+        return [sequence.rows.numpy() for sequence in self._sequences()]
+
+    def restore(self, arrays: list[NDArray[Any]]) -> None:
+        """Bring streams before the first layer to where :meth:`arrays` was asked."""
+        for sequence, rows in zip(self._sequences(), arrays):
+            sequence.rows = torch.from_numpy(rows)
+
+    def _sequences(self) -> list[Sequence]:
+        streams = [*([] if self.calibration is None else [self.calibration]), self.stored, self.reference]
+        return [sequence for stream in streams for sequence in stream.sequences]
 
 
 @dataclass(frozen=True)
@@ -107,13 +116,16 @@ def export_decoder(
     decoder = checkpoint.config.decoder
     layers = decoder.num_hidden_layers
     reporter.stage(stage_name(config, checkpoint), layers + 1, done=journal.layers)
+    modules: dict[str, GptqReport] = {}
     with GraphBuilder(folder / spec.DECODER_GRAPH, resume=journal.layers > 0) as graph:
         writer = DecoderGraph(graph, OrtDialect(), decoder)
-        modules = journal.restore_layers(graph, writer, streams.all)
+        if journal.layers:
+            arrays, modules = journal.restore_layers(writer)
+            streams.restore(arrays)
         journal.usage.begin_layers()
         for index in range(journal.layers, layers):
             export_layer(checkpoint, writer, config, index, streams, modules)
-            journal.keep_layer(graph, writer, streams.all, modules)
+            journal.keep_layer(writer, streams.arrays(), modules)
             reporter.advance()
         made = finish_decoder(checkpoint, writer, config, streams, modules)
         reporter.advance()

@@ -5,7 +5,7 @@ Beside the unfinished files of the bundle lies a folder with::
     journal.json     what is finished, and the SHA-256 of everything that it relies on
     vision.rows      the rows of all pictures
     layer-K.graph    nodes of the decoder graph after K layers; its weights lie in decoder.onnx.data
-    layer-K.rows     hidden rows of all prompts behind K layers
+    layer-K.rows     hidden rows of all prompts behind K layers, and what else the layers to come depend on
 
 A step counts once ``journal.json`` names it, and that file is replaced as a whole: what it names is on the disk
 before, what it no longer names is removed after. So a kill at any moment leaves one consistent state.
@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,12 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
+from numpy.typing import NDArray
 
 from owl2.export import __version__
 from owl2.export.checkpoint import Checkpoint
 from owl2.export.config import ExportConfig
-from owl2.export.graph.builder import BuilderState, GraphBuilder, data_path
+from owl2.export.graph.builder import BuilderState, data_path
 from owl2.export.graph.decoder import DecoderGraph, DecoderState
 from owl2.export.parity import Parity
 from owl2.export.prompts import Prompts, fingerprint
@@ -37,12 +39,11 @@ from owl2.export.staging import Staging, sync
 from owl2.export.usage import Usage
 from owl2.export.vision import ExportedVision
 from owl2.quant.gptq import GptqReport
-from owl2.quant.stream import Stream
 from owl2.runtime import spec
 from owl2.runtime.bundle import HASH_BLOCK, hash_file
 from owl2.runtime.config import ModelConfig, from_json
-from owl2.runtime.engine import Floats
 
+Array = NDArray[Any]
 FORMAT = 1
 INDEX = "journal.json"
 VISION_ROWS = "vision.rows"
@@ -134,46 +135,46 @@ class Journal:
         parity = from_json(Parity, self._vision["parity"], INDEX)
         return ExportedVision(dict(named[:first]), dict(named[first:]), parity)
 
-    def keep_layer(
-        self, graph: GraphBuilder, writer: DecoderGraph, streams: Iterable[Stream], modules: Mapping[str, GptqReport]
-    ) -> None:
-        """The next layer is finished: ``writer`` has it in ``graph``, and all streams stand behind it."""
-        state, name = graph.state(), f"layer-{writer.state.layers}"
+    def keep_layer(self, writer: DecoderGraph, arrays: Sequence[Array], modules: Mapping[str, GptqReport]) -> None:
+        """The next layer is finished.
+
+        Args:
+            writer: has it.
+            arrays: everything else that the layers to come depend on, in an order that :meth:`restore_layers` keeps.
+            modules: the reports of all linear layers so far.
+        """
+        state = writer.state()
+        name, builder = f"layer-{state.layers}", state.builder
         earlier = self._decoder["segments"] if self._decoder is not None else []
-        rows = [sequence.rows.numpy() for stream in streams for sequence in stream.sequences]
         self.usage.end_layer()
         self._decoder = {
-            "layers": writer.state.layers,
-            "segments": [*earlier, [state.length, state.sha256]],
-            "graph": self._write_bytes(f"{name}.graph", state.graph),
-            "names": state.names,
-            "writer": asdict(writer.state),
-            "rows": self._write_arrays(f"{name}.rows", rows),
+            "layers": state.layers,
+            "segments": [*earlier, [builder.length, builder.sha256]],
+            "graph": self._write_bytes(f"{name}.graph", builder.graph),
+            "names": builder.names,
+            "residual": state.residual,
+            "pending": state.pending,
+            "rows": self._write_arrays(f"{name}.rows", arrays),
             "modules": {module: asdict(report) for module, report in modules.items()},
         }
         self._commit()
-        self.layers = writer.state.layers
+        self.layers = state.layers
         self._keep()
 
-    def restore_layers(
-        self, graph: GraphBuilder, writer: DecoderGraph, streams: Iterable[Stream]
-    ) -> dict[str, GptqReport]:
-        """Bring a fresh writer and streams before the first layer to where the finished layers end.
+    def restore_layers(self, writer: DecoderGraph) -> tuple[list[Array], dict[str, GptqReport]]:
+        """Bring a fresh writer to where the finished layers end; there must be some.
 
         Returns:
-            The reports of their modules.
+            The arrays and reports that were kept with the last of them.
         """
-        if self._decoder is None:
-            return {}
         record = self._decoder
-        length, written = record["segments"][-1]
+        if record is None:
+            raise ValueError("no layer is finished")
         nodes = (self._staging.journal / record["graph"]["file"]).read_bytes()
-        graph.restore(BuilderState(nodes, record["names"], length, written))
-        writer.restore(from_json(DecoderState, record["writer"], INDEX))
-        sequences = [sequence for stream in streams for sequence in stream.sequences]
-        for sequence, rows in zip(sequences, self._read_arrays(record["rows"])):
-            sequence.rows = torch.from_numpy(rows)
-        return {name: from_json(GptqReport, report, INDEX) for name, report in record["modules"].items()}
+        builder = BuilderState(nodes, record["names"], *record["segments"][-1])
+        writer.restore(DecoderState(builder, record["residual"], record["pending"], record["layers"]))
+        modules = {name: from_json(GptqReport, report, INDEX) for name, report in record["modules"].items()}
+        return self._read_arrays(record["rows"]), modules
 
     def _keep(self) -> None:
         self._staging.keep(f"{self.layers} of {self._total} decoder layers")
@@ -240,8 +241,8 @@ class Journal:
             os.fsync(file.fileno())
         return {"file": name, "sha256": hashlib.sha256(data).hexdigest()}
 
-    def _write_arrays(self, name: str, arrays: Sequence[Floats]) -> dict[str, Any]:
-        """Write float32 matrices one behind the other."""
+    def _write_arrays(self, name: str, arrays: Sequence[Array]) -> dict[str, Any]:
+        """Write arrays of any type one behind the other."""
         written = hashlib.sha256()
         with (self._staging.journal / name).open("wb") as file:
             for array in arrays:
@@ -250,13 +251,14 @@ class Journal:
                 written.update(data)
             file.flush()
             os.fsync(file.fileno())
-        return {"file": name, "sha256": written.hexdigest(), "shapes": [array.shape for array in arrays]}
+        kinds = [[array.dtype.str, array.shape] for array in arrays]
+        return {"file": name, "sha256": written.hexdigest(), "arrays": kinds}
 
-    def _read_arrays(self, record: Mapping[str, Any]) -> list[Floats]:
+    def _read_arrays(self, record: Mapping[str, Any]) -> list[Array]:
         with (self._staging.journal / record["file"]).open("rb") as file:
             return [
-                np.fromfile(file, dtype=np.float32, count=rows * width).reshape(rows, width)
-                for rows, width in record["shapes"]
+                np.fromfile(file, dtype=dtype, count=math.prod(shape)).reshape(shape)
+                for dtype, shape in record["arrays"]
             ]
 
 
@@ -268,6 +270,7 @@ def resume_key(config: ExportConfig, checkpoint: Checkpoint, prompts: Prompts) -
     versions = {"owl2": __version__}
     versions |= {module.__name__: module.__version__ for module in (torch, onnx, onnxruntime)}
     settings = {name: value for name, value in asdict(config).items() if name not in NO_SETTINGS}
+    settings["quantization"] = config.quant
     small = [
         path for path in checkpoint.folder.iterdir() if path.suffix == ".json" or path.name in spec.TOKENIZER_FILES
     ]

@@ -148,9 +148,9 @@ def run(command: list[str], bundle: Path, kill: int | None) -> int:
     return peak
 
 
-def rows_of(shapes: list[list[int]]) -> tuple[int, int]:
+def rows_of(arrays: list[Any]) -> tuple[int, int]:
     """Calibration and measured rows of a journal, whose last two streams have the same prompts."""
-    lengths = [rows for rows, _ in shapes]
+    lengths = [rows for _, (rows, _) in arrays]
     for count in range(len(lengths) // 2, 0, -1):
         if lengths[-count:] == lengths[-2 * count : -count]:
             return sum(lengths[: -2 * count]), sum(lengths[-count:])
@@ -162,7 +162,7 @@ def tell_gptq(journal: dict[str, Any], config: dict[str, Any]) -> None:
     layers, width, inner = (config[name] for name in ("num_hidden_layers", "hidden_size", "intermediate_size"))
     seconds = journal["usage"]["layer_seconds"]
     mean = sum(seconds) / len(seconds)
-    calibration, measured = rows_of(journal["decoder"]["rows"]["shapes"])
+    calibration, measured = rows_of(journal["decoder"]["rows"]["arrays"])
     work = gptq_work(width, inner, calibration, measured)
     print(f"seconds a layer: {', '.join(f'{s:.0f}' for s in seconds)}; {layers} layers: {mean * layers / 60:.0f} min")
     print(

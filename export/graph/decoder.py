@@ -14,7 +14,7 @@ import numpy as np
 from onnx import TensorProto
 from torch import Tensor
 
-from owl2.export.graph.builder import GraphBuilder
+from owl2.export.graph.builder import BuilderState, GraphBuilder
 from owl2.export.graph.dialect import AttentionInputs, Dialect, Linear
 from owl2.export.weights import LinearWeight
 from owl2.runtime import spec
@@ -26,11 +26,13 @@ class DecoderState:
     """Where the next layer of a decoder graph goes on.
 
     Attributes:
+        builder: the nodes so far.
         residual: tensor that holds the residual stream.
         pending: tensor not yet added to it; empty before the first layer.
         layers: how many are written.
     """
 
+    builder: BuilderState
     residual: str
     pending: str
     layers: int
@@ -69,13 +71,13 @@ class DecoderGraph:
     def _cache_shape(self) -> list[int | str]:
         return ["B", self.config.num_attention_heads, "S", self.head_dim]
 
-    @property
     def state(self) -> DecoderState:
-        """Where the next layer goes on; the builder has a state of its own."""
-        return DecoderState(self._residual, self._pending, self._index)
+        """Where the next layer goes on; the weights so far are on the disk when this returns."""
+        return DecoderState(self.graph.state(), self._residual, self._pending, self._index)
 
     def restore(self, state: DecoderState) -> None:
-        """Go on from ``state`` in a builder that was restored to the same point."""
+        """Go on from ``state``; the builder was opened to be resumed."""
+        self.graph.restore(state.builder)
         self._residual, self._pending, self._index = state.residual, state.pending, state.layers
 
     def layer(self, linears: Mapping[str, Linear], gains: Mapping[str, tuple[Tensor, Tensor]]) -> None:

@@ -107,7 +107,7 @@ def exported(checkpoint: Checkpoint, folder: Path, device: str, **settings: Any)
     with GraphBuilder(folder / "graph") as graph:
         decoder._export_layer(checkpoint, DecoderGraph(graph, OrtDialect(), shape), config, 0, streams, {})
         graph.state()
-    return (folder / "graph.data").read_bytes(), [s.rows for stream in streams.all for s in stream.sequences]
+    return (folder / "graph.data").read_bytes(), [s.rows for s in streams._sequences()]
 
 
 @pytest.mark.parametrize(("weights", "method"), [("int4", "gptq"), ("int8", "rtn"), ("fp16", "rtn")])

@@ -219,7 +219,7 @@ class TestKey:
     )
     def test_other_settings_start_over(self, a1: Path, copy: Path, change: dict[str, object], reason: str) -> None:
         notes = interrupt(replace(settings(a1, copy), **change), 1)
-        assert re.search(f"cannot be continued: {reason}", notes[0]), notes
+        assert re.search(f"cannot be continued: .*{reason}", notes[0]), notes
 
     def test_another_checkpoint_starts_over(self, a1: Path, copy: Path, tmp_path: Path) -> None:
         moved = Path(shutil.copytree(a1, tmp_path / "moved"))  # copies times too
