@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 import click
 
-from owl2.export.config import ExportConfig, VisionType, WeightType
+from owl2.export.config import ExportConfig, Layout, VisionType, WeightType
 from owl2.quant.config import GROUP_SIZES, Method
 from owl2.runtime.cli.console import duration, notice, reports_errors, size
 from owl2.runtime.version import __version__
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from owl2.export.report import Report
 
 DEFAULTS = {
-    name: ExportConfig.__dataclass_fields__[name].default for name in ("weights", "method", "group_size", "samples")
+    name: ExportConfig.__dataclass_fields__[name].default
+    for name in ("weights", "method", "group_size", "samples", "device")
 }
 
 
@@ -32,8 +34,7 @@ DEFAULTS = {
 @click.option(
     "--weights",
     type=click.Choice(get_args(WeightType)),
-    default=DEFAULTS["weights"],
-    show_default=True,
+    show_default=f"{DEFAULTS['weights']}, or as in a quantized CHECKPOINT",
     help="How the decoder's weights are stored.",
 )
 @click.option(
@@ -51,9 +52,8 @@ DEFAULTS = {
 @click.option(
     "--group-size",
     type=click.Choice([str(size) for size in GROUP_SIZES]),
-    default=str(DEFAULTS["group_size"]),
-    callback=lambda _context, _option, value: int(value),
-    show_default=True,
+    callback=lambda _context, _option, value: value and int(value),
+    show_default=f"{DEFAULTS['group_size']}, or as in a quantized CHECKPOINT",
     help="Columns that share a scale.",
 )
 @click.option(
@@ -65,7 +65,23 @@ DEFAULTS = {
 @click.option(
     "--samples", type=int, default=DEFAULTS["samples"], show_default=True, help="Most calibration samples used."
 )
+@click.option(
+    "--layout",
+    type=click.Choice(get_args(Layout)),
+    default="bundle",
+    show_default=True,
+    help="What is written: a bundle for the command owl2, or a quantized checkpoint (qweight, qzeros, scales, g_idx) "
+    "for GPTQModel, AutoGPTQ and Optimum.",
+)
+@click.option(
+    "--device",
+    default=DEFAULTS["device"],
+    show_default=True,
+    metavar="cpu|cuda|cuda:N",
+    help="Where decoder layers are computed and quantized.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
+@click.option("--fresh", is_flag=True, help="Start over where an interrupted export could be continued.")
 @click.option("--download", is_flag=True, help="CHECKPOINT is a hub id: download it first.")
 @click.option("--json", "as_json", is_flag=True, help="Write the report as JSON; no progress is shown.")
 @reports_errors
@@ -73,13 +89,16 @@ def export(  # noqa: PLR0913 - one parameter per option
     *,
     checkpoint: str,
     bundle: Path,
-    weights: WeightType,
+    weights: WeightType | None,
     vision: VisionType | None,
     method: Method,
-    group_size: int,
+    group_size: int | None,
     calibration: Path | None,
     samples: int,
+    layout: Layout,
+    device: str,
     overwrite: bool,
+    fresh: bool,
     download: bool,
     as_json: bool,
 ) -> None:
@@ -87,7 +106,11 @@ def export(  # noqa: PLR0913 - one parameter per option
 
     CHECKPOINT is a folder in the official layout (config.json, weights as .bin or .safetensors, tokenizer.model);
     Q-Align, OneAlign and DeQA have the same. BUNDLE is the folder to write; it appears when everything is
-    complete and checked.
+    complete and checked. An export that was stopped, even by a power failure, goes on at the last finished decoder
+    layer when the same command is given again.
+
+    A checkpoint that GPTQModel or AutoGPTQ has quantized keeps its integers and scales exactly; layers that it
+    left in floating point are quantized here. With --layout gptq, such a checkpoint is what is written.
 
     \b
     Examples:
@@ -95,29 +118,39 @@ def export(  # noqa: PLR0913 - one parameter per option
       owl2-export one-align/ one-align-int4/ --calibration photos/
       owl2-export checkpoint/ bundle/ --calibration talks.jsonl --weights int8
       owl2-export checkpoint/ exact/ --weights fp32
+      owl2-export checkpoint/ checkpoint-gptq/ --layout gptq
+      owl2-export checkpoint-gptq/ bundle/
+      owl2-export checkpoint/ bundle/ --device cuda
       owl2-export MAGAer13/mplug-owl2-llama2-7b owl2-int4/ --download
     """
     # Not before: these need what only the extra brings, and take a while to import.
+    from owl2.export.gptq_checkpoint import export_gptq
     from owl2.export.hub import local_checkpoint
     from owl2.export.pipeline import export_bundle
-    from owl2.export.progress import Silent, Terminal
+    from owl2.export.progress import Notes, Terminal
+    from owl2.export.source import default_settings
     from owl2.export.staging import Staging
 
     Staging(bundle, overwrite=overwrite)  # before anything long begins
     with ExitStack() as stack:
-        reporter: Reporter = Silent() if as_json else stack.enter_context(Terminal())
+        reporter: Reporter = Notes() if as_json else stack.enter_context(Terminal())
+        folder = local_checkpoint(checkpoint, download=download)
+        usual_weights, usual_group_size = default_settings(folder)
         config = ExportConfig(
-            checkpoint=local_checkpoint(checkpoint, download=download),
+            checkpoint=folder,
             bundle=bundle,
-            weights=weights,
+            weights=weights or usual_weights,
             vision=vision,
             method=method,
-            group_size=group_size,
+            group_size=group_size or usual_group_size,
             calibration=calibration,
             samples=samples,
+            device=device,
             overwrite=overwrite,
+            layout=layout,
+            fresh=fresh,
         )
-        report = export_bundle(config, reporter)
+        report = export_gptq(config, reporter) if layout == "gptq" else export_bundle(config, reporter)
     if as_json:
         click.echo(json.dumps({"bundle": str(bundle), **report.to_json()}, indent=2))
         return
@@ -130,13 +163,19 @@ def _summary(bundle: Path, report: Report) -> str:
     """What was written and how good it is."""
     accuracy, calibration = report.accuracy, report.calibration
     lines = [
-        f"{bundle}: {size(report.size)} in {duration(report.seconds)}, peak memory {size(report.peak_memory)}",
+        f"{bundle}: {size(report.size)} in {duration(report.seconds)}, {_mean(report.layer_seconds)} a decoder layer",
+        _memory(report),
         *(
             f"  {p.graph}: equals torch within {p.exact:.1e} of the RMS; stored weights change it by {p.weights:.2%}, "
             f"int8 activations by {p.activations:.2%}"
             for p in report.parity
         ),
     ]
+    source = report.recipe["source"]
+    if source["kind"] == "gptq checkpoint":
+        here = f", {len(source['quantized_here'])} quantized here" if source["quantized_here"] else ""
+        by = source["quantizer"] or "an unnamed program"
+        lines.append(f"  source: GPTQ checkpoint by {by}, {source['kept']} linear layers kept{here}")
     if calibration.samples:
         lines.append(
             f"  calibration: {calibration.source}, {calibration.samples} samples with {calibration.pictures} pictures, "
@@ -159,16 +198,35 @@ def _summary(bundle: Path, report: Report) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Run the command line and exit: 0 success, 1 failure, 2 wrong usage, 130 stopped by Ctrl-C."""
+def _mean(seconds: Sequence[float]) -> str:
+    return duration(sum(seconds) / max(1, len(seconds)))
+
+
+def _memory(report: Report) -> str:
+    most = size(report.peak_memory)
+    if report.peak_own_memory is None:
+        return f"  memory: at most {most}, files mapped from the checkpoint included"
+    return (
+        f"  memory: at most {size(report.peak_own_memory)}; {most} with pages of the checkpoint's files, which the "
+        "system drops where memory is short"
+    )
+
+
+def main(arguments: Sequence[str] | None = None, name: str = "owl2-export") -> None:
+    """Run the command line and exit: 0 success, 1 failure, 2 wrong usage, 130 stopped by Ctrl-C.
+
+    Args:
+        arguments: those of the process if not given.
+        name: of the command, for its messages.
+    """
     # A polite kill cleans up as Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        export(prog_name="owl2-export")
+        export(args=arguments, prog_name=name)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("owl2"):
             raise
-        sys.exit(f"owl2-export: error: {error.name} is not installed; exporting needs: pip install 'owl2[export]'")
+        sys.exit(f"{name}: error: {error.name} is not installed; exporting needs: pip install 'owl2[export]'")
 
 
 if __name__ == "__main__":

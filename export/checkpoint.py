@@ -19,8 +19,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from owl2.export.gptq_layout import GptqTensors, read_format, unpack
 from owl2.export.hf_config import model_config
 from owl2.export.model import Owl2Model
+from owl2.export.weights import PermutedWeight
+from owl2.quant.grid import QuantizedWeight
 from owl2.runtime.config import ModelConfig
 from owl2.runtime.errors import CheckpointError
 from owl2.runtime.spec import TOKENIZER_FILES
@@ -34,8 +37,19 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
 )
+# What AutoGPTQ called its one file.
+GPTQ_FILES = "gptq_model-*bit-*g.safetensors"
 FLOAT_TYPES = ("float32", "float16", "bfloat16")
-SAFETENSORS_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+SAFETENSORS_TYPES = {
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F64": "float64",
+    "I32": "int32",
+}
+DECODER_LAYERS = "model.layers."
+Expected = dict[str, tuple[tuple[int, ...], tuple[str, ...]]]
+"""Shape and allowed dtypes of each tensor."""
 OPTIONAL_SUFFIXES = (".q_pos_embed", ".k_pos_embed")
 IGNORED_SUFFIX = ".rotary_emb.inv_freq"
 OPEN_SHARDS = 2
@@ -48,6 +62,8 @@ class Checkpoint:
     Attributes:
         folder: where it lies.
         config: what its JSON files say.
+        gptq: how quantized layers are stored; None for a checkpoint that is not quantized.
+        quantized: names of the linear layers that are, as in ``model.layers.0.mlp.up_proj``.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -60,13 +76,18 @@ class Checkpoint:
         """
         self.folder = folder
         self._check_files()
+        config = self._json("config.json")
+        self.gptq = read_format(folder, config)
         self.config: ModelConfig = model_config(
-            self._json("config.json"),
+            config,
             self._json("preprocessor_config.json"),
             self._json("generation_config.json") if (folder / "generation_config.json").exists() else {},
         )
         self._shards: OrderedDict[str, _Shard] = OrderedDict()
         self._weight_map = self._read_weight_map()
+        # AutoGPTQ wrote a bias of zeros where a layer has none.
+        self._idle_biases: set[str] = set()
+        self.quantized = frozenset(name.removesuffix(".qweight") for name in self._weight_map if _is_qweight(name))
         self._check_tensors()
 
     def __enter__(self) -> Checkpoint:
@@ -81,15 +102,26 @@ class Checkpoint:
             self._shards.popitem()[1].close()
 
     def __contains__(self, name: str) -> bool:
-        return name in self._weight_map
+        return name in self._weight_map or self._linear(name) in self.quantized
+
+    @property
+    def weight_files(self) -> list[str]:
+        """Names of the files that hold weights."""
+        return sorted(set(self._weight_map.values()))
+
+    def stored(self, name: str) -> Tensor:
+        """One tensor in the type of its file, unchecked; it stays mapped, so it takes no memory of the process."""
+        return self._shard(self._weight_map[name]).tensor(name)
 
     def tensor(self, name: str) -> Tensor:
-        """Read one tensor as float32.
+        """Read one tensor as float32; the weight of a quantized layer is what its integers stand for.
 
         Raises:
             CheckpointError: the tensor holds NaN or infinity.
         """
-        value = self._shard(self._weight_map[name]).tensor(name).to(torch.float32, copy=True)
+        if name not in self._weight_map and self._linear(name) in self.quantized:
+            return self.quantized_weight(self._linear(name)).dequantize()
+        value = self.stored(name).to(torch.float32, copy=True)
         bad = int((~value.isfinite()).sum())
         if bad:
             raise CheckpointError(
@@ -97,6 +129,29 @@ class Checkpoint:
                 "or the training diverged"
             )
         return value
+
+    def quantized_weight(self, linear: str) -> QuantizedWeight | PermutedWeight:
+        """The integers of a layer named in :attr:`quantized`, as they are in the file.
+
+        Raises:
+            CheckpointError: they are damaged or malformed.
+        """
+        assert self.gptq is not None
+
+        def read(suffix: str) -> Tensor:
+            name = f"{linear}.{suffix}"
+            return self._shard(self._weight_map[name]).tensor(name)
+
+        bias = f"{linear}.bias"
+        if bias in self._idle_biases and bias in self._weight_map and bool(read("bias").any()):
+            raise CheckpointError(f"{self.folder}: {bias} is not zero, but config.json describes a model without it")
+        g_idx = read("g_idx") if f"{linear}.g_idx" in self._weight_map else None
+        tensors = GptqTensors(read("qweight"), read("qzeros"), read("scales"), g_idx)
+        return unpack(tensors, self.gptq, f"{self.folder}: {linear}")
+
+    @staticmethod
+    def _linear(weight: str) -> str:
+        return weight.removesuffix(".weight") if weight.startswith(DECODER_LAYERS) else ""
 
     def load_into(self, module: torch.nn.Module, prefix: str) -> None:
         """Fill ``module`` from the tensors under ``prefix``; absent position buffers keep their computed values."""
@@ -113,12 +168,18 @@ class Checkpoint:
                 "tokenizer.model, …)"
             )
         missing = [name for name in REQUIRED_FILES if not (self.folder / name).is_file()]
-        if not any((self.folder / name).is_file() for name in WEIGHT_FILES):
+        if self._weight_file() is None:
             missing.append(f"weights (one of {', '.join(WEIGHT_FILES)})")
         if missing:
             raise CheckpointError(
                 f"{self.folder} is not an official mPLUG-Owl2 checkpoint; missing: {', '.join(missing)}"
             )
+
+    def _weight_file(self) -> str | None:
+        """The index or the one file with the weights."""
+        found = [name for name in WEIGHT_FILES if (self.folder / name).is_file()]
+        single = [path.name for path in self.folder.glob(GPTQ_FILES)]
+        return next(iter(found or single), None)
 
     def _json(self, name: str) -> dict[str, Any]:
         path = self.folder / name
@@ -131,7 +192,8 @@ class Checkpoint:
         return value
 
     def _read_weight_map(self) -> dict[str, str]:
-        name = next(name for name in WEIGHT_FILES if (self.folder / name).is_file())
+        name = self._weight_file()
+        assert name is not None
         if not name.endswith(".index.json"):
             return dict.fromkeys(self._shard(name).names(), name)
         weight_map = self._json(name).get("weight_map")
@@ -151,12 +213,14 @@ class Checkpoint:
 
     def _check_tensors(self) -> None:
         with torch.device("meta"):
-            expected = Owl2Model(self.config).state_dict()
+            state = Owl2Model(self.config).state_dict()
+        expected: Expected = {name: (tuple(value.shape), FLOAT_TYPES) for name, value in state.items()}
         optional = {name for name in expected if name.endswith(OPTIONAL_SUFFIXES)}
         if self.config.decoder.tie_word_embeddings:
             optional.add("lm_head.weight")
+        optional |= self._expect_quantized(expected)
         problems = [
-            f"missing {name} {list(expected[name].shape)}"
+            f"missing {name} {list(expected[name][0])}"
             for name in expected
             if name not in self and name not in optional
         ]
@@ -174,7 +238,34 @@ class Checkpoint:
                 f"{self.folder}: {len(problems)} tensors do not fit its config.json:\n  " + "\n  ".join(shown)
             )
 
-    def _misshaped(self, expected: Mapping[str, Tensor]) -> Iterable[str]:
+    def _expect_quantized(self, expected: Expected) -> set[str]:
+        """Expect the tensors of quantized layers instead of their weights; returns the names of optional ones.
+
+        Raises:
+            CheckpointError: the JSON files and the tensors disagree on whether there are any.
+        """
+        if self.gptq is None and self.quantized:
+            raise CheckpointError(
+                f"{self.folder}: {len(self.quantized)} layers are quantized, but neither config.json nor "
+                "quantize_config.json says how; copy quantize_config.json from where the checkpoint comes from"
+            )
+        if self.gptq is not None and not self.quantized:
+            raise CheckpointError(f"{self.folder} is said to be quantized, but no layer of the decoder is")
+        optional = set()
+        for linear in self.quantized:
+            weight = expected.pop(f"{linear}.weight", None)
+            if self.gptq is None or weight is None:
+                continue  # not a layer of this model: its tensors are unexpected
+            rows, width = weight[0]
+            for suffix, (shape, dtypes) in GptqTensors.shapes(rows, width, self.gptq).items():
+                expected[f"{linear}.{suffix}"] = shape, dtypes
+            optional.add(f"{linear}.g_idx")  # older programs wrote none where it says nothing
+            if f"{linear}.bias" not in expected:
+                self._idle_biases.add(f"{linear}.bias")
+                expected[f"{linear}.bias"] = (rows,), FLOAT_TYPES
+        return optional | self._idle_biases
+
+    def _misshaped(self, expected: Expected) -> Iterable[str]:
         # Shard by shard, so that each is opened once.
         for name in sorted(set(expected) & set(self._weight_map), key=lambda n: (self._weight_map[n], n)):
             file = self._weight_map[name]
@@ -182,11 +273,12 @@ class Checkpoint:
             if found is None:
                 yield f"missing {name}: the index says {file}, which does not hold it"
                 continue
-            shape, dtype = found
-            if shape != tuple(expected[name].shape):
-                yield f"misshaped {name}: {list(shape)}, expected {list(expected[name].shape)}"
-            elif dtype not in FLOAT_TYPES:
-                yield f"{name} is stored as {dtype}; expected float32, float16 or bfloat16"
+            (shape, dtype), (right, dtypes) = found, expected[name]
+            if shape != right:
+                yield f"misshaped {name}: {list(shape)}, expected {list(right)}"
+            elif dtype not in dtypes:
+                *most, last = dtypes
+                yield f"{name} is stored as {dtype}; expected {', '.join(most)}{' or ' if most else ''}{last}"
 
     def _shard(self, file: str) -> _Shard:
         if file in self._shards:
@@ -196,6 +288,10 @@ class Checkpoint:
             if len(self._shards) > OPEN_SHARDS:
                 self._shards.popitem(last=False)[1].close()
         return self._shards[file]
+
+
+def _is_qweight(name: str) -> bool:
+    return name.startswith(DECODER_LAYERS) and name.endswith(".qweight")
 
 
 class _Shard:

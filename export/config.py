@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -11,7 +12,10 @@ from owl2.runtime.config import require
 
 WeightType = Literal["int4", "int8", "fp16", "fp32"]
 VisionType = Literal["int8", "fp16", "fp32"]
+Layout = Literal["bundle", "gptq"]
 
+DEFAULT_WEIGHTS: WeightType = "int4"
+DEFAULT_GROUP_SIZE = 128
 VISION_BESIDE: dict[WeightType, VisionType] = {"int4": "int8", "int8": "int8", "fp16": "fp16", "fp32": "fp32"}
 BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "int4": 0.5}
 
@@ -31,20 +35,26 @@ class ExportConfig:
         calibration: folder of pictures or JSONL file; None for the built-in set.
         samples: most calibration samples used.
         overwrite: replace a bundle that is there.
+        layout: ``bundle``, or ``gptq`` for a checkpoint in the layout of AutoGPTQ, GPTQModel and Optimum.
+        device: where layers are computed and quantized: ``cpu``, ``cuda`` or ``cuda:N``.
+        fresh: start over where an interrupted export could be continued.
 
     Raises:
-        ConfigError: a value outside its set.
+        ConfigError: a value outside its set, or one that the layout does not have.
     """
 
     checkpoint: Path
     bundle: Path
-    weights: WeightType = "int4"
+    weights: WeightType = DEFAULT_WEIGHTS
     vision: VisionType | None = None
     method: Method = "gptq"
-    group_size: int = 128
+    group_size: int = DEFAULT_GROUP_SIZE
     calibration: Path | None = None
     samples: int = 128
     overwrite: bool = False
+    layout: Layout = "bundle"
+    device: str = "cpu"
+    fresh: bool = False
 
     def __post_init__(self) -> None:
         require(
@@ -55,7 +65,17 @@ class ExportConfig:
             self.vision is None or self.vision in get_args(VisionType),
             f"vision {self.vision!r}: use one of {', '.join(get_args(VisionType))}",
         )
+        require(
+            re.fullmatch(r"cpu|cuda(:\d+)?", self.device) is not None,
+            f"device {self.device!r}: use cpu, cuda or cuda:N",
+        )
         require(self.samples > 0, f"samples must be positive, got {self.samples}")
+        require(self.layout in get_args(Layout), f"layout {self.layout!r}: use bundle or gptq")
+        require(
+            self.layout == "bundle" or (self.weights in ("int4", "int8") and self.vision in (None, "fp16")),
+            f"layout gptq has integer weights and the vision side in fp16; got weights {self.weights}, vision "
+            f"{self.vision}",
+        )
         _ = self.quant
 
     @property
@@ -64,19 +84,26 @@ class ExportConfig:
         if self.weights in ("fp16", "fp32"):
             return None
         # ONNX Runtime takes negative scales; on the sample model they lower KL by 7 to 30 %.
+        in_bundle = self.layout == "bundle"
         return QuantConfig(
-            bits=int(self.weights[3:]), group_size=self.group_size, method=self.method, signed_scales=True
+            bits=int(self.weights[3:]),
+            group_size=self.group_size,
+            method=self.method,
+            signed_scales=in_bundle,
+            scale_dtype="fp32" if in_bundle else "fp16",
         )
 
     @property
     def head(self) -> WeightType:
         """The output head's type: int8 beside integer weights, where 4 bits would cost the most."""
+        if self.layout == "gptq":
+            return "fp16"
         return self.weights if self.quant is None else "int8"
 
     @property
     def vision_type(self) -> VisionType:
         """The vision side's type, the default resolved."""
-        return self.vision or VISION_BESIDE[self.weights]
+        return self.vision or ("fp16" if self.layout == "gptq" else VISION_BESIDE[self.weights])
 
     @property
     def embeddings(self) -> Literal["fp32", "fp16"]:

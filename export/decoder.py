@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from owl2.export.checkpoint import Checkpoint
@@ -16,16 +17,20 @@ from owl2.export.graph.builder import GraphBuilder
 from owl2.export.graph.decoder import DecoderGraph
 from owl2.export.graph.dialect import Linear
 from owl2.export.graph.ort import OrtDialect
+from owl2.export.journal import Journal
 from owl2.export.model import DecoderLayer, RmsNorm
 from owl2.export.progress import Reporter
-from owl2.export.weights import DenseWeight, LinearWeight
+from owl2.export.source import remaining
+from owl2.export.weights import DenseWeight, LinearWeight, dequantized_blocks
 from owl2.quant.config import QuantConfig
 from owl2.quant.grid import rtn
 from owl2.quant.layer import LINEARS, ModuleReport, quantize_layer
-from owl2.quant.stream import Calibration, Stream
+from owl2.quant.stream import Calibration, Sequence, Stream
 from owl2.runtime import spec
 from owl2.runtime.engine import Floats
 
+# Rows of the head converted to float32 at a time: 64 MiB at a width of 4096.
+HEAD_BLOCK = 4096
 NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
@@ -43,6 +48,20 @@ class Streams:
     stored: Stream
     reference: Stream
 
+    def arrays(self) -> list[NDArray[Any]]:
+        """All that changes from layer to layer; :meth:`restore` takes it."""
+        return [sequence.rows.numpy() for sequence in self._sequences()]
+
+    def restore(self, arrays: list[NDArray[Any]]) -> None:
+        """Bring streams before the first layer to where :meth:`arrays` was asked."""
+        for sequence, rows in zip(self._sequences(), arrays):
+            sequence.rows = torch.from_numpy(rows)
+
+    def _sequences(self) -> list[Sequence]:
+        calibration = [] if self.calibration is None else [self.calibration.quantized, self.calibration.original]
+        streams = [*calibration, self.stored, self.reference]
+        return [sequence for stream in streams for sequence in stream.sequences]
+
 
 @dataclass(frozen=True)
 class ExportedDecoder:
@@ -52,68 +71,126 @@ class ExportedDecoder:
         modules: what GPTQ cost, by name of the linear layer; empty for other methods.
         stored: rows [T, C] of each measured prompt behind the final norm, from torch on the stored weights.
         reference: the same on the original weights.
-        stored_head, reference_head: float32 [V, C].
+        stored_head: the head's weight as the bundle has it.
+        reference_head: the checkpoint's own tensor [V, C], as it lies in its file.
     """
 
     modules: dict[str, ModuleReport]
     stored: list[Tensor]
     reference: list[Tensor]
-    stored_head: Tensor
+    stored_head: LinearWeight
     reference_head: Tensor
 
     def stored_logits(self, index: int) -> Floats:
         """Logits [T, V] of one measured prompt on the stored weights."""
-        return (self.stored[index] @ self.stored_head.T).numpy()
+        return _logits(self.stored[index], dequantized_blocks(self.stored_head, HEAD_BLOCK))
 
     def reference_logits(self, index: int) -> Floats:
         """The same on the original weights."""
-        return (self.reference[index] @ self.reference_head.T).numpy()
+        return _logits(self.reference[index], (block.float() for block in torch.split(self.reference_head, HEAD_BLOCK)))
+
+
+def _logits(rows: Tensor, head: Iterable[Tensor]) -> Floats:
+    """rows [T, C], the head in blocks of its rows -> [T, V]."""
+    return torch.cat([rows @ block.T for block in head], dim=1).numpy()
+
+
+class LayerWriter(Protocol):
+    """Where finished layers go."""
+
+    def layer(self, linears: Mapping[str, Linear], gains: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """The next layer: linear layers by their name within it, text and image gain (float32 [C]) of both norms."""
+
+    def finish(self, norm: Tensor, head: LinearWeight) -> None:
+        """After the last one: the final norm's gain (float32 [C]) and the output head."""
 
 
 def export_decoder(
-    checkpoint: Checkpoint, folder: Path, config: ExportConfig, streams: Streams, reporter: Reporter
+    checkpoint: Checkpoint, folder: Path, config: ExportConfig, streams: Streams, journal: Journal, reporter: Reporter
 ) -> ExportedDecoder:
-    """Write ``decoder.onnx``.
+    """Write ``decoder.onnx``, from where ``journal`` has it.
 
     Raises:
         CalibrationError, QuantizationError: a weight cannot be quantized.
     """
     decoder = checkpoint.config.decoder
+    layers = decoder.num_hidden_layers
+    reporter.stage(stage_name(config, checkpoint), layers + 1, done=journal.layers)
     modules: dict[str, ModuleReport] = {}
-    reporter.stage(_stage_name(config), decoder.num_hidden_layers + 1)
-    with GraphBuilder(folder / spec.DECODER_GRAPH) as graph:
+    with GraphBuilder(folder / spec.DECODER_GRAPH, resume=journal.layers > 0) as graph:
         writer = DecoderGraph(graph, OrtDialect(), decoder)
-        for index in range(decoder.num_hidden_layers):
-            name = f"layers.{index}"
-            layer = _load_layer(checkpoint, f"model.{name}.")
-            streams.reference.advance(layer)
-            weights = _store_layer(layer, streams.calibration, config, name, modules)
-            streams.stored.advance(layer)
-            writer.layer(_linears(layer, weights, name), _gains(layer))
+        if journal.layers:
+            arrays, modules = journal.restore_layers(writer)
+            streams.restore(arrays)
+        journal.usage.begin_layers()
+        for index in range(journal.layers, layers):
+            export_layer(checkpoint, writer, config, index, streams, modules)
+            journal.keep_layer(writer, streams.arrays(), modules)
             reporter.advance()
-        norm, head, reference_head = _finish(checkpoint, writer, config)
+        made = finish_decoder(checkpoint, writer, config, streams, modules)
         reporter.advance()
+    return made
+
+
+def finish_decoder(
+    checkpoint: Checkpoint,
+    writer: LayerWriter,
+    config: ExportConfig,
+    streams: Streams,
+    modules: dict[str, ModuleReport],
+) -> ExportedDecoder:
+    """Write what comes after the last layer."""
+    norm, head, reference_head = _finish(checkpoint, writer, config)
     with torch.no_grad():
         stored = [norm(sequence.rows) for sequence in streams.stored.sequences]
         reference = [norm(sequence.rows) for sequence in streams.reference.sequences]
     return ExportedDecoder(modules, stored, reference, head, reference_head)
 
 
-def _load_layer(checkpoint: Checkpoint, prefix: str) -> DecoderLayer:
+def export_layer(
+    checkpoint: Checkpoint,
+    writer: LayerWriter,
+    config: ExportConfig,
+    index: int,
+    streams: Streams,
+    modules: dict[str, ModuleReport],
+) -> None:
+    """Quantize and write one layer, and move all streams behind it; nothing of it stays in memory."""
+    name = f"layers.{index}"
+    layer = _load_layer(checkpoint, f"model.{name}.", config.device)
+    streams.reference.advance(layer)
+    kept = _kept_weights(checkpoint, f"model.{name}.")
+    weights = _store_layer(layer, kept, streams.calibration, config, name, modules)
+    streams.stored.advance(layer)
+    writer.layer(_linears(layer, weights, name), _gains(layer))
+
+
+def _load_layer(checkpoint: Checkpoint, prefix: str, device: str) -> DecoderLayer:
     with torch.device("meta"):  # no time for random weights that are replaced at once
         layer = DecoderLayer(checkpoint.config.decoder).eval()
-    layer.to_empty(device="cpu")
+    layer.to_empty(device=device)
     checkpoint.load_into(layer, prefix)
     return layer
 
 
-def _stage_name(config: ExportConfig) -> str:
-    method = f", {config.method.upper()}" if config.quant is not None else ""
+def stage_name(config: ExportConfig, checkpoint: Checkpoint) -> str:
+    """What the reporter is told."""
+    method = f", {config.method.upper()}" if config.quant is not None and remaining(checkpoint) else ""
     return f"decoder layers, {config.weights}{method}"
+
+
+def _kept_weights(checkpoint: Checkpoint, prefix: str) -> dict[str, LinearWeight]:
+    """Integers that the checkpoint itself holds, by name within the layer."""
+    return {
+        linear: checkpoint.quantized_weight(prefix + linear)
+        for linear in LINEARS
+        if prefix + linear in checkpoint.quantized
+    }
 
 
 def _store_layer(
     layer: DecoderLayer,
+    kept: dict[str, LinearWeight],
     calibration: Calibration | None,
     config: ExportConfig,
     name: str,
@@ -125,12 +202,15 @@ def _store_layer(
         weights: dict[str, LinearWeight] = {}
         for linear in LINEARS:
             weight = _parameter(layer, f"{linear}.weight")
-            weights[linear] = stored = DenseWeight(weight.clone(), dtype)
+            weights[linear] = stored = DenseWeight(weight.clone().cpu(), dtype)
             weight.copy_(stored.dequantize())
         return weights
-    done = quantize_layer(layer, calibration, config.quant, name)
+    done = quantize_layer(layer, calibration, config.quant, name, kept)
     modules.update({f"{name}.{linear}": entry.report for linear, entry in done.items() if entry.report is not None})
-    return {linear: entry.weight for linear, entry in done.items()}
+    return kept | {
+        linear: replace(entry.weight, codes=entry.weight.codes.cpu(), scales=entry.weight.scales.cpu())
+        for linear, entry in done.items()
+    }
 
 
 def _parameter(layer: DecoderLayer, name: str) -> Tensor:
@@ -142,29 +222,30 @@ def _linears(layer: DecoderLayer, weights: Mapping[str, LinearWeight], name: str
     parameters = dict(layer.named_parameters())
     biases = {linear: parameters.get(f"{linear}.bias") for linear in weights}
     return {
-        linear: Linear(f"{name}.{linear}", weight, None if (bias := biases[linear]) is None else bias.detach())
+        linear: Linear(f"{name}.{linear}", weight, None if (bias := biases[linear]) is None else bias.detach().cpu())
         for linear, weight in weights.items()
     }
 
 
 def _gains(layer: DecoderLayer) -> dict[str, tuple[Tensor, Tensor]]:
-    """Text and image gain of both norms."""
-    return {
-        norm: (_parameter(layer, f"{norm}.multiway.0.weight"), _parameter(layer, f"{norm}.multiway.1.weight"))
-        for norm in NORMS
-    }
+    """Text and image gain of both norms, on the CPU."""
+
+    def gain(norm: str, branch: int) -> Tensor:
+        return _parameter(layer, f"{norm}.multiway.{branch}.weight").cpu()
+
+    return {norm: (gain(norm, 0), gain(norm, 1)) for norm in NORMS}
 
 
 @torch.no_grad()
-def _finish(checkpoint: Checkpoint, writer: DecoderGraph, config: ExportConfig) -> tuple[RmsNorm, Tensor, Tensor]:
+def _finish(checkpoint: Checkpoint, writer: LayerWriter, config: ExportConfig) -> tuple[RmsNorm, LinearWeight, Tensor]:
     """Write norm and head; returns the norm, and the head as stored and as it was."""
     decoder = checkpoint.config.decoder
     norm = RmsNorm(decoder.hidden_size, decoder.rms_norm_eps)
     checkpoint.load_into(norm, "model.norm.")
-    original = checkpoint.tensor("model.embed_tokens.weight" if decoder.tie_word_embeddings else "lm_head.weight")
-    head = _store_head(original, config)
+    name = "model.embed_tokens.weight" if decoder.tie_word_embeddings else "lm_head.weight"
+    head = _store_head(checkpoint.tensor(name), config)
     writer.finish(norm.weight.detach(), head)
-    return norm, head.dequantize(), original
+    return norm, head, checkpoint.stored(name)
 
 
 def _store_head(weight: Tensor, config: ExportConfig) -> LinearWeight:

@@ -7,10 +7,11 @@ import re
 from pathlib import Path
 
 from owl2.export.checkpoint import REQUIRED_FILES
+from owl2.export.gptq_layout import CONFIG_FILE
 from owl2.runtime.errors import CheckpointError
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-JSON_FILES = (*REQUIRED_FILES, "generation_config.json", "*.index.json")
+JSON_FILES = (*REQUIRED_FILES, "generation_config.json", CONFIG_FILE, "*.index.json")
 
 
 def local_checkpoint(name: str, *, download: bool) -> Path:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-import time
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,13 +18,17 @@ from owl2.export.certificate import certify, make_goldens
 from owl2.export.checkpoint import Checkpoint
 from owl2.export.config import BYTES, ExportConfig
 from owl2.export.decoder import ExportedDecoder, Streams, export_decoder
+from owl2.export.device import check_device, device_memory_errors
 from owl2.export.graph.ort import MINIMUM_ONNXRUNTIME
+from owl2.export.journal import Journal, journal_size, resume_key
 from owl2.export.model import Owl2Model
 from owl2.export.parity import Parity, compare, with_float_activations
 from owl2.export.progress import Reporter, Silent
 from owl2.export.prompts import Prompts, fingerprint, pictures_of, prepare
 from owl2.export.report import Accuracy, CalibrationRecord, Report
+from owl2.export.source import KEPT, check_settings, needs_calibration, remaining, source_record
 from owl2.export.staging import Staging, check_space, disk_errors
+from owl2.export.usage import Usage
 from owl2.export.vision import ExportedVision, export_vision
 from owl2.quant.calibration import CalibrationSet, load_calibration
 from owl2.quant.stream import Calibration, Sequence, Stream
@@ -32,9 +37,8 @@ from owl2.runtime.backends.ort import OrtDecoder, OrtOptions
 from owl2.runtime.bundle import Bundle, FileEntry, Manifest, WeightFormat, hash_file
 from owl2.runtime.config import ModelConfig
 from owl2.runtime.engine import Decoder, Floats, Ints
-from owl2.runtime.errors import BundleError, CheckpointError
+from owl2.runtime.errors import BundleError, CheckpointError, ExportError
 from owl2.runtime.evaluation.divergence import Divergence, divergence
-from owl2.runtime.generate import peak_memory
 from owl2.runtime.multimodal import embed
 from owl2.runtime.tokenizer import Tokenizer
 
@@ -51,23 +55,32 @@ def export_bundle(config: ExportConfig, reporter: Reporter | None = None) -> Rep
         ParityError: a graph does not compute what torch computes.
         ExportError: the target exists, or the disk is full.
     """
-    began = time.perf_counter()
     reporter = reporter or Silent()
     staging = Staging(config.bundle, overwrite=config.overwrite)
-    with Checkpoint(config.checkpoint) as checkpoint:
-        data, prompts = _prompts(config, checkpoint)
-        needed = estimate_size(checkpoint.config, config)
-        with staging, disk_errors(staging.folder, needed):
-            check_space(staging.folder, needed)
+    check_device(config.device)
+    with Usage() as usage, Checkpoint(config.checkpoint) as checkpoint:
+        check_settings(config, checkpoint)
+        data, prompts = load_prompts(config, checkpoint)
+        needed = estimate_size(checkpoint.config, config) + journal_size(prompts, checkpoint.config)
+        with _tells_what_is_kept(staging, reporter), disk_errors(staging, needed), staging:
+            layers = checkpoint.config.decoder.num_hidden_layers
+            journal = Journal(staging, resume_key(config, checkpoint, prompts), layers, usage)
+            if remark := journal.resume(fresh=config.fresh):
+                reporter.note(remark)
+            check_space(staging, needed)
             folder = staging.folder
             for name in spec.TOKENIZER_FILES:
                 shutil.copyfile(checkpoint.folder / name, folder / name)
-            measured = set(pictures_of(prompts.measured))
-            vision = export_vision(checkpoint, folder, config.vision_type, prompts.pictures, measured, reporter)
+            vision = _vision(checkpoint, folder, config, prompts, journal, reporter)
             streams, probes = _embed(checkpoint, folder, config, prompts, vision)
-            record = _calibration_record(data, prompts, streams.calibration)
-            decoder = export_decoder(checkpoint, folder, config, streams, reporter)
-            manifest = _manifest(checkpoint.config, config)
+            record = calibration_record(data, prompts, streams.calibration)
+            # What the layers do not need makes room for them: pixels, and rows of the calibration pictures.
+            vision = vision.of(pictures_of(prompts.measured))
+            prompts = prompts.without_pictures()
+            with device_memory_errors(config.device):
+                decoder = export_decoder(checkpoint, folder, config, streams, journal, reporter)
+            del streams
+            manifest = _manifest(checkpoint, config)
             bundle = Bundle(folder, manifest)
             reporter.stage("comparing with torch", 3 * len(probes) + len(prompts.measured))
             exact = _exact_logits(bundle, probes, reporter)
@@ -76,7 +89,7 @@ def export_bundle(config: ExportConfig, reporter: Reporter | None = None) -> Rep
             parity = _check_decoder(exact, _probe_logits(session, probes, reporter), decoder, len(probes))
             accuracy = _measure(bundle, session, prompts, vision, decoder, reporter)
             report = Report(
-                recipe=_recipe(config),
+                recipe=recipe_of(checkpoint, config),
                 calibration=record,
                 parity=(vision.parity, parity),
                 accuracy=accuracy,
@@ -84,13 +97,43 @@ def export_bundle(config: ExportConfig, reporter: Reporter | None = None) -> Rep
                 modules=decoder.modules,
                 vision=vision.sensitivity,
                 size=sum(path.stat().st_size for path in folder.iterdir()),
-                seconds=round(time.perf_counter() - began, 2),
-                peak_memory=peak_memory(),
+                seconds=round(usage.seconds, 2),
+                layer_seconds=tuple(usage.layer_seconds),
+                peak_memory=usage.peak,
+                peak_own_memory=usage.own_peak,
             )
-            _write_json(folder / spec.REPORT, report.to_json())
+            write_json(folder / spec.REPORT, report.to_json())
             _write_manifest(folder, manifest)
             staging.publish()
     return report
+
+
+@contextlib.contextmanager
+def _tells_what_is_kept(staging: Staging, reporter: Reporter) -> Iterator[None]:
+    """Say what an interrupted export leaves; errors that say so themselves are left alone."""
+    try:
+        yield
+    except BaseException as error:
+        if staging.kept and not (isinstance(error, ExportError) and staging.left in str(error)):
+            reporter.note(staging.left)
+        raise
+
+
+def _vision(
+    checkpoint: Checkpoint,
+    folder: Path,
+    config: ExportConfig,
+    prompts: Prompts,
+    journal: Journal,
+    reporter: Reporter,
+) -> ExportedVision:
+    """The vision side as an earlier run left it, or exported now."""
+    vision = journal.vision()
+    if vision is None:
+        measured = set(pictures_of(prompts.measured))
+        vision = export_vision(checkpoint, folder, config.vision_type, prompts.pictures, measured, reporter)
+        journal.keep_vision(vision)
+    return vision
 
 
 def estimate_size(model: ModelConfig, config: ExportConfig) -> int:
@@ -110,8 +153,14 @@ def estimate_size(model: ModelConfig, config: ExportConfig) -> int:
     return int(total)
 
 
-def _prompts(config: ExportConfig, checkpoint: Checkpoint) -> tuple[CalibrationSet, Prompts]:
-    calibrate = config.quant is not None and config.method == "gptq"
+def load_prompts(config: ExportConfig, checkpoint: Checkpoint) -> tuple[CalibrationSet, Prompts]:
+    """Calibration data and the prompts made of it.
+
+    Raises:
+        CalibrationError: the data cannot be used.
+        CheckpointError: the tokenizer cannot be used.
+    """
+    calibrate = needs_calibration(config, checkpoint)
     data = load_calibration(config.calibration, config.samples, need_pictures=calibrate)
     try:
         tokenizer = Tokenizer.load(checkpoint.folder)
@@ -136,13 +185,32 @@ def _embed(
     """Write the token table; turn all prompts into streams before the first layer, the probes into arrays too."""
     table = checkpoint.tensor("model.embed_tokens.weight").numpy()
     _write_table(folder / spec.EMBEDDINGS, table, np.float16 if config.embeddings == "fp16" else np.float32)
+    return begin_streams(checkpoint, prompts, table, vision.reference, vision.rows)
+
+
+def begin_streams(
+    checkpoint: Checkpoint,
+    prompts: Prompts,
+    table: NDArray[np.float32],
+    reference: Mapping[str, Floats],
+    rows: Mapping[str, Floats],
+) -> tuple[Streams, list[Embedded]]:
+    """All prompts before the first layer, the probes as arrays too.
+
+    Args:
+        checkpoint: says how wide the layers are.
+        prompts: tokenized.
+        table: token rows [V, C].
+        reference: rows of each picture by digest, for the measured prompts.
+        rows: the same for the calibration prompts.
+    """
 
     def stream(embedded: list[Embedded]) -> Stream:
         sequences = [Sequence.of(torch.from_numpy(embeds), torch.from_numpy(kinds)) for embeds, kinds in embedded]
         return Stream(checkpoint.config.decoder, sequences)
 
-    measured = [embed(prompt.keys, table, vision.reference) for prompt in prompts.measured]
-    calibration = [embed(prompt.keys, table, vision.rows) for prompt in prompts.calibration]
+    measured = [embed(prompt.keys, table, reference) for prompt in prompts.measured]
+    calibration = [embed(prompt.keys, table, rows) for prompt in prompts.calibration]
     stored = stream(measured)
     streams = Streams(Calibration(stream(calibration)) if calibration else None, stored, stored.copy())
     return streams, measured[: len(prompts.probes)]
@@ -229,19 +297,23 @@ def _stepwise_logits(session: Decoder, embeds: Floats, modality: Ints) -> Floats
     return np.concatenate(made)
 
 
-def _recipe(config: ExportConfig) -> dict[str, object]:
+def recipe_of(checkpoint: Checkpoint, config: ExportConfig) -> dict[str, object]:
     """The settings as they took effect; paths of the machine stay out."""
+    quant = config.quant if remaining(checkpoint) else None
     return {
+        "source": source_record(checkpoint),
         "weights": config.weights,
         "head": config.head,
         "vision": config.vision_type,
         "embeddings": config.embeddings,
-        "quant": None if config.quant is None else asdict(config.quant),
+        "quant": None if quant is None else asdict(quant),
         "samples": config.samples,
+        "device": config.device,
     }
 
 
-def _calibration_record(data: CalibrationSet, prompts: Prompts, calibration: Calibration | None) -> CalibrationRecord:
+def calibration_record(data: CalibrationSet, prompts: Prompts, calibration: Calibration | None) -> CalibrationRecord:
+    """The report's part on what the quantizer looked at; ``calibration`` is None where it looked at nothing."""
     if calibration is None:
         return CalibrationRecord("none", 0, 0, 0, 0, "", ())
     return CalibrationRecord(
@@ -255,9 +327,10 @@ def _calibration_record(data: CalibrationSet, prompts: Prompts, calibration: Cal
     )
 
 
-def _manifest(model: ModelConfig, config: ExportConfig) -> Manifest:
+def _manifest(checkpoint: Checkpoint, config: ExportConfig) -> Manifest:
     """The manifest without its files, which are not complete yet."""
     quant = config.quant
+    method = "none" if quant is None else quant.method
     return Manifest(
         format=spec.FORMAT_VERSION,
         producer=f"owl2 {__version__}",
@@ -269,10 +342,10 @@ def _manifest(model: ModelConfig, config: ExportConfig) -> Manifest:
             head=config.head,
             vision=config.vision_type,
             embeddings=config.embeddings,
-            method="none" if quant is None else quant.method,
+            method=KEPT if checkpoint.quantized else method,
             group_size=0 if quant is None else quant.group_size,
         ),
-        model=model,
+        model=checkpoint.config,
         files={},
     )
 
@@ -283,8 +356,9 @@ def _write_manifest(folder: Path, manifest: Manifest) -> None:
         for path in sorted(folder.iterdir())
         if path.is_file()
     }
-    _write_json(folder / spec.MANIFEST, manifest.to_json() | {"files": {n: asdict(f) for n, f in files.items()}})
+    write_json(folder / spec.MANIFEST, manifest.to_json() | {"files": {n: asdict(f) for n, f in files.items()}})
 
 
-def _write_json(path: Path, content: dict[str, object]) -> None:
+def write_json(path: Path, content: Mapping[str, object]) -> None:
+    """Write a JSON file for people to read."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -11,25 +11,47 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as TimeLeftColumn
 
+from owl2.runtime.cli.console import notice
+
 
 class Reporter(Protocol):
     """Is told of stages and their steps."""
 
-    def stage(self, name: str, total: int) -> None:
-        """A stage of ``total`` steps begins; the one before it is done."""
+    def stage(self, name: str, total: int, done: int = 0) -> None:
+        """A stage of ``total`` steps begins, ``done`` of them by an earlier run; the stage before it is done."""
 
     def advance(self) -> None:
         """One step is done."""
+
+    def note(self, text: str) -> None:
+        """Something the user should know now."""
 
 
 class Silent:
     """Says nothing."""
 
-    def stage(self, name: str, total: int) -> None:
+    def stage(self, name: str, total: int, done: int = 0) -> None:
         """Ignored."""
 
     def advance(self) -> None:
         """Ignored."""
+
+    def note(self, text: str) -> None:
+        """Ignored."""
+
+
+class Notes:
+    """No progress, but what the user should know, on stderr."""
+
+    def stage(self, name: str, total: int, done: int = 0) -> None:
+        """Ignored."""
+
+    def advance(self) -> None:
+        """Ignored."""
+
+    def note(self, text: str) -> None:
+        """A line of its own."""
+        notice(text)
 
 
 class Terminal:
@@ -61,16 +83,23 @@ class Terminal:
             self._finish()
         self._bars.stop()
 
-    def stage(self, name: str, total: int) -> None:
+    def stage(self, name: str, total: int, done: int = 0) -> None:
         """Begin a bar, or time a line."""
         self._finish()
         self._stage = name, time.perf_counter()
-        self._task = self._bars.add_task(name, total=total)
+        self._task = self._bars.add_task(name, total=total, completed=done)
 
     def advance(self) -> None:
         """Move the bar."""
         if self._task is not None:
             self._bars.advance(self._task)
+
+    def note(self, text: str) -> None:
+        """A line above the bars."""
+        if self._bars.disable:
+            notice(text)
+        else:
+            self._bars.console.print(f"owl2-export: {text}", markup=False, highlight=False, soft_wrap=True)
 
     def _finish(self) -> None:
         if self._stage is not None and self._bars.disable:

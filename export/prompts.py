@@ -41,6 +41,11 @@ class Prompts:
         """All pictures by digest."""
         return pictures_of([*self.calibration, *self.measured])
 
+    def without_pictures(self) -> Prompts:
+        """The same positions without any pixels, which are no longer needed once all pictures are encoded."""
+        kinds = (self.calibration, self.probes, self.held_out)
+        return Prompts(*([Prompt(prompt.keys, {}) for prompt in kind] for kind in kinds))
+
 
 def pictures_of(prompts: Iterable[Prompt]) -> dict[str, Picture]:
     """Pictures of ``prompts`` by digest, each once."""

@@ -82,7 +82,10 @@ class Report:
         vision: what int8 costs each part of the vision side; empty for floating point.
         size: bytes of the bundle.
         seconds: wall time of the export.
+        layer_seconds: of each decoder layer.
         peak_memory: largest resident size of the process, bytes; mapped files count.
+        peak_own_memory: the largest part of it that is not mapped files, which the system may drop at any time;
+            None where the system does not tell.
     """
 
     recipe: Mapping[str, Any]
@@ -94,7 +97,9 @@ class Report:
     goldens: tuple[Reached, ...]
     size: int
     seconds: float
+    layer_seconds: tuple[float, ...]
     peak_memory: int
+    peak_own_memory: int | None
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionaries."""

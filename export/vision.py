@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,13 +61,16 @@ class ExportedVision:
     parity: Parity
     sensitivity: tuple[PartReport, ...]
 
+    def of(self, digests: Iterable[str]) -> ExportedVision:
+        """The graph's rows of some pictures alone."""
+        return ExportedVision({}, {digest: self.rows[digest] for digest in digests}, self.parity, self.sensitivity)
+
 
 def store(weight: Tensor, kind: VisionType) -> LinearWeight:
     """The stored form of a float32 [N, K] weight."""
     return ChannelInt8Weight.quantize(weight) if kind == "int8" else DenseWeight(weight, kind)
 
 
-@torch.no_grad()
 def export_vision(
     checkpoint: Checkpoint,
     folder: Path,
@@ -89,62 +92,85 @@ def export_vision(
     Raises:
         ParityError: the graph does not compute what torch computes.
     """
-    config = checkpoint.config
-    tower = VisionModel(config.vision).eval()
-    abstractor = VisualAbstractor(config.abstractor, config.decoder.hidden_size).eval()
-    checkpoint.load_into(tower, "model.vision_model.")
-    checkpoint.load_into(abstractor, "model.visual_abstractor.")
-
-    def torch_rows() -> dict[str, Floats]:
-        made = {}
-        for digest in sorted(measured):
-            pixels = torch.from_numpy(pictures[digest].pixels)[None]
-            made[digest] = abstractor(tower(pixels))[0].numpy()
-            reporter.advance()
-        return made
-
-    parts = _measure_parts(tower, abstractor, pictures, measured, reporter) if kind == "int8" else []
-    kept = choose_kept(parts)
-    floating = {module for part in kept for module in part.modules}
-    reporter.stage("vision tower and abstractor", 2 * len(measured) + len(pictures))
-    reference = torch_rows()
-
-    def make_weight(module: nn.Linear, weight: Tensor) -> LinearWeight:
-        return store(weight, "fp16" if module in floating else kind)
-
-    for module in (*tower.modules(), *abstractor.modules()):
-        if isinstance(module, nn.Linear):
-            # From here on torch has the weights that the graph stores.
-            module.weight.copy_(make_weight(module, module.weight).dequantize())
-    stored = torch_rows()
     path = folder / spec.VISION_GRAPH
-    with GraphBuilder(path) as graph:
-        VisionGraph(graph, OrtDialect(), config, make_weight).write(tower, abstractor)
+    chosen = [pictures[digest] for digest in sorted(measured)]
+    reference, stored, sensitivity = _write(checkpoint, path, kind, chosen, len(pictures), reporter)
     parity = _check(path, pictures, stored, reference)
     session = open_session(path, DEFAULT_OPTIONS)
     rows = {}
     for digest, picture in pictures.items():
         rows[digest] = run_vision(session, picture)
         reporter.advance()
-    return ExportedVision(reference, rows, parity, tuple(PartReport(p.name, p.effect, p in kept) for p in parts))
+    return ExportedVision(reference, rows, parity, sensitivity)
+
+
+@torch.no_grad()
+def _write(
+    checkpoint: Checkpoint, path: Path, kind: VisionType, measured: list[Picture], pictures: int, reporter: Reporter
+) -> tuple[dict[str, Floats], dict[str, Floats], tuple[PartReport, ...]]:
+    """Write the graph; torch's own weights are gone from memory when this returns.
+
+    Returns:
+        What torch makes of the measured pictures with the checkpoint's weights and with the stored ones, by digest,
+        and what int8 costs each part.
+    """
+    tower, abstractor = _load(checkpoint)
+    parts = _measure_parts(tower, abstractor, measured, reporter) if kind == "int8" else []
+    kept = choose_kept(parts)
+    floating = {module for part in kept for module in part.modules}
+
+    def make_weight(module: nn.Linear, weight: Tensor) -> LinearWeight:
+        return store(weight, "fp16" if module in floating else kind)
+
+    reporter.stage("vision tower and abstractor", 2 * len(measured) + pictures)
+    reference = _torch_rows(tower, abstractor, measured, reporter)
+    for module in (*tower.modules(), *abstractor.modules()):
+        if isinstance(module, nn.Linear):
+            # From here on torch has the weights that the graph stores.
+            module.weight.copy_(make_weight(module, module.weight).dequantize())
+    stored = _torch_rows(tower, abstractor, measured, reporter)
+    with GraphBuilder(path) as graph:
+        VisionGraph(graph, OrtDialect(), checkpoint.config, make_weight).write(tower, abstractor)
+    return reference, stored, tuple(PartReport(part.name, part.effect, part in kept) for part in parts)
 
 
 def _measure_parts(
-    tower: VisionModel,
-    abstractor: VisualAbstractor,
-    pictures: Mapping[str, Picture],
-    measured: set[str],
-    reporter: Reporter,
+    tower: VisionModel, abstractor: VisualAbstractor, measured: list[Picture], reporter: Reporter
 ) -> list[Part]:
     linears = sum(isinstance(module, nn.Linear) for module in abstractor.modules())
     reporter.stage("vision, cost of int8", len(tower.encoder.layers) + linears)
-    digests = sorted(measured)[:SENSITIVITY_PICTURES]
-    pixels = torch.from_numpy(np.stack([pictures[digest].pixels for digest in digests]))
+    pixels = torch.from_numpy(np.stack([picture.pixels for picture in measured[:SENSITIVITY_PICTURES]]))
     parts = []
     for part in measure_parts(tower, abstractor, pixels):
         parts.append(part)
         reporter.advance()
     return parts
+
+
+@torch.no_grad()
+def reference_rows(checkpoint: Checkpoint, pictures: Mapping[str, Picture], reporter: Reporter) -> dict[str, Floats]:
+    """Decoder rows of all pictures by digest, from torch on the checkpoint's weights."""
+    reporter.stage("vision tower and abstractor", len(pictures))
+    return _torch_rows(*_load(checkpoint), list(pictures.values()), reporter)
+
+
+def _load(checkpoint: Checkpoint) -> tuple[VisionModel, VisualAbstractor]:
+    config = checkpoint.config
+    tower = VisionModel(config.vision).eval()
+    abstractor = VisualAbstractor(config.abstractor, config.decoder.hidden_size).eval()
+    checkpoint.load_into(tower, "model.vision_model.")
+    checkpoint.load_into(abstractor, "model.visual_abstractor.")
+    return tower, abstractor
+
+
+def _torch_rows(
+    tower: VisionModel, abstractor: VisualAbstractor, pictures: list[Picture], reporter: Reporter
+) -> dict[str, Floats]:
+    made = {}
+    for picture in pictures:
+        made[picture.digest] = abstractor(tower(torch.from_numpy(picture.pixels)[None]))[0].numpy()
+        reporter.advance()
+    return made
 
 
 def run_vision(session: ort.InferenceSession, picture: Picture) -> Floats:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -57,5 +58,50 @@ class ChannelInt8Weight:
         return self.codes.float() * self.scales[:, None]
 
 
-LinearWeight = DenseWeight | ChannelInt8Weight | QuantizedWeight
+@dataclass(frozen=True)
+class PermutedWeight:
+    """Integers whose groups are no runs of columns: the columns were sorted by group, the input has to follow.
+
+    Attributes:
+        weight: [N, K], column i belongs to input ``columns[i]``.
+        columns: int64 [K], a permutation.
+    """
+
+    weight: QuantizedWeight
+    columns: Tensor
+
+    def dequantize(self) -> Tensor:
+        """float32 [N, K], for inputs in their own order."""
+        matrix = torch.empty(self.weight.codes.shape)
+        matrix[:, self.columns] = self.weight.dequantize()
+        return matrix
+
+
+LinearWeight = DenseWeight | ChannelInt8Weight | QuantizedWeight | PermutedWeight
 """Every form of weight; all answer ``dequantize()``."""
+
+
+def dequantized_blocks(weight: LinearWeight, rows: int) -> Iterator[Tensor]:
+    """``weight.dequantize()`` in blocks of at most ``rows`` outputs, each float32 [n, K]."""
+    for start in range(0, _outputs(weight), rows):
+        yield _part(weight, slice(start, start + rows)).dequantize()
+
+
+def _outputs(weight: LinearWeight) -> int:
+    if isinstance(weight, PermutedWeight):
+        return _outputs(weight.weight)
+    return len(weight.values if isinstance(weight, DenseWeight) else weight.codes)
+
+
+def _part(weight: LinearWeight, part: slice) -> LinearWeight:
+    """Some of the outputs."""
+    if isinstance(weight, DenseWeight):
+        return replace(weight, values=weight.values[part])
+    if isinstance(weight, ChannelInt8Weight):
+        return replace(weight, codes=weight.codes[part], scales=weight.scales[part])
+    if isinstance(weight, PermutedWeight):
+        inner = _part(weight.weight, part)
+        assert isinstance(inner, QuantizedWeight)
+        return replace(weight, weight=inner)
+    zeros = None if weight.zero_points is None else weight.zero_points[part]
+    return replace(weight, codes=weight.codes[part], scales=weight.scales[part], zero_points=zeros)

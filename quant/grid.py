@@ -1,8 +1,9 @@
-"""The symmetric integer grid: scales, rounding, and the weight they make.
+"""The integer grid: scales, rounding, and the weight they make.
 
-A code ``q`` is a signed integer of -2^(bits-1) .. 2^(bits-1)-1 and stands for ``q * scale``; there is no zero
-point. A scale belongs to one row and one group of ``group_size`` consecutive columns; the last group is
-shorter where the row's length is no multiple of it.
+A code ``q`` is a signed integer of -2^(bits-1) .. 2^(bits-1)-1 and stands for ``q * scale``. What is quantized here
+is symmetric; weights from elsewhere may have zero points and stand for ``(q - zero) * scale``. A scale belongs to one
+row and one group of ``group_size`` consecutive columns; the last group is shorter where the row's length is no
+multiple of it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from owl2.quant.config import QuantConfig
+from owl2.quant.config import QuantConfig, ScaleType
 from owl2.runtime.errors import QuantizationError
 
 # With a few inputs twenty times as strong as the rest, a search down to 0.25 leaves 3 % less error than one
@@ -30,6 +31,7 @@ class QuantizedWeight:
         scales: [N, G] float32, G = ceil(K / group_size).
         bits: 4 or 8.
         group_size: columns per scale.
+        zero_points: [N, G] int8, signed as the codes are; None where all are zero.
 
     Raises:
         QuantizationError: the tensors do not fit together.
@@ -39,6 +41,7 @@ class QuantizedWeight:
     scales: Tensor
     bits: int
     group_size: int
+    zero_points: Tensor | None = None
 
     def __post_init__(self) -> None:
         rows, width = self.codes.shape
@@ -52,11 +55,21 @@ class QuantizedWeight:
                 f"codes {rows}x{width} in groups of {self.group_size} need scales of shape {expected}, "
                 f"got {tuple(self.scales.shape)}"
             )
+        zeros = self.zero_points
+        if zeros is not None and (zeros.dtype != torch.int8 or zeros.shape != expected):
+            raise QuantizationError(
+                f"zero points must be int8 of shape {expected}, got {zeros.dtype} of shape {tuple(zeros.shape)}"
+            )
 
     def dequantize(self) -> Tensor:
         """The weight these integers stand for: [N, K] float32."""
-        width = self.codes.shape[1]
-        return self.codes * self.scales.repeat_interleave(self.group_size, dim=1)[:, :width]
+        if self.zero_points is None:
+            return self.codes * self._by_column(self.scales)
+        return (self.codes.float() - self._by_column(self.zero_points)) * self._by_column(self.scales)
+
+    def _by_column(self, values: Tensor) -> Tensor:
+        """[N, G] -> [N, K]."""
+        return values.repeat_interleave(self.group_size, dim=1)[:, : self.codes.shape[1]]
 
 
 def check_weight(weight: Tensor) -> None:
@@ -80,21 +93,24 @@ def compute_scales(group: Tensor, config: QuantConfig, importance: Tensor | None
 
     Args:
         group: [N, g] float, the weights of one group of columns.
-        config: bits, clip_search and signed_scales are read.
+        config: bits, clip_search, signed_scales and scale_dtype are read.
         importance: [g] float, weight of each column's squared error in the clip search; None for equal.
 
     Returns:
-        [N] of the dtype of ``group``, each value exact in float32; 1 for rows that are zero.
+        [N] of the dtype of ``group``, each value exact in ``scale_dtype``; 1 for rows that are zero.
+
+    Raises:
+        QuantizationError: weights so large that ``scale_dtype`` does not hold their scale.
     """
     levels = 2 ** (config.bits - 1)
     peak = group.gather(1, group.abs().argmax(dim=1, keepdim=True)).squeeze(1)
     if not config.clip_search:
-        return _storable(-peak / levels if config.signed_scales else peak.abs() / (levels - 1))
+        return _storable(-peak / levels if config.signed_scales else peak.abs() / (levels - 1), config.scale_dtype)
     widest = (-peak if config.signed_scales else peak.abs()) / (levels - 1)
-    best = _storable(widest)
+    best = _storable(widest, config.scale_dtype)
     least = _rounding_error(group, best, config.bits, importance)
     for step in range(1, SHRINK_STEPS):
-        scale = _storable(widest * (1.0 - (1.0 - LEAST_SHRINK) * step / (SHRINK_STEPS - 1)))
+        scale = _storable(widest * (1.0 - (1.0 - LEAST_SHRINK) * step / (SHRINK_STEPS - 1)), config.scale_dtype)
         error = _rounding_error(group, scale, config.bits, importance)
         best = torch.where(error < least, scale, best)
         least = torch.minimum(error, least)
@@ -112,7 +128,7 @@ def rtn(weight: Tensor, config: QuantConfig, importance: Tensor | None = None) -
 
     Args:
         weight: [N, K] float of any width.
-        config: bits, group_size, clip_search and signed_scales are read.
+        config: bits, group_size, clip_search, signed_scales and scale_dtype are read.
         importance: [K] float, weight of each column in the clip search; None for equal.
 
     Raises:
@@ -137,8 +153,17 @@ def _rounding_error(group: Tensor, scale: Tensor, bits: int, importance: Tensor 
     return squares.sum(dim=1) if importance is None else squares @ importance
 
 
-def _storable(scale: Tensor) -> Tensor:
-    """Round to float32; 1 instead of a scale that is zero or too small to divide by."""
-    rounded = scale.float()
+def _storable(scale: Tensor, dtype: ScaleType) -> Tensor:
+    """Round to ``dtype``; 1 instead of a scale that is zero or too small to divide by.
+
+    Raises:
+        QuantizationError: ``dtype`` ends below the scale.
+    """
+    rounded = (scale.half() if dtype == "fp16" else scale).float()
+    if not bool(rounded.isfinite().all()):
+        raise QuantizationError(
+            f"weights up to {float(scale.abs().max()):.3g} times the largest code need scales that {dtype} does not "
+            "hold; store the scales as fp32 or look for a damaged checkpoint"
+        )
     usable = rounded.abs() >= torch.finfo(torch.float32).tiny
     return torch.where(usable, rounded, 1.0).to(scale.dtype)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -95,36 +95,46 @@ def site_inputs(layer: DecoderLayer, name: str, stream: Stream) -> Iterator[tupl
 
 
 def quantize_layer(
-    layer: DecoderLayer, calibration: Calibration | None, config: QuantConfig, name: str
+    layer: DecoderLayer, calibration: Calibration | None, config: QuantConfig, name: str, kept: Collection[str] = ()
 ) -> dict[str, QuantizedLinear]:
-    """Quantize all linear layers of ``layer`` and leave their dequantized weights in it.
+    """Quantize the linear layers of ``layer`` and leave their dequantized weights in it.
 
     Args:
         layer: float32; changed in place.
         calibration: rows before this layer, moved behind it. ``rtn`` needs none.
         config: settings of all weights.
         name: of the layer, for messages.
+        kept: names of linear layers that stay as they are.
 
     Returns:
-        One entry per name of :data:`LINEARS`.
+        One entry per other name of :data:`LINEARS`.
 
     Raises:
         CalibrationError: GPTQ without calibration, or a branch that sees no rows.
         QuantizationError: a weight cannot be quantized; the message names it.
     """
     if config.method == "rtn":
-        done = {linear: QuantizedLinear(rtn(_weight(layer, linear), config), None) for linear in LINEARS}
+        done = {
+            linear: QuantizedLinear(rtn(_weight(layer, linear), config), None)
+            for linear in LINEARS
+            if linear not in kept
+        }
         for linear, quantized in done.items():
             _store(layer, linear, quantized)
         return done
     if calibration is None:
+        if all(linear in kept for linear in LINEARS):
+            return {}
         raise CalibrationError(f"{name}: GPTQ needs calibration rows; give some, or choose method rtn on purpose")
     original = copy.deepcopy(layer)
     done = {}
     for site in SITES:
+        wanted = [linear for linear in site if linear not in kept]
+        if not wanted:
+            continue
         text, image = _moments(layer, original, site, calibration, name)
         shared = text.joined(image, config.image_weight)
-        for linear in site:
+        for linear in wanted:
             seen = (None if linear in IMAGE_BRANCH else text), (None if linear in TEXT_BRANCH else image)
             try:
                 done[linear] = _quantize(_weight(layer, linear), seen, shared, config)
@@ -139,14 +149,17 @@ def _moments(
     layer: DecoderLayer, original: DecoderLayer, site: tuple[str, ...], calibration: Calibration, name: str
 ) -> tuple[HessianAccumulator, HessianAccumulator]:
     """Moments of the text rows and of the image rows that enter the linear layers of ``site``."""
-    width = _weight(layer, site[0]).shape[1]
+    weight = _weight(layer, site[0])
     what = "keys and values" if site[0] == ATTENTION else site[0]
-    text, image = (HessianAccumulator(width, f"{name} {what}, {kind} rows") for kind in ("text", "image"))
+    text, image = (
+        HessianAccumulator(weight.shape[1], f"{name} {what}, {kind} rows", weight.device) for kind in ("text", "image")
+    )
     inputs = site_inputs(layer, site[0], calibration.quantized)
     exact_inputs = site_inputs(original, site[0], calibration.original)
     for (sequence, rows), (_, exact) in zip(inputs, exact_inputs, strict=True):
-        text.add(rows[sequence.routing.text], exact[sequence.routing.text])
-        image.add(rows[sequence.routing.image], exact[sequence.routing.image])
+        routing = sequence.routing.to(weight.device)
+        text.add(rows[routing.text], exact[routing.text])
+        image.add(rows[routing.image], exact[routing.image])
     return text, image
 
 

@@ -33,7 +33,8 @@ class Sequence:
 class Stream:
     """Sequences that all stand before the same layer.
 
-    Memory: one [T, C] float32 matrix per sequence, whatever the depth of the model.
+    Memory: one [T, C] float32 matrix per sequence, whatever the depth of the model. They stay where they are, on
+    the CPU; one sequence at a time visits the device of the layer.
     """
 
     def __init__(self, config: DecoderConfig, sequences: Iterable[Sequence]) -> None:
@@ -56,17 +57,19 @@ class Stream:
 
     @torch.no_grad()
     def outputs(self, layer: DecoderLayer) -> Iterator[Tensor]:
-        """The rows that ``layer`` makes of each sequence, each [T, C]."""
+        """The rows that ``layer`` makes of each sequence, each [T, C] on the layer's device."""
+        device = next(layer.parameters()).device
         for sequence in self.sequences:
             tokens = len(sequence.rows)
-            rotary = rotary_tables(self.config, tokens, tokens)
-            rows, _ = layer(sequence.rows, sequence.routing, (1, tokens), rotary)
+            cos, sin = rotary_tables(self.config, tokens, tokens)
+            rotary = cos.to(device), sin.to(device)
+            rows, _ = layer(sequence.rows.to(device), sequence.routing.to(device), (1, tokens), rotary)
             yield rows
 
     def advance(self, layer: DecoderLayer) -> None:
         """Move every sequence behind ``layer``."""
         for sequence, rows in zip(self.sequences, self.outputs(layer)):
-            sequence.rows = rows
+            sequence.rows = rows.to(sequence.rows.device)
 
 
 class Calibration:

@@ -46,7 +46,8 @@ class WeightFormat:
         head: the same for the output head.
         vision: fp32, fp16 or int8 tower and abstractor.
         embeddings: fp32 or fp16 rows of the token table.
-        method: gptq or rtn for integer decoders, none otherwise.
+        method: gptq or rtn for integer decoders, ``gptq checkpoint`` where a checkpoint's own integers were kept, none
+            otherwise.
         group_size: columns per scale; 0 where nothing is grouped.
     """
 

@@ -6,7 +6,10 @@ memory of one weight.
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -31,21 +34,46 @@ Attribute = int | float | str | Sequence[int]
 Axis = int | str
 
 
+@dataclass(frozen=True)
+class BuilderState:
+    """What has been built so far, the external data aside.
+
+    Attributes:
+        graph: serialized GraphProto of nodes and initializers.
+        names: how many names were given out.
+        length: bytes of the external data.
+        sha256: hex digest of the external data written since the state before this one.
+    """
+
+    graph: bytes
+    names: int
+    length: int
+    sha256: str
+
+
+def data_path(path: Path) -> Path:
+    """Where the external data of the graph at ``path`` lies."""
+    return path.with_name(path.name + ".data")
+
+
 class GraphBuilder:
     """Builds one ONNX file and its external data.
 
     Use as a context manager; call :meth:`save` before leaving it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, resume: bool = False) -> None:
+        """Begin a graph; with ``resume``, the external data that is there is kept for :meth:`restore`."""
         self.path = path
-        self._data_path = path.with_name(path.name + ".data")
-        self._data: BinaryIO = self._data_path.open("wb")
+        self._data_path = data_path(path)
+        self._data: BinaryIO = self._data_path.open("r+b" if resume else "wb")
+        self._written = hashlib.sha256()
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, TensorProto] = {}
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
         self._counter = 0
+        self._shared: dict[tuple[object, ...], str] = {}
 
     def __enter__(self) -> GraphBuilder:
         return self
@@ -79,6 +107,13 @@ class GraphBuilder:
     def op(self, op: str, *inputs: str, domain: str = "", **attributes: Attribute) -> str:
         """Append a node with one output and return its name."""
         return self._append(op, inputs, 1, domain, attributes)[0]
+
+    def shared(self, op: str, *inputs: str, **attributes: Attribute) -> str:
+        """As :meth:`op`, but the same operator on the same tensors is computed once and its name returned again."""
+        key = (op, inputs, tuple(sorted(attributes.items())))
+        if key not in self._shared:
+            self._shared[key] = self._append(op, inputs, 1, "", attributes)[0]
+        return self._shared[key]
 
     def _append(
         self,
@@ -114,9 +149,9 @@ class GraphBuilder:
         return self.constant("i64_" + "_".join(map(str, values)), np.array(values, dtype=np.int64))
 
     def _external(self, name: str, values: NDArray[np.generic]) -> TensorProto:
-        self._data.write(b"\0" * (-self._data.tell() % ALIGNMENT))
+        self._write(b"\0" * (-self._data.tell() % ALIGNMENT))
         offset = self._data.tell()
-        self._data.write(values.data)
+        self._write(values.data)
         tensor = TensorProto(
             name=name,
             data_type=helper.np_dtype_to_tensor_dtype(values.dtype),
@@ -127,6 +162,28 @@ class GraphBuilder:
         for key, value in entries.items():
             tensor.external_data.add(key=key, value=str(value))
         return tensor
+
+    def _write(self, data: bytes | memoryview) -> None:
+        self._data.write(data)
+        self._written.update(data)
+
+    def state(self) -> BuilderState:
+        """What has been built so far; the external data is on the disk when this returns."""
+        self._data.flush()
+        os.fsync(self._data.fileno())
+        graph = onnx.GraphProto(node=self._nodes, initializer=self._initializers.values())
+        written, self._written = self._written.hexdigest(), hashlib.sha256()
+        return BuilderState(graph.SerializeToString(), self._counter, self._data.tell(), written)
+
+    def restore(self, state: BuilderState) -> None:
+        """Go on from ``state``: its nodes and initializers take the place of those here, inputs and outputs stay."""
+        graph = onnx.GraphProto.FromString(state.graph)
+        self._nodes = list(graph.node)
+        self._initializers = {tensor.name: tensor for tensor in graph.initializer}
+        self._counter = state.names
+        self._data.truncate(state.length)
+        self._data.seek(state.length)
+        self._written = hashlib.sha256()
 
     def save(self) -> None:
         """Write the graph file; the external data is complete by then."""

@@ -8,16 +8,34 @@ branch's weights are never read.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from onnx import TensorProto
 from torch import Tensor
 
-from owl2.export.graph.builder import GraphBuilder
+from owl2.export.graph.builder import BuilderState, GraphBuilder
 from owl2.export.graph.dialect import AttentionInputs, Dialect, Linear
 from owl2.export.weights import LinearWeight
 from owl2.runtime import spec
 from owl2.runtime.config import DecoderConfig
+
+
+@dataclass(frozen=True)
+class DecoderState:
+    """Where the next layer of a decoder graph goes on.
+
+    Attributes:
+        builder: the nodes so far.
+        residual: tensor that holds the residual stream.
+        pending: tensor not yet added to it; empty before the first layer.
+        layers: how many are written.
+    """
+
+    builder: BuilderState
+    residual: str
+    pending: str
+    layers: int
 
 
 class DecoderGraph:
@@ -52,6 +70,15 @@ class DecoderGraph:
 
     def _cache_shape(self) -> list[int | str]:
         return ["B", self.config.num_attention_heads, "S", self.head_dim]
+
+    def state(self) -> DecoderState:
+        """Where the next layer goes on; the weights so far are on the disk when this returns."""
+        return DecoderState(self.graph.state(), self._residual, self._pending, self._index)
+
+    def restore(self, state: DecoderState) -> None:
+        """Go on from ``state``; the builder was opened to be resumed."""
+        self.graph.restore(state.builder)
+        self._residual, self._pending, self._index = state.residual, state.pending, state.layers
 
     def layer(self, linears: Mapping[str, Linear], gains: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Append one layer.

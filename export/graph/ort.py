@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
+from torch import Tensor
 
 from owl2.export.graph.builder import CONTRIB, GraphBuilder
 from owl2.export.graph.dialect import AttentionInputs, Linear
-from owl2.export.weights import ChannelInt8Weight, DenseWeight
+from owl2.export.weights import ChannelInt8Weight, DenseWeight, PermutedWeight
 from owl2.quant.grid import QuantizedWeight
 from owl2.runtime import int4
 
@@ -26,6 +29,8 @@ class OrtDialect:
         weight = linear.weight
         if isinstance(weight, ChannelInt8Weight):
             return self._dynamic_int8(graph, x, linear.name, weight, linear)
+        if isinstance(weight, PermutedWeight):
+            x, weight = _gathered(graph, x, weight.columns), weight.weight
         y = (
             self._dense(graph, x, linear.name, weight)
             if isinstance(weight, DenseWeight)
@@ -45,11 +50,17 @@ class OrtDialect:
     def _n_bits(self, graph: GraphBuilder, x: str, name: str, weight: QuantizedWeight) -> str:
         packed = int4.pack(weight.codes.numpy(), weight.bits, weight.group_size)
         rows, columns = weight.codes.shape
-        return graph.op(
-            "MatMulNBits",
+        inputs = [
             x,
             graph.constant(name + ".codes", packed),
             graph.constant(name + ".scales", weight.scales.numpy()),
+        ]
+        if weight.zero_points is not None:
+            zeros = int4.pack_zero_points(weight.zero_points.numpy(), weight.bits)
+            inputs.append(graph.constant(name + ".zero_points", zeros.reshape(-1)))
+        return graph.op(
+            "MatMulNBits",
+            *inputs,
             domain=CONTRIB,
             K=columns,
             N=rows,
@@ -123,3 +134,11 @@ class OrtDialect:
     def full_attention(self, graph: GraphBuilder, q: str, k: str, v: str, heads: int) -> str:
         """[N, Q, C] -> [N, Q, C]."""
         return graph.op("MultiHeadAttention", q, k, v, domain=CONTRIB, num_heads=heads)
+
+
+def _gathered(graph: GraphBuilder, x: str, columns: Tensor) -> str:
+    """The columns of x [M, K] in another order; linear layers that share input and order share the result."""
+    order = columns.numpy()
+    # Named by content: layers quantized on the same inputs have the same order.
+    name = f"columns_{hashlib.sha256(order.tobytes()).hexdigest()[:16]}"
+    return graph.shared("Gather", x, graph.constant(name, order), axis=1)

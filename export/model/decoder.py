@@ -39,6 +39,10 @@ class Routing:
         text, image = (~flat).nonzero()[:, 0], flat.nonzero()[:, 0]
         return cls(text, image, torch.cat([text, image]).argsort())
 
+    def to(self, device: torch.device) -> Routing:
+        """The same with its indices on ``device``."""
+        return Routing(self.text.to(device), self.image.to(device), self.order.to(device))
+
     def apply(self, rows: Tensor, on_text: nn.Module, on_image: nn.Module) -> Tensor:
         """rows: [B·T, C]; each branch sees its own rows only -> [B·T, C']."""
         if len(self.image) == 0:
@@ -121,7 +125,7 @@ class Attention(nn.Module):
             joined = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
-            visible = torch.ones(tokens, k.shape[2], dtype=torch.bool).tril(k.shape[2] - tokens)
+            visible = torch.ones(tokens, k.shape[2], dtype=torch.bool, device=rows.device).tril(k.shape[2] - tokens)
             joined = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
         return self.o_proj(joined.transpose(1, 2).reshape(batch * tokens, -1)), (k, v)
 

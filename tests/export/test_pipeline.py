@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -206,10 +208,12 @@ def test_calibration_passes_through_the_quantized_layers(
     layers: list[DecoderLayer] = []
     original = decoder.quantize_layer
 
-    def watched(layer: DecoderLayer, stream: Stream, config: QuantConfig, name: str) -> dict[str, QuantizedLinear]:
+    def watched(
+        layer: DecoderLayer, stream: Stream, config: QuantConfig, name: str, kept: Collection[str]
+    ) -> dict[str, QuantizedLinear]:
         seen.append(stream.copy())
         layers.append(layer)
-        return original(layer, stream, config, name)
+        return original(layer, stream, config, name, kept)
 
     monkeypatch.setattr(decoder, "quantize_layer", watched)
     export_bundle(ExportConfig(a1, tmp_path / "bundle", calibration=photos, group_size=32))
@@ -244,10 +248,8 @@ class TestTarget:
     def test_what_a_kill_between_the_renames_left_is_put_back(self, a1: Path, tmp_path: Path) -> None:
         target = tmp_path / "b[1]"  # brackets mean nothing here
         export_bundle(ExportConfig(a1, target, weights="fp32"))
-        process = subprocess.Popen([sys.executable, "-c", ""])
-        process.wait()
-        target.rename(tmp_path / f".b[1].{process.pid}.replaced")
-        (tmp_path / f".b[1].{process.pid}.partial").mkdir()
+        (tmp_path / ".b[1].partial" / "bundle").mkdir(parents=True)
+        target.rename(tmp_path / ".b[1].partial" / "replaced")
         with pytest.raises(ExportError, match="exists; give --overwrite"):
             export_bundle(ExportConfig(a1, target, weights="fp16"))
         assert Bundle.open(target).manifest.weights.decoder == "fp32"
@@ -284,8 +286,14 @@ class TestTarget:
         assert leftovers(tmp_path) == ["bundle"]
 
     def test_space_is_checked_first(self, tmp_path: Path) -> None:
-        with pytest.raises(ExportError, match=r"not enough space in .*: the bundle takes about 1\d{12} MB"):
-            check_space(tmp_path / "bundle", 2**60)
+        with (
+            pytest.raises(
+                ExportError, match=r"not enough space in .*: the export takes about 1\d{12} MB.* Nothing was"
+            ),
+            Staging(tmp_path / "bundle", overwrite=False) as staging,
+        ):
+            check_space(staging, 2**60)
+        assert leftovers(tmp_path) == []
 
     @pytest.mark.parametrize(
         ("settings", "message"),
@@ -295,6 +303,7 @@ class TestTarget:
             ({"group_size": 100}, "group_size 100 is not supported"),
             ({"method": "awq"}, "method 'awq' is not known; use gptq or rtn"),
             ({"samples": 0}, "samples must be positive"),
+            ({"device": "gpu"}, "device 'gpu': use cpu, cuda or cuda:N"),
         ],
     )
     def test_settings_are_checked(self, settings: dict[str, object], message: str) -> None:
@@ -366,12 +375,37 @@ class TestCommand:
         result = self.run(a1, tmp_path / "bundle", "--weights", "fp32", preexec_fn=limit)
         assert result.returncode == 1
         assert "not enough space in" in result.stderr
-        assert "the bundle takes about" in result.stderr
+        assert "the export takes about" in result.stderr
+        assert result.stderr.endswith("Nothing was left behind\n")
         assert leftovers(tmp_path) == []
 
+    def test_disk_full_behind_finished_layers(self, a1: Path, tmp_path: Path) -> None:
+        """They are kept, and with room the same command continues."""
+
+        def limit() -> None:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (450_000, 450_000))
+
+        options = ("--weights", "fp32", "--vision", "int8", "--samples", "1")
+        result = self.run(a1, tmp_path / "bundle", *options, preexec_fn=limit)
+        assert result.returncode == 1
+        assert "not enough space in" in result.stderr
+        kept = re.search(
+            r"(\d) of 3 decoder layers are kept in .*/.bundle.partial \(\d MB\): the same command", result.stderr
+        )
+        assert kept is not None, result.stderr
+        assert result.stderr.count("are kept in") == 1
+        assert leftovers(tmp_path) == [".bundle.partial"]
+        again = self.run(a1, tmp_path / "bundle", *options, "--json")
+        assert again.stderr == f"owl2-export: continuing an interrupted export at layer {int(kept[1]) + 1} of 3\n"
+        assert json.loads(again.stdout)["size"] > 450_000
+        assert leftovers(tmp_path) == ["bundle"]
+
     @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-    def test_stopping_leaves_nothing(self, sample_checkpoint: Path, tmp_path: Path, number: int, code: int) -> None:
-        with started(sample_checkpoint, tmp_path) as process:
+    def test_stopping_before_the_first_layer_leaves_nothing(
+        self, sample_checkpoint: Path, tmp_path: Path, number: int, code: int
+    ) -> None:
+        with started(sample_checkpoint, tmp_path, "bundle/vision.onnx.data") as process:
             process.send_signal(number)
             _, errors = process.communicate(timeout=60)
         assert process.returncode == code
@@ -379,18 +413,38 @@ class TestCommand:
         assert number == signal.SIGTERM or errors.endswith("owl2-export: stopped\n")
         assert leftovers(tmp_path) == []
 
+    @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+    def test_stopping_later_leaves_the_finished_layers(
+        self, sample_checkpoint: Path, tmp_path: Path, number: int, code: int
+    ) -> None:
+        with started(sample_checkpoint, tmp_path, "journal/layer-2.graph") as process:
+            process.send_signal(number)
+            _, errors = process.communicate(timeout=60)
+        assert process.returncode == code
+        assert re.search(rf"owl2-export: \d of 5 decoder layers are kept in {tmp_path}/.bundle.partial", errors)
+        assert "Traceback" not in errors
+        assert number == signal.SIGTERM or errors.endswith("owl2-export: stopped\n")
+        assert leftovers(tmp_path) == [".bundle.partial"]
+
     def test_a_killed_export_leaves_no_half_bundle(self, a1: Path, sample_checkpoint: Path, tmp_path: Path) -> None:
-        with started(sample_checkpoint, tmp_path) as process:
+        with started(sample_checkpoint, tmp_path, "bundle/decoder.onnx.data") as process:
             process.kill()
             process.communicate(timeout=60)
-        (hidden,) = leftovers(tmp_path)
-        assert hidden == f".bundle.{process.pid}.partial"
+        assert leftovers(tmp_path) == [".bundle.partial"]
         export_bundle(ExportConfig(a1, tmp_path / "bundle", weights="fp32"))
         assert leftovers(tmp_path) == ["bundle"]
 
+    def test_a_gpu_that_torch_cannot_use(self, a1: Path, tmp_path: Path) -> None:
+        if torch.cuda.is_available():
+            pytest.skip("there is a GPU here")
+        result = self.run(a1, tmp_path / "bundle", "--device", "cuda")
+        assert result.returncode == 1
+        assert re.match(rf"owl2-export: error: device cuda: .*torch {re.escape(torch.__version__)}", result.stderr)
+        assert leftovers(tmp_path) == []
 
-def started(checkpoint: Path, folder: Path) -> "subprocess.Popen[str]":
-    """An export that has begun to write the decoder."""
+
+def started(checkpoint: Path, folder: Path, file: str) -> "subprocess.Popen[str]":
+    """An export that has begun to write ``file`` of its hidden folder."""
     process = subprocess.Popen(
         [*COMMAND, str(checkpoint), str(folder / "bundle")],
         stdout=subprocess.PIPE,
@@ -399,7 +453,7 @@ def started(checkpoint: Path, folder: Path) -> "subprocess.Popen[str]":
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
     )
     end = time.monotonic() + 120
-    while not list(folder.glob(".bundle.*.partial/decoder.onnx.data")):
+    while not (folder / ".bundle.partial" / file).exists():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end
         time.sleep(0.01)

@@ -174,6 +174,26 @@ def test_rounding_needs_no_rows() -> None:
         assert quantized.report is None
 
 
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_kept_weights_stay_and_the_others_see_their_outputs(method: str) -> None:
+    kept = {"self_attn.k_proj.multiway.1", "mlp.gate_proj", "mlp.up_proj"}
+    layer, whole, config = make_layer(), make_layer(), QuantConfig(group_size=32, method=method)
+    before = {name: parameter.clone() for name, parameter in layer.named_parameters()}
+    made = quantize_layer(layer, make_stream(), config, "layers.0", kept)
+    assert set(made) == set(LINEARS) - kept
+    for name in kept:
+        assert torch.equal(layer.get_parameter(f"{name}.weight"), before[f"{name}.weight"])
+    everything = quantize_layer(whole, make_stream(), config, "layers.0")
+    for name in made:
+        same = torch.equal(made[name].weight.codes, everything[name].weight.codes)
+        # Everything behind the image keys sees other inputs where these were not rounded.
+        assert same == (method == "rtn" or name.startswith(("self_attn.q", "self_attn.k", "self_attn.v")))
+
+
+def test_nothing_left_to_quantize_needs_no_rows() -> None:
+    assert quantize_layer(make_layer(), None, QUANT, "layers.0", LINEARS) == {}
+
+
 def test_a_weight_that_cannot_be_quantized_is_named() -> None:
     layer = make_layer()
     with torch.no_grad():

@@ -1,0 +1,52 @@
+"""The device on which layers are computed and quantized while they are exported."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from owl2.runtime.errors import ConfigError, ExportError
+
+
+def check_device(name: str) -> torch.device:
+    """The device called ``name``: ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        ConfigError: the installed torch cannot compute there.
+    """
+    device = torch.device(name)
+    if device.type == "cpu":
+        return device
+    build = f"torch {torch.__version__}"
+    if torch.version.cuda is None:
+        raise ConfigError(
+            f"device {name}: the installed {build} is built without CUDA; install a build with it "
+            "(https://pytorch.org/get-started), or use device cpu"
+        )
+    count = torch.cuda.device_count()
+    if count == 0:
+        raise ConfigError(
+            f"device {name}: {build} (CUDA {torch.version.cuda}) finds no GPU; look for the driver with nvidia-smi, or "
+            "use device cpu"
+        )
+    if device.index is not None and device.index >= count:
+        raise ConfigError(f"device {name}: {build} finds {count} GPUs, the last one is cuda:{count - 1}")
+    return device
+
+
+@contextlib.contextmanager
+def device_memory_errors(name: str) -> Iterator[None]:
+    """Turn exhausted GPU memory into an error that says what to do.
+
+    Raises:
+        ExportError: it was exhausted.
+    """
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise ExportError(
+            f"device {name} has too little free memory for a decoder layer and its Hessian (4 to 5 GiB at 7B); end "
+            "what else uses it, or use device cpu"
+        ) from error
