@@ -179,11 +179,11 @@ def test_kept_weights_stay_and_the_others_see_their_outputs(method: str) -> None
     kept = {"self_attn.k_proj.multiway.1", "mlp.gate_proj", "mlp.up_proj"}
     layer, whole, config = make_layer(), make_layer(), QuantConfig(group_size=32, method=method)
     before = {name: parameter.clone() for name, parameter in layer.named_parameters()}
-    made = quantize_layer(layer, make_stream(), config, "layers.0", kept)
+    made = quantize_layer(layer, Calibration(make_stream()), config, "layers.0", kept)
     assert set(made) == set(LINEARS) - kept
     for name in kept:
         assert torch.equal(layer.get_parameter(f"{name}.weight"), before[f"{name}.weight"])
-    everything = quantize_layer(whole, make_stream(), config, "layers.0")
+    everything = quantize_layer(whole, Calibration(make_stream()), config, "layers.0")
     for name in made:
         same = torch.equal(made[name].weight.codes, everything[name].weight.codes)
         # Everything behind the image keys sees other inputs where these were not rounded.
