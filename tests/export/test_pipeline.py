@@ -446,7 +446,7 @@ class TestCommand:
 def started(checkpoint: Path, folder: Path, file: str) -> "subprocess.Popen[str]":
     """An export that has begun to write ``file`` of its hidden folder."""
     process = subprocess.Popen(
-        [*COMMAND, str(checkpoint), str(folder / "bundle")],
+        [*COMMAND, str(checkpoint), str(folder / "bundle"), "--samples", "4"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
