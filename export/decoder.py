@@ -22,6 +22,7 @@ from owl2.export.weights import DenseWeight, LinearWeight
 from owl2.quant.config import QuantConfig
 from owl2.quant.gptq import GptqReport
 from owl2.quant.grid import rtn
+from owl2.quant.kv import KvScales, rounding, watched
 from owl2.quant.layer import LINEARS, quantize_layer
 from owl2.quant.stream import Stream
 from owl2.runtime import spec
@@ -38,11 +39,13 @@ class Streams:
         calibration: through the stored weights, for GPTQ; None where it is not used.
         stored: the measured prompts, through the stored weights.
         reference: the measured prompts, through the original weights.
+        kv_int8: the probes, through the stored weights with keys and values as an int8 cache holds them.
     """
 
     calibration: Stream | None
     stored: Stream
     reference: Stream
+    kv_int8: Stream
 
 
 @dataclass(frozen=True)
@@ -53,12 +56,16 @@ class ExportedDecoder:
         modules: what GPTQ cost, by name of the linear layer; empty for other methods.
         stored: rows [T, C] of each measured prompt behind the final norm, from torch on the stored weights.
         reference: the same on the original weights.
+        kv_int8: the same of each probe on the stored weights, with keys and values as an int8 cache holds them.
+        kv_scales: of such a cache, by layer.
         stored_head, reference_head: float32 [V, C].
     """
 
     modules: dict[str, GptqReport]
     stored: list[Tensor]
     reference: list[Tensor]
+    kv_int8: list[Tensor]
+    kv_scales: list[KvScales]
     stored_head: Tensor
     reference_head: Tensor
 
@@ -69,6 +76,10 @@ class ExportedDecoder:
     def reference_logits(self, index: int) -> Floats:
         """The same on the original weights."""
         return (self.reference[index] @ self.reference_head.T).numpy()
+
+    def kv_int8_logits(self, index: int) -> Floats:
+        """Logits [T, V] of one probe on the stored weights, with an int8 K/V cache."""
+        return (self.kv_int8[index] @ self.stored_head.T).numpy()
 
 
 def export_decoder(
@@ -81,6 +92,7 @@ def export_decoder(
     """
     decoder = checkpoint.config.decoder
     modules: dict[str, GptqReport] = {}
+    kv_scales: list[KvScales] = []
     reporter.stage(_stage_name(config), decoder.num_hidden_layers + 1)
     with GraphBuilder(folder / spec.DECODER_GRAPH) as graph:
         writer = DecoderGraph(graph, OrtDialect(), decoder)
@@ -89,9 +101,7 @@ def export_decoder(
             layer = _load_layer(checkpoint, f"model.{name}.")
             streams.reference.advance(layer)
             weights = _store_layer(layer, streams.calibration, config, name, modules)
-            streams.stored.advance(layer)
-            if streams.calibration is not None:
-                streams.calibration.advance(layer)
+            kv_scales.append(_advance_stored(streams, layer))
             writer.layer(_linears(layer, weights, name), _gains(layer))
             reporter.advance()
         norm, head, reference_head = _finish(checkpoint, writer, config)
@@ -99,7 +109,21 @@ def export_decoder(
     with torch.no_grad():
         stored = [norm(sequence.rows) for sequence in streams.stored.sequences]
         reference = [norm(sequence.rows) for sequence in streams.reference.sequences]
-    return ExportedDecoder(modules, stored, reference, head, reference_head)
+        kv_int8 = [norm(sequence.rows) for sequence in streams.kv_int8.sequences]
+    return ExportedDecoder(modules, stored, reference, kv_int8, kv_scales, head, reference_head)
+
+
+def _advance_stored(streams: Streams, layer: DecoderLayer) -> KvScales:
+    """Move what passes through the stored weights behind ``layer``; returns the scales of its int8 K/V cache."""
+    with watched(layer) as seen:
+        streams.stored.advance(layer)
+    if streams.calibration is not None:
+        with watched(layer) as seen:
+            streams.calibration.advance(layer)
+    scales = seen.scales()
+    with rounding(layer, scales):
+        streams.kv_int8.advance(layer)
+    return scales
 
 
 def _load_layer(checkpoint: Checkpoint, prefix: str) -> DecoderLayer:

@@ -16,12 +16,16 @@ from owl2.export import __version__
 from owl2.export.checkpoint import Checkpoint
 from owl2.export.config import BYTES, ExportConfig
 from owl2.export.decoder import ExportedDecoder, Streams, export_decoder
+from owl2.export.graph.kv_int8 import MINIMUM_ONNXRUNTIME as KV_INT8_ONNXRUNTIME
+from owl2.export.graph.kv_int8 import write_int8_kv_graph
 from owl2.export.graph.ort import MINIMUM_ONNXRUNTIME
+from owl2.export.kv_int8 import FloatLogits, can_be_checked, summary
+from owl2.export.kv_int8 import compare as compare_kv_int8
 from owl2.export.model import Owl2Model
 from owl2.export.parity import Parity, compare, with_float_activations
 from owl2.export.progress import Reporter, Silent
 from owl2.export.prompts import Prompts, fingerprint, pictures_of, prepare
-from owl2.export.report import Accuracy, AccuracyMeter, CalibrationRecord, Report
+from owl2.export.report import Accuracy, AccuracyMeter, CalibrationRecord, KvInt8, Report
 from owl2.export.staging import Staging, check_space, disk_errors
 from owl2.export.vision import ExportedVision, export_vision
 from owl2.quant.calibration import CalibrationSet, load_calibration
@@ -34,6 +38,7 @@ from owl2.runtime.engine import Decoder, Floats, Ints
 from owl2.runtime.errors import BundleError, CheckpointError
 from owl2.runtime.generate import peak_memory
 from owl2.runtime.multimodal import embed
+from owl2.runtime.spec import KvType
 from owl2.runtime.tokenizer import Tokenizer
 
 # So many text positions at the end of a probe are decoded one by one, to compare the cached step too.
@@ -65,18 +70,26 @@ def export_bundle(config: ExportConfig, reporter: Reporter | None = None) -> Rep
             streams, probes = _embed(checkpoint, folder, config, prompts, vision)
             record = _calibration_record(data, prompts, streams.calibration)
             decoder = export_decoder(checkpoint, folder, config, streams, reporter)
-            manifest = _manifest(checkpoint.config, config)
+            kv_int8 = can_be_checked()
+            if kv_int8:
+                source, target = (folder / spec.DECODER_GRAPHS[kind] for kind in ("fp32", "int8"))
+                write_int8_kv_graph(source, target, checkpoint.config.decoder, decoder.kv_scales)
+            manifest = _manifest(checkpoint.config, config, kv_int8=kv_int8)
             bundle = Bundle(folder, manifest)
             reporter.stage("comparing with torch", 2 * len(probes) + len(prompts.measured))
             exact = _exact_logits(bundle, probes, reporter)
             session = _open_decoder(bundle)
             parity = _check_decoder(exact, _probe_logits(session, probes, reporter), decoder, len(probes))
-            accuracy = _measure(bundle, session, prompts, vision, decoder, reporter)
+            kept = FloatLogits()
+            accuracy = _measure(bundle, session, prompts, vision, decoder, kept, reporter)
+            del session  # before the next one is opened
+            loss = _check_kv_int8(bundle, probes, decoder, kept, accuracy.measured_on, reporter) if kv_int8 else None
             report = Report(
                 recipe=_recipe(config),
                 calibration=record,
                 parity=(vision.parity, parity),
                 accuracy=accuracy,
+                kv_int8=loss,
                 modules=decoder.modules,
                 size=sum(path.stat().st_size for path in folder.iterdir()),
                 seconds=round(time.perf_counter() - began, 2),
@@ -139,8 +152,8 @@ def _embed(
     measured = [embed(prompt.keys, table, vision.reference) for prompt in prompts.measured]
     calibration = [embed(prompt.keys, table, vision.rows) for prompt in prompts.calibration]
     stored = stream(measured)
-    streams = Streams(stream(calibration) if calibration else None, stored, stored.copy())
-    return streams, measured[: len(prompts.probes)]
+    probes = measured[: len(prompts.probes)]
+    return Streams(stream(calibration) if calibration else None, stored, stored.copy(), stream(probes)), probes
 
 
 def _write_table(path: Path, table: NDArray[np.float32], dtype: type[np.float16 | np.float32]) -> None:
@@ -158,10 +171,12 @@ def _probe_logits(session: Decoder, probes: list[Embedded], reporter: Reporter) 
     return np.concatenate(made)
 
 
-def _exact_logits(bundle: Bundle, probes: list[Embedded], reporter: Reporter) -> Floats:
+def _exact_logits(
+    bundle: Bundle, probes: list[Embedded], reporter: Reporter, kv_cache: KvType = spec.DEFAULT_KV_CACHE
+) -> Floats:
     """The same with float32 activations; that session is gone before the next one is opened."""
-    with with_float_activations(bundle.path(spec.DECODER_GRAPH)) as variant:
-        session = OrtDecoder(variant, bundle.manifest.model.decoder, OrtOptions(frugal=True))
+    with with_float_activations(bundle.decoder_graph(kv_cache)) as variant:
+        session = OrtDecoder(variant, bundle.manifest.model.decoder, OrtOptions(kv_cache=kv_cache, frugal=True))
         return _probe_logits(session, probes, reporter)
 
 
@@ -180,10 +195,36 @@ def _check_decoder(exact: Floats, actual: Floats, decoder: ExportedDecoder, prob
     )
 
 
-def _open_decoder(bundle: Bundle) -> OrtDecoder:
+def _check_kv_int8(
+    bundle: Bundle,
+    probes: list[Embedded],
+    decoder: ExportedDecoder,
+    kept: FloatLogits,
+    measured_on: str,
+    reporter: Reporter,
+) -> KvInt8:
+    """Compare the decoder with an int8 K/V cache with torch on the probes, then with its float32 one on ``kept``.
+
+    Raises:
+        ParityError: it does not compute what torch computes.
+    """
+    reporter.stage("int8 K/V cache", len(probes) + len(kept.prompts))
+    difference = compare_kv_int8(
+        made=_exact_logits(bundle, probes, reporter, "int8"),
+        rounded=np.concatenate([decoder.kv_int8_logits(i) for i in range(len(probes))]),
+        unrounded=np.concatenate([decoder.stored_logits(i) for i in range(len(probes))]),
+    )
+    session, meter = _open_decoder(bundle, "int8"), AccuracyMeter()
+    for embeds, modality, logits in kept.prompts:
+        meter.add(logits, _full_logits(session, embeds, modality), modality)
+        reporter.advance()
+    return summary(meter, measured_on, difference, bundle.manifest.model.decoder)
+
+
+def _open_decoder(bundle: Bundle, kv_cache: KvType = spec.DEFAULT_KV_CACHE) -> OrtDecoder:
     """The decoder as the runtime opens it, but without a second copy of floating-point weights in memory."""
-    frugal = bundle.manifest.weights.method == "none"
-    return OrtDecoder(bundle.path(spec.DECODER_GRAPH), bundle.manifest.model.decoder, OrtOptions(frugal=frugal))
+    options = OrtOptions(kv_cache=kv_cache, frugal=bundle.manifest.weights.method == "none")
+    return OrtDecoder(bundle.decoder_graph(kv_cache), bundle.manifest.model.decoder, options)
 
 
 def _measure(
@@ -192,6 +233,7 @@ def _measure(
     prompts: Prompts,
     vision: ExportedVision,
     decoder: ExportedDecoder,
+    kept: FloatLogits,
     reporter: Reporter,
 ) -> Accuracy:
     """Compare the whole bundle, its own vision rows and token table included, with torch on the checkpoint."""
@@ -201,7 +243,9 @@ def _measure(
     for index, prompt in enumerate(prompts.measured):
         if index >= first:
             embeds, modality = embed(prompt.keys, table, vision.rows)
-            meter.add(decoder.reference_logits(index), _full_logits(session, embeds, modality), modality)
+            made = _full_logits(session, embeds, modality)
+            meter.add(decoder.reference_logits(index), made, modality)
+            kept.offer(embeds, modality, made)
         reporter.advance()
     return meter.result(name)
 
@@ -249,14 +293,16 @@ def _calibration_record(data: CalibrationSet, prompts: Prompts, stream: Stream |
     )
 
 
-def _manifest(model: ModelConfig, config: ExportConfig) -> Manifest:
+def _manifest(model: ModelConfig, config: ExportConfig, *, kv_int8: bool) -> Manifest:
     """The manifest without its files, which are not complete yet."""
     quant = config.quant
+    kv_cache = {"fp32": MINIMUM_ONNXRUNTIME} | ({"int8": KV_INT8_ONNXRUNTIME} if kv_int8 else {})
     return Manifest(
         format=spec.FORMAT_VERSION,
         producer=f"owl2 {__version__}",
         dialect="ort",
         minimum_onnxruntime=MINIMUM_ONNXRUNTIME,
+        kv_cache=kv_cache,
         template="mplug_owl2",
         weights=WeightFormat(
             decoder=config.weights,

@@ -39,6 +39,33 @@ class Accuracy:
 
 
 @dataclass(frozen=True, slots=True)
+class KvInt8:
+    """What an int8 K/V cache costs and saves; all compared with the same bundle's float32 one.
+
+    Attributes:
+        measured_on: which prompts.
+        positions: how many positions were compared.
+        kl_text, kl_image: mean Kullback-Leibler divergence of the next-token distributions, in nats, at text and
+            at image positions.
+        agreement: share of text positions with the same most likely token.
+        torch_difference: RMS of the difference between the graph and torch with keys and values rounded alike, as
+            a fraction of what the rounding changes.
+        bytes_per_position: keys and values of one position in all layers; the scales are part of the graph.
+        bytes_per_position_fp16, bytes_per_position_fp32: the same in wider caches.
+    """
+
+    measured_on: str
+    positions: int
+    kl_text: float
+    kl_image: float
+    agreement: float
+    torch_difference: float
+    bytes_per_position: int
+    bytes_per_position_fp16: int
+    bytes_per_position_fp32: int
+
+
+@dataclass(frozen=True, slots=True)
 class CalibrationRecord:
     """What the quantizer looked at.
 
@@ -67,6 +94,7 @@ class Report:
         calibration: what the quantizer looked at.
         parity: each graph against torch.
         accuracy: the bundle against the checkpoint.
+        kv_int8: what an int8 K/V cache costs; None where the bundle offers none.
         modules: what GPTQ cost, by linear layer.
         size: bytes of the bundle.
         seconds: wall time of the export.
@@ -77,6 +105,7 @@ class Report:
     calibration: CalibrationRecord
     parity: tuple[Parity, ...]
     accuracy: Accuracy
+    kv_int8: KvInt8 | None
     modules: Mapping[str, GptqReport]
     size: int
     seconds: float

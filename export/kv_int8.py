@@ -1,0 +1,90 @@
+"""The int8 K/V cache as part of an export: written where it can be checked, compared with torch, its loss measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnxruntime
+
+from owl2.export.graph.kv_int8 import MINIMUM_ONNXRUNTIME
+from owl2.export.report import AccuracyMeter, KvInt8
+from owl2.runtime import spec
+from owl2.runtime.bundle import is_older
+from owl2.runtime.config import DecoderConfig
+from owl2.runtime.engine import Floats, Ints
+from owl2.runtime.errors import ParityError
+
+# Of the RMS that rounding keys and values changes. Where torch and the graph compute a value on either side of the
+# border between two codes, they differ by a whole step; wrong scales or channels give 1 and more.
+DIFFERENCE_LIMIT = 0.25
+# Beside what is below the resolution of float32; relative to the RMS of the logits.
+EXACT_LIMIT = 1e-3
+KEPT_LOGITS = 256 << 20  # bytes; 2097 positions of a vocabulary of 32000
+
+
+@dataclass
+class FloatLogits:
+    """Prompts with their logits under a float32 K/V cache, as many as fit :data:`KEPT_LOGITS`.
+
+    Attributes:
+        prompts: embeds [T, C], modality [T] and logits [T, V] each.
+    """
+
+    prompts: list[tuple[Floats, Ints, Floats]] = field(default_factory=list)
+
+    def offer(self, embeds: Floats, modality: Ints, logits: Floats) -> None:
+        """Keep a prompt if there is room."""
+        if logits.nbytes + sum(kept.nbytes for _, _, kept in self.prompts) <= KEPT_LOGITS:
+            self.prompts.append((embeds, modality, logits))
+
+
+def can_be_checked() -> bool:
+    """Whether the installed ONNX Runtime runs the graph; what cannot be checked is not written."""
+    return not is_older(onnxruntime.__version__, MINIMUM_ONNXRUNTIME)
+
+
+def compare(*, made: Floats, rounded: Floats, unrounded: Floats) -> float:
+    """Measure the graph against torch and judge.
+
+    Args:
+        made: logits of the graph, activations in float32.
+        rounded: torch's logits on the stored weights with keys and values rounded as the cache rounds them.
+        unrounded: the same with keys and values in float32. All three have one shape.
+
+    Returns:
+        RMS of the difference, as a fraction of what the rounding changes in torch.
+
+    Raises:
+        ParityError: the graph does something else than rounding keys and values.
+    """
+    effect, difference = _rms(rounded - unrounded), _rms(made - rounded)
+    allowed = max(DIFFERENCE_LIMIT * effect, EXACT_LIMIT * _rms(unrounded))
+    # Written so that NaN fails.
+    if not difference <= allowed:
+        raise ParityError(
+            f"{spec.DECODER_GRAPHS['int8']} does not compute what torch computes with keys and values rounded to int8: "
+            f"the difference is {difference:.3g} (RMS of the logits), at most {allowed:.3g} is allowed. Nothing was "
+            "written; please report this with your config.json"
+        )
+    return difference / effect if effect > 0 else 0.0
+
+
+def _rms(values: Floats) -> float:
+    return float(np.sqrt(np.mean(np.square(values, dtype=np.float64))))
+
+
+def summary(meter: AccuracyMeter, measured_on: str, torch_difference: float, decoder: DecoderConfig) -> KvInt8:
+    """The report of what ``meter`` has compared."""
+    accuracy = meter.result(measured_on)
+    return KvInt8(
+        measured_on=measured_on,
+        positions=accuracy.positions,
+        kl_text=accuracy.kl_text,
+        kl_image=accuracy.kl_image,
+        agreement=accuracy.top1_agreement_text,
+        torch_difference=torch_difference,
+        bytes_per_position=spec.kv_bytes(decoder, 1),
+        bytes_per_position_fp16=spec.kv_bytes(decoder, 2),
+        bytes_per_position_fp32=spec.kv_bytes(decoder, 4),
+    )
