@@ -18,7 +18,7 @@ from owl2.runtime.version import __version__
 
 if TYPE_CHECKING:
     from owl2.export.progress import Reporter
-    from owl2.export.report import Report
+    from owl2.export.report import KvInt8, Report
 
 DEFAULTS = {
     name: ExportConfig.__dataclass_fields__[name].default for name in ("weights", "method", "group_size", "samples")
@@ -151,7 +151,18 @@ def _summary(bundle: Path, report: Report) -> str:
         f"same best token {accuracy.top1_agreement_text:.1%}, mean logit difference "
         f"{accuracy.mean_abs_logit_difference:.3f}"
     )
+    lines.append(_kv_line(report.kv_int8))
     return "\n".join(lines)
+
+
+def _kv_line(loss: KvInt8 | None) -> str:
+    if loss is None:
+        return "  int8 K/V cache: left out, since the installed onnxruntime is too old to check it"
+    return (
+        f"  int8 K/V cache: {size(loss.bytes_per_position)} per position instead of "
+        f"{size(loss.bytes_per_position_fp32)} ({size(loss.bytes_per_position_fp16)} in float16); against fp32 "
+        f"K/V: KL {loss.kl_text:.2e} nats at text positions, same best token {loss.agreement:.1%}"
+    )
 
 
 def main() -> None:

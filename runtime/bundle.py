@@ -153,8 +153,9 @@ class Bundle:
         )
         if is_older(onnxruntime.__version__, offered[kv_cache]):
             raise BackendUnavailableError(
-                f"the {kv_cache} K/V cache needs onnxruntime {offered[kv_cache]} or newer, {onnxruntime.__version__} is "
-                f"installed; upgrade it (pip install -U onnxruntime) or load with kv_cache {spec.DEFAULT_KV_CACHE!r}"
+                f"the {kv_cache} K/V cache needs onnxruntime {offered[kv_cache]} or newer, {onnxruntime.__version__} "
+                "is installed; upgrade it (pip install -U onnxruntime) or load with kv_cache "
+                f"{spec.DEFAULT_KV_CACHE!r}"
             )
         return self.path(spec.DECODER_GRAPHS[kv_cache])
 

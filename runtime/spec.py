@@ -19,6 +19,8 @@ KvType = Literal["fp32", "int8"]
 DECODER_GRAPHS: dict[KvType, str] = {"fp32": DECODER_GRAPH, "int8": "decoder.kv_int8.onnx"}
 """One graph per type of K/V cache; all use the weights in ``decoder.onnx.data``."""
 DEFAULT_KV_CACHE: KvType = "fp32"
+KV_WIDTHS: dict[KvType, int] = {"fp32": 4, "int8": 1}
+"""Bytes of an element."""
 EMBEDDINGS = "embeddings.bin"
 REPORT = "report.json"
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")

@@ -1,7 +1,8 @@
-"""What rounding keys and values to 8 bits costs, by how the scales are shared.
+"""What rounding keys and values to 8 bits costs, by how the scales are shared and how far they reach.
 
 Torch on a checkpoint's own weights: the largest values are taken on calibration samples, the loss is measured on
-others. ONNX Runtime's attention takes one scale per tensor or per channel; the rest is here to compare with.
+others, at the positions they have and again at later ones (which changes nothing in float32). ONNX Runtime's attention
+takes one scale per tensor or per channel; the other ways are here to compare with.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,28 +20,45 @@ from torch import Tensor
 
 from owl2.export.checkpoint import Checkpoint
 from owl2.export.model import DecoderLayer, Owl2Model
+from owl2.export.model.decoder import KeyValue
+from owl2.export.model.owl2 import rotary_slice
 from owl2.export.prompts import pictures_of, prepare
 from owl2.export.report import AccuracyMeter
 from owl2.quant.calibration import load_calibration
-from owl2.quant.stream import Sequence, Stream
-from owl2.runtime.multimodal import Prompt, embed
+from owl2.quant.stream import Sequence
+from owl2.runtime.multimodal import embed
 from owl2.runtime.tokenizer import Tokenizer
 
-KeyValue = tuple[Tensor, Tensor]
-Scaling = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Largest magnitudes [2, H, D] by modality, values [1, H, T, D], modality [T] -> magnitude of the last code."""
+FACTORS = (1.0, 1.1, 1.25, 1.5, 2.0)
+KEYS, VALUES, KEY_PAIRS = range(3)
 
-FACTORS = (1.0, 1.1, 1.25, 1.5)
 
-SHARED: dict[str, Scaling] = {
-    "tensor": lambda most, x, kinds: most.max(),
-    "head": lambda most, x, kinds: most.amax((0, 2))[:, None, None],
-    "head and modality": lambda most, x, kinds: most.amax(2).T[:, kinds, None],
-    "channel": lambda most, x, kinds: most.amax(0)[:, None],
-    "channel and modality": lambda most, x, kinds: most.transpose(0, 1)[:, kinds],
-    "token and head": lambda most, x, kinds: x.abs().amax(-1, keepdim=True),
+@dataclass(frozen=True)
+class Sharing:
+    """Which values have a scale in common.
+
+    Attributes:
+        reach: from largest magnitudes [2 (text, image), H, D], values [1, H, T, D] and their modality [T], the
+            magnitude of the last code, which broadcasts with the values.
+        pairs: take the length of a key's rotary pair for the magnitude of its two channels.
+        dynamic: scales are computed while running, so no factor helps.
+    """
+
+    reach: Callable[[Tensor, Tensor, Tensor], Tensor]
+    pairs: bool = False
+    dynamic: bool = False
+
+
+SHARINGS = {
+    "tensor": Sharing(lambda most, x, kinds: most.max()),
+    "head": Sharing(lambda most, x, kinds: most.amax((0, 2))[:, None, None]),
+    "head and modality": Sharing(lambda most, x, kinds: most.amax(2).T[:, kinds, None]),
+    "channel": Sharing(lambda most, x, kinds: most.amax(0)[:, None]),
+    "channel, keys by pair": Sharing(lambda most, x, kinds: most.amax(0)[:, None], pairs=True),
+    "channel and modality": Sharing(lambda most, x, kinds: most.transpose(0, 1)[:, kinds]),
+    "the same, keys by pair": Sharing(lambda most, x, kinds: most.transpose(0, 1)[:, kinds], pairs=True),
+    "token and head": Sharing(lambda most, x, kinds: x.abs().amax(-1, keepdim=True), dynamic=True),
 }
-"""Per token means computed while running; the others come from the calibration samples."""
 
 
 @contextmanager
@@ -56,7 +75,7 @@ def hooked(layers: list[DecoderLayer], hook: Callable[[int, KeyValue], KeyValue]
 
 
 class Model:
-    """The decoder on streams of prompts."""
+    """The checkpoint in torch."""
 
     def __init__(self, folder: Path) -> None:
         with Checkpoint(folder) as checkpoint:
@@ -67,10 +86,10 @@ class Model:
         self.layers: list[DecoderLayer] = list(self.model.model.layers)
 
     @torch.no_grad()
-    def sequences(self, data: Path, samples: int) -> list[Sequence]:
-        """Rows of the prompts before the first layer."""
+    def sequences(self, data: Path | None, samples: int) -> list[Sequence]:
+        """Rows of the prompts before the first layer; None for the built-in samples."""
         prompts = prepare(load_calibration(data, samples), self.config, self.tokenizer, calibrate=True)
-        chosen: list[Prompt] = prompts.calibration + prompts.held_out
+        chosen = prompts.calibration + prompts.held_out
         rows = {
             digest: self.model.encode_images(torch.from_numpy(picture.pixels)[None])[0].numpy()
             for digest, picture in pictures_of(chosen).items()
@@ -80,12 +99,13 @@ class Model:
         return [Sequence.of(torch.from_numpy(embeds), torch.from_numpy(kinds)) for embeds, kinds in made]
 
     @torch.no_grad()
-    def logits(self, sequence: Sequence) -> np.ndarray:
-        """[T, V]."""
-        stream = Stream(self.config.decoder, [Sequence(sequence.rows, sequence.routing)])
+    def logits(self, sequence: Sequence, first: int = 0) -> np.ndarray:
+        """[T, V] of a sequence whose first position is ``first``."""
+        rows, tokens = sequence.rows, len(sequence.rows)
+        rotary = rotary_slice(self.config.decoder, first, tokens)
         for layer in self.layers:
-            stream.advance(layer)
-        return self.model.head(self.model.model.norm(stream.sequences[0].rows)).numpy()
+            rows, _ = layer(rows, sequence.routing, (1, tokens), rotary)
+        return self.model.head(self.model.model.norm(rows)).numpy()
 
 
 def modality(sequence: Sequence) -> Tensor:
@@ -96,14 +116,15 @@ def modality(sequence: Sequence) -> Tensor:
 
 
 def largest(model: Model, sequences: list[Sequence]) -> Tensor:
-    """Magnitudes [layers, 2 (K, V), 2 (text, image), H, D]."""
+    """Magnitudes [layers, 3 (keys, values, keys by pair), 2 (text, image), H, D]."""
     decoder = model.config.decoder
-    most = torch.zeros(len(model.layers), 2, 2, decoder.num_attention_heads, decoder.head_dim)
+    most = torch.zeros(len(model.layers), 3, 2, decoder.num_attention_heads, decoder.head_dim)
     for sequence in sequences:
         kinds = modality(sequence)
 
         def see(index: int, made: KeyValue, kinds: Tensor = kinds) -> KeyValue:
-            for which, x in enumerate(made):
+            lengths = torch.hypot(*made[0].chunk(2, dim=-1))
+            for which, x in enumerate((*made, torch.cat([lengths, lengths], dim=-1))):
                 for kind in range(2):
                     rows = x[0, :, kinds == kind]
                     if rows.shape[1]:
@@ -116,32 +137,32 @@ def largest(model: Model, sequences: list[Sequence]) -> Tensor:
 
 
 def measure(
-    model: Model, sequences: list[Sequence], exact: list[np.ndarray], most: Tensor, shared: Scaling, factor: float
+    model: Model, pairs: list[tuple[Sequence, np.ndarray]], most: Tensor, sharing: Sharing, factor: float, first: int
 ) -> dict[str, float]:
-    """KL and agreement of one way of sharing scales; the share of values beyond the last code."""
-    meter, clipped, seen = AccuracyMeter(), 0, 0
-    for sequence, reference in zip(sequences, exact):
+    """KL and agreement of one way of sharing scales, and the share of values beyond the last code."""
+    meter, cut, seen = AccuracyMeter(), 0, 0
+    for sequence, exact in pairs:
         kinds = modality(sequence)
 
         def rounded(index: int, made: KeyValue, kinds: Tensor = kinds) -> KeyValue:
-            nonlocal clipped, seen
+            nonlocal cut, seen
             results = []
-            for which, x in enumerate(made):
-                scale = (factor * shared(most[index, which], x, kinds) / 127).clamp(min=1e-12)
+            for which, x in zip((KEY_PAIRS if sharing.pairs else KEYS, VALUES), made):
+                scale = (factor * sharing.reach(most[index, which], x, kinds) / 127).clamp(min=1e-12)
                 codes = (x / scale).round()
-                clipped += int(((codes > 127) | (codes < -128)).sum())
+                cut += int(((codes > 127) | (codes < -128)).sum())
                 seen += codes.numel()
                 results.append(codes.clamp(-128, 127) * scale)
             return results[0], results[1]
 
         with hooked(model.layers, rounded):
-            meter.add(reference, model.logits(sequence), kinds.numpy())
+            meter.add(exact, model.logits(sequence, first), kinds.numpy())
     accuracy = meter.result("held out")
     return {
         "kl_text": accuracy.kl_text,
         "kl_image": accuracy.kl_image,
         "agreement": accuracy.top1_agreement_text,
-        "clipped": clipped / seen,
+        "cut": cut / seen,
     }
 
 
@@ -149,25 +170,31 @@ def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("calibration", type=Path, help="JSONL of conversations, or a folder of pictures")
-    parser.add_argument("held_out", type=Path, help="the same, other samples")
-    parser.add_argument("--samples", type=int, default=128, help="of each (default 128)")
+    parser.add_argument("calibration", help="JSONL of conversations, a folder of pictures, or built-in")
+    parser.add_argument("held_out", type=Path, help="JSONL of conversations or a folder of pictures, other samples")
+    parser.add_argument("--samples", type=int, default=128, help="to calibrate with (default 128)")
+    parser.add_argument("--measured", type=int, default=64, help="held-out samples (default 64)")
+    parser.add_argument("--only", choices=SHARINGS, nargs="+", default=list(SHARINGS))
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     model = Model(options.checkpoint)
-    most = largest(model, model.sequences(options.calibration, options.samples))
-    sequences = model.sequences(options.held_out, options.samples)
-    exact = [model.logits(sequence) for sequence in sequences]
+    data = None if options.calibration == "built-in" else Path(options.calibration)
+    most = largest(model, model.sequences(data, options.samples))
+    sequences = model.sequences(options.held_out, options.measured)
+    later = model.config.decoder.max_position_embeddings - max(len(sequence.rows) for sequence in sequences)
+    pairs = [(sequence, model.logits(sequence)) for sequence in sequences]
     rows = []
-    for name, shared in SHARED.items():
-        for factor in FACTORS if "token" not in name else FACTORS[:1]:
-            rows.append({"scales": name, "factor": factor, **measure(model, sequences, exact, most, shared, factor)})
-            if not options.json:
-                print(
-                    "{scales:22} {factor:4}  KL text {kl_text:.2e}  image {kl_image:.2e}  same best "
-                    "{agreement:.2%}  clipped {clipped:.1e}".format(**rows[-1]),
-                    flush=True,
-                )
+    for name in options.only:
+        for factor in FACTORS[:1] if SHARINGS[name].dynamic else FACTORS:
+            for first in (0, later):
+                row = measure(model, pairs, most, SHARINGS[name], factor, first)
+                rows.append({"scales": name, "factor": factor, "first_position": first, **row})
+                if not options.json:
+                    print(
+                        "{scales:22} x {factor:4} from position {first_position:4}: KL {kl_text:.2e} text, "
+                        "{kl_image:.2e} image; same best token {agreement:.2%}; cut {cut:.1e}".format(**rows[-1]),
+                        flush=True,
+                    )
     if options.json:
         print(json.dumps(rows, indent=2))
     return 0

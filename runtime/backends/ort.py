@@ -22,7 +22,7 @@ from owl2.runtime.rope import rotary_angles
 from owl2.runtime.spec import KvType
 
 PROVIDERS = {"cpu": "CPUExecutionProvider"}
-KvArray = NDArray[np.float32] | NDArray[np.int8]
+KvArray = NDArray[np.float32 | np.int8]
 KV_ELEMENTS: dict[KvType, tuple[type[np.float32 | np.int8], str]] = {
     "fp32": (np.float32, "tensor(float)"),
     "int8": (np.int8, "tensor(int8)"),

@@ -70,10 +70,10 @@ def test_everything_wrong_is_named_at_once(copy: Path) -> None:
     assert "tokenizer.model is missing" in str(caught.value)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None, [1]])
+@pytest.mark.parametrize("version", [0, 1, 3, "2", None, [2]])
 def test_unknown_format_version(copy: Path, version: object) -> None:
     edit(copy, format=version)
-    with pytest.raises(BundleVersionError, match="is not known; this owl2 reads version 1; export the checkpoint"):
+    with pytest.raises(BundleVersionError, match="is not known; this owl2 reads version 2; export the checkpoint"):
         Owl2.load(copy)
 
 
@@ -96,7 +96,7 @@ def test_a_manifest_that_was_edited(copy: Path, changes: dict[str, object], mess
 
 
 def test_a_manifest_that_is_no_json(copy: Path) -> None:
-    (copy / "owl2.json").write_text('{"format": 1')
+    (copy / "owl2.json").write_text('{"format": 2')
     with pytest.raises(BundleCorruptError, match=r"owl2\.json is no readable JSON"):
         Owl2.load(copy)
 
