@@ -17,6 +17,7 @@ from owl2.export.graph.decoder import DecoderGraph
 from owl2.export.graph.dialect import Linear
 from owl2.export.graph.ort import OrtDialect
 from owl2.export.model import DecoderLayer, RmsNorm
+from owl2.export.model.decoder import KeyValue
 from owl2.export.progress import Reporter
 from owl2.export.weights import DenseWeight, LinearWeight
 from owl2.quant.config import QuantConfig
@@ -58,6 +59,7 @@ class ExportedDecoder:
         reference: the same on the original weights.
         kv_int8: the same of each probe on the stored weights, with keys and values as an int8 cache holds them.
         kv_scales: of such a cache, by layer.
+        kv_codes: what it holds of the first layer's keys and values, for each probe.
         stored_head, reference_head: float32 [V, C].
     """
 
@@ -66,6 +68,7 @@ class ExportedDecoder:
     reference: list[Tensor]
     kv_int8: list[Tensor]
     kv_scales: list[KvScales]
+    kv_codes: list[KeyValue]
     stored_head: Tensor
     reference_head: Tensor
 
@@ -93,6 +96,7 @@ def export_decoder(
     decoder = checkpoint.config.decoder
     modules: dict[str, GptqReport] = {}
     kv_scales: list[KvScales] = []
+    kv_codes: list[KeyValue] = []
     reporter.stage(_stage_name(config), decoder.num_hidden_layers + 1)
     with GraphBuilder(folder / spec.DECODER_GRAPH) as graph:
         writer = DecoderGraph(graph, OrtDialect(), decoder)
@@ -101,7 +105,9 @@ def export_decoder(
             layer = _load_layer(checkpoint, f"model.{name}.")
             streams.reference.advance(layer)
             weights = _store_layer(layer, streams.calibration, config, name, modules)
-            kv_scales.append(_advance_stored(streams, layer))
+            scales, codes = _advance_stored(streams, layer)
+            kv_scales.append(scales)
+            kv_codes = kv_codes or codes
             writer.layer(_linears(layer, weights, name), _gains(layer))
             reporter.advance()
         norm, head, reference_head = _finish(checkpoint, writer, config)
@@ -110,20 +116,24 @@ def export_decoder(
         stored = [norm(sequence.rows) for sequence in streams.stored.sequences]
         reference = [norm(sequence.rows) for sequence in streams.reference.sequences]
         kv_int8 = [norm(sequence.rows) for sequence in streams.kv_int8.sequences]
-    return ExportedDecoder(modules, stored, reference, kv_int8, kv_scales, head, reference_head)
+    return ExportedDecoder(modules, stored, reference, kv_int8, kv_scales, kv_codes, head, reference_head)
 
 
-def _advance_stored(streams: Streams, layer: DecoderLayer) -> KvScales:
-    """Move what passes through the stored weights behind ``layer``; returns the scales of its int8 K/V cache."""
+def _advance_stored(streams: Streams, layer: DecoderLayer) -> tuple[KvScales, list[KeyValue]]:
+    """Move what passes through the stored weights behind ``layer``.
+
+    Returns:
+        The scales of its int8 K/V cache, and the codes in it of each probe.
+    """
     with watched(layer) as seen:
         streams.stored.advance(layer)
     if streams.calibration is not None:
         with watched(layer) as seen:
             streams.calibration.advance(layer)
     scales = seen.scales()
-    with rounding(layer, scales):
+    with rounding(layer, scales) as codes:
         streams.kv_int8.advance(layer)
-    return scales
+    return scales, codes
 
 
 def _load_layer(checkpoint: Checkpoint, prefix: str) -> DecoderLayer:

@@ -19,7 +19,7 @@ from owl2.export.decoder import ExportedDecoder, Streams, export_decoder
 from owl2.export.graph.kv_int8 import MINIMUM_ONNXRUNTIME as KV_INT8_ONNXRUNTIME
 from owl2.export.graph.kv_int8 import write_int8_kv_graph
 from owl2.export.graph.ort import MINIMUM_ONNXRUNTIME
-from owl2.export.kv_int8 import FloatLogits, can_be_checked, summary
+from owl2.export.kv_int8 import FloatLogits, can_be_checked, check_codes, summary
 from owl2.export.kv_int8 import compare as compare_kv_int8
 from owl2.export.model import Owl2Model
 from owl2.export.parity import Parity, compare, with_float_activations
@@ -34,7 +34,7 @@ from owl2.runtime import spec
 from owl2.runtime.backends.ort import OrtDecoder, OrtOptions
 from owl2.runtime.bundle import Bundle, FileEntry, Manifest, WeightFormat, hash_file
 from owl2.runtime.config import ModelConfig
-from owl2.runtime.engine import Decoder, Floats, Ints
+from owl2.runtime.engine import Decoder, Floats, Ints, KvBuffers
 from owl2.runtime.errors import BundleError, CheckpointError
 from owl2.runtime.generate import peak_memory
 from owl2.runtime.multimodal import embed
@@ -166,17 +166,15 @@ def _probe_logits(session: Decoder, probes: list[Embedded], reporter: Reporter) 
     """Logits of all probes, one after the other: [sum of T, V]."""
     made = []
     for embeds, modality in probes:
-        made.append(_stepwise_logits(session, embeds, modality))
+        made.append(_stepwise_logits(session, embeds, modality, session.allocate(len(embeds), None)))
         reporter.advance()
     return np.concatenate(made)
 
 
-def _exact_logits(
-    bundle: Bundle, probes: list[Embedded], reporter: Reporter, kv_cache: KvType = spec.DEFAULT_KV_CACHE
-) -> Floats:
+def _exact_logits(bundle: Bundle, probes: list[Embedded], reporter: Reporter) -> Floats:
     """The same with float32 activations; that session is gone before the next one is opened."""
-    with with_float_activations(bundle.decoder_graph(kv_cache)) as variant:
-        session = OrtDecoder(variant, bundle.manifest.model.decoder, OrtOptions(kv_cache=kv_cache, frugal=True))
+    with with_float_activations(bundle.path(spec.DECODER_GRAPH)) as variant:
+        session = OrtDecoder(variant, bundle.manifest.model.decoder, OrtOptions(frugal=True))
         return _probe_logits(session, probes, reporter)
 
 
@@ -209,16 +207,25 @@ def _check_kv_int8(
         ParityError: it does not compute what torch computes.
     """
     reporter.stage("int8 K/V cache", len(probes) + len(kept.prompts))
+    model, made = bundle.manifest.model.decoder, []
+    with with_float_activations(bundle.decoder_graph("int8")) as variant:
+        session = OrtDecoder(variant, model, OrtOptions(kv_cache="int8", frugal=True))
+        for (embeds, modality), codes in zip(probes, decoder.kv_codes):
+            buffers = session.allocate(len(embeds), None)
+            made.append(_stepwise_logits(session, embeds, modality, buffers))
+            check_codes(buffers.arrays[:2], [entry.numpy() for entry in codes], model)
+            reporter.advance()
     difference = compare_kv_int8(
-        made=_exact_logits(bundle, probes, reporter, "int8"),
+        made=np.concatenate(made),
         rounded=np.concatenate([decoder.kv_int8_logits(i) for i in range(len(probes))]),
         unrounded=np.concatenate([decoder.stored_logits(i) for i in range(len(probes))]),
     )
+    del session
     session, meter = _open_decoder(bundle, "int8"), AccuracyMeter()
     for embeds, modality, logits in kept.prompts:
         meter.add(logits, _full_logits(session, embeds, modality), modality)
         reporter.advance()
-    return summary(meter, measured_on, difference, bundle.manifest.model.decoder)
+    return summary(meter, measured_on, difference, model)
 
 
 def _open_decoder(bundle: Bundle, kv_cache: KvType = spec.DEFAULT_KV_CACHE) -> OrtDecoder:
@@ -256,12 +263,11 @@ def _full_logits(session: Decoder, embeds: Floats, modality: Ints) -> Floats:
     return session.prefill(embeds, modality, 0, session.allocate(count, None), np.arange(count))
 
 
-def _stepwise_logits(session: Decoder, embeds: Floats, modality: Ints) -> Floats:
+def _stepwise_logits(session: Decoder, embeds: Floats, modality: Ints, buffers: KvBuffers) -> Floats:
     """Logits [T, V]: most positions in one prefill, the last ones step by step from the KV cache."""
     count = len(embeds)
     text_tail = count - 1 - int(np.flatnonzero(modality)[-1]) if modality.any() else count - 1
     first = count - min(text_tail, DECODED_STEPS)
-    buffers = session.allocate(count, None)
     made = [session.prefill(embeds[:first], modality[:first], 0, buffers, np.arange(first))]
     made += [session.decode(embeds[i : i + 1], i, buffers)[None] for i in range(first, count)]
     return np.concatenate(made)

@@ -37,14 +37,18 @@ class KvScales:
     keys: Tensor
     values: Tensor
 
-    def rounded(self, keys: Tensor, values: Tensor) -> KeyValue:
-        """What is read back after storing rotated keys and values [B, H, T, D] as int8."""
-        return _rounded(keys, self.keys), _rounded(values, self.values)
+    def codes(self, keys: Tensor, values: Tensor) -> KeyValue:
+        """What stands for rotated keys and values [B, H, T, D]: int8 of the same shapes."""
+        return _codes(keys, self.keys), _codes(values, self.values)
+
+    def values_of(self, codes: KeyValue) -> KeyValue:
+        """What attention reads where ``codes`` are stored: float32 [B, H, T, D] twice."""
+        keys, values = codes
+        return keys * self.keys[:, None], values * self.values[:, None]
 
 
-def _rounded(x: Tensor, scales: Tensor) -> Tensor:
-    steps = scales[:, None]
-    return (x / steps).round().clamp(-LARGEST_CODE - 1, LARGEST_CODE) * steps
+def _codes(x: Tensor, scales: Tensor) -> Tensor:
+    return (x / scales[:, None]).round().clamp(-LARGEST_CODE - 1, LARGEST_CODE).to(torch.int8)
 
 
 class KvRange:
@@ -81,14 +85,20 @@ def watched(layer: DecoderLayer) -> Iterator[KvRange]:
 
 
 @contextmanager
-def rounding(layer: DecoderLayer, scales: KvScales) -> Iterator[None]:
-    """While the context lasts, ``layer`` attends to what an int8 cache holds of its keys and values."""
+def rounding(layer: DecoderLayer, scales: KvScales) -> Iterator[list[KeyValue]]:
+    """While the context lasts, ``layer`` attends to what an int8 cache holds of its keys and values.
+
+    Yields:
+        A list that gets the codes of every pass.
+    """
+    stored: list[KeyValue] = []
 
     def call(_module: object, _inputs: object, made: KeyValue) -> KeyValue:
-        return scales.rounded(*made)
+        stored.append(scales.codes(*made))
+        return scales.values_of(stored[-1])
 
     handle = layer.self_attn.new_kv.register_forward_hook(call)
     try:
-        yield
+        yield stored
     finally:
         handle.remove()

@@ -308,15 +308,15 @@ class TestScales:
         rng = np.random.default_rng(0)
         keys, values = (torch.from_numpy(rng.normal(0, 2, (1, 2, 5, 4)).astype(np.float32)) for _ in range(2))
         scales = KvScales(*(torch.from_numpy(rng.uniform(0.01, 0.03, (2, 4)).astype(np.float32)) for _ in range(2)))
-        for made, x, steps in zip(
-            scales.rounded(keys, values), (keys, values), (scales.keys, scales.values), strict=True
-        ):
-            for head in range(2):
-                for position in range(5):
-                    for channel in range(4):
-                        step = float(steps[head, channel])
-                        code = min(127, max(-128, round(float(x[0, head, position, channel]) / step)))
-                        assert float(made[0, head, position, channel]) == pytest.approx(code * step, abs=1e-5)
+        codes = scales.codes(keys, values)
+        read = scales.values_of(codes)
+        for x, steps, code, value in zip((keys, values), (scales.keys, scales.values), codes, read, strict=True):
+            assert {int(code.min()), int(code.max())} == {-128, 127}
+            for head, position, channel in np.ndindex(2, 5, 4):
+                step, place = float(steps[head, channel]), (0, head, position, channel)
+                expected = min(127, max(-128, round(float(x[place]) / step)))
+                assert code[place] == expected
+                assert float(value[place]) == pytest.approx(expected * step)
 
     def test_they_follow_the_channel(self) -> None:
         keys, values = torch.full((1, 2, 3, 4), 0.1), torch.full((1, 2, 3, 4), 0.1)
@@ -348,7 +348,7 @@ class TestScales:
         scales = seen.scales()
         assert (scales.keys > 0).all()
         assert (scales.values > 0).all()
-        assert all((x == 0).all() for x in scales.rounded(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4)))
+        assert not any(x.any() for x in scales.codes(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4)))
 
     def test_both_modalities_and_the_calibration_are_looked_at(
         self, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -373,27 +373,36 @@ class TestScales:
 
 
 class TestExport:
-    def planted(self, golden: Path, tmp_path: Path) -> None:
-        with pytest.raises(ParityError, match=r"decoder\.kv_int8\.onnx does not compute what torch computes with keys"):
+    def planted(self, golden: Path, tmp_path: Path, message: str) -> None:
+        with pytest.raises(ParityError, match=rf"decoder\.kv_int8\.onnx {message}"):
             export_bundle(ExportConfig(golden / "a1_base_bin" / "model", tmp_path / "bundle", weights="fp32"))
         assert list(tmp_path.iterdir()) == []
 
     def test_heads_exchanged(self, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         original = graph.padded
         monkeypatch.setattr(graph, "padded", lambda steps, config: original(steps, config)[:, ::-1].copy())
-        self.planted(golden, tmp_path)
+        self.planted(golden, tmp_path, r"does not round keys as torch does: \d+\.\d% of the codes in the first layer")
 
-    def test_layers_exchanged(self, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_values_a_little_off(self, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         original = pipeline.write_int8_kv_graph
-        monkeypatch.setattr(
-            pipeline, "write_int8_kv_graph", lambda one, two, config, scales: original(one, two, config, scales[::-1])
-        )
-        self.planted(golden, tmp_path)
 
-    def test_scales_a_little_off(self, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        original = graph.padded
-        monkeypatch.setattr(graph, "padded", lambda steps, config: original(steps, config) * np.float32(1.05))
-        self.planted(golden, tmp_path)
+        def write(source: Path, target: Path, config: DecoderConfig, scales: list[KvScales]) -> None:
+            original(source, target, config, [KvScales(entry.keys, entry.values * 1.05) for entry in scales])
+
+        monkeypatch.setattr(pipeline, "write_int8_kv_graph", write)
+        self.planted(golden, tmp_path, "does not round values as torch does")
+
+    def test_far_too_wide_steps_in_later_layers(
+        self, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        original = pipeline.write_int8_kv_graph
+
+        def write(source: Path, target: Path, config: DecoderConfig, scales: list[KvScales]) -> None:
+            wide = [KvScales(entry.keys * 8, entry.values * 8) for entry in scales[1:]]
+            original(source, target, config, [scales[0], *wide])
+
+        monkeypatch.setattr(pipeline, "write_int8_kv_graph", write)
+        self.planted(golden, tmp_path, "does not compute what torch computes with keys and values rounded")
 
     def test_nothing_is_written_that_cannot_be_checked(
         self, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
