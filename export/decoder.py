@@ -17,13 +17,12 @@ from owl2.export.graph.decoder import DecoderGraph
 from owl2.export.graph.dialect import Linear
 from owl2.export.graph.ort import OrtDialect
 from owl2.export.model import DecoderLayer, RmsNorm
-from owl2.export.model.decoder import KeyValue
 from owl2.export.progress import Reporter
 from owl2.export.weights import DenseWeight, LinearWeight
 from owl2.quant.config import QuantConfig
 from owl2.quant.gptq import GptqReport
 from owl2.quant.grid import rtn
-from owl2.quant.kv import KvScales, rounding, watched
+from owl2.quant.kv import RoundedStream, watched
 from owl2.quant.layer import LINEARS, quantize_layer
 from owl2.quant.stream import Stream
 from owl2.runtime import spec
@@ -46,7 +45,7 @@ class Streams:
     calibration: Stream | None
     stored: Stream
     reference: Stream
-    kv_int8: Stream
+    kv_int8: RoundedStream
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,6 @@ class ExportedDecoder:
         stored: rows [T, C] of each measured prompt behind the final norm, from torch on the stored weights.
         reference: the same on the original weights.
         kv_int8: the same of each probe on the stored weights, with keys and values as an int8 cache holds them.
-        kv_scales: of such a cache, by layer.
-        kv_codes: what it holds of the first layer's keys and values, for each probe.
         stored_head, reference_head: float32 [V, C].
     """
 
@@ -67,8 +64,6 @@ class ExportedDecoder:
     stored: list[Tensor]
     reference: list[Tensor]
     kv_int8: list[Tensor]
-    kv_scales: list[KvScales]
-    kv_codes: list[KeyValue]
     stored_head: Tensor
     reference_head: Tensor
 
@@ -95,8 +90,6 @@ def export_decoder(
     """
     decoder = checkpoint.config.decoder
     modules: dict[str, GptqReport] = {}
-    kv_scales: list[KvScales] = []
-    kv_codes: list[KeyValue] = []
     reporter.stage(_stage_name(config), decoder.num_hidden_layers + 1)
     with GraphBuilder(folder / spec.DECODER_GRAPH) as graph:
         writer = DecoderGraph(graph, OrtDialect(), decoder)
@@ -105,9 +98,7 @@ def export_decoder(
             layer = _load_layer(checkpoint, f"model.{name}.")
             streams.reference.advance(layer)
             weights = _store_layer(layer, streams.calibration, config, name, modules)
-            scales, codes = _advance_stored(streams, layer)
-            kv_scales.append(scales)
-            kv_codes = kv_codes or codes
+            _advance_stored(streams, layer)
             writer.layer(_linears(layer, weights, name), _gains(layer))
             reporter.advance()
         norm, head, reference_head = _finish(checkpoint, writer, config)
@@ -115,25 +106,17 @@ def export_decoder(
     with torch.no_grad():
         stored = [norm(sequence.rows) for sequence in streams.stored.sequences]
         reference = [norm(sequence.rows) for sequence in streams.reference.sequences]
-        kv_int8 = [norm(sequence.rows) for sequence in streams.kv_int8.sequences]
-    return ExportedDecoder(modules, stored, reference, kv_int8, kv_scales, kv_codes, head, reference_head)
+        kv_int8 = [norm(sequence.rows) for sequence in streams.kv_int8.stream.sequences]
+    return ExportedDecoder(modules, stored, reference, kv_int8, head, reference_head)
 
 
-def _advance_stored(streams: Streams, layer: DecoderLayer) -> tuple[KvScales, list[KeyValue]]:
-    """Move what passes through the stored weights behind ``layer``.
-
-    Returns:
-        The scales of its int8 K/V cache, and the codes in it of each probe.
-    """
+def _advance_stored(streams: Streams, layer: DecoderLayer) -> None:
+    """Move what passes through the stored weights behind ``layer``."""
     with watched(layer) as seen:
-        streams.stored.advance(layer)
+        (streams.calibration or streams.stored).advance(layer)
     if streams.calibration is not None:
-        with watched(layer) as seen:
-            streams.calibration.advance(layer)
-    scales = seen.scales()
-    with rounding(layer, scales) as codes:
-        streams.kv_int8.advance(layer)
-    return scales, codes
+        streams.stored.advance(layer)
+    streams.kv_int8.advance(layer, seen.scales())
 
 
 def _load_layer(checkpoint: Checkpoint, prefix: str) -> DecoderLayer:

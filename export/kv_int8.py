@@ -107,11 +107,10 @@ def _rms(values: Floats) -> float:
     return float(np.sqrt(np.mean(np.square(values, dtype=np.float64))))
 
 
-def summary(meter: AccuracyMeter, measured_on: str, torch_difference: float, decoder: DecoderConfig) -> KvInt8:
+def summary(meter: AccuracyMeter, torch_difference: float, decoder: DecoderConfig) -> KvInt8:
     """The report of what ``meter`` has compared."""
-    accuracy = meter.result(measured_on)
+    accuracy = meter.result("")
     return KvInt8(
-        measured_on=measured_on,
         positions=accuracy.positions,
         kl_text=accuracy.kl_text,
         kl_image=accuracy.kl_image,

@@ -29,6 +29,7 @@ from owl2.export.report import Accuracy, AccuracyMeter, CalibrationRecord, KvInt
 from owl2.export.staging import Staging, check_space, disk_errors
 from owl2.export.vision import ExportedVision, export_vision
 from owl2.quant.calibration import CalibrationSet, load_calibration
+from owl2.quant.kv import RoundedStream
 from owl2.quant.stream import Sequence, Stream
 from owl2.runtime import spec
 from owl2.runtime.backends.ort import OrtDecoder, OrtOptions
@@ -73,7 +74,7 @@ def export_bundle(config: ExportConfig, reporter: Reporter | None = None) -> Rep
             kv_int8 = can_be_checked()
             if kv_int8:
                 source, target = (folder / spec.DECODER_GRAPHS[kind] for kind in ("fp32", "int8"))
-                write_int8_kv_graph(source, target, checkpoint.config.decoder, decoder.kv_scales)
+                write_int8_kv_graph(source, target, checkpoint.config.decoder, streams.kv_int8.scales)
             manifest = _manifest(checkpoint.config, config, kv_int8=kv_int8)
             bundle = Bundle(folder, manifest)
             reporter.stage("comparing with torch", 2 * len(probes) + len(prompts.measured))
@@ -83,7 +84,7 @@ def export_bundle(config: ExportConfig, reporter: Reporter | None = None) -> Rep
             kept = FloatLogits()
             accuracy = _measure(bundle, session, prompts, vision, decoder, kept, reporter)
             del session  # before the next one is opened
-            loss = _check_kv_int8(bundle, probes, decoder, kept, accuracy.measured_on, reporter) if kv_int8 else None
+            loss = _check_kv_int8(bundle, probes, streams, decoder, kept, reporter) if kv_int8 else None
             report = Report(
                 recipe=_recipe(config),
                 calibration=record,
@@ -153,7 +154,8 @@ def _embed(
     calibration = [embed(prompt.keys, table, vision.rows) for prompt in prompts.calibration]
     stored = stream(measured)
     probes = measured[: len(prompts.probes)]
-    return Streams(stream(calibration) if calibration else None, stored, stored.copy(), stream(probes)), probes
+    rounded = RoundedStream(stream(probes))
+    return Streams(stream(calibration) if calibration else None, stored, stored.copy(), rounded), probes
 
 
 def _write_table(path: Path, table: NDArray[np.float32], dtype: type[np.float16 | np.float32]) -> None:
@@ -196,9 +198,9 @@ def _check_decoder(exact: Floats, actual: Floats, decoder: ExportedDecoder, prob
 def _check_kv_int8(
     bundle: Bundle,
     probes: list[Embedded],
+    streams: Streams,
     decoder: ExportedDecoder,
     kept: FloatLogits,
-    measured_on: str,
     reporter: Reporter,
 ) -> KvInt8:
     """Compare the decoder with an int8 K/V cache with torch on the probes, then with its float32 one on ``kept``.
@@ -210,7 +212,7 @@ def _check_kv_int8(
     model, made = bundle.manifest.model.decoder, []
     with with_float_activations(bundle.decoder_graph("int8")) as variant:
         session = OrtDecoder(variant, model, OrtOptions(kv_cache="int8", frugal=True))
-        for (embeds, modality), codes in zip(probes, decoder.kv_codes):
+        for (embeds, modality), codes in zip(probes, streams.kv_int8.codes):
             buffers = session.allocate(len(embeds), None)
             made.append(_stepwise_logits(session, embeds, modality, buffers))
             check_codes(buffers.arrays[:2], [entry.numpy() for entry in codes], model)
@@ -225,7 +227,7 @@ def _check_kv_int8(
     for embeds, modality, logits in kept.prompts:
         meter.add(logits, _full_logits(session, embeds, modality), modality)
         reporter.advance()
-    return summary(meter, measured_on, difference, model)
+    return summary(meter, difference, model)
 
 
 def _open_decoder(bundle: Bundle, kv_cache: KvType = spec.DEFAULT_KV_CACHE) -> OrtDecoder:

@@ -40,11 +40,10 @@ class Accuracy:
 
 @dataclass(frozen=True, slots=True)
 class KvInt8:
-    """What an int8 K/V cache costs and saves; all compared with the same bundle's float32 one.
+    """What an int8 K/V cache costs and saves beside the same bundle's float32 one, on the prompts of the accuracy.
 
     Attributes:
-        measured_on: which prompts.
-        positions: how many positions were compared.
+        positions: how many positions were compared; the first ones where there are many.
         kl_text, kl_image: mean Kullback-Leibler divergence of the next-token distributions, in nats, at text and
             at image positions.
         agreement: share of text positions with the same most likely token.
@@ -54,7 +53,6 @@ class KvInt8:
         bytes_per_position_fp16, bytes_per_position_fp32: the same in wider caches.
     """
 
-    measured_on: str
     positions: int
     kl_text: float
     kl_image: float
