@@ -139,10 +139,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of the questions (default 0)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args()
-    if options.bundle:
-        answer = bundle_answerer(options.model, options.kv_cache)
-    else:
-        answer = checkpoint_answerer(options.model)
+    answer = bundle_answerer(options.model, options.kv_cache) if options.bundle else checkpoint_answerer(options.model)
     result = evaluate(answer, count=options.count, seed=options.seed)
     print(json.dumps(asdict(result), indent=2) if options.json else table(result))
     return 0
