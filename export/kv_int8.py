@@ -107,10 +107,11 @@ def _rms(values: Floats) -> float:
     return float(np.sqrt(np.mean(np.square(values, dtype=np.float64))))
 
 
-def summary(meter: AccuracyMeter, torch_difference: float, decoder: DecoderConfig) -> KvInt8:
+def summary(meter: AccuracyMeter, torch_difference: float, decoder: DecoderConfig, *, calibrated: bool) -> KvInt8:
     """The report of what ``meter`` has compared."""
     accuracy = meter.result("")
     return KvInt8(
+        scales_from="calibration" if calibrated else "the measured prompts",
         positions=accuracy.positions,
         kl_text=accuracy.kl_text,
         kl_image=accuracy.kl_image,

@@ -227,7 +227,7 @@ def _check_kv_int8(
     for embeds, modality, logits in kept.prompts:
         meter.add(logits, _full_logits(session, embeds, modality), modality)
         reporter.advance()
-    return summary(meter, difference, model)
+    return summary(meter, difference, model, calibrated=streams.calibration is not None)
 
 
 def _open_decoder(bundle: Bundle, kv_cache: KvType = spec.DEFAULT_KV_CACHE) -> OrtDecoder:

@@ -43,6 +43,8 @@ class KvInt8:
     """What an int8 K/V cache costs and saves beside the same bundle's float32 one, on the prompts of the accuracy.
 
     Attributes:
+        scales_from: ``calibration``, or ``the measured prompts`` where there was none: their loss is then that of
+            prompts the scales have seen.
         positions: how many positions were compared; the first ones where there are many.
         kl_text, kl_image: mean Kullback-Leibler divergence of the next-token distributions, in nats, at text and
             at image positions.
@@ -53,6 +55,7 @@ class KvInt8:
         bytes_per_position_fp16, bytes_per_position_fp32: the same in wider caches.
     """
 
+    scales_from: str
     positions: int
     kl_text: float
     kl_image: float

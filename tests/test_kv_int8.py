@@ -419,6 +419,7 @@ class TestExport:
         report = json.loads((sample_bundle / "report.json").read_text())
         loss, accuracy = report["kv_int8"], report["accuracy"]
         assert loss["positions"] == accuracy["positions"]
+        assert loss["scales_from"] == "calibration"
         assert 0 < loss["kl_text"] < 0.1 * accuracy["kl_text"]
         assert 0 < loss["kl_image"] < accuracy["kl_image"]
         assert loss["agreement"] > 0.95
@@ -470,6 +471,6 @@ class TestCommands:
         assert record["kv_int8"] == json.loads((bundle_a1 / "report.json").read_text())["kv_int8"]
         table = self.run("info", bundle_a1)
         assert "  int8  384 B per position, 768.0 KiB at full context (float16 would take 768 B per position)" in table
-        assert "int8 K/V cache against fp32\n  positions" in table
+        assert "int8 K/V cache against fp32\n  scales_from       the measured prompts\n" in table
         edit(copy, kv_cache={"fp32": "1.22", "int8": "99.1"})
         assert "; needs onnxruntime 99.1 or newer" in self.run("info", copy)
