@@ -19,7 +19,7 @@ from owl2.runtime.version import __version__
 
 if TYPE_CHECKING:
     from owl2.export.progress import Reporter
-    from owl2.export.report import Report
+    from owl2.export.report import KvInt8, Report
 
 DEFAULTS = {
     name: ExportConfig.__dataclass_fields__[name].default
@@ -191,10 +191,11 @@ def _summary(bundle: Path, report: Report) -> str:
         f"{accuracy.mean_abs_logit_difference:.3f}"
     )
     worst = max(golden.kl for golden in report.goldens)
-    lines.append(
+    lines += [
+        _kv_line(report.kv_int8),
         f"  certificate: {len(report.goldens)} golden prompts, KL of at most {worst:.1e} nats on this machine; "
-        "owl2 verify replays them on a device"
-    )
+        "owl2 verify replays them on a device",
+    ]
     return "\n".join(lines)
 
 
@@ -209,6 +210,16 @@ def _memory(report: Report) -> str:
     return (
         f"  memory: at most {size(report.peak_own_memory)}; {most} with pages of the checkpoint's files, which the "
         "system drops where memory is short"
+    )
+
+
+def _kv_line(loss: KvInt8 | None) -> str:
+    if loss is None:
+        return "  int8 K/V cache: left out, since the installed onnxruntime is too old to check it"
+    return (
+        f"  int8 K/V cache: {size(loss.bytes_per_position)} per position instead of "
+        f"{size(loss.bytes_per_position_fp32)} ({size(loss.bytes_per_position_fp16)} in float16); against fp32 "
+        f"K/V: KL {loss.kl_text:.2e} nats at text positions, same best token {loss.agreement:.1%}"
     )
 
 

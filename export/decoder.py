@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from owl2.export.source import remaining
 from owl2.export.weights import DenseWeight, LinearWeight, dequantized_blocks
 from owl2.quant.config import QuantConfig
 from owl2.quant.grid import rtn
+from owl2.quant.kv import RoundedStream, watched
 from owl2.quant.layer import LINEARS, ModuleReport, quantize_layer
 from owl2.quant.stream import Calibration, Sequence, Stream
 from owl2.runtime import spec
@@ -42,20 +44,24 @@ class Streams:
         calibration: for GPTQ; None where it is not used.
         stored: the measured prompts, through the stored weights.
         reference: the measured prompts, through the original weights.
+        kv_int8: the probes, through the stored weights with keys and values as an int8 cache holds them.
     """
 
     calibration: Calibration | None
     stored: Stream
     reference: Stream
+    kv_int8: RoundedStream
 
     def arrays(self) -> list[NDArray[Any]]:
         """All that changes from layer to layer; :meth:`restore` takes it."""
-        return [sequence.rows.numpy() for sequence in self._sequences()]
+        return [sequence.rows.numpy() for sequence in self._sequences()] + self.kv_int8.arrays()
 
     def restore(self, arrays: list[NDArray[Any]]) -> None:
         """Bring streams before the first layer to where :meth:`arrays` was asked."""
-        for sequence, rows in zip(self._sequences(), arrays):
+        sequences = self._sequences()
+        for sequence, rows in zip(sequences, arrays):
             sequence.rows = torch.from_numpy(rows)
+        self.kv_int8.restore(arrays[len(sequences) :])
 
     def _sequences(self) -> list[Sequence]:
         calibration = [] if self.calibration is None else [self.calibration.quantized, self.calibration.original]
@@ -71,6 +77,7 @@ class ExportedDecoder:
         modules: what GPTQ cost, by name of the linear layer; empty for other methods.
         stored: rows [T, C] of each measured prompt behind the final norm, from torch on the stored weights.
         reference: the same on the original weights.
+        kv_int8: the same of each probe on the stored weights, with keys and values as an int8 cache holds them.
         stored_head: the head's weight as the bundle has it.
         reference_head: the checkpoint's own tensor [V, C], as it lies in its file.
     """
@@ -78,12 +85,17 @@ class ExportedDecoder:
     modules: dict[str, ModuleReport]
     stored: list[Tensor]
     reference: list[Tensor]
+    kv_int8: list[Tensor]
     stored_head: LinearWeight
     reference_head: Tensor
 
     def stored_logits(self, index: int) -> Floats:
         """Logits [T, V] of one measured prompt on the stored weights."""
         return _logits(self.stored[index], dequantized_blocks(self.stored_head, HEAD_BLOCK))
+
+    def kv_int8_logits(self, index: int) -> Floats:
+        """Logits [T, V] of one probe on the stored weights, with an int8 K/V cache."""
+        return _logits(self.kv_int8[index], dequantized_blocks(self.stored_head, HEAD_BLOCK))
 
     def reference_logits(self, index: int) -> Floats:
         """The same on the original weights."""
@@ -144,7 +156,8 @@ def finish_decoder(
     with torch.no_grad():
         stored = [norm(sequence.rows) for sequence in streams.stored.sequences]
         reference = [norm(sequence.rows) for sequence in streams.reference.sequences]
-    return ExportedDecoder(modules, stored, reference, head, reference_head)
+        kv_int8 = [norm(sequence.rows) for sequence in streams.kv_int8.stream.sequences]
+    return ExportedDecoder(modules, stored, reference, kv_int8, head, reference_head)
 
 
 def export_layer(
@@ -159,10 +172,23 @@ def export_layer(
     name = f"layers.{index}"
     layer = _load_layer(checkpoint, f"model.{name}.", config.device)
     streams.reference.advance(layer)
+    original = None if streams.calibration is None else copy.deepcopy(layer)
     kept = _kept_weights(checkpoint, f"model.{name}.")
-    weights = _store_layer(layer, kept, streams.calibration, config, name, modules)
-    streams.stored.advance(layer)
+    weights = _store_layer(layer, original, kept, streams.calibration, config, name, modules)
+    _advance_stored(streams, layer, original)
     writer.layer(_linears(layer, weights, name), _gains(layer))
+
+
+def _advance_stored(streams: Streams, layer: DecoderLayer, original: DecoderLayer | None) -> None:
+    """Move what passes through the stored weights behind ``layer``, and the calibration prompts behind both."""
+    with watched(layer) as seen:
+        if streams.calibration is None or original is None:
+            streams.stored.advance(layer)
+        else:
+            streams.calibration.advance(layer, original)
+    if streams.calibration is not None:
+        streams.stored.advance(layer)
+    streams.kv_int8.advance(layer, seen.scales())
 
 
 def _load_layer(checkpoint: Checkpoint, prefix: str, device: str) -> DecoderLayer:
@@ -190,6 +216,7 @@ def _kept_weights(checkpoint: Checkpoint, prefix: str) -> dict[str, LinearWeight
 
 def _store_layer(
     layer: DecoderLayer,
+    original: DecoderLayer | None,
     kept: dict[str, LinearWeight],
     calibration: Calibration | None,
     config: ExportConfig,
@@ -205,7 +232,7 @@ def _store_layer(
             weights[linear] = stored = DenseWeight(weight.clone().cpu(), dtype)
             weight.copy_(stored.dequantize())
         return weights
-    done = quantize_layer(layer, calibration, config.quant, name, kept)
+    done = quantize_layer(layer, original, calibration, config.quant, name, kept)
     modules.update({f"{name}.{linear}": entry.report for linear, entry in done.items() if entry.report is not None})
     return kept | {
         linear: replace(entry.weight, codes=entry.weight.codes.cpu(), scales=entry.weight.scales.cpu())

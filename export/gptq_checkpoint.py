@@ -94,6 +94,7 @@ def export_gptq(config: ExportConfig, reporter: Reporter | None = None, shard_by
                 modules=decoder.modules,
                 vision=(),
                 goldens=(),
+                kv_int8=None,
                 size=sum(path.stat().st_size for path in folder.iterdir()),
                 seconds=round(usage.seconds, 2),
                 layer_seconds=tuple(usage.layer_seconds),

@@ -19,27 +19,33 @@ from owl2.export.checkpoint import Checkpoint
 from owl2.export.config import BYTES, ExportConfig
 from owl2.export.decoder import ExportedDecoder, Streams, export_decoder
 from owl2.export.device import check_device, device_memory_errors
+from owl2.export.graph.kv_int8 import MINIMUM_ONNXRUNTIME as KV_INT8_ONNXRUNTIME
+from owl2.export.graph.kv_int8 import write_int8_kv_graph
 from owl2.export.graph.ort import MINIMUM_ONNXRUNTIME
 from owl2.export.journal import Journal, journal_size, resume_key
+from owl2.export.kv_int8 import FloatLogits, can_be_checked, check_codes, summary
+from owl2.export.kv_int8 import compare as compare_kv_int8
 from owl2.export.model import Owl2Model
 from owl2.export.parity import Parity, compare, with_float_activations
 from owl2.export.progress import Reporter, Silent
 from owl2.export.prompts import Prompts, fingerprint, pictures_of, prepare
-from owl2.export.report import Accuracy, CalibrationRecord, Report
+from owl2.export.report import Accuracy, CalibrationRecord, KvInt8, Report
 from owl2.export.source import KEPT, check_settings, needs_calibration, remaining, source_record
 from owl2.export.staging import Staging, check_space, disk_errors
 from owl2.export.usage import Usage
 from owl2.export.vision import ExportedVision, export_vision
 from owl2.quant.calibration import CalibrationSet, load_calibration
+from owl2.quant.kv import RoundedStream
 from owl2.quant.stream import Calibration, Sequence, Stream
 from owl2.runtime import spec
 from owl2.runtime.backends.ort import OrtDecoder, OrtOptions
 from owl2.runtime.bundle import Bundle, FileEntry, Manifest, WeightFormat, hash_file
 from owl2.runtime.config import ModelConfig
-from owl2.runtime.engine import Decoder, Floats, Ints
+from owl2.runtime.engine import Decoder, Floats, Ints, KvBuffers
 from owl2.runtime.errors import BundleError, CheckpointError, ExportError
 from owl2.runtime.evaluation.divergence import Divergence, divergence
 from owl2.runtime.multimodal import embed
+from owl2.runtime.spec import KvType
 from owl2.runtime.tokenizer import Tokenizer
 
 # So many text positions at the end of a probe are decoded one by one, to compare the cached step too.
@@ -75,25 +81,38 @@ def export_bundle(config: ExportConfig, reporter: Reporter | None = None) -> Rep
             streams, probes = _embed(checkpoint, folder, config, prompts, vision)
             record = calibration_record(data, prompts, streams.calibration)
             # What the layers do not need makes room for them: pixels, and rows of the calibration pictures.
-            vision = vision.of(pictures_of(prompts.measured))
+            probed, vision = prompts.probes, vision.of(pictures_of(prompts.measured))
             prompts = prompts.without_pictures()
             with device_memory_errors(config.device):
                 decoder = export_decoder(checkpoint, folder, config, streams, journal, reporter)
+            rounded = streams.kv_int8
             del streams
-            manifest = _manifest(checkpoint, config)
+            kv_int8 = can_be_checked()
+            if kv_int8:
+                source, target = (folder / spec.DECODER_GRAPHS[kind] for kind in ("fp32", "int8"))
+                write_int8_kv_graph(source, target, checkpoint.config.decoder, rounded.scales)
+            manifest = _manifest(checkpoint, config, kv_int8=kv_int8)
             bundle = Bundle(folder, manifest)
             reporter.stage("comparing with torch", 3 * len(probes) + len(prompts.measured))
             exact = _exact_logits(bundle, probes, reporter)
-            goldens = make_goldens(bundle, prompts.probes, reporter)
+            goldens = make_goldens(bundle, probed, reporter)
             session = _open_decoder(bundle)
             parity = _check_decoder(exact, _probe_logits(session, probes, reporter), decoder, len(probes))
-            accuracy = _measure(bundle, session, prompts, vision, decoder, reporter)
+            kept = FloatLogits()
+            accuracy = _measure(bundle, session, prompts, vision, decoder, kept, reporter)
+            certificate = certify(bundle, goldens, session, prompts.probes, vision.rows)
+            del session  # before the next one is opened
+            loss = None
+            if kv_int8:
+                calibrated = record.samples > 0
+                loss = _check_kv_int8(bundle, probes, rounded, decoder, kept, reporter, calibrated=calibrated)
             report = Report(
                 recipe=recipe_of(checkpoint, config),
                 calibration=record,
                 parity=(vision.parity, parity),
                 accuracy=accuracy,
-                goldens=certify(bundle, goldens, session, prompts.probes, vision.rows),
+                goldens=certificate,
+                kv_int8=loss,
                 modules=decoder.modules,
                 vision=vision.sensitivity,
                 size=sum(path.stat().st_size for path in folder.iterdir()),
@@ -212,8 +231,9 @@ def begin_streams(
     measured = [embed(prompt.keys, table, reference) for prompt in prompts.measured]
     calibration = [embed(prompt.keys, table, rows) for prompt in prompts.calibration]
     stored = stream(measured)
-    streams = Streams(Calibration(stream(calibration)) if calibration else None, stored, stored.copy())
-    return streams, measured[: len(prompts.probes)]
+    probes = measured[: len(prompts.probes)]
+    begun = Calibration(stream(calibration)) if calibration else None
+    return Streams(begun, stored, stored.copy(), RoundedStream(stream(probes))), probes
 
 
 def _write_table(path: Path, table: NDArray[np.float32], dtype: type[np.float16 | np.float32]) -> None:
@@ -226,7 +246,7 @@ def _probe_logits(session: Decoder, probes: list[Embedded], reporter: Reporter) 
     """Logits of all probes, one after the other: [sum of T, V]."""
     made = []
     for embeds, modality in probes:
-        made.append(_stepwise_logits(session, embeds, modality))
+        made.append(_stepwise_logits(session, embeds, modality, session.allocate(len(embeds), None)))
         reporter.advance()
     return np.concatenate(made)
 
@@ -253,10 +273,47 @@ def _check_decoder(exact: Floats, actual: Floats, decoder: ExportedDecoder, prob
     )
 
 
-def _open_decoder(bundle: Bundle) -> OrtDecoder:
+def _check_kv_int8(
+    bundle: Bundle,
+    probes: list[Embedded],
+    rounded: RoundedStream,
+    decoder: ExportedDecoder,
+    kept: FloatLogits,
+    reporter: Reporter,
+    *,
+    calibrated: bool,
+) -> KvInt8:
+    """Compare the decoder with an int8 K/V cache with torch on the probes, then with its float32 one on ``kept``.
+
+    Raises:
+        ParityError: it does not compute what torch computes.
+    """
+    reporter.stage("int8 K/V cache", len(probes) + len(kept.prompts))
+    model, made = bundle.manifest.model.decoder, []
+    with with_float_activations(bundle.decoder_graph("int8")) as variant:
+        session = OrtDecoder(variant, model, OrtOptions(kv_cache="int8", frugal=True))
+        for (embeds, modality), codes in zip(probes, rounded.codes):
+            buffers = session.allocate(len(embeds), None)
+            made.append(_stepwise_logits(session, embeds, modality, buffers))
+            check_codes(buffers.arrays[:2], [entry.numpy() for entry in codes], model)
+            reporter.advance()
+    difference = compare_kv_int8(
+        made=np.concatenate(made),
+        rounded=np.concatenate([decoder.kv_int8_logits(i) for i in range(len(probes))]),
+        unrounded=np.concatenate([decoder.stored_logits(i) for i in range(len(probes))]),
+    )
+    del session
+    session, apart = _open_decoder(bundle, "int8"), Divergence()
+    for embeds, modality, logits in kept.prompts:
+        apart += divergence(logits, _full_logits(session, embeds, modality), modality)
+        reporter.advance()
+    return summary(apart, difference, model, calibrated=calibrated)
+
+
+def _open_decoder(bundle: Bundle, kv_cache: KvType = spec.DEFAULT_KV_CACHE) -> OrtDecoder:
     """The decoder as the runtime opens it, but without a second copy of floating-point weights in memory."""
-    frugal = bundle.manifest.weights.method == "none"
-    return OrtDecoder(bundle.path(spec.DECODER_GRAPH), bundle.manifest.model.decoder, OrtOptions(frugal=frugal))
+    options = OrtOptions(kv_cache=kv_cache, frugal=bundle.manifest.weights.method == "none")
+    return OrtDecoder(bundle.decoder_graph(kv_cache), bundle.manifest.model.decoder, options)
 
 
 def _measure(
@@ -265,6 +322,7 @@ def _measure(
     prompts: Prompts,
     vision: ExportedVision,
     decoder: ExportedDecoder,
+    kept: FloatLogits,
     reporter: Reporter,
 ) -> Accuracy:
     """Compare the whole bundle, its own vision rows and token table included, with torch on the checkpoint."""
@@ -276,6 +334,7 @@ def _measure(
             embeds, modality = embed(prompt.keys, table, vision.rows)
             made = _full_logits(session, embeds, modality)
             apart += divergence(decoder.reference_logits(index), made, modality)
+            kept.offer(embeds, modality, made)
         reporter.advance()
     return Accuracy.of(name, apart)
 
@@ -286,12 +345,11 @@ def _full_logits(session: Decoder, embeds: Floats, modality: Ints) -> Floats:
     return session.prefill(embeds, modality, 0, session.allocate(count, None), np.arange(count))
 
 
-def _stepwise_logits(session: Decoder, embeds: Floats, modality: Ints) -> Floats:
+def _stepwise_logits(session: Decoder, embeds: Floats, modality: Ints, buffers: KvBuffers) -> Floats:
     """Logits [T, V]: most positions in one prefill, the last ones step by step from the KV cache."""
     count = len(embeds)
     text_tail = count - 1 - int(np.flatnonzero(modality)[-1]) if modality.any() else count - 1
     first = count - min(text_tail, DECODED_STEPS)
-    buffers = session.allocate(count, None)
     made = [session.prefill(embeds[:first], modality[:first], 0, buffers, np.arange(first))]
     made += [session.decode(embeds[i : i + 1], i, buffers)[None] for i in range(first, count)]
     return np.concatenate(made)
@@ -327,15 +385,17 @@ def calibration_record(data: CalibrationSet, prompts: Prompts, calibration: Cali
     )
 
 
-def _manifest(checkpoint: Checkpoint, config: ExportConfig) -> Manifest:
+def _manifest(checkpoint: Checkpoint, config: ExportConfig, *, kv_int8: bool) -> Manifest:
     """The manifest without its files, which are not complete yet."""
     quant = config.quant
     method = "none" if quant is None else quant.method
+    kv_cache = {"fp32": MINIMUM_ONNXRUNTIME} | ({"int8": KV_INT8_ONNXRUNTIME} if kv_int8 else {})
     return Manifest(
         format=spec.FORMAT_VERSION,
         producer=f"owl2 {__version__}",
         dialect="ort",
         minimum_onnxruntime=MINIMUM_ONNXRUNTIME,
+        kv_cache=kv_cache,
         template="mplug_owl2",
         weights=WeightFormat(
             decoder=config.weights,

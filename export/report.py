@@ -49,6 +49,34 @@ class Accuracy:
 
 
 @dataclass(frozen=True, slots=True)
+class KvInt8:
+    """What an int8 K/V cache costs and saves beside the same bundle's float32 one, on the prompts of the accuracy.
+
+    Attributes:
+        scales_from: ``calibration``, or ``the measured prompts`` where there was none: their loss is then that of
+            prompts the scales have seen.
+        positions: how many positions were compared; the first ones where there are many.
+        kl_text, kl_image: mean Kullback-Leibler divergence of the next-token distributions, in nats, at text and
+            at image positions.
+        agreement: share of text positions with the same most likely token.
+        torch_difference: RMS of the difference between the graph and torch with keys and values rounded alike, as
+            a fraction of what the rounding changes.
+        bytes_per_position: keys and values of one position in all layers; the scales are part of the graph.
+        bytes_per_position_fp16, bytes_per_position_fp32: the same in wider caches.
+    """
+
+    scales_from: str
+    positions: int
+    kl_text: float
+    kl_image: float
+    agreement: float
+    torch_difference: float
+    bytes_per_position: int
+    bytes_per_position_fp16: int
+    bytes_per_position_fp32: int
+
+
+@dataclass(frozen=True, slots=True)
 class CalibrationRecord:
     """What the quantizer looked at.
 
@@ -78,6 +106,7 @@ class Report:
         parity: each graph against torch.
         accuracy: the bundle against the checkpoint.
         goldens: what this machine reached on the certificate's prompts, and what a device must.
+        kv_int8: what an int8 K/V cache costs; None where the bundle offers none.
         modules: what GPTQ cost, by linear layer.
         vision: what int8 costs each part of the vision side; empty for floating point.
         size: bytes of the bundle.
@@ -92,9 +121,10 @@ class Report:
     calibration: CalibrationRecord
     parity: tuple[Parity, ...]
     accuracy: Accuracy
+    goldens: tuple[Reached, ...]
+    kv_int8: KvInt8 | None
     modules: Mapping[str, ModuleReport]
     vision: tuple[PartReport, ...]
-    goldens: tuple[Reached, ...]
     size: int
     seconds: float
     layer_seconds: tuple[float, ...]

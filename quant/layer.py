@@ -8,7 +8,6 @@ the rows of that modality only; shared ones see all rows.
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
@@ -95,13 +94,19 @@ def site_inputs(layer: DecoderLayer, name: str, stream: Stream) -> Iterator[tupl
 
 
 def quantize_layer(
-    layer: DecoderLayer, calibration: Calibration | None, config: QuantConfig, name: str, kept: Collection[str] = ()
+    layer: DecoderLayer,
+    original: DecoderLayer | None,
+    calibration: Calibration | None,
+    config: QuantConfig,
+    name: str,
+    kept: Collection[str] = (),
 ) -> dict[str, QuantizedLinear]:
     """Quantize the linear layers of ``layer`` and leave their dequantized weights in it.
 
     Args:
         layer: float32; changed in place.
-        calibration: rows before this layer, moved behind it. ``rtn`` needs none.
+        original: the same layer, which stays as it is; ``rtn`` needs none.
+        calibration: rows before this layer, not moved; ``rtn`` needs none.
         config: settings of all weights.
         name: of the layer, for messages.
         kept: names of linear layers that stay as they are.
@@ -122,11 +127,10 @@ def quantize_layer(
         for linear, quantized in done.items():
             _store(layer, linear, quantized)
         return done
-    if calibration is None:
+    if calibration is None or original is None:
         if all(linear in kept for linear in LINEARS):
             return {}
         raise CalibrationError(f"{name}: GPTQ needs calibration rows; give some, or choose method rtn on purpose")
-    original = copy.deepcopy(layer)
     done = {}
     for site in SITES:
         wanted = [linear for linear in site if linear not in kept]
@@ -141,7 +145,6 @@ def quantize_layer(
             except QuantizationError as error:
                 raise QuantizationError(f"{name} {linear}: {error}") from error
             _store(layer, linear, done[linear])
-    calibration.advance(layer, original)
     return done
 
 

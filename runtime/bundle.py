@@ -16,7 +16,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from owl2.runtime import spec
-from owl2.runtime.config import ModelConfig, from_json
+from owl2.runtime.config import ModelConfig, from_json, require
 from owl2.runtime.errors import (
     BackendUnavailableError,
     BundleCorruptError,
@@ -24,6 +24,7 @@ from owl2.runtime.errors import (
     BundleVersionError,
     ConfigError,
 )
+from owl2.runtime.spec import KvType
 
 HASH_BLOCK = 1 << 22
 EXPECTED = "expected a folder written by owl2-export"
@@ -67,7 +68,8 @@ class Manifest:
         format: version of the bundle format.
         producer: the exporter, with its version.
         dialect: operator set of the graphs; ``ort``.
-        minimum_onnxruntime: lowest version that has the graphs' operators.
+        minimum_onnxruntime: lowest version that has the operators of the graphs, int8 K/V aside.
+        kv_cache: types of the K/V cache to choose from, each with the lowest ONNX Runtime that has its attention.
         template: name of the conversation template; ``mplug_owl2``.
         weights: how the weights are stored.
         model: architecture and image preprocessing.
@@ -78,10 +80,17 @@ class Manifest:
     producer: str
     dialect: Literal["ort"]
     minimum_onnxruntime: str
+    kv_cache: Mapping[str, str]
     template: Literal["mplug_owl2"]
     weights: WeightFormat
     model: ModelConfig
     files: Mapping[str, FileEntry]
+
+    def __post_init__(self) -> None:
+        known = ", ".join(spec.DECODER_GRAPHS)
+        for kind in self.kv_cache:
+            require(kind in spec.DECODER_GRAPHS, f"kv_cache: {kind!r} is not known; known: {known}")
+        require(spec.DEFAULT_KV_CACHE in self.kv_cache, f"kv_cache: {spec.DEFAULT_KV_CACHE} is missing")
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionaries; :meth:`from_json` is the inverse."""
@@ -130,6 +139,27 @@ class Bundle:
         """Full path of a file of the bundle."""
         return self.folder / name
 
+    def decoder_graph(self, kv_cache: KvType) -> Path:
+        """Full path of the decoder graph with this type of K/V cache.
+
+        Raises:
+            ConfigError: the bundle does not offer it.
+            BackendUnavailableError: the installed ONNX Runtime is too old for it.
+        """
+        offered = self.manifest.kv_cache
+        require(
+            kv_cache in offered,
+            f"kv_cache {kv_cache!r}: {self.folder} offers {', '.join(offered)}; choose one of these or export the "
+            "checkpoint again",
+        )
+        if is_older(onnxruntime.__version__, offered[kv_cache]):
+            raise BackendUnavailableError(
+                f"the {kv_cache} K/V cache needs onnxruntime {offered[kv_cache]} or newer, {onnxruntime.__version__} "
+                "is installed; upgrade it (pip install -U onnxruntime) or load with kv_cache "
+                f"{spec.DEFAULT_KV_CACHE!r}"
+            )
+        return self.path(spec.DECODER_GRAPHS[kv_cache])
+
     def embeddings(self) -> NDArray[np.floating[Any]]:
         """The token table, memory-mapped: float16 or float32 [V, C]; only rows in use become resident."""
         decoder = self.manifest.model.decoder
@@ -171,7 +201,8 @@ def read_manifest(folder: Path) -> Manifest:
 
 def check_files(folder: Path, manifest: Manifest) -> list[str]:
     """Compare size and hash of every file; returns one sentence per problem."""
-    unlisted = [name for name in spec.BUNDLE_FILES if name not in manifest.files]
+    graphs = [spec.DECODER_GRAPHS[kind] for kind in spec.DECODER_GRAPHS if kind in manifest.kv_cache]
+    unlisted = [name for name in dict.fromkeys((*spec.BUNDLE_FILES, *graphs)) if name not in manifest.files]
     problems = [f"{name} is not listed in {spec.MANIFEST}" for name in unlisted]
     decoder, weights = manifest.model.decoder, manifest.weights
     rows = manifest.files.get(spec.EMBEDDINGS)
@@ -212,11 +243,20 @@ def check_onnxruntime(minimum: str) -> None:
     Raises:
         BackendUnavailableError: with both versions.
     """
-    if _version(onnxruntime.__version__) < _version(minimum):
+    if is_older(onnxruntime.__version__, minimum):
         raise BackendUnavailableError(
             f"this bundle needs onnxruntime {minimum} or newer, {onnxruntime.__version__} is installed; "
             "upgrade it (pip install -U onnxruntime)"
         )
+
+
+def is_older(version: str, minimum: str) -> bool:
+    """Whether a version of ONNX Runtime comes before ``minimum``; patch levels do not count.
+
+    Raises:
+        BundleCorruptError: one of them is no version.
+    """
+    return _version(version) < _version(minimum)
 
 
 def _version(text: str) -> tuple[int, ...]:

@@ -56,6 +56,8 @@ class Stats:
         time_to_first_token: all of the above, to the first sampled id.
         decode_seconds: from the first sampled id to the last.
         peak_memory: largest resident size of the process so far.
+        kv_cache_memory: of the K/V buffers.
+        kv_cache_positions: how many positions they have room for; they grow with the conversation.
     """
 
     prompt_tokens: int = 0
@@ -68,6 +70,8 @@ class Stats:
     time_to_first_token: float = 0.0
     decode_seconds: float = 0.0
     peak_memory: int = 0
+    kv_cache_memory: int = 0
+    kv_cache_positions: int = 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -171,7 +175,7 @@ def generate(model: Model, cache: KvCache, prompt: Prompt, config: GenerationCon
     logits = prefill(model, cache, prompt, run)
     while logits is not None and not run.cancelled:
         token = sample(logits, config, rng, history)
-        _count_token(run, token, start)
+        _count_token(run, cache, token, start)
         if token == model.eos_id:
             run.finish_reason = "stop"
             text = ""
@@ -195,7 +199,7 @@ def decode(model: Model, cache: KvCache, token: int) -> Floats:
     return logits
 
 
-def _count_token(run: Run, token: int, start: float) -> None:
+def _count_token(run: Run, cache: KvCache, token: int, start: float) -> None:
     elapsed = time.perf_counter() - start
     run.ids.append(token)
     stats = run.stats
@@ -204,6 +208,7 @@ def _count_token(run: Run, token: int, start: float) -> None:
         stats.time_to_first_token = elapsed
     stats.decode_seconds = elapsed - stats.time_to_first_token
     stats.peak_memory = peak_memory()
+    stats.kv_cache_memory, stats.kv_cache_positions = cache.nbytes, cache.capacity
 
 
 def _finish(stopped: bool, run: Run, config: GenerationConfig, cache: KvCache) -> FinishReason | None:

@@ -55,6 +55,11 @@ class KvCache:
         """Memory of the buffers."""
         return 0 if self._buffers is None else self._buffers.nbytes
 
+    @property
+    def capacity(self) -> int:
+        """Positions the buffers have room for; they grow up to :attr:`limit`."""
+        return 0 if self._buffers is None else self._buffers.capacity
+
     def shared_prefix(self, keys: Sequence[Key]) -> int:
         """How many positions at the start of ``keys`` are held already."""
         pairs = zip(self._keys, keys)

@@ -6,6 +6,8 @@ logit rows, P rotary positions, S cache capacity, H heads, D head dim, N picture
 
 from __future__ import annotations
 
+from typing import Literal
+
 from owl2.runtime.config import DecoderConfig
 
 FORMAT_VERSION = 2
@@ -13,6 +15,12 @@ FORMAT_VERSION = 2
 MANIFEST = "owl2.json"
 VISION_GRAPH = "vision.onnx"
 DECODER_GRAPH = "decoder.onnx"
+KvType = Literal["fp32", "int8"]
+DECODER_GRAPHS: dict[KvType, str] = {"fp32": DECODER_GRAPH, "int8": "decoder.kv_int8.onnx"}
+"""One graph per type of K/V cache; all use the weights in ``decoder.onnx.data``."""
+DEFAULT_KV_CACHE: KvType = "fp32"
+KV_WIDTHS: dict[KvType, int] = {"fp32": 4, "int8": 1}
+"""Bytes of an element."""
 EMBEDDINGS = "embeddings.bin"
 REPORT = "report.json"
 GOLDENS = "goldens.npz"
@@ -27,7 +35,7 @@ BUNDLE_FILES = (
     GOLDENS,
     REPORT,
 )
-"""Everything beside the manifest."""
+"""Everything beside the manifest and the graphs of narrower K/V caches."""
 
 # vision.onnx
 PIXELS = "pixel_values"  # float32 [N, 3, R, R]
@@ -50,7 +58,7 @@ LOGITS = "logits"  # float32 [R, V]
 
 
 def past_names(layer: int) -> tuple[str, str]:
-    """Key and value inputs of a layer: float32 [B, H, S, padded D]."""
+    """Key and value inputs of a layer: float32 or int8 [B, H, S, padded D]."""
     return f"past_key_values.{layer}.key", f"past_key_values.{layer}.value"
 
 
@@ -65,3 +73,8 @@ def padded_head_dim(config: DecoderConfig) -> int:
     Each rotary half is padded with zeros, which changes no score.
     """
     return -(-config.head_dim // 16) * 16
+
+
+def kv_bytes(config: DecoderConfig, width: int) -> int:
+    """Bytes that keys and values of one position take in all layers, ``width`` bytes each."""
+    return 2 * config.num_hidden_layers * config.num_attention_heads * padded_head_dim(config) * width

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
 from batches import Example, collate
@@ -25,6 +26,7 @@ from probes import KINDS, MAIN_KINDS, Probe, as_example, probes
 from owl2.export.checkpoint import Checkpoint
 from owl2.export.model import Owl2Model
 from owl2.runtime import Owl2
+from owl2.runtime.spec import DEFAULT_KV_CACHE, KvType
 
 LONGEST_ANSWER = 64
 OPEN = 0  # an id that no answer holds
@@ -101,9 +103,9 @@ def checkpoint_answerer(folder: Path) -> Answerer:
     return lambda asked: torch_answers(model, encoder, asked)
 
 
-def bundle_answerer(folder: Path) -> Answerer:
+def bundle_answerer(folder: Path, kv_cache: KvType) -> Answerer:
     """Answers of an exported bundle through the runtime, one question at a time."""
-    owl = Owl2.load(folder)
+    owl = Owl2.load(folder, kv_cache=kv_cache)
 
     def answer(asked: list[Probe]) -> list[str]:
         texts = []
@@ -132,11 +134,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model", type=Path, help="checkpoint folder (default) or bundle folder (--bundle)")
     parser.add_argument("--bundle", action="store_true", help="the folder is a bundle: ask through owl2.runtime")
+    parser.add_argument("--kv-cache", choices=get_args(KvType), default=DEFAULT_KV_CACHE, help="of a bundle")
     parser.add_argument("--count", type=int, default=500, help="questions of the main kinds (default 500)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the questions (default 0)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args()
-    answer = (bundle_answerer if options.bundle else checkpoint_answerer)(options.model)
+    answer = bundle_answerer(options.model, options.kv_cache) if options.bundle else checkpoint_answerer(options.model)
     result = evaluate(answer, count=options.count, seed=options.seed)
     print(json.dumps(asdict(result), indent=2) if options.json else table(result))
     return 0

@@ -89,12 +89,24 @@ class Multiway(nn.Module):
         return routing.apply(rows, self.multiway[0], self.multiway[1])
 
 
+class NewKeyValues(nn.Module):
+    """Rotated keys and values [B, H, T, D] of new positions, as attention reads them and a cache would hold them.
+
+    A forward hook here sees them, or puts what a narrower cache makes of them in their place.
+    """
+
+    def forward(self, keys: Tensor, values: Tensor) -> KeyValue:
+        """Both unchanged."""
+        return keys, values
+
+
 class Attention(nn.Module):
     """Causal attention over a mixed sequence; q and o are shared, k and v are split."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.heads = config.num_attention_heads
+        self.new_kv = NewKeyValues()
 
         def linear() -> nn.Linear:
             return nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
@@ -120,7 +132,7 @@ class Attention(nn.Module):
 
         q = rotate(split(self.q_proj(rows)), *rotary)
         k = rotate(split(self.k_proj(rows, routing)), *rotary)
-        v = split(self.v_proj(rows, routing))
+        k, v = self.new_kv(k, split(self.v_proj(rows, routing)))
         if past is None:
             joined = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:

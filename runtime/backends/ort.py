@@ -19,8 +19,15 @@ from owl2.runtime.config import DecoderConfig, require
 from owl2.runtime.engine import Floats, Ints, KvBuffers
 from owl2.runtime.errors import BackendError, BackendUnavailableError
 from owl2.runtime.rope import rotary_angles
+from owl2.runtime.spec import KvType
 
 PROVIDERS = {"cpu": "CPUExecutionProvider"}
+KvArray = NDArray[np.float32 | np.int8]
+KV_ELEMENTS: dict[KvType, tuple[type[np.float32 | np.int8], str]] = {
+    "fp32": (np.float32, "tensor(float)"),
+    "int8": (np.int8, "tensor(int8)"),
+}
+"""How arrays and graphs name the elements of a K/V cache."""
 ERRORS_ONLY = 3
 THREADS_PER_CORE = 4
 
@@ -32,6 +39,7 @@ class OrtOptions:
     Attributes:
         provider: execution provider; ``cpu``.
         threads: of one operator; None lets ONNX Runtime choose the physical cores.
+        kv_cache: type of the K/V cache; the bundle must offer it.
         frugal: keep weights as they are in the file instead of a faster copy in memory. Slow; for checks.
 
     Raises:
@@ -40,6 +48,7 @@ class OrtOptions:
 
     provider: str = "cpu"
     threads: int | None = None
+    kv_cache: KvType = spec.DEFAULT_KV_CACHE
     frugal: bool = False
 
     def __post_init__(self) -> None:
@@ -59,11 +68,11 @@ class OrtBuffers:
     """K/V buffers in host memory.
 
     Attributes:
-        arrays: key and value of each layer in turn, float32 [1, H, capacity, padded D].
+        arrays: key and value of each layer in turn, float32 or int8 [1, H, capacity, padded D].
         binding: has every array bound as past and as present of its layer, so that steps write in place.
     """
 
-    arrays: list[Floats]
+    arrays: list[KvArray]
     binding: ort.IOBinding
 
     @property
@@ -84,25 +93,27 @@ class OrtDecoder:
         """Load the graph at ``path``.
 
         Raises:
-            BackendError: the graph cannot be loaded, or it is not for ``config``.
+            BackendError: the graph cannot be loaded, or it is not for ``config`` and the type of K/V cache.
         """
         self._config = config
+        self._kv_dtype, element = KV_ELEMENTS[options.kv_cache]
         self._session = open_session(path, options)
         shape = (None, config.num_attention_heads, None, spec.padded_head_dim(config))
         expected: dict[str, tuple[int | None, ...]] = {
             spec.EMBEDS: (None, None, config.hidden_size),
             spec.LOGITS: (None, config.vocab_size),
         }
-        for layer in range(config.num_hidden_layers):
-            expected |= dict.fromkeys((*spec.past_names(layer), *spec.present_names(layer)), shape)
-        check_shapes(path, self._session, expected)
+        layers = range(config.num_hidden_layers)
+        buffers = [name for i in layers for name in (*spec.past_names(i), *spec.present_names(i))]
+        check_shapes(path, self._session, expected | dict.fromkeys(buffers, shape))
+        check_types(path, self._session, dict.fromkeys(buffers, element))
         self._run_options = _run_options()
 
     def allocate(self, capacity: int, previous: KvBuffers | None) -> OrtBuffers:
         """Buffers for ``capacity`` positions that begin with the content of ``previous``."""
         decoder = self._config
         shape = (1, decoder.num_attention_heads, capacity, spec.padded_head_dim(decoder))
-        arrays = [np.zeros(shape, dtype=np.float32) for _ in range(2 * decoder.num_hidden_layers)]
+        arrays: list[KvArray] = [np.zeros(shape, self._kv_dtype) for _ in range(2 * decoder.num_hidden_layers)]
         if isinstance(previous, OrtBuffers):
             kept = min(capacity, previous.capacity)
             for array, old in zip(arrays, previous.arrays):
@@ -166,16 +177,19 @@ class OrtEngine:
         """Load the graphs of a verified bundle.
 
         Raises:
-            BackendUnavailableError: the provider is not known or not part of the installed ONNX Runtime.
+            BackendUnavailableError: the provider is not known or not part of the installed ONNX Runtime, or that is
+                too old for the type of K/V cache.
             BackendError: a graph cannot be loaded, or does not fit the manifest.
+            ConfigError: the bundle does not offer the type of K/V cache.
         """
         model = bundle.manifest.model
+        graph = bundle.decoder_graph(options.kv_cache)
         path = bundle.path(spec.VISION_GRAPH)
         self._vision = open_session(path, options)
         size = model.vision.image_size
         rows = (None, model.rows_per_image, model.decoder.hidden_size)
         check_shapes(path, self._vision, {spec.PIXELS: (None, 3, size, size), spec.IMAGE_ROWS: rows})
-        self._decoder = OrtDecoder(bundle.path(spec.DECODER_GRAPH), model.decoder, options)
+        self._decoder = OrtDecoder(graph, model.decoder, options)
         self._run_options = _run_options()
 
     def encode_images(self, pixels: Floats) -> Floats:
@@ -252,6 +266,21 @@ def check_shapes(path: Path, session: ort.InferenceSession, expected: Mapping[st
         if have is None or len(have) != len(shape) or any(w not in (None, h) for w, h in zip(shape, have)):
             raise BackendError(
                 f"{path} does not fit the manifest: {name} has shape {have}, the model needs {list(shape)}; "
+                "export the bundle again"
+            )
+
+
+def check_types(path: Path, session: ort.InferenceSession, expected: Mapping[str, str]) -> None:
+    """Compare the element types of a graph's inputs and outputs, which it must have, with what is ``expected``.
+
+    Raises:
+        BackendError: one differs.
+    """
+    found = {value.name: value.type for value in (*session.get_inputs(), *session.get_outputs())}
+    for name, element in expected.items():
+        if found[name] != element:
+            raise BackendError(
+                f"{path} does not fit the manifest: {name} is a {found[name]}, a {element} is needed; "
                 "export the bundle again"
             )
 

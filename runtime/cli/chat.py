@@ -72,6 +72,7 @@ def chat(options: Options, bundle: Path) -> None:
     Examples:
       owl2 chat bundle/
       owl2 chat bundle/ --temperature 0.7 --stats
+      owl2 chat bundle/ --kv-cache int8
       printf '/image cat.jpg\\nWhat is this?\\nWhat colour is it?\\n' | owl2 chat bundle/
     """
     interactive = sys.stdin.isatty()

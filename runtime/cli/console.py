@@ -99,7 +99,8 @@ def describe(answer: Answer) -> str:
         f"{duration(stats.vision_seconds)}\n"
         f"answer: {stats.generated_tokens} tokens ({answer.finish_reason}), the first after "
         f"{duration(stats.time_to_first_token)}, then {stats.tokens_per_second:.1f} tokens/s; "
-        f"peak memory {size(stats.peak_memory)}"
+        f"peak memory {size(stats.peak_memory)}, {size(stats.kv_cache_memory)} of it K/V cache for "
+        f"{stats.kv_cache_positions} positions"
     )
 
 

@@ -14,7 +14,14 @@ from typing import Any
 import click
 
 from owl2.runtime.cli.console import STOPPED, duration, notice, notice_interrupt, reports_errors
-from owl2.runtime.cli.options import bundle_argument, context_option, preprocess_option, provider_option, threads_option
+from owl2.runtime.cli.options import (
+    bundle_argument,
+    context_option,
+    kv_cache_option,
+    preprocess_option,
+    provider_option,
+    threads_option,
+)
 from owl2.runtime.config import PreprocessMode, require
 from owl2.runtime.evaluation.data import Item, read_items
 from owl2.runtime.evaluation.divergence import Divergence
@@ -22,6 +29,7 @@ from owl2.runtime.evaluation.measure import MAX_NEW_TOKENS, Measured, measure
 from owl2.runtime.evaluation.subject import Subject, is_bundle, open_reference
 from owl2.runtime.evaluation.summary import Figure, Group, Summary, item_json, summarise
 from owl2.runtime.model import Owl2
+from owl2.runtime.spec import KvType
 from owl2.runtime.version import __version__
 
 TITLES = {
@@ -86,6 +94,7 @@ class Outcome:
 @threads_option
 @context_option
 @provider_option
+@kv_cache_option
 @reports_errors
 def eval_command(  # noqa: PLR0913 - one parameter per option
     *,
@@ -100,6 +109,7 @@ def eval_command(  # noqa: PLR0913 - one parameter per option
     threads: int | None,
     context: int | None,
     provider: str,
+    kv_cache: KvType,
 ) -> None:
     """Measure a bundle on your own data, alone or against the checkpoint it came from.
 
@@ -133,7 +143,7 @@ def eval_command(  # noqa: PLR0913 - one parameter per option
     items = read_items(data, limit)
     if against is not None:
         is_bundle(against)
-    owl = Owl2.load(bundle, threads=threads, provider=provider, context=context)
+    owl = Owl2.load(bundle, threads=threads, provider=provider, context=context, kv_cache=kv_cache)
     subject = Subject.of(owl, str(bundle), preprocess)
     reference = None if against is None else open_reference(against, subject, threads=threads, provider=provider)
     outcome = _run(measure(subject, items, reference, max_new_tokens=max_new_tokens), items)

@@ -12,7 +12,7 @@ import click
 import onnxruntime
 
 from owl2.runtime import spec
-from owl2.runtime.bundle import Manifest, WeightFormat, check_files, check_onnxruntime, read_manifest
+from owl2.runtime.bundle import Manifest, WeightFormat, check_files, check_onnxruntime, is_older, read_manifest
 from owl2.runtime.cli.console import notice, reports_errors, size
 from owl2.runtime.cli.options import bundle_argument
 from owl2.runtime.config import DecoderConfig
@@ -28,6 +28,7 @@ class Findings:
     Attributes:
         manifest: its ``owl2.json``.
         accuracy, calibration: named figures of its report; empty if it has none.
+        kv_int8: the same of the int8 K/V cache, which it compares with the float32 one.
         goldens: what the exporting machine reached on each golden prompt, and the limit for a device.
         problems: a sentence each; empty if the bundle can be used.
     """
@@ -35,6 +36,7 @@ class Findings:
     manifest: Manifest
     accuracy: dict[str, Any]
     calibration: dict[str, Any]
+    kv_int8: dict[str, Any]
     goldens: list[dict[str, Any]]
     problems: list[str]
 
@@ -73,9 +75,10 @@ def _inspect(folder: Path) -> Findings:
     except BackendUnavailableError as error:
         problems.append(str(error))
     report = _report(folder / spec.REPORT)
+    accuracy, calibration, kv_int8 = (_plain(report.get(part)) for part in ("accuracy", "calibration", "kv_int8"))
     entries = report.get("goldens")
     goldens = [_plain(entry) for entry in entries] if isinstance(entries, list) else []
-    return Findings(manifest, _plain(report.get("accuracy")), _plain(report.get("calibration")), goldens, problems)
+    return Findings(manifest, accuracy, calibration, kv_int8, goldens, problems)
 
 
 def _report(path: Path) -> dict[str, Any]:
@@ -93,24 +96,36 @@ def _plain(entry: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
     return {name: value for name, value in items if isinstance(value, str | int | float)}
 
 
-def _kv_bytes(decoder: DecoderConfig) -> int:
-    """Bytes that the float32 keys and values of one position take."""
-    heads, width = decoder.num_attention_heads, spec.padded_head_dim(decoder)
-    return 2 * decoder.num_hidden_layers * heads * width * 4
+def _kv_caches(manifest: Manifest) -> dict[str, dict[str, Any]]:
+    """Memory and needs of every type of K/V cache that the bundle offers, by its name."""
+    decoder = manifest.model.decoder
+    return {
+        kind: {
+            "bytes_per_position": (per_position := spec.kv_bytes(decoder, width)),
+            "bytes_full_context": per_position * decoder.max_position_embeddings,
+            "minimum_onnxruntime": manifest.kv_cache[kind],
+            "usable": not is_older(onnxruntime.__version__, manifest.kv_cache[kind]),
+        }
+        for kind, width in spec.KV_WIDTHS.items()
+        if kind in manifest.kv_cache
+    }
 
 
 def _record(findings: Findings) -> dict[str, Any]:
     manifest = findings.manifest
     decoder = manifest.model.decoder
-    per_position = _kv_bytes(decoder)
+    caches = _kv_caches(manifest)
+    default = caches[spec.DEFAULT_KV_CACHE]
     return {
         "verified": not findings.problems,
         "problems": findings.problems,
         "size": manifest.size,
         "context": decoder.max_position_embeddings,
         "positions_per_picture": manifest.model.rows_per_image,
-        "kv_bytes_per_position": per_position,
-        "kv_bytes_full_context": per_position * decoder.max_position_embeddings,
+        "kv_bytes_per_position": default["bytes_per_position"],
+        "kv_bytes_full_context": default["bytes_full_context"],
+        "kv_cache": caches,
+        "kv_int8": findings.kv_int8,
         "installed_onnxruntime": onnxruntime.__version__,
         "accuracy": findings.accuracy,
         "calibration": findings.calibration,
@@ -122,11 +137,14 @@ def _record(findings: Findings) -> dict[str, Any]:
 def _table(folder: Path, findings: Findings) -> str:
     manifest = findings.manifest
     files = [(name, size(entry.size)) for name, entry in manifest.files.items()]
+    losses = {name: value for name, value in findings.kv_int8.items() if not name.startswith("bytes_")}
     sections = [
         ("", [("bundle", str(folder)), *_origin(manifest)]),
         ("model", _model(manifest)),
         ("weights", _weights(manifest.weights)),
+        ("K/V cache", _kv_rows(manifest)),
         ("accuracy", _figures(findings.accuracy)),
+        ("int8 K/V cache against fp32", _figures(losses)),
         ("calibration", _figures(findings.calibration)),
         ("certificate", [(str(golden.get("name")), _golden(golden)) for golden in findings.goldens]),
         ("files", [*files, ("total", size(manifest.size))]),
@@ -168,7 +186,6 @@ def _origin(manifest: Manifest) -> list[Row]:
 def _model(manifest: Manifest) -> list[Row]:
     model = manifest.model
     decoder, vision, queries = model.decoder, model.vision, model.abstractor
-    context, per_position = decoder.max_position_embeddings, _kv_bytes(decoder)
     return [
         (
             "decoder",
@@ -190,9 +207,21 @@ def _model(manifest: Manifest) -> list[Row]:
             f"{model.preprocess.crop_size} x {model.preprocess.crop_size} pixels, mode "
             f"{model.preprocess.mode}, {model.rows_per_image} positions each",
         ),
-        ("context", f"{context} positions{_stretch(decoder)}"),
-        ("K/V cache", f"{size(per_position)} per position, {size(per_position * context)} at full context"),
+        ("context", f"{decoder.max_position_embeddings} positions{_stretch(decoder)}"),
     ]
+
+
+def _kv_rows(manifest: Manifest) -> list[Row]:
+    fp16 = size(spec.kv_bytes(manifest.model.decoder, 2))
+    rows = []
+    for kind, entry in _kv_caches(manifest).items():
+        text = f"{size(entry['bytes_per_position'])} per position, {size(entry['bytes_full_context'])} at full context"
+        if kind == "int8":
+            text += f" (float16 would take {fp16} per position)"
+        if not entry["usable"]:
+            text += f"; needs onnxruntime {entry['minimum_onnxruntime']} or newer"
+        rows.append((kind, text))
+    return rows
 
 
 def _stretch(decoder: DecoderConfig) -> str:

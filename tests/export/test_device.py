@@ -25,7 +25,8 @@ from owl2.export.device import check_device
 from owl2.export.graph.builder import GraphBuilder
 from owl2.export.graph.decoder import DecoderGraph
 from owl2.export.graph.ort import OrtDialect
-from owl2.quant.stream import Sequence, Stream
+from owl2.quant.kv import RoundedStream
+from owl2.quant.stream import Calibration, Sequence, Stream
 from owl2.runtime.errors import ConfigError
 
 ELSEWHERE = torch.device("lazy", 0)  # a type that torch does not try to start up
@@ -103,9 +104,10 @@ def exported(checkpoint: Checkpoint, folder: Path, device: str, **settings: Any)
     def stream() -> Stream:
         return Stream(shape, [Sequence.of(row, kinds) for row in rows])
 
-    streams = Streams(stream() if config.method == "gptq" and config.quant else None, stream(), stream())
+    calibration = Calibration(stream()) if config.method == "gptq" and config.quant else None
+    streams = Streams(calibration, stream(), stream(), RoundedStream(stream()))
     with GraphBuilder(folder / "graph") as graph:
-        decoder._export_layer(checkpoint, DecoderGraph(graph, OrtDialect(), shape), config, 0, streams, {})
+        decoder.export_layer(checkpoint, DecoderGraph(graph, OrtDialect(), shape), config, 0, streams, {})
         graph.state()
     return (folder / "graph.data").read_bytes(), [s.rows for s in streams._sequences()]
 

@@ -27,7 +27,7 @@ from owl2.export.pipeline import estimate_size, export_bundle
 from owl2.export.staging import Staging, check_space
 from owl2.quant.config import QuantConfig
 from owl2.quant.layer import LINEARS, QuantizedLinear
-from owl2.quant.stream import Stream
+from owl2.quant.stream import Calibration, Stream
 from owl2.runtime import Owl2
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.errors import CalibrationError, ConfigError, ExportError, ParityError
@@ -205,15 +205,22 @@ def test_calibration_passes_through_the_quantized_layers(
 ) -> None:
     """What calibrates layer 1 is what the stored layer 0 makes of the rows, not what the original one does."""
     seen: list[Stream] = []
+    exact: list[Stream] = []
     layers: list[DecoderLayer] = []
     original = decoder.quantize_layer
 
     def watched(
-        layer: DecoderLayer, stream: Stream, config: QuantConfig, name: str, kept: Collection[str]
+        layer: DecoderLayer,
+        unchanged: DecoderLayer,
+        calibration: Calibration,
+        config: QuantConfig,
+        name: str,
+        kept: Collection[str],
     ) -> dict[str, QuantizedLinear]:
-        seen.append(stream.copy())
+        seen.append(calibration.quantized.copy())
+        exact.append(calibration.original.copy())
         layers.append(layer)
-        return original(layer, stream, config, name, kept)
+        return original(layer, unchanged, calibration, config, name, kept)
 
     monkeypatch.setattr(decoder, "quantize_layer", watched)
     export_bundle(ExportConfig(a1, tmp_path / "bundle", calibration=photos, group_size=32))
@@ -221,8 +228,11 @@ def test_calibration_passes_through_the_quantized_layers(
         before = DecoderLayer(checkpoint.config.decoder)
         checkpoint.load_into(before, "model.layers.0.")
     rows = [sequence.rows for sequence in seen[1].sequences]
-    for given, stored, unquantized in zip(rows, seen[0].outputs(layers[0]), seen[0].outputs(before)):
+    for given, stored, unquantized, other in zip(
+        rows, seen[0].outputs(layers[0]), seen[0].outputs(before), exact[1].sequences
+    ):
         torch.testing.assert_close(given, stored)
+        torch.testing.assert_close(other.rows, unquantized)
         assert float((given - unquantized).abs().max()) > 1e-3
 
 

@@ -75,7 +75,7 @@ def attended(layer: DecoderLayer, rows: torch.Tensor, routing: Routing) -> torch
 def test_each_weight_is_what_gptq_makes_of_its_own_rows_behind_the_quantized_ones() -> None:
     """Everything is computed again from the definition, with the layer as it stands after each step."""
     layer, stream = make_layer(), make_stream()
-    made = quantize_layer(layer, Calibration(stream.copy()), QUANT, "layers.0")
+    made = quantize_layer(layer, make_layer(), Calibration(stream.copy()), QUANT, "layers.0")
     slow = make_layer()
 
     def check(name: str, rows: torch.Tensor, weights: torch.Tensor | None = None) -> None:
@@ -107,7 +107,7 @@ def test_each_weight_is_what_gptq_makes_of_its_own_rows_behind_the_quantized_one
 
 def test_the_layer_computes_with_the_stored_weights_afterwards() -> None:
     layer = make_layer()
-    made = quantize_layer(layer, Calibration(make_stream()), QUANT, "layers.0")
+    made = quantize_layer(layer, make_layer(), Calibration(make_stream()), QUANT, "layers.0")
     assert set(made) == set(LINEARS)
     for name, quantized in made.items():
         torch.testing.assert_close(layer.get_submodule(name).weight.detach(), quantized.weight.dequantize())
@@ -118,7 +118,7 @@ def test_the_layer_computes_with_the_stored_weights_afterwards() -> None:
 def test_the_branches_do_not_share_a_hessian() -> None:
     """With only text rows in its Hessian, the image branch loses more on image rows."""
     layer, stream = make_layer(), make_stream()
-    made = quantize_layer(layer, Calibration(stream.copy()), QUANT, "layers.0")
+    made = quantize_layer(layer, make_layer(), Calibration(stream.copy()), QUANT, "layers.0")
     name = "self_attn.k_proj.multiway.1"
     fresh = make_layer()
     with torch.no_grad():
@@ -132,9 +132,21 @@ def test_the_branches_do_not_share_a_hessian() -> None:
 
 
 @torch.no_grad()
-def test_both_streams_are_moved_behind_their_layer() -> None:
+def test_quantizing_moves_no_rows_and_changes_no_original() -> None:
+    calibration, original, before = Calibration(make_stream()), make_layer(), make_layer()
+    quantize_layer(make_layer(), original, calibration, QUANT, "layers.0")
+    for stream in (calibration.quantized, calibration.original):
+        for sequence, old in zip(stream.sequences, make_stream().sequences):
+            assert torch.equal(sequence.rows, old.rows)
+    for parameter, old in zip(original.parameters(), before.parameters()):
+        assert torch.equal(parameter, old)
+
+
+@torch.no_grad()
+def test_each_stream_moves_behind_its_own_layer() -> None:
     calibration, layer = Calibration(make_stream()), make_layer()
-    quantize_layer(layer, calibration, QUANT, "layers.0")
+    quantize_layer(layer, make_layer(), calibration, QUANT, "layers.0")
+    calibration.advance(layer, make_layer())
     for stream, through in ((calibration.quantized, layer), (calibration.original, make_layer())):
         expected = make_stream()
         expected.advance(through)
@@ -149,7 +161,9 @@ def test_aiming_at_the_original_output_brings_the_layer_closer_to_it() -> None:
     for share in (0.0, 0.5):
         calibration, config = Calibration(make_stream()), replace(QUANT, asymmetry=share)
         for index in range(2):
-            quantize_layer(make_layer(), calibration, config, f"layers.{index}")
+            layer = make_layer()
+            quantize_layer(layer, make_layer(), calibration, config, f"layers.{index}")
+            calibration.advance(layer, make_layer())
         pairs = zip(calibration.quantized.sequences, calibration.original.sequences)
         errors.append(sum(float((one.rows - other.rows).pow(2).sum()) for one, other in pairs))
     assert errors[1] < 0.97 * errors[0]
@@ -158,18 +172,18 @@ def test_aiming_at_the_original_output_brings_the_layer_closer_to_it() -> None:
 def test_no_image_rows_is_an_error_and_not_silent_rounding() -> None:
     stream = make_stream(([0, 0, 0, 0],))
     with pytest.raises(CalibrationError, match=r"layers\.7 keys and values, image rows: no such rows"):
-        quantize_layer(make_layer(), Calibration(stream), QUANT, "layers.7")
+        quantize_layer(make_layer(), make_layer(), Calibration(stream), QUANT, "layers.7")
 
 
 def test_gptq_without_rows_is_an_error() -> None:
     with pytest.raises(CalibrationError, match=r"layers.3: GPTQ needs calibration rows; .* method rtn on purpose"):
-        quantize_layer(make_layer(), None, QUANT, "layers.3")
+        quantize_layer(make_layer(), None, None, QUANT, "layers.3")
 
 
 def test_rounding_needs_no_rows() -> None:
     layer, config = make_layer(), QuantConfig(group_size=32, method="rtn")
     original = {name: layer.get_submodule(name).weight.detach().clone() for name in LINEARS}
-    for name, quantized in quantize_layer(layer, None, config, "layers.0").items():
+    for name, quantized in quantize_layer(layer, None, None, config, "layers.0").items():
         assert torch.equal(quantized.weight.codes, rtn(original[name], config).codes)
         assert quantized.report is None
 
@@ -179,11 +193,11 @@ def test_kept_weights_stay_and_the_others_see_their_outputs(method: str) -> None
     kept = {"self_attn.k_proj.multiway.1", "mlp.gate_proj", "mlp.up_proj"}
     layer, whole, config = make_layer(), make_layer(), QuantConfig(group_size=32, method=method)
     before = {name: parameter.clone() for name, parameter in layer.named_parameters()}
-    made = quantize_layer(layer, Calibration(make_stream()), config, "layers.0", kept)
+    made = quantize_layer(layer, make_layer(), Calibration(make_stream()), config, "layers.0", kept)
     assert set(made) == set(LINEARS) - kept
     for name in kept:
         assert torch.equal(layer.get_parameter(f"{name}.weight"), before[f"{name}.weight"])
-    everything = quantize_layer(whole, Calibration(make_stream()), config, "layers.0")
+    everything = quantize_layer(whole, make_layer(), Calibration(make_stream()), config, "layers.0")
     for name in made:
         same = torch.equal(made[name].weight.codes, everything[name].weight.codes)
         # Everything behind the image keys sees other inputs where these were not rounded.
@@ -191,7 +205,7 @@ def test_kept_weights_stay_and_the_others_see_their_outputs(method: str) -> None
 
 
 def test_nothing_left_to_quantize_needs_no_rows() -> None:
-    assert quantize_layer(make_layer(), None, QUANT, "layers.0", LINEARS) == {}
+    assert quantize_layer(make_layer(), None, None, QUANT, "layers.0", LINEARS) == {}
 
 
 def test_a_weight_that_cannot_be_quantized_is_named() -> None:
@@ -199,7 +213,7 @@ def test_a_weight_that_cannot_be_quantized_is_named() -> None:
     with torch.no_grad():
         layer.mlp.up_proj.weight[3, 4] = float("nan")
     with pytest.raises(QuantizationError, match=r"layers.2 mlp.up_proj: 1 of the weight's 6144 values are NaN"):
-        quantize_layer(layer, Calibration(make_stream()), QUANT, "layers.2")
+        quantize_layer(layer, make_layer(), Calibration(make_stream()), QUANT, "layers.2")
 
 
 @torch.no_grad()
@@ -221,7 +235,7 @@ def test_a_stream_moves_as_a_forward_pass_does() -> None:
 def test_the_report_tells_the_modalities_apart() -> None:
     """Each figure is the error of the layer's output over its energy, on the rows of one modality."""
     layer, stream = make_layer(), make_stream()
-    made = quantize_layer(layer, Calibration(stream.copy()), QUANT, "layers.0")
+    made = quantize_layer(layer, make_layer(), Calibration(stream.copy()), QUANT, "layers.0")
     fresh = make_layer()
     rows = [normalised(fresh, s.rows, s.routing, "input_layernorm") for s in stream.sequences]
     text = torch.cat([r[s.routing.text] for r, s in zip(rows, stream.sequences)])
@@ -248,7 +262,9 @@ def test_the_report_tells_the_modalities_apart() -> None:
 def test_image_rows_that_count_more_lose_less() -> None:
     errors = []
     for weight in (0.01, 100.0):
-        made = quantize_layer(make_layer(), Calibration(make_stream()), replace(QUANT, image_weight=weight), "layers.0")
+        made = quantize_layer(
+            make_layer(), make_layer(), Calibration(make_stream()), replace(QUANT, image_weight=weight), "layers.0"
+        )
         report = made["self_attn.q_proj"].report
         assert report is not None
         errors.append((report.text_error, report.image_error))

@@ -96,7 +96,7 @@ def test_a_manifest_that_was_edited(copy: Path, changes: dict[str, object], mess
 
 
 def test_a_manifest_that_is_no_json(copy: Path) -> None:
-    (copy / "owl2.json").write_text('{"format": 1')
+    (copy / "owl2.json").write_text('{"format": 2')
     with pytest.raises(BundleCorruptError, match=r"owl2\.json is no readable JSON"):
         Owl2.load(copy)
 
