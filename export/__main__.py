@@ -26,6 +26,8 @@ DEFAULTS = {
     for name in ("weights", "method", "group_size", "samples", "device")
 }
 
+LISTED_PARTS = 3
+
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="owl2-export")
@@ -190,13 +192,22 @@ def _summary(bundle: Path, report: Report) -> str:
         f"same best token {accuracy.top1_agreement_text:.1%}, mean logit difference "
         f"{accuracy.mean_abs_logit_difference:.3f}"
     )
+    if not report.goldens:  # a GPTQ checkpoint, which runs elsewhere
+        return "\n".join(lines)
+    kept = [part for part in report.vision if part.kept]
+    if kept:
+        parts = ", ".join(f"{part.part} ({part.effect:.2%})" for part in kept[:LISTED_PARTS])
+        more = f" and {len(kept) - LISTED_PARTS} more" if len(kept) > LISTED_PARTS else ""
+        lines.append(f"  vision parts kept in fp16, with what int8 would change: {parts}{more}")
     worst = max(golden.kl for golden in report.goldens)
-    lines += [
-        _kv_line(report.kv_int8),
-        f"  certificate: {len(report.goldens)} golden prompts, KL of at most {worst:.1e} nats on this machine; "
-        "owl2 verify replays them on a device",
-    ]
-    return "\n".join(lines)
+    return "\n".join(
+        [
+            *lines,
+            _kv_line(report.kv_int8),
+            f"  certificate: {len(report.goldens)} golden prompts, KL of at most {worst:.1e} nats on this machine; "
+            "owl2 verify replays them on a device",
+        ]
+    )
 
 
 def _mean(seconds: Sequence[float]) -> str:

@@ -52,7 +52,7 @@ def _descend_group(codes: Tensor, error: Tensor, slope: Tensor, block: Tensor, s
         scale: [N].
         bits: of a code.
     """
-    for column, curvature in enumerate(block.diagonal().tolist()):
+    for column, curvature in enumerate(block.diagonal().cpu().tolist()):
         if curvature == 0.0:
             continue  # an input that was always zero: any code is as good
         best = round_to_grid(codes[column] * scale + slope[column] / curvature, scale, bits)

@@ -53,9 +53,7 @@ class _Factors:
     damping: float
 
 
-def gptq(
-    weight: Tensor, hessian: Tensor, config: QuantConfig, target: Tensor | None = None
-) -> tuple[QuantizedWeight, GptqReport]:
+def gptq(weight: Tensor, hessian: Tensor, config: QuantConfig) -> tuple[QuantizedWeight, GptqReport]:
     """Quantize a weight for inputs with the given second moment.
 
     Computes in the Hessian's dtype. float32 is meant for real layers: the damping (1 % of the mean) is far
@@ -66,8 +64,6 @@ def gptq(
         weight: [N, K] float of any width.
         hessian: [K, K] float32 or float64, symmetric; any positive multiple gives the same codes.
         config: settings of the grid and of GPTQ.
-        target: [N, K], what to round instead, such as a corrected ``weight``; the report still compares with
-            ``weight``. None for ``weight`` itself.
 
     Returns:
         Codes and scales in the original order of columns, and what they cost.
@@ -79,7 +75,6 @@ def gptq(
     check_weight(weight)
     _check_hessian(weight, hessian)
     weight = weight.to(hessian.dtype)
-    target = weight if target is None else target
     diagonal = hessian.diagonal()
     dead = diagonal == 0
     groups = _processing_order(diagonal, config)
@@ -92,7 +87,7 @@ def gptq(
     start = 0
     for number, group in groups:
         stop = start + len(group)
-        original = target[:, group].T.contiguous()
+        original = weight[:, group].T.contiguous()
         carried = factors.feedback[:start, start:stop].T @ error[:start]
         within = factors.feedback[start:stop, start:stop]
         scale = _group_scales(original, carried, within, factors.pivots[start:stop], config)
@@ -103,7 +98,7 @@ def gptq(
 
     quantized = QuantizedWeight(codes, scales, config.bits, config.group_size)
     mean = diagonal[~dead].mean()
-    descend(target, hessian, float(factors.damping * mean), quantized, config.sweeps)
+    descend(weight, hessian, float(factors.damping * mean), quantized, config.sweeps)
     sampled = sampled_rows(weight)
     baseline = rtn(weight[sampled], config, torch.where(dead, mean, diagonal))
     report = GptqReport(

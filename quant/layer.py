@@ -41,6 +41,8 @@ LINEARS = tuple(name for site in SITES for name in site)
 class ModuleReport:
     """What GPTQ cost in one linear layer; errors are squared, relative to the energy of the layer's output.
 
+    The layer before rounding is the one that GPTQ aims at (:mod:`owl2.quant.asymmetric`).
+
     Attributes:
         error: on the calibration rows as weighted for this layer.
         rtn_error: the same for rounding to nearest with the same scale search.
@@ -176,10 +178,10 @@ def _quantize(
     alone = seen[1] if seen[0] is None else seen[0] if seen[1] is None else None
     rows = shared if alone is None else alone
     target = asymmetric_target(weight, rows.hessian, rows.deviation, config.damping, config.asymmetry)
-    quantized, cost = gptq(weight, rows.hessian, config, target)
-    sampled = sampled_rows(weight)
+    quantized, cost = gptq(target, rows.hessian, config)
+    sampled = sampled_rows(target)
     stored = quantized.dequantize()[sampled]
-    text, image = (None if m is None else relative_error(weight[sampled], stored, m.hessian) for m in seen)
+    text, image = (None if m is None else relative_error(target[sampled], stored, m.hessian) for m in seen)
     return QuantizedLinear(
         quantized, ModuleReport(cost.error, cost.rtn_error, text, image, cost.damping, cost.dead_columns)
     )
