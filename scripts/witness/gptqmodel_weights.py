@@ -3,6 +3,7 @@
 Runs in an environment of its own that has gptqmodel, with the same text and windows as ``quantizers.py``, which
 takes the result as ``--compare NAME=FILE``:
 
+    export GPTQMODEL_CPU_WORKERS=2  # where there are only two cores
     python scripts/witness/gptqmodel_weights.py MODEL calibration.txt gar.safetensors --group-size 128
     python scripts/witness/gptqmodel_weights.py MODEL calibration.txt mse.safetensors --group-size 128 --mse 2.4
 """
@@ -43,6 +44,7 @@ def main() -> int:
         act_group_aware=not options.no_gar,
         mse=options.mse,
         damp_percent=options.damp,
+        offload_to_disk=False,
         device="cpu",
     )
     print(config, flush=True)
