@@ -15,7 +15,27 @@ import time
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 from windows import token_windows
+
+FARTHEST = 0.3
+"""Relative distance of a 4-bit weight from the original that only a misread file has."""
+
+
+def weight_of(module: nn.Module, name: str, original: Tensor) -> Tensor:
+    """The weight [N, K] that a packed module's integers stand for.
+
+    Raises:
+        SystemExit: it is too far from the original to be it.
+    """
+    weight = module.dequantize_weight().float()
+    if module.qzero_format() == 1:  # this format stores zero points less one, which dequantize_weight takes as they are
+        weight -= module.scales.float()[module.g_idx.long()]
+    weight = weight.T.contiguous()
+    distance = float((weight - original).norm() / original.norm())
+    if not distance < FARTHEST:
+        raise SystemExit(f"{name}: the weight read back is {distance:.2f} of its length away from the original")
+    return weight
 
 
 def main() -> int:
@@ -33,6 +53,7 @@ def main() -> int:
     options = parser.parse_args()
 
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+    from safetensors import safe_open
     from safetensors.torch import save_file
 
     windows = token_windows(options.model, options.calibration, options.sequences, options.length)
@@ -53,11 +74,12 @@ def main() -> int:
     started = time.perf_counter()
     model.quantize(samples, batch_size=1, backend=BACKEND.GPTQ_TORCH)
     print(f"quantized in {time.perf_counter() - started:.0f} s", flush=True)
-    weights = {}
-    for name, module in model.model.named_modules():
-        if hasattr(module, "qweight"):
-            # [K, N] of the module's own integers and scales, exactly what it computes with.
-            weights[f"{name}.weight"] = module.dequantize_weight().T.float().contiguous()
+    with safe_open(options.model / "model.safetensors", "pt") as original:
+        weights = {
+            f"{name}.weight": weight_of(module, name, original.get_tensor(f"{name}.weight"))
+            for name, module in model.model.named_modules()
+            if hasattr(module, "qweight")
+        }
     save_file(weights, options.out)
     print(f"{options.out}: {len(weights)} weights", flush=True)
     return 0

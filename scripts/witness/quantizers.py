@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from windows import token_windows
 
@@ -39,7 +39,7 @@ from owl2.quant.stream import Sequence, Stream
 from owl2.runtime.config import DecoderConfig
 
 TEXT_SITES = tuple(tuple(name for name in site if name not in IMAGE_BRANCH) for site in SITES)
-CHUNK = 512
+CHUNK = 128
 """Rows whose logits are in memory at once."""
 
 Quantize = Callable[[DecoderLayer, Stream, int], None]
@@ -88,6 +88,12 @@ class Llama:
         times = self.config.num_attention_heads // self.kv_heads
         heads = weight.view(self.kv_heads, rows // self.kv_heads, width)
         return heads.repeat_interleave(times, dim=0).reshape(-1, width)
+
+    def once(self, weight: Tensor) -> Tensor:
+        """Undo :meth:`repeated`: [H·D, K] -> [kv·D, K]."""
+        rows, width = weight.shape
+        times = self.config.num_attention_heads // self.kv_heads
+        return weight.view(self.kv_heads, times, rows // times // self.kv_heads, width)[:, 0].reshape(-1, width)
 
 
 def source_name(name: str) -> str:
@@ -147,8 +153,27 @@ def comparison(path: Path, llama: Llama) -> Quantize:
     return quantize
 
 
-def through(llama: Llama, measured: Tensor, calibration: Tensor | None, quantize: Quantize | None) -> Tensor:
-    """Rows behind the final norm for each window of ``measured``: [windows, T, C]."""
+def linears(llama: Llama, layer: DecoderLayer, index: int) -> dict[str, Tensor]:
+    """Copies of a layer's weights under the names and in the shapes of the checkpoint."""
+    found = {}
+    for linear in (name for site in TEXT_SITES for name in site):
+        weight = layer.get_parameter(f"{linear}.weight").detach()
+        name = f"model.layers.{index}." + source_name(f"{linear}.weight")
+        found[name] = (llama.once(weight) if ".multiway." in linear else weight).clone()
+    return found
+
+
+def through(
+    llama: Llama,
+    measured: Tensor,
+    calibration: Tensor | None = None,
+    quantize: Quantize | None = None,
+    kept: dict[str, Tensor] | None = None,
+) -> Tensor:
+    """Rows behind the final norm for each window of ``measured``: [windows, T, C].
+
+    The quantized weights, dequantized, go into ``kept``.
+    """
     embedding = llama.tensor("model.embed_tokens.weight")
 
     def stream(windows: Tensor) -> Stream:
@@ -163,6 +188,8 @@ def through(llama: Llama, measured: Tensor, calibration: Tensor | None, quantize
             layer = llama.layer(index)
             if quantize is not None:
                 quantize(layer, seen, index)
+            if kept is not None:
+                kept.update(linears(llama, layer, index))
             rows.advance(layer)
             if sys.stderr.isatty():
                 print(
@@ -233,6 +260,7 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=512, help="tokens of a sequence or window (default 512)")
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--layers", type=int, help="use only the first of them (to try things out)")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="save the weights of each METHOD for --compare")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     options = parser.parse_args()
 
@@ -245,13 +273,17 @@ def main() -> int:
     measured = token_windows(options.model, options.text, options.windows, options.length)
     head = llama.tensor("model.embed_tokens.weight")
 
-    reference = through(llama, measured, None, None)
+    reference = through(llama, measured)
     scores = {"reference": score(reference, reference, measured, head, 0.0)}
     print(f"{'':48}{'perplexity':>11}{'KL, nats':>18}{'same top':>10}{'seconds':>9}")
     _show("reference", scores["reference"])
     for name, quantize in steps.items():
         started = time.perf_counter()
-        rows = through(llama, measured, calibration, quantize)
+        kept: dict[str, Tensor] | None = {} if options.keep and name in options.method else None
+        rows = through(llama, measured, calibration, quantize, kept)
+        if kept is not None:
+            options.keep.mkdir(parents=True, exist_ok=True)
+            save_file(kept, options.keep / f"{name}.safetensors")
         scores[name] = score(reference, rows, measured, head, time.perf_counter() - started)
         _show(name, scores[name])
         if options.json:
