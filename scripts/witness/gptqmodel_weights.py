@@ -18,24 +18,23 @@ import torch
 from torch import Tensor, nn
 from windows import token_windows
 
-FARTHEST = 0.3
-"""Relative distance of a 4-bit weight from the original that only a misread file has."""
-
 
 def weight_of(module: nn.Module, name: str, original: Tensor) -> Tensor:
     """The weight [N, K] that a packed module's integers stand for.
 
     Raises:
-        SystemExit: it is too far from the original to be it.
+        SystemExit: the integers were read with a wrong zero point.
     """
-    weight = module.dequantize_weight().float()
+    scales = module.scales.float()[module.g_idx.long()]
+    # It multiplies in float16; its integers are exact.
+    codes = (module.dequantize_weight().float() / scales).round()
     if module.qzero_format() == 1:  # this format stores zero points less one, which dequantize_weight takes as they are
-        weight -= module.scales.float()[module.g_idx.long()]
-    weight = weight.T.contiguous()
-    distance = float((weight - original).norm() / original.norm())
-    if not distance < FARTHEST:
-        raise SystemExit(f"{name}: the weight read back is {distance:.2f} of its length away from the original")
-    return weight
+        codes -= 1
+    weight = codes * scales
+    shift = float(((weight - original.T) / scales).mean())
+    if not abs(shift) < 0.25:
+        raise SystemExit(f"{name}: what was read back is {shift:+.2f} steps above the original on average")
+    return weight.T.contiguous()
 
 
 def main() -> int:

