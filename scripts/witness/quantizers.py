@@ -27,6 +27,7 @@ than any of the methods makes. All methods meet the same weights, but the figure
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 import time
@@ -41,19 +42,20 @@ from torch import Tensor
 from windows import token_windows
 
 from owl2.export.model import DecoderLayer, RmsNorm
+from owl2.quant.asymmetric import asymmetric_target
 from owl2.quant.config import QuantConfig
 from owl2.quant.gptq import gptq
 from owl2.quant.grid import rtn
 from owl2.quant.hessian import HessianAccumulator
 from owl2.quant.layer import IMAGE_BRANCH, SITES, site_inputs
-from owl2.quant.stream import Sequence, Stream
+from owl2.quant.stream import Calibration, Sequence, Stream
 from owl2.runtime.config import DecoderConfig
 
 TEXT_SITES = tuple(tuple(name for name in site if name not in IMAGE_BRANCH) for site in SITES)
 CHUNK = 128
 """Rows whose logits are in memory at once."""
 
-Quantize = Callable[[DecoderLayer, Stream, int], None]
+Quantize = Callable[[DecoderLayer, Calibration, int], None]
 """Changes the weights of the layer with this index in place, given calibration rows before it."""
 
 
@@ -112,17 +114,19 @@ def source_name(name: str) -> str:
     return name.replace(".multiway.0.", ".").replace(".multiway.1.", ".")
 
 
-def quantize_text(layer: DecoderLayer, stream: Stream, config: QuantConfig, name: str) -> None:
-    """What owl2.quant.layer does with a layer, for a stream without image rows."""
+def quantize_text(
+    layer: DecoderLayer, original: DecoderLayer, calibration: Calibration, config: QuantConfig, name: str
+) -> None:
+    """What owl2.quant.layer does with a layer, for prompts without image rows."""
     for site in TEXT_SITES:
         rows = HessianAccumulator(layer.get_submodule(site[0]).in_features, f"{name} {site[0]}")
-        for _, inputs in site_inputs(layer, site[0], stream):
-            rows.add(inputs)
-        hessian = rows.result()
+        inputs = site_inputs(layer, site[0], calibration.quantized)
+        for (_, seen), (_, exact) in zip(inputs, site_inputs(original, site[0], calibration.original), strict=True):
+            rows.add(seen, exact)
         for linear in site:
             weight = layer.get_parameter(f"{linear}.weight").detach()
-            quantized, _ = gptq(weight, hessian, config)
-            weight.copy_(quantized.dequantize())
+            target = asymmetric_target(weight, rows.hessian, rows.deviation, config.damping, config.asymmetry)
+            weight.copy_(gptq(target, rows.hessian, config)[0].dequantize())
 
 
 def method(description: str, group_size: int) -> Quantize:
@@ -137,10 +141,11 @@ def method(description: str, group_size: int) -> Quantize:
         changed[key] = type(fields[key].default)(float(value))
     config = QuantConfig(**({"method": kind, "group_size": group_size} | changed))
 
-    def quantize(layer: DecoderLayer, stream: Stream, index: int) -> None:
+    def quantize(layer: DecoderLayer, calibration: Calibration, index: int) -> None:
         if config.method == "gptq":
-            quantize_text(layer, stream, config, f"layers.{index}")
-            stream.advance(layer)
+            original = copy.deepcopy(layer)
+            quantize_text(layer, original, calibration, config, f"layers.{index}")
+            calibration.advance(layer, original)
             return
         for site in TEXT_SITES:
             for linear in site:
@@ -154,7 +159,7 @@ def comparison(path: Path, llama: Llama) -> Quantize:
     """Weights from a file instead."""
     weights = load_file(path)
 
-    def quantize(layer: DecoderLayer, _: Stream, index: int) -> None:
+    def quantize(layer: DecoderLayer, _: Calibration, index: int) -> None:
         for site in TEXT_SITES:
             for linear in site:
                 weight = layer.get_parameter(f"{linear}.weight").detach()
@@ -191,7 +196,7 @@ def through(
         text = torch.zeros(windows.shape[1], dtype=torch.int64)
         return Stream(llama.config, [Sequence.of(embedding[window], text) for window in windows])
 
-    rows, seen = stream(measured), stream(measured[:0] if calibration is None else calibration)
+    rows, seen = stream(measured), Calibration(stream(measured[:0] if calibration is None else calibration))
     norm = RmsNorm(llama.config.hidden_size, llama.config.rms_norm_eps)
     with torch.no_grad():
         norm.weight.copy_(llama.tensor("model.norm.weight"))

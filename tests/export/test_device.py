@@ -10,10 +10,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from conftest import MakeCheckpoint
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -118,16 +118,17 @@ def test_a_layer_is_quantized_there_and_comes_back(
 ) -> None:
     # By default torch would put the wrapper's outside into the parameters that a module has.
     monkeypatch.setattr(torch.__future__, "_overwrite_module_params_on_conversion", True)
-    with Checkpoint(make_checkpoint(top={"attention_bias": True, "num_hidden_layers": 1})) as checkpoint:
+    with (
+        Checkpoint(make_checkpoint(top={"attention_bias": True, "num_hidden_layers": 1})) as checkpoint,
+        sdpa_kernel(SDPBackend.MATH),  # the one that the wrapper goes through; others sum in another order
+    ):
         here, expected = exported(checkpoint, tmp_path / "here", "cpu", weights=weights, method=method)
         with Elsewhere():
             there, rows = exported(checkpoint, tmp_path / "there", str(ELSEWHERE), weights=weights, method=method)
     assert not any(isinstance(row, Remote) for row in rows)
     for one, other in zip(rows, expected):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
-    different = np.mean(np.frombuffer(there, np.uint8) != np.frombuffer(here, np.uint8))
-    # Attention sums in another order there, which moves a few codes that the Hessian has a say in.
-    assert different < 0.01 if method == "gptq" else there == here
+    assert there == here
 
 
 def test_a_device_that_torch_cannot_use() -> None:
