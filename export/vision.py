@@ -26,8 +26,8 @@ from owl2.runtime.backends.ort import DEFAULT_OPTIONS, OrtOptions, open_session
 from owl2.runtime.engine import Floats
 from owl2.runtime.pictures import Picture
 
-# At full size the parts take about a minute per picture.
-SENSITIVITY_PICTURES = 2
+# At full size the parts take one to two minutes per picture.
+SENSITIVITY_PICTURES = 1
 
 
 @dataclass(frozen=True, slots=True)

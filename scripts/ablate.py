@@ -10,6 +10,7 @@ Needs the sample's modules: run from the repository, ``python scripts/ablate.py 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import sys
@@ -28,14 +29,14 @@ from evaluate import evaluate, torch_answers
 from make_calibration import write_calibration
 
 from owl2.export.checkpoint import Checkpoint
-from owl2.export.model import DecoderLayer, Owl2Model
+from owl2.export.model import DecoderLayer, Owl2Model, rotary_tables
 from owl2.export.prompts import encode_samples
 from owl2.quant.calibration import load_calibration
 from owl2.quant.config import QuantConfig
 from owl2.quant.gptq import gptq
 from owl2.quant.grid import rtn
 from owl2.quant.hessian import HessianAccumulator
-from owl2.quant.layer import IMAGE_BRANCH, SITES, quantize_layer, site_inputs
+from owl2.quant.layer import IMAGE_BRANCH, LINEARS, SITES, quantize_layer, site_inputs
 from owl2.quant.stream import Calibration, Sequence, Stream
 from owl2.runtime.evaluation.divergence import Divergence, divergence
 from owl2.runtime.multimodal import embed
@@ -56,6 +57,7 @@ class Recipe:
     name: str
     config: QuantConfig
     quantize: Quantize
+    head_bits: int | None = None
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,23 @@ class Result:
 
 def ours(layer: DecoderLayer, calibration: Calibration, config: QuantConfig) -> None:
     """The quantizer of owl2-export."""
-    quantize_layer(layer, calibration, config, "layer")
+    original = copy.deepcopy(layer)
+    quantize_layer(layer, original, calibration, config, "layer")
+    calibration.advance(layer, original)
+
+
+def image_branch_in_8_bits(layer: DecoderLayer, calibration: Calibration, config: QuantConfig) -> None:
+    """The image branch's keys and values in 8 bits, which decoding never reads."""
+    original = copy.deepcopy(layer)
+    others = [name for name in LINEARS if name not in IMAGE_BRANCH]
+    quantize_layer(layer, original, calibration, replace(config, bits=8), "layer", others)
+    quantize_layer(layer, original, calibration, config, "layer", IMAGE_BRANCH)
+    calibration.advance(layer, original)
 
 
 def rounding(layer: DecoderLayer, calibration: Calibration, config: QuantConfig) -> None:
     """Round to nearest."""
-    quantize_layer(layer, None, replace(config, method="rtn"), "layer")
+    quantize_layer(layer, None, None, replace(config, method="rtn"), "layer")
     calibration.advance(layer, layer)
 
 
@@ -166,6 +179,9 @@ def recipes(group_size: int) -> Iterator[Recipe]:
     yield Recipe("head-wise rotation of v and o", full, rotated)
     yield Recipe("channel scales, power 0.25", full, channel_scales(0.25))
     yield Recipe("channel scales, power 0.5", full, channel_scales(0.5))
+    yield Recipe("image branch in 8 bits", full, image_branch_in_8_bits)
+    yield Recipe("head in 8 bits, rounded", full, ours, head_bits=8)
+    yield Recipe("head in 4 bits, rounded", full, ours, head_bits=4)
 
 
 class Bench:
@@ -177,6 +193,7 @@ class Bench:
             self.model = Owl2Model(checkpoint.config)
             checkpoint.load_into(self.model, "")
             self.table = checkpoint.tensor("model.embed_tokens.weight").numpy()
+        self.head = self.model.lm_head.weight.data.clone()
         self.original = {name: value.clone() for name, value in self.model.model.layers.state_dict().items()}
         self.tokenizer = Tokenizer.load(CHECKPOINT)
         self.sets = [self._embedded(scratch / f"calibration-{seed}", 128, seed) for seed in CALIBRATION_SEEDS]
@@ -213,6 +230,39 @@ class Bench:
         calibration = Calibration(self._stream(self.sets[calibration_set]))
         for layer in self.model.model.layers:
             recipe.quantize(layer, calibration, recipe.config)
+        self.model.lm_head.weight.data = self.head
+        if recipe.head_bits is not None:
+            rounded = QuantConfig(bits=recipe.head_bits, group_size=recipe.config.group_size, method="rtn")
+            self.model.lm_head.weight.data = rtn(self.head, rounded).dequantize()
+
+    def gradient_ratio(self) -> list[float]:
+        """Mean squared gradient of an image row over that of a text row, behind each layer.
+
+        Of the log-likelihood of tokens that the model itself draws at text positions (the Fisher information), which
+        says how much the same squared error matters in each.
+        """
+        sums = torch.zeros(len(self.model.model.layers), 2)
+        counts = torch.zeros(2)
+        generator = torch.Generator().manual_seed(0)
+        for embedded, modality in self.sets[0]:
+            rows = Sequence.of(embedded.clone().requires_grad_(), modality)
+            behind = []
+            rotary = rotary_tables(self.config.decoder, len(modality), len(modality))
+            hidden = rows.rows
+            for layer in self.model.model.layers:
+                hidden, _ = layer(hidden, rows.routing, (1, len(modality)), rotary)
+                hidden.retain_grad()
+                behind.append(hidden)
+            logits = self.model.head(self.model.model.norm(hidden))[modality == 0]
+            drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+            torch.nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
+            for index, value in enumerate(behind):
+                squares = value.grad.square().sum(-1)
+                sums[index] += torch.stack([squares[modality == kind].sum() for kind in (0, 1)])
+            counts += torch.bincount(modality, minlength=2)
+            self.model.zero_grad()
+        means = sums / counts
+        return (means[:, 1] / means[:, 0]).tolist()
 
     def compare(self) -> Divergence:
         """The model as it is now against the original one."""
@@ -269,6 +319,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="file for the results")
     options = parser.parse_args()
     bench, results = Bench(options.scratch), []
+    ratios = " ".join(f"{ratio:.3f}" for ratio in bench.gradient_ratio())
+    print(f"squared gradients of image rows over text rows, behind each layer: {ratios}")
     print(f"{'recipe':34} KL at text positions (by calibration set)", flush=True)
     if options.answers:
         print("float32", bench.answers(), flush=True)
