@@ -6,13 +6,14 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 FOLDERS := export runtime quant sample scripts tests
 
-.PHONY: help demo test lint types unit wheel bench full clean
+.PHONY: help demo test lint types unit wheel bench full full-size clean
 
 help:
 	@echo "make demo   set up, convert the sample model, ask about a picture"
 	@echo "make test   set up, lint, check types, run the tests, try the installed wheel"
 	@echo "make bench  speed of a conversation with the sample model"
-	@echo "make full   what takes long: accuracy of every kind of bundle, full-size layers"
+	@echo "make full   what takes long: accuracy of every kind of bundle, each choice of the quantizer, full-size layers"
+	@echo "make full-size   a whole model of 7B shapes: 25 GB in build/, about an hour"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -54,7 +55,12 @@ bench: $(VENV)/.dev bundles/sample/owl2.json
 
 full: $(VENV)/.dev
 	PYTHON=$(BIN)/python scripts/measure-sample build/measure
+	$(BIN)/python scripts/ablate.py build/measure --answers
 	$(BIN)/python scripts/measure_layers.py build/measure --samples 16
+
+full-size: $(VENV)/.dev
+	$(BIN)/python scripts/measure_full.py build/measure --method rtn
+	$(BIN)/python scripts/measure_full.py build/measure --kill 2 --samples 16
 
 clean:
 	rm -rf build bundles $(VENV)
