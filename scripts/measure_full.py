@@ -26,6 +26,10 @@ from typing import Any
 from measure_layers import TOKENIZER, anonymous_memory
 from random_checkpoint import write_checkpoint
 
+from owl2.quant.calibration import probe_samples
+from owl2.quant.config import QuantConfig
+from owl2.quant.gptq import MOST_SAMPLED
+
 POLL_SECONDS = 0.05
 GIB = 2**30
 
@@ -48,7 +52,7 @@ GPUS = (
 # Assumptions of the estimate.
 EFFICIENCY = 0.5  # of the peak in matrix products and Cholesky decompositions of these sizes
 LAUNCH_SECONDS = 6e-6  # of one small kernel, one after the other
-LAUNCHES = 12  # per column that GPTQ rounds
+LAUNCHES = 24  # per column, of GPTQ and of two sweeps of descent
 PCIE = 12e9  # bytes/s
 CLIP_PASSES = 30 * 6 * 2  # steps of the clip search, reads and writes of each, in GPTQ and in the rounding it reports
 
@@ -60,8 +64,8 @@ class Work:
     Attributes:
         forward: passes of all rows; quantizing looks at four places, each behind what is quantized already.
         hessian: summing x x^T at these places.
-        factorize: one Cholesky decomposition per weight.
-        update: feedback of rounding errors, and the three output errors that are reported.
+        factorize: two Cholesky decompositions per weight.
+        update: the target, feedback of rounding errors, coordinate descent, and the errors that are reported.
     """
 
     forward: float
@@ -80,15 +84,21 @@ def weights(width: int, inner: int) -> list[tuple[int, int]]:
 
 
 def gptq_work(width: int, inner: int, calibration: int, measured: int) -> Work:
-    """What GPTQ computes in one layer for so many calibration rows and so many measured rows (two streams)."""
+    """What GPTQ computes in one layer for so many calibration rows and so many measured rows.
+
+    The calibration rows pass through the quantized and the original layer, the measured ones too.
+    """
     attention, mlp = 4 * width**2, 3 * width * inner
     # inputs of o; of gate and up; of down; and the pass that moves the stream
     places = 3 * width**2 + attention + (attention + 2 * width * inner) + (attention + mlp)
+    shapes = weights(width, inner)
+    # Feedback 1, sweeps 2 each, target 2 and its triangular solves 2; then five output errors of sampled rows.
+    per_weight = 1.0 + 2.0 * QuantConfig().sweeps + 4.0
     return Work(
-        forward=2.0 * (calibration * places + 2 * measured * (attention + mlp)),
-        hessian=2.0 * calibration * (3 * width**2 + inner**2),
-        factorize=sum(k**3 / 3 for _, k in weights(width, inner)),
-        update=sum(7.0 * n * k**2 for n, k in weights(width, inner)),
+        forward=2.0 * (2 * calibration * places + 2 * measured * (attention + mlp)),
+        hessian=2.0 * 2.0 * calibration * (3 * width**2 + inner**2),
+        factorize=sum(2 * k**3 / 3 for _, k in shapes),
+        update=sum(per_weight * n * k**2 + 5 * 2.0 * min(n, MOST_SAMPLED) * k**2 for n, k in shapes),
     )
 
 
@@ -148,13 +158,18 @@ def run(command: list[str], bundle: Path, kill: int | None) -> int:
     return peak
 
 
-def rows_of(arrays: list[Any]) -> tuple[int, int]:
-    """Calibration and measured rows of a journal, whose last two streams have the same prompts."""
-    lengths = [rows for _, (rows, _) in arrays]
-    for count in range(len(lengths) // 2, 0, -1):
-        if lengths[-count:] == lengths[-2 * count : -count]:
-            return sum(lengths[: -2 * count]), sum(lengths[-count:])
-    return sum(lengths), 0
+def rows_of(arrays: list[Any], width: int) -> tuple[int, int]:
+    """Calibration and measured rows of a journal, which holds the rows of both twice, then those of the probes."""
+    lengths = [shape[0] for _, shape in arrays if len(shape) == 2 and shape[1] == width]
+    probes = len(probe_samples())
+    both = lengths[:-probes]
+    for measured in range(probes, len(both) // 2 + 1):
+        calibration = len(both) // 2 - measured
+        first, second = both[: 2 * calibration], both[2 * calibration :]
+        halves_equal = first[:calibration] == first[calibration:] and second[:measured] == second[measured:]
+        if halves_equal and second[:probes] == lengths[-probes:]:
+            return sum(first[:calibration]), sum(second[:measured])
+    raise SystemExit("the journal does not hold the rows that this script expects")
 
 
 def tell_gptq(journal: dict[str, Any], config: dict[str, Any]) -> None:
@@ -162,7 +177,7 @@ def tell_gptq(journal: dict[str, Any], config: dict[str, Any]) -> None:
     layers, width, inner = (config[name] for name in ("num_hidden_layers", "hidden_size", "intermediate_size"))
     seconds = journal["usage"]["layer_seconds"]
     mean = sum(seconds) / len(seconds)
-    calibration, measured = rows_of(journal["decoder"]["rows"]["arrays"])
+    calibration, measured = rows_of(journal["decoder"]["rows"]["arrays"], width)
     work = gptq_work(width, inner, calibration, measured)
     print(f"seconds a layer: {', '.join(f'{s:.0f}' for s in seconds)}; {layers} layers: {mean * layers / 60:.0f} min")
     print(
