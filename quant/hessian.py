@@ -79,6 +79,10 @@ class HessianAccumulator:
         torch.add(self.deviation, other.deviation, alpha=weight, out=both._deviation)
         return both
 
+    def release_deviation(self) -> None:
+        """Free the memory of :attr:`deviation`, which must not be asked for any more."""
+        self._deviation = self._deviation.new_empty(0, 0)
+
     def _require_rows(self) -> None:
         if self.count == 0:
             raise CalibrationError(

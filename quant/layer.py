@@ -140,6 +140,9 @@ def quantize_layer(
             continue
         text, image = _moments(layer, original, site, calibration, name)
         shared = text.joined(image, config.image_weight)
+        if site[0] != ATTENTION:  # no branch asks for its own; half a GB each for down_proj at full size
+            text.release_deviation()
+            image.release_deviation()
         for linear in wanted:
             seen = (None if linear in IMAGE_BRANCH else text), (None if linear in TEXT_BRANCH else image)
             try:
