@@ -14,22 +14,20 @@ import torch
 from numpy.typing import NDArray
 
 from owl2.export import __version__
-from owl2.export.certificate import certify, make_goldens
 from owl2.export.checkpoint import Checkpoint
+from owl2.export.checks import Embedded, Made, check_bundle
 from owl2.export.config import BYTES, ExportConfig
-from owl2.export.decoder import ExportedDecoder, Streams, export_decoder
+from owl2.export.decoder import Streams, export_decoder
 from owl2.export.device import check_device, device_memory_errors
 from owl2.export.graph.kv_int8 import MINIMUM_ONNXRUNTIME as KV_INT8_ONNXRUNTIME
 from owl2.export.graph.kv_int8 import write_int8_kv_graph
 from owl2.export.graph.ort import MINIMUM_ONNXRUNTIME
 from owl2.export.journal import Journal, journal_size, resume_key
-from owl2.export.kv_int8 import FloatLogits, can_be_checked, check_codes, summary
-from owl2.export.kv_int8 import compare as compare_kv_int8
+from owl2.export.kv_int8 import can_be_checked
 from owl2.export.model import Owl2Model
-from owl2.export.parity import Parity, compare, with_float_activations
 from owl2.export.progress import Reporter, Silent
 from owl2.export.prompts import Prompts, fingerprint, pictures_of, prepare
-from owl2.export.report import Accuracy, CalibrationRecord, KvInt8, Report
+from owl2.export.report import CalibrationRecord, Report
 from owl2.export.source import KEPT, check_settings, needs_calibration, remaining, source_record
 from owl2.export.staging import Staging, check_space, disk_errors
 from owl2.export.usage import Usage
@@ -38,18 +36,12 @@ from owl2.quant.calibration import CalibrationSet, load_calibration
 from owl2.quant.kv import RoundedStream
 from owl2.quant.stream import Calibration, Sequence, Stream
 from owl2.runtime import spec
-from owl2.runtime.backends.ort import OrtDecoder, OrtOptions
 from owl2.runtime.bundle import Bundle, FileEntry, Manifest, WeightFormat, hash_file
 from owl2.runtime.config import ModelConfig
-from owl2.runtime.engine import Decoder, Floats, Ints, KvBuffers
+from owl2.runtime.engine import Floats
 from owl2.runtime.errors import BundleError, CheckpointError, ExportError
-from owl2.runtime.evaluation.divergence import Divergence, divergence
 from owl2.runtime.multimodal import embed
-from owl2.runtime.spec import KvType
 from owl2.runtime.tokenizer import Tokenizer
-
-# So many text positions at the end of a probe are decoded one by one, to compare the cached step too.
-DECODED_STEPS = 4
 
 
 def export_bundle(config: ExportConfig, reporter: Reporter | None = None) -> Report:
@@ -92,27 +84,15 @@ def export_bundle(config: ExportConfig, reporter: Reporter | None = None) -> Rep
                 source, target = (folder / spec.DECODER_GRAPHS[kind] for kind in ("fp32", "int8"))
                 write_int8_kv_graph(source, target, checkpoint.config.decoder, rounded.scales)
             manifest = _manifest(checkpoint, config, kv_int8=kv_int8)
-            bundle = Bundle(folder, manifest)
-            reporter.stage("comparing with torch", 3 * len(probes) + len(prompts.measured))
-            exact = _exact_logits(bundle, probes, reporter)
-            goldens = make_goldens(bundle, probed, reporter)
-            session = _open_decoder(bundle)
-            parity = _check_decoder(exact, _probe_logits(session, probes, reporter), decoder, len(probes))
-            kept = FloatLogits()
-            accuracy = _measure(bundle, session, prompts, vision, decoder, kept, reporter)
-            certificate = certify(bundle, goldens, session, prompts.probes, vision.rows)
-            del session  # before the next one is opened
-            loss = None
-            if kv_int8:
-                calibrated = record.samples > 0
-                loss = _check_kv_int8(bundle, probes, rounded, decoder, kept, reporter, calibrated=calibrated)
+            made = Made(Bundle(folder, manifest), decoder, vision, rounded, calibrated=record.samples > 0)
+            checks = check_bundle(made, prompts, probed, probes, reporter)
             report = Report(
                 recipe=recipe_of(checkpoint, config),
                 calibration=record,
-                parity=(vision.parity, parity),
-                accuracy=accuracy,
-                goldens=certificate,
-                kv_int8=loss,
+                parity=(vision.parity, checks.parity),
+                accuracy=checks.accuracy,
+                goldens=checks.goldens,
+                kv_int8=checks.kv_int8,
                 modules=decoder.modules,
                 vision=vision.sensitivity,
                 size=sum(path.stat().st_size for path in folder.iterdir()),
@@ -194,10 +174,6 @@ def load_prompts(config: ExportConfig, checkpoint: Checkpoint) -> tuple[Calibrat
     return data, prepare(data, checkpoint.config, tokenizer, calibrate=calibrate)
 
 
-Embedded = tuple[Floats, Ints]
-"""Rows [T, C] before the first layer, and int64 [T] that is 1 at image rows."""
-
-
 def _embed(
     checkpoint: Checkpoint, folder: Path, config: ExportConfig, prompts: Prompts, vision: ExportedVision
 ) -> tuple[Streams, list[Embedded]]:
@@ -240,119 +216,6 @@ def _write_table(path: Path, table: NDArray[np.float32], dtype: type[np.float16 
     with path.open("wb") as file:
         for block in np.array_split(table, max(1, len(table) // 4096)):
             file.write(block.astype(dtype).tobytes())
-
-
-def _probe_logits(session: Decoder, probes: list[Embedded], reporter: Reporter) -> Floats:
-    """Logits of all probes, one after the other: [sum of T, V]."""
-    made = []
-    for embeds, modality in probes:
-        made.append(_stepwise_logits(session, embeds, modality, session.allocate(len(embeds), None)))
-        reporter.advance()
-    return np.concatenate(made)
-
-
-def _exact_logits(bundle: Bundle, probes: list[Embedded], reporter: Reporter) -> Floats:
-    """The same with float32 activations; that session is gone before the next one is opened."""
-    with with_float_activations(bundle.path(spec.DECODER_GRAPH)) as variant:
-        session = OrtDecoder(variant, bundle.manifest.model.decoder, OrtOptions(frugal=True))
-        return _probe_logits(session, probes, reporter)
-
-
-def _check_decoder(exact: Floats, actual: Floats, decoder: ExportedDecoder, probes: int) -> Parity:
-    """Compare the decoder graph with torch on the probes.
-
-    Raises:
-        ParityError: they differ.
-    """
-    return compare(
-        spec.DECODER_GRAPH,
-        exact=exact,
-        actual=actual,
-        stored=np.concatenate([decoder.stored_logits(i) for i in range(probes)]),
-        reference=np.concatenate([decoder.reference_logits(i) for i in range(probes)]),
-    )
-
-
-def _check_kv_int8(
-    bundle: Bundle,
-    probes: list[Embedded],
-    rounded: RoundedStream,
-    decoder: ExportedDecoder,
-    kept: FloatLogits,
-    reporter: Reporter,
-    *,
-    calibrated: bool,
-) -> KvInt8:
-    """Compare the decoder with an int8 K/V cache with torch on the probes, then with its float32 one on ``kept``.
-
-    Raises:
-        ParityError: it does not compute what torch computes.
-    """
-    reporter.stage("int8 K/V cache", len(probes) + len(kept.prompts))
-    model, made = bundle.manifest.model.decoder, []
-    with with_float_activations(bundle.decoder_graph("int8")) as variant:
-        session = OrtDecoder(variant, model, OrtOptions(kv_cache="int8", frugal=True))
-        for (embeds, modality), codes in zip(probes, rounded.codes):
-            buffers = session.allocate(len(embeds), None)
-            made.append(_stepwise_logits(session, embeds, modality, buffers))
-            check_codes(buffers.arrays[:2], [entry.numpy() for entry in codes], model)
-            reporter.advance()
-    difference = compare_kv_int8(
-        made=np.concatenate(made),
-        rounded=np.concatenate([decoder.kv_int8_logits(i) for i in range(len(probes))]),
-        unrounded=np.concatenate([decoder.stored_logits(i) for i in range(len(probes))]),
-    )
-    del session
-    session, apart = _open_decoder(bundle, "int8"), Divergence()
-    for embeds, modality, logits in kept.prompts:
-        apart += divergence(logits, _full_logits(session, embeds, modality), modality)
-        reporter.advance()
-    return summary(apart, difference, model, calibrated=calibrated)
-
-
-def _open_decoder(bundle: Bundle, kv_cache: KvType = spec.DEFAULT_KV_CACHE) -> OrtDecoder:
-    """The decoder as the runtime opens it, but without a second copy of floating-point weights in memory."""
-    options = OrtOptions(kv_cache=kv_cache, frugal=bundle.manifest.weights.method == "none")
-    return OrtDecoder(bundle.decoder_graph(kv_cache), bundle.manifest.model.decoder, options)
-
-
-def _measure(
-    bundle: Bundle,
-    session: Decoder,
-    prompts: Prompts,
-    vision: ExportedVision,
-    decoder: ExportedDecoder,
-    kept: FloatLogits,
-    reporter: Reporter,
-) -> Accuracy:
-    """Compare the whole bundle, its own vision rows and token table included, with torch on the checkpoint."""
-    table = bundle.embeddings()
-    first, name = (len(prompts.probes), "held-out calibration samples") if prompts.held_out else (0, "built-in probes")
-    apart = Divergence()
-    for index, prompt in enumerate(prompts.measured):
-        if index >= first:
-            embeds, modality = embed(prompt.keys, table, vision.rows)
-            made = _full_logits(session, embeds, modality)
-            apart += divergence(decoder.reference_logits(index), made, modality)
-            kept.offer(embeds, modality, made)
-        reporter.advance()
-    return Accuracy.of(name, apart)
-
-
-def _full_logits(session: Decoder, embeds: Floats, modality: Ints) -> Floats:
-    """Logits [T, V] of all positions from one prefill."""
-    count = len(embeds)
-    return session.prefill(embeds, modality, 0, session.allocate(count, None), np.arange(count))
-
-
-def _stepwise_logits(session: Decoder, embeds: Floats, modality: Ints, buffers: KvBuffers) -> Floats:
-    """Logits [T, V]: most positions in one prefill, the last ones step by step from the KV cache."""
-    count = len(embeds)
-    text_tail = count - 1 - int(np.flatnonzero(modality)[-1]) if modality.any() else count - 1
-    first = count - min(text_tail, DECODED_STEPS)
-    made = [session.prefill(embeds[:first], modality[:first], 0, buffers, np.arange(first))]
-    made += [session.decode(embeds[i : i + 1], i, buffers)[None] for i in range(first, count)]
-    return np.concatenate(made)
 
 
 def recipe_of(checkpoint: Checkpoint, config: ExportConfig) -> dict[str, object]:

@@ -11,7 +11,7 @@ import argparse
 import json
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import get_args
@@ -57,11 +57,11 @@ class Evaluation:
     seconds: float
 
 
-def evaluate(answer: Answerer, *, count: int = 500, seed: int = 0) -> Evaluation:
-    """Ask ``count`` questions of the main kinds and as many of each other kind as of each of these."""
+def evaluate(answer: Answerer, *, count: int = 500, seed: int = 0, kinds: Sequence[str] = KINDS) -> Evaluation:
+    """Ask ``count`` questions of the main kinds and as many of each other one of ``kinds`` as of each of these."""
     began = time.perf_counter()
     results = {}
-    for kind in KINDS:
+    for kind in kinds:
         asked = probes(kind, count // len(MAIN_KINDS), seed)
         right = sum(given.strip() == probe.answer for given, probe in zip(answer(asked), asked))
         commonest = Counter(probe.answer for probe in asked).most_common(1)[0][1]

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "sample"))
 from encoder import Encoder
 from evaluate import evaluate, torch_answers
 from make_calibration import write_calibration
+from probes import MAIN_KINDS
 
 from owl2.export.checkpoint import Checkpoint
 from owl2.export.model import DecoderLayer, Owl2Model, rotary_tables
@@ -274,7 +275,8 @@ class Bench:
     def answers(self) -> dict[str, float]:
         """Share of right answers: 1,000 questions of the main kinds, and captions."""
         encoder = Encoder(CHECKPOINT / "tokenizer.model")
-        result = evaluate(lambda asked: torch_answers(self.model, encoder, asked), count=1000)
+        kinds = (*MAIN_KINDS, "caption")
+        result = evaluate(lambda asked: torch_answers(self.model, encoder, asked), count=1000, kinds=kinds)
         return {name: kind.share for name, kind in result.kinds.items()} | {"main": result.main_right / 1000}
 
 
