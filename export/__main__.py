@@ -112,7 +112,8 @@ def export(  # noqa: PLR0913 - one parameter per option
     layer when the same command is given again.
 
     A checkpoint that GPTQModel or AutoGPTQ has quantized keeps its integers and scales exactly; layers that it
-    left in floating point are quantized here. With --layout gptq, such a checkpoint is what is written.
+    left in floating point are quantized here. With --layout gptq, such a checkpoint is what is written;
+    that starts over after an interruption.
 
     \b
     Examples:

@@ -132,8 +132,7 @@ def export_decoder(
     with GraphBuilder(folder / spec.DECODER_GRAPH, resume=journal.layers > 0) as graph:
         writer = DecoderGraph(graph, OrtDialect(), decoder)
         if journal.layers:
-            arrays, modules = journal.restore_layers(writer)
-            streams.restore(arrays)
+            modules = journal.restore_layers(writer, streams.restore)
         journal.usage.begin_layers()
         for index in range(journal.layers, layers):
             export_layer(checkpoint, writer, config, index, streams, modules)

@@ -47,6 +47,6 @@ def device_memory_errors(name: str) -> Iterator[None]:
         yield
     except torch.cuda.OutOfMemoryError as error:
         raise ExportError(
-            f"device {name} has too little free memory for a decoder layer and its Hessian (4 to 5 GiB at 7B); end "
+            f"device {name} has too little free memory for a decoder layer and its Hessian (about 6 GiB at 7B); end "
             "what else uses it, or use device cpu"
         ) from error

@@ -64,9 +64,12 @@ def export_gptq(config: ExportConfig, reporter: Reporter | None = None, shard_by
     reporter = reporter or Silent()
     if config.quant is None or config.layout != "gptq":
         raise ConfigError(f"layout gptq and integer weights are needed, got {config.layout} and {config.weights}")
-    staging = Staging(config.bundle, overwrite=config.overwrite)
-    if staging.target == config.checkpoint.resolve():
-        raise ExportError(f"{config.bundle} is the checkpoint itself; choose another folder")
+    staging = Staging(config.bundle, source=config.checkpoint, overwrite=config.overwrite)
+    if staging.unfinished and not config.fresh:
+        raise ExportError(
+            f"{staging.work} holds an unfinished export of a bundle, which would be lost; finish it with its own "
+            "command, choose another folder, or give --fresh to remove it"
+        )
     check_device(config.device)
     form = written_format(config.quant)
     with Usage() as usage, Checkpoint(config.checkpoint) as checkpoint:
@@ -76,14 +79,13 @@ def export_gptq(config: ExportConfig, reporter: Reporter | None = None, shard_by
         data, prompts = load_prompts(config, checkpoint)
         needed = sum(entry.size for entry in plan.values())
         with disk_errors(staging, needed), staging:
-            staging.clear()  # what an interrupted export of a bundle left cannot be continued here
+            staging.clear()
             check_space(staging, needed)
             folder = staging.folder
             _write_files(checkpoint.folder, folder, form)
-            table = checkpoint.tensor("model.embed_tokens.weight").numpy()
-            rows = reference_rows(checkpoint, prompts.pictures, reporter)
-            streams, _ = begin_streams(checkpoint, prompts, table, rows, rows)
+            streams = _begin(checkpoint, prompts, reporter)
             record = calibration_record(data, prompts, streams.calibration)
+            prompts = prompts.without_pictures()
             with device_memory_errors(config.device), SafetensorsWriter(folder, plan, shard_bytes) as file:
                 decoder = _quantize(checkpoint, GptqWriter(file, checkpoint, form), config, streams, usage, reporter)
             report = Report(
@@ -104,6 +106,13 @@ def export_gptq(config: ExportConfig, reporter: Reporter | None = None, shard_by
             write_json(folder / spec.REPORT, report.to_json())
             staging.publish()
     return report
+
+
+def _begin(checkpoint: Checkpoint, prompts: Prompts, reporter: Reporter) -> Streams:
+    """All prompts before the first layer; the token table and the pictures' rows are gone when this returns."""
+    table = checkpoint.tensor("model.embed_tokens.weight").numpy()
+    rows = reference_rows(checkpoint, prompts.pictures, reporter)
+    return begin_streams(checkpoint, prompts, table, rows, rows)[0]
 
 
 def _quantize(

@@ -17,7 +17,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -163,11 +163,15 @@ class Journal:
         self.layers = state.layers
         self._keep()
 
-    def restore_layers(self, writer: DecoderGraph) -> tuple[list[Array], dict[str, ModuleReport]]:
+    def restore_layers(self, writer: DecoderGraph, restore: Callable[[list[Array]], None]) -> dict[str, ModuleReport]:
         """Bring a fresh writer to where the finished layers end; there must be some.
 
+        Args:
+            writer: without any layer.
+            restore: takes the arrays that were kept with the last layer; nothing here holds on to them.
+
         Returns:
-            The arrays and reports that were kept with the last of them.
+            The reports that were kept with them.
         """
         record = self._decoder
         if record is None:
@@ -175,8 +179,8 @@ class Journal:
         nodes = (self._staging.journal / record["graph"]["file"]).read_bytes()
         builder = BuilderState(nodes, record["names"], *record["segments"][-1])
         writer.restore(DecoderState(builder, record["residual"], record["pending"], record["layers"]))
-        modules = {name: from_json(ModuleReport, report, INDEX) for name, report in record["modules"].items()}
-        return self._read_arrays(record["rows"]), modules
+        restore(self._read_arrays(record["rows"]))
+        return {name: from_json(ModuleReport, report, INDEX) for name, report in record["modules"].items()}
 
     def _keep(self) -> None:
         self._staging.keep(f"{self.layers} of {self._total} decoder layers")

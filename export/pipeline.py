@@ -54,7 +54,7 @@ def export_bundle(config: ExportConfig, reporter: Reporter | None = None) -> Rep
         ExportError: the target exists, or the disk is full.
     """
     reporter = reporter or Silent()
-    staging = Staging(config.bundle, overwrite=config.overwrite)
+    staging = Staging(config.bundle, source=config.checkpoint, overwrite=config.overwrite)
     check_device(config.device)
     with Usage() as usage, Checkpoint(config.checkpoint) as checkpoint:
         check_settings(config, checkpoint)
@@ -244,7 +244,7 @@ def calibration_record(data: CalibrationSet, prompts: Prompts, calibration: Cali
         text_rows=calibration.quantized.text_rows,
         image_rows=calibration.quantized.image_rows,
         fingerprint=fingerprint(prompts.calibration),
-        notes=data.notes,
+        notes=data.notes + prompts.notes,
     )
 
 

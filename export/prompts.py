@@ -12,6 +12,9 @@ from owl2.runtime.multimodal import Prompt, encode_prompt
 from owl2.runtime.pictures import Picture, open_pictures
 from owl2.runtime.tokenizer import Tokenizer
 
+# Rows of the calibration prompts: 32768 positions of a width of 4096. They are in memory twice.
+MOST_ROW_BYTES = 512 << 20
+
 # One in so many calibration samples is kept from the quantizer to measure with, at most HELD_OUT of them.
 HELD_OUT_EVERY = 8
 HELD_OUT = 16
@@ -25,11 +28,13 @@ class Prompts:
         calibration: the quantizer looks at these; empty where nothing is calibrated.
         probes: the graphs are compared with torch on these.
         held_out: the loss of accuracy is measured on these, which the quantizer has not seen.
+        notes: what a reader of the report should know, a sentence each.
     """
 
     calibration: list[Prompt]
     probes: list[Prompt]
     held_out: list[Prompt]
+    notes: tuple[str, ...] = ()
 
     @property
     def measured(self) -> list[Prompt]:
@@ -44,7 +49,8 @@ class Prompts:
     def without_pictures(self) -> Prompts:
         """The same positions without any pixels, which are no longer needed once all pictures are encoded."""
         kinds = (self.calibration, self.probes, self.held_out)
-        return Prompts(*([Prompt(prompt.keys, {}) for prompt in kind] for kind in kinds))
+        calibration, probes, held_out = ([Prompt(prompt.keys, {}) for prompt in kind] for kind in kinds)
+        return Prompts(calibration, probes, held_out, self.notes)
 
 
 def pictures_of(prompts: Iterable[Prompt]) -> dict[str, Picture]:
@@ -69,7 +75,27 @@ def prepare(data: CalibrationSet, config: ModelConfig, tokenizer: Tokenizer, *, 
     def encode(chosen: Iterable[Sample]) -> list[Prompt]:
         return encode_samples(chosen, config, tokenizer)
 
-    return Prompts(encode(rest) if calibrate else [], encode(probe_samples()), encode(held_out))
+    calibration = encode(rest) if calibrate else []
+    used = _bounded(calibration, MOST_ROW_BYTES // (4 * config.decoder.hidden_size))
+    notes: tuple[str, ...] = ()
+    if len(used) < len(calibration):
+        notes = (
+            f"{len(used)} of {len(calibration)} calibration samples were used, spread evenly: the rows of more would "
+            f"take over {MOST_ROW_BYTES >> 20} MiB of memory, twice",
+        )
+    return Prompts(used, encode(probe_samples()), encode(held_out), notes)
+
+
+def _bounded(prompts: list[Prompt], most: int) -> list[Prompt]:
+    """As many prompts, evenly spread, as have about ``most`` positions together; one with a picture among them."""
+    positions = sum(len(prompt.keys) for prompt in prompts)
+    if positions <= most:
+        return prompts
+    count = max(1, len(prompts) * most // positions)
+    chosen = [prompts[i * len(prompts) // count] for i in range(count)]
+    if not any(prompt.pictures for prompt in chosen):
+        chosen[0] = next((prompt for prompt in prompts if prompt.pictures), chosen[0])
+    return chosen
 
 
 def encode_samples(samples: Iterable[Sample], config: ModelConfig, tokenizer: Tokenizer) -> list[Prompt]:

@@ -51,13 +51,20 @@ class Staging:
         journal: where notes on them go that are not part of the bundle.
     """
 
-    def __init__(self, target: Path, *, overwrite: bool) -> None:
+    def __init__(self, target: Path, *, source: Path | None = None, overwrite: bool) -> None:
         """Check the target; nothing is written yet, but what a kill left half done is put right.
+
+        Args:
+            target: folder to write.
+            source: what it is made from, which is never replaced.
+            overwrite: whether a bundle that is there may be replaced.
 
         Raises:
             ExportError: the target exists and may not be replaced, or another process is writing to it.
         """
         self.target = target = Path(os.path.realpath(target))
+        if source is not None and target == Path(os.path.realpath(source)):
+            raise ExportError(f"{target} is the checkpoint itself; choose another folder")
         if target.exists() and not _replaceable(target):
             raise ExportError(f"{target} exists and is no bundle; it is left alone: choose another folder")
         self.work = target.with_name(f".{target.name}.partial")
@@ -101,6 +108,11 @@ class Staging:
         for folder in (self.journal, self.folder):
             shutil.rmtree(folder, ignore_errors=True)
         self._make_folders()
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether an interrupted export has left something to continue."""
+        return self.journal.is_dir() and any(self.journal.iterdir())
 
     @property
     def used(self) -> int:

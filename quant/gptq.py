@@ -168,7 +168,9 @@ def _factorize(hessian: Tensor, dead: Tensor, columns: Tensor, damping: float) -
     diagonal = matrix.diagonal()
     undamped = torch.where(dead[backwards], diagonal[~dead[backwards]].mean(), diagonal)
     lower, damping = damped_cholesky(matrix, undamped, damping)
+    del matrix, diagonal  # half a GB at a width of 11008
     upper = lower.flip(0, 1)
+    del lower
     root = upper.diagonal().clone()
     return _Factors(upper.div_(root), root.square(), damping)
 

@@ -27,7 +27,7 @@ class HessianAccumulator:
         self.name = name
         self.count = 0
         self._moment = torch.zeros(width, width, dtype=torch.float32, device=device)
-        self._deviation = torch.zeros(width, width, dtype=torch.float32, device=device)
+        self._deviation: Tensor | None = torch.zeros(width, width, dtype=torch.float32, device=device)
 
     def add(self, rows: Tensor, original: Tensor) -> None:
         """Add rows [n, K] float and what they are in the original model, [n, K]; n may be 0.
@@ -48,7 +48,7 @@ class HessianAccumulator:
                 )
         rows = rows.float()
         self._moment.addmm_(rows.T, rows)
-        self._deviation.addmm_((original.float() - rows).T, rows)
+        self.deviation.addmm_((original.float() - rows).T, rows)
         self.count += rows.shape[0]
 
     @property
@@ -63,8 +63,9 @@ class HessianAccumulator:
 
     @property
     def deviation(self) -> Tensor:
-        """Sum of ``d x^T``: [K, K] float32; raises as :attr:`hessian`."""
-        self._require_rows()
+        """Sum of ``d x^T``: [K, K] float32; there is none after :meth:`release_deviation`."""
+        if self._deviation is None:
+            raise RuntimeError(f"{self.name}: the deviation was released")
         return self._deviation
 
     def joined(self, other: HessianAccumulator, weight: float) -> HessianAccumulator:
@@ -76,12 +77,12 @@ class HessianAccumulator:
         both = HessianAccumulator(self.width, f"{self.name} and {other.name}", self._moment.device)
         both.count = self.count + other.count
         torch.add(self.hessian, other.hessian, alpha=weight, out=both._moment)
-        torch.add(self.deviation, other.deviation, alpha=weight, out=both._deviation)
+        torch.add(self.deviation, other.deviation, alpha=weight, out=both.deviation)
         return both
 
     def release_deviation(self) -> None:
         """Free the memory of :attr:`deviation`, which must not be asked for any more."""
-        self._deviation = self._deviation.new_empty(0, 0)
+        self._deviation = None
 
     def _require_rows(self) -> None:
         if self.count == 0:

@@ -11,6 +11,7 @@ import json
 import math
 import time
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -233,7 +234,7 @@ def read_goldens(bundle: Bundle) -> tuple[Golden, ...]:
         with zipfile.ZipFile(path) as archive:
             arrays = _arrays(archive)
         return _goldens(arrays, bundle.manifest.model)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile, NotImplementedError) as error:
         raise BundleCorruptError(f"{path} is no certificate: {error}; export the bundle again") from error
 
 

@@ -23,9 +23,9 @@ from owl2.export.model import DecoderLayer, Owl2Model
 from owl2.export.model.decoder import KeyValue
 from owl2.export.model.owl2 import rotary_slice
 from owl2.export.prompts import pictures_of, prepare
-from owl2.export.report import AccuracyMeter
 from owl2.quant.calibration import load_calibration
 from owl2.quant.stream import Sequence
+from owl2.runtime.evaluation.divergence import Divergence, divergence
 from owl2.runtime.multimodal import embed
 from owl2.runtime.tokenizer import Tokenizer
 
@@ -140,7 +140,7 @@ def measure(
     model: Model, pairs: list[tuple[Sequence, np.ndarray]], most: Tensor, sharing: Sharing, factor: float, first: int
 ) -> dict[str, float]:
     """KL and agreement of one way of sharing scales, and the share of values beyond the last code."""
-    meter, cut, seen = AccuracyMeter(), 0, 0
+    apart, cut, seen = Divergence(), 0, 0
     for sequence, exact in pairs:
         kinds = modality(sequence)
 
@@ -156,12 +156,11 @@ def measure(
             return results[0], results[1]
 
         with hooked(model.layers, rounded):
-            meter.add(exact, model.logits(sequence, first), kinds.numpy())
-    accuracy = meter.result("held out")
+            apart += divergence(exact, model.logits(sequence, first), kinds.numpy())
     return {
-        "kl_text": accuracy.kl_text,
-        "kl_image": accuracy.kl_image,
-        "agreement": accuracy.top1_agreement_text,
+        "kl_text": apart.mean_kl(0),
+        "kl_image": apart.mean_kl(1),
+        "agreement": apart.agreement(0),
         "cut": cut / seen,
     }
 

@@ -1,6 +1,7 @@
 """Who may import whom: the runtime stands alone, without torch; the public names are what they say."""
 
 import ast
+import importlib
 import os
 import subprocess
 import sys
@@ -44,6 +45,19 @@ def test_the_runtime_imports_its_few_dependencies_only(path: Path) -> None:
         top = name.split(".")[0]
         assert top in sys.stdlib_module_names or top in RUNTIME_MODULES, name
         assert not name.startswith(("owl2.export", "owl2.quant")), name
+
+
+SCRIPTS = sorted(path for folder in ("scripts", "sample") for path in (ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_scripts_import_what_is_there(path: Path) -> None:
+    """Names of this project that scripts take, which no test runs."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("owl2"):
+            module = importlib.import_module(str(node.module))
+            for alias in node.names:
+                assert hasattr(module, alias.name), f"{node.module} has no {alias.name}"
 
 
 def test_the_runtime_answers_without_torch(bundle_a1: Path, golden: Path) -> None:

@@ -129,13 +129,15 @@ def eval_command(  # noqa: PLR0913 - one parameter per option
 
     --against adds the other model's scores, how many answers changed, and the KL divergence and the agreement of the
     two models' next-token distributions, over the prompts with their right answers. Answers are greedy: the same
-    every time. Ctrl-C ends the run and shows what was measured until then.
+    every time. The other model always has a float32 K/V cache. Ctrl-C ends the run and shows what was measured until
+    then.
 
     \b
     Examples:
       owl2 eval bundle/ --data vqa.jsonl
       owl2 eval bundle/ --data talks.jsonl --against mplug-owl2-llama2-7b/ --limit 50
       owl2 eval int4/ --data vqa.jsonl --against int8/ --json --items > result.json
+      owl2 eval int4/ --data talks.jsonl --kv-cache int8 --against int4/
     """
     require(max_new_tokens > 0, f"max_new_tokens {max_new_tokens} must be at least 1")
     require(as_json or not with_items, "--items writes into the JSON; give --json too")
@@ -149,7 +151,17 @@ def eval_command(  # noqa: PLR0913 - one parameter per option
     outcome = _run(measure(subject, items, reference, max_new_tokens=max_new_tokens), items)
     summary = summarise(outcome.measured)
     if as_json:
-        record = {"owl2": __version__, "bundle": str(bundle), "data": str(data), "against": str(against or "") or None}
+        record = {
+            "owl2": __version__,
+            "bundle": str(bundle),
+            "data": str(data),
+            "against": str(against or "") or None,
+            "kv_cache": kv_cache,
+            "preprocess": preprocess or owl.config.preprocess.mode,
+            "context": owl.context,
+            "max_new_tokens": max_new_tokens,
+            "provider": provider,
+        }
         click.echo(json.dumps(record | _record(outcome, summary, with_items), indent=2))
     elif outcome.measured:
         click.echo(_table(outcome, summary, against))

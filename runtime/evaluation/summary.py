@@ -107,11 +107,11 @@ def summarise(measured: Sequence[Measured]) -> Summary:
         made = _scores(name, [one.item for one in chosen], [one.output for one in chosen])
         references = [one.reference for one in chosen if one.reference is not None]
         theirs = _scores(name, [one.item for one in chosen], references) if references else []
-        kinds = dict.fromkeys(one.item.kind for one in chosen)
-        places = {kind: [i for i, one in enumerate(chosen) if one.item.kind == kind] for kind in kinds}
+        kinds = [one.item.kind or "other" for one in chosen]
+        places = {kind: [i for i, other in enumerate(kinds) if other == kind] for kind in dict.fromkeys(kinds)}
         whole = _group(chosen, made, theirs, range(len(chosen)))
-        by_kind = {kind or "other": _group(chosen, made, theirs, where) for kind, where in places.items()}
-        tasks.append(TaskSummary(name, whole, by_kind if any(kinds) else {}))
+        by_kind = {kind: _group(chosen, made, theirs, where) for kind, where in places.items()}
+        tasks.append(TaskSummary(name, whole, by_kind if any(one.item.kind for one in chosen) else {}))
     apart = [one.divergence for one in measured if one.divergence is not None]
     return Summary(len(measured), tuple(tasks), reduce(add, apart) if apart else None)
 

@@ -291,6 +291,31 @@ class TestCommand:
         weights = Bundle.open(bundle).manifest.weights
         assert (weights.decoder, weights.group_size, weights.method) == ("int8", 32, "gptq checkpoint")
 
+    @pytest.mark.parametrize("layout", ["bundle", "gptq"])
+    def test_a_checkpoint_is_never_replaced_by_what_is_made_of_it(
+        self, written: tuple[Path, Report], tmp_path: Path, layout: str
+    ) -> None:
+        folder = shutil.copytree(written[0], tmp_path / "checkpoint")
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        (tmp_path / "link").symlink_to(folder)
+        for target in (folder, tmp_path / "link"):
+            result = self.run(folder, target, "--layout", layout, "--overwrite")
+            assert result.exit_code == 1
+            assert "is the checkpoint itself; choose another folder" in result.output
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+    def test_an_unfinished_bundle_is_not_thrown_away(self, a1: Path, tmp_path: Path) -> None:
+        journal = tmp_path / ".target.partial" / "journal"
+        journal.mkdir(parents=True)
+        (journal / "journal.json").write_text("{}")
+        options = ("--layout", "gptq", "--group-size", "32", "--method", "rtn")
+        result = self.run(a1, tmp_path / "target", *options)
+        assert result.exit_code == 1
+        assert "holds an unfinished export of a bundle, which would be lost" in result.output
+        assert (journal / "journal.json").exists()
+        assert self.run(a1, tmp_path / "target", *options, "--fresh").exit_code == 0
+        assert not journal.exists()
+
     def test_biases_are_written_and_read(self, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
         folder, official = tmp_path / "written", make_checkpoint({"attention_bias": True})
         assert self.run(official, folder, "--layout", "gptq", "--group-size", "32", "--method", "rtn").exit_code == 0

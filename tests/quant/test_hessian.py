@@ -58,9 +58,16 @@ def test_no_rows_is_an_error_that_names_them(batches):
     accumulator = HessianAccumulator(6, "layer 3 k_proj, image rows")
     for count in batches:
         accumulator.add(rows(count), rows(count))
-    for name in ("hessian", "deviation"):
-        with pytest.raises(CalibrationError, match="layer 3 k_proj, image rows: no such rows in the calibration data"):
-            getattr(accumulator, name)
+    with pytest.raises(CalibrationError, match="layer 3 k_proj, image rows: no such rows in the calibration data"):
+        _ = accumulator.hessian
+
+
+def test_a_released_deviation_is_not_taken_for_one():
+    accumulator = filled(rows(4))
+    accumulator.release_deviation()
+    assert accumulator.hessian.shape == (6, 6)
+    with pytest.raises(RuntimeError, match="released"):
+        _ = accumulator.deviation
 
 
 @pytest.mark.parametrize(

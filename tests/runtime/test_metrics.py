@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 
 from owl2.runtime.evaluation.captions import cider_d, longest_common_subsequence, rouge_l, words
+from owl2.runtime.evaluation.data import Item, Question
 from owl2.runtime.evaluation.divergence import Divergence, divergence, log_softmax_rows, row_kl, token_logprobs
+from owl2.runtime.evaluation.measure import Answered, Measured
+from owl2.runtime.evaluation.summary import summarise
 from owl2.runtime.evaluation.vqa import CONTRACTIONS, exact_match, normalise, vqa_accuracy
 
 
@@ -156,3 +159,12 @@ class TestDivergence:
         np.testing.assert_allclose(token_logprobs(logits, ids), log_softmax_rows(logits)[np.arange(130), ids])
         np.testing.assert_allclose(np.exp(log_softmax_rows(logits)).sum(-1), 1)
         assert len(token_logprobs(logits[:0], ids[:0])) == 0
+
+
+def test_items_without_a_kind_join_those_whose_kind_is_other() -> None:
+    kinds = ("other", "", "yes/no")
+    measured = [
+        Measured(Item(i, Question("?", ("red",)), kind=kind), Answered("red", "stop")) for i, kind in enumerate(kinds)
+    ]
+    (task,) = summarise(measured).tasks
+    assert {kind: group.items for kind, group in task.kinds.items()} == {"other": 2, "yes/no": 1}
