@@ -307,6 +307,7 @@ class TestCommand:
     def test_an_unfinished_bundle_is_not_thrown_away(self, a1: Path, tmp_path: Path) -> None:
         journal = tmp_path / ".target.partial" / "journal"
         journal.mkdir(parents=True)
+        (journal.parent / "bundle").mkdir()
         (journal / "journal.json").write_text("{}")
         options = ("--layout", "gptq", "--group-size", "32", "--method", "rtn")
         result = self.run(a1, tmp_path / "target", *options)

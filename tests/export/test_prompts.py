@@ -19,7 +19,7 @@ def test_calibration_is_cut_evenly_and_the_report_says_so(
         config, tokenizer = checkpoint.config, Tokenizer.load(sample_checkpoint)
         whole = prompts.prepare(data, config, tokenizer, calibrate=True)
         positions = sum(len(prompt.keys) for prompt in whole.calibration)
-        monkeypatch.setattr(prompts, "MOST_ROW_BYTES", 4 * config.decoder.hidden_size * positions // 3)
+        monkeypatch.setattr(prompts, "MOST_ROW_BYTES", 4 * config.decoder.hidden_size * (positions // 3 + 1))
         part = prompts.prepare(data, config, tokenizer, calibrate=True)
     assert whole.notes == ()
     assert len(part.calibration) == len(whole.calibration) // 3
