@@ -8,6 +8,7 @@ import numpy as np
 
 from owl2.export.parity import with_float_activations
 from owl2.export.progress import Reporter
+from owl2.export.vision import run_vision
 from owl2.quant.calibration import probe_samples
 from owl2.runtime import spec
 from owl2.runtime.backends.ort import OrtDecoder, OrtOptions, open_session
@@ -112,5 +113,5 @@ def _float_rows(bundle: Bundle, probes: Sequence[Prompt]) -> dict[str, Floats]:
         session = open_session(variant, OrtOptions(frugal=True))
         for prompt in probes:
             for digest, picture in prompt.pictures.items():
-                rows[digest] = session.run([spec.IMAGE_ROWS], {spec.PIXELS: picture.pixels[None]})[0][0]
+                rows[digest] = run_vision(session, picture)
     return rows

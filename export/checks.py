@@ -159,7 +159,7 @@ def _open_decoder(bundle: Bundle, kv_cache: KvType = spec.DEFAULT_KV_CACHE) -> O
 def _measure(made: Made, session: Decoder, prompts: Prompts, kept: FloatLogits, reporter: Reporter) -> Accuracy:
     """Compare the whole bundle, its own vision rows and token table included, with torch on the checkpoint."""
     table = made.bundle.embeddings()
-    first, name = (len(prompts.probes), "held-out calibration samples") if prompts.held_out else (0, "built-in probes")
+    first, name = prompts.judged
     apart = Divergence()
     for index, prompt in enumerate(prompts.measured):
         if index >= first:

@@ -169,7 +169,7 @@ def export_layer(
 ) -> None:
     """Quantize and write one layer, and move all streams behind it; nothing of it stays in memory."""
     name = f"layers.{index}"
-    layer = _load_layer(checkpoint, f"model.{name}.", config.device)
+    layer = load_layer(checkpoint, index, config.device)
     streams.reference.advance(layer)
     original = None if streams.calibration is None else copy.deepcopy(layer)
     kept = _kept_weights(checkpoint, f"model.{name}.")
@@ -190,11 +190,12 @@ def _advance_stored(streams: Streams, layer: DecoderLayer, original: DecoderLaye
     streams.kv_int8.advance(layer, seen.scales())
 
 
-def _load_layer(checkpoint: Checkpoint, prefix: str, device: str) -> DecoderLayer:
+def load_layer(checkpoint: Checkpoint, index: int, device: str) -> DecoderLayer:
+    """One layer on the checkpoint's weights, float32."""
     with torch.device("meta"):  # no time for random weights that are replaced at once
         layer = DecoderLayer(checkpoint.config.decoder).eval()
     layer.to_empty(device=device)
-    checkpoint.load_into(layer, prefix)
+    checkpoint.load_into(layer, f"model.layers.{index}.")
     return layer
 
 

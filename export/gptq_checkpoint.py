@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,6 +35,7 @@ from owl2.runtime import spec
 from owl2.runtime.config import DecoderConfig
 from owl2.runtime.errors import ConfigError, ExportError
 from owl2.runtime.evaluation.divergence import Divergence, divergence
+from owl2.runtime.evaluation.subject import modality_of
 
 # Copied as they are; the first ones must exist.
 COPIED = (
@@ -214,9 +214,8 @@ def _write_files(source: Path, folder: Path, form: GptqFormat) -> None:
 
 def _accuracy(decoder: ExportedDecoder, prompts: Prompts) -> Accuracy:
     """The new weights against the old ones, both in torch."""
-    first, name = (len(prompts.probes), "held-out calibration samples") if prompts.held_out else (0, "built-in probes")
+    first, name = prompts.judged
     apart = Divergence()
     for index, prompt in enumerate(prompts.measured[first:], first):
-        modality = np.array([isinstance(key, tuple) for key in prompt.keys], dtype=np.int64)
-        apart += divergence(decoder.reference_logits(index), decoder.stored_logits(index), modality)
+        apart += divergence(decoder.reference_logits(index), decoder.stored_logits(index), modality_of(prompt))
     return Accuracy.of(name, apart)

@@ -11,6 +11,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from owl2.export.graph.kv_int8 import MINIMUM_ONNXRUNTIME
+from owl2.export.parity import rms
 from owl2.export.report import KvInt8
 from owl2.runtime import spec
 from owl2.runtime.bundle import is_older
@@ -68,8 +69,8 @@ def compare(*, made: Floats, rounded: Floats, unrounded: Floats) -> float:
     Raises:
         ParityError: the graph does something else than rounding keys and values.
     """
-    effect, difference = _rms(rounded - unrounded), _rms(made - rounded)
-    allowed = max(DIFFERENCE_LIMIT * effect, EXACT_LIMIT * _rms(unrounded))
+    effect, difference = rms(rounded - unrounded), rms(made - rounded)
+    allowed = max(DIFFERENCE_LIMIT * effect, EXACT_LIMIT * rms(unrounded))
     # Written so that NaN fails.
     if not difference <= allowed:
         raise ParityError(
@@ -102,10 +103,6 @@ def check_codes(made: Codes, expected: Codes, decoder: DecoderConfig) -> None:
                 f"first layer differ, by up to {differences.max()}. Nothing was written; please report this with your "
                 "config.json"
             )
-
-
-def _rms(values: Floats) -> float:
-    return float(np.sqrt(np.mean(np.square(values, dtype=np.float64))))
 
 
 def summary(apart: Divergence, torch_difference: float, decoder: DecoderConfig, *, calibrated: bool) -> KvInt8:

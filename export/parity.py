@@ -62,15 +62,15 @@ def compare(graph: str, *, exact: Floats, actual: Floats, stored: Floats, refere
     Raises:
         ParityError: the graph is not torch's equal, with the numbers.
     """
-    scale = _rms(reference) or 1.0
+    scale = rms(reference) or 1.0
     parity = Parity(
         graph=graph,
         values=reference.size,
         exact=float(np.max(np.abs(exact - stored))) / scale,
         limit=EXACT_LIMIT,
-        activations=_rms(actual - exact) / scale,
-        weights=_rms(stored - reference) / scale,
-        total=_rms(actual - reference) / scale,
+        activations=rms(actual - exact) / scale,
+        weights=rms(stored - reference) / scale,
+        total=rms(actual - reference) / scale,
     )
     # Written so that NaN fails.
     if not parity.exact <= EXACT_LIMIT:
@@ -87,7 +87,8 @@ def compare(graph: str, *, exact: Floats, actual: Floats, stored: Floats, refere
     return parity
 
 
-def _rms(values: Floats) -> float:
+def rms(values: Floats) -> float:
+    """Root of the mean square, summed in float64."""
     return float(np.sqrt(np.mean(np.square(values, dtype=np.float64))))
 
 

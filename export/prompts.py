@@ -42,6 +42,11 @@ class Prompts:
         return self.probes + self.held_out
 
     @property
+    def judged(self) -> tuple[int, str]:
+        """Where in :attr:`measured` those begin that the loss of accuracy is measured on, and what they are."""
+        return (len(self.probes), "held-out calibration samples") if self.held_out else (0, "built-in probes")
+
+    @property
     def pictures(self) -> dict[str, Picture]:
         """All pictures by digest."""
         return pictures_of([*self.calibration, *self.measured])

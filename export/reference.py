@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from owl2.export.checkpoint import Checkpoint
+from owl2.export.decoder import load_layer
 from owl2.export.model import DecoderLayer, RmsNorm, Routing, VisionModel, VisualAbstractor
 from owl2.export.model.decoder import KeyValue
 from owl2.export.model.owl2 import rotary_slice
@@ -123,7 +124,7 @@ def _layers(checkpoint: Checkpoint) -> Callable[[int], DecoderLayer]:
     config = checkpoint.config.decoder
 
     def load(index: int) -> DecoderLayer:
-        return _load_layer(checkpoint, index)
+        return load_layer(checkpoint, index, "cpu")
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if _layer_bytes(config) * config.num_hidden_layers > RESIDENT_SHARE * memory:
@@ -138,11 +139,3 @@ def _layer_bytes(config: DecoderConfig) -> int:
 
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * 4
-
-
-def _load_layer(checkpoint: Checkpoint, index: int) -> DecoderLayer:
-    with torch.device("meta"):
-        layer = DecoderLayer(checkpoint.config.decoder).eval()
-    layer.to_empty(device="cpu")
-    checkpoint.load_into(layer, f"model.layers.{index}.")
-    return layer

@@ -117,14 +117,14 @@ def interrupt(config: ExportConfig, layer: int, error: BaseException | None = No
     """Export until ``layer`` (0 is the first) begins, then stop as Ctrl-C does; returns the notes."""
     notes = Notes()
     with pytest.MonkeyPatch.context() as patch:
-        original = decoder._load_layer
+        original = decoder.load_layer
 
-        def stopped(checkpoint: object, prefix: str, device: str) -> object:
-            if prefix == f"model.layers.{layer}.":
+        def stopped(checkpoint: object, index: int, device: str) -> object:
+            if index == layer:
                 raise error or KeyboardInterrupt
-            return original(checkpoint, prefix, device)
+            return original(checkpoint, index, device)
 
-        patch.setattr(decoder, "_load_layer", stopped)
+        patch.setattr(decoder, "load_layer", stopped)
         with pytest.raises(type(error) if error else KeyboardInterrupt):
             export_bundle(config, notes)
     return notes.texts
