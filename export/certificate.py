@@ -11,7 +11,7 @@ from owl2.export.progress import Reporter
 from owl2.export.vision import run_vision
 from owl2.quant.calibration import probe_samples
 from owl2.runtime import spec
-from owl2.runtime.backends.ort import OrtDecoder, OrtOptions, open_session
+from owl2.runtime.backends.ort import OrtOptions, open_session
 from owl2.runtime.bundle import Bundle, WeightFormat
 from owl2.runtime.certificate import (
     Golden,
@@ -50,33 +50,37 @@ def limit(kl: float, weights: WeightFormat) -> float:
     return max(FLOOR if integer else FLOAT_FLOOR, FACTOR * kl)
 
 
-def make_goldens(bundle: Bundle, probes: Sequence[Prompt], reporter: Reporter) -> list[Golden]:
+def make_goldens(
+    bundle: Bundle, probes: Sequence[Prompt], session: Decoder, rows: Mapping[str, Floats], reporter: Reporter
+) -> list[Golden]:
     """Write the golden prompts with the logits of the bundle's own graphs, activations in float32.
 
-    One session is open at a time, each for one step per prompt or picture: without the fast kernels a step of a
-    full-size decoder takes long. ``bundle`` is not complete yet; ``probes`` are its encoded probe samples.
+    Args:
+        bundle: is not complete yet.
+        probes: its encoded probe samples.
+        session: the decoder with float32 activations.
+        rows: what :func:`float_rows` returned.
+        reporter: is told of each prompt.
     """
     table = bundle.embeddings()
-    rows = _float_rows(bundle, probes)
     tokenizer = Tokenizer.load(bundle.folder)
     goldens = []
-    with with_float_activations(bundle.path(spec.DECODER_GRAPH)) as variant:
-        session = OrtDecoder(variant, bundle.manifest.model.decoder, OrtOptions(frugal=True))
-        for name, sample, prompt in zip(NAMES, probe_samples(), probes, strict=True):
-            positions = golden_positions(prompt)
-            embeds, modality = embed(prompt.keys, table, rows)
-            buffers = session.allocate(len(embeds), None)
-            goldens.append(
-                Golden(
-                    name=name,
-                    prompt=sample.prompt,
-                    ids=np.array(tokenizer.encode_prompt(sample.prompt), dtype=np.int64),
-                    images=tuple(np.asarray(load_image(image)) for image in sample.images),
-                    positions=positions,
-                    logits=session.prefill(embeds, modality, 0, buffers, positions),
-                )
+    for name, sample, prompt in zip(NAMES, probe_samples(), probes, strict=True):
+        positions = golden_positions(prompt)
+        embeds, modality = embed(prompt.keys, table, rows)
+        buffers = session.allocate(len(embeds), None)
+        goldens.append(
+            Golden(
+                name=name,
+                prompt=sample.prompt,
+                ids=np.array(tokenizer.encode_prompt(sample.prompt), dtype=np.int64),
+                images=tuple(np.asarray(load_image(image)) for image in sample.images),
+                positions=positions,
+                # In one pass: a device replays the last positions from its K/V cache.
+                logits=session.prefill(embeds, modality, 0, buffers, positions),
             )
-            reporter.advance()
+        )
+        reporter.advance()
     write_goldens(bundle.path(spec.GOLDENS), goldens)
     return goldens
 
@@ -106,7 +110,7 @@ def certify(
     return tuple(reached)
 
 
-def _float_rows(bundle: Bundle, probes: Sequence[Prompt]) -> dict[str, Floats]:
+def float_rows(bundle: Bundle, probes: Sequence[Prompt]) -> dict[str, Floats]:
     """Decoder rows of the probes' pictures by digest, from the vision graph with activations in float32."""
     rows: dict[str, Floats] = {}
     with with_float_activations(bundle.path(spec.VISION_GRAPH)) as variant:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from owl2.export.certificate import certify, make_goldens
+from owl2.export.certificate import certify, float_rows, make_goldens
 from owl2.export.decoder import ExportedDecoder
 from owl2.export.kv_int8 import FloatLogits, check_codes, summary
 from owl2.export.kv_int8 import compare as compare_kv_int8
@@ -78,8 +79,10 @@ def check_bundle(
     """
     bundle, decoder = made.bundle, made.decoder
     reporter.stage("comparing with torch", 3 * len(probes) + len(prompts.measured))
-    exact = _exact_logits(bundle, probes, reporter)
-    certificate = make_goldens(bundle, goldens, reporter)
+    rows = float_rows(bundle, goldens)
+    with _float_decoder(bundle) as session:
+        exact = _probe_logits(session, probes, reporter)
+        certificate = make_goldens(bundle, goldens, session, rows, reporter)
     session = _open_decoder(bundle)
     parity = _check_decoder(exact, _probe_logits(session, probes, reporter), decoder, len(probes))
     kept = FloatLogits()
@@ -99,11 +102,11 @@ def _probe_logits(session: Decoder, probes: list[Embedded], reporter: Reporter) 
     return np.concatenate(made)
 
 
-def _exact_logits(bundle: Bundle, probes: list[Embedded], reporter: Reporter) -> Floats:
-    """The same with float32 activations; that session is gone before the next one is opened."""
-    with with_float_activations(bundle.path(spec.DECODER_GRAPH)) as variant:
-        session = OrtDecoder(variant, bundle.manifest.model.decoder, OrtOptions(frugal=True))
-        return _probe_logits(session, probes, reporter)
+@contextlib.contextmanager
+def _float_decoder(bundle: Bundle, kv_cache: KvType = spec.DEFAULT_KV_CACHE) -> Iterator[OrtDecoder]:
+    """The decoder with float32 activations."""
+    with with_float_activations(bundle.decoder_graph(kv_cache)) as variant:
+        yield OrtDecoder(variant, bundle.manifest.model.decoder, _options(bundle, kv_cache))
 
 
 def _check_decoder(exact: Floats, actual: Floats, decoder: ExportedDecoder, probes: int) -> Parity:
@@ -130,8 +133,7 @@ def _check_kv_int8(made: Made, probes: list[Embedded], kept: FloatLogits, report
     reporter.stage("int8 K/V cache", len(probes) + len(kept.prompts))
     bundle, decoder = made.bundle, made.decoder
     model, logits = bundle.manifest.model.decoder, []
-    with with_float_activations(bundle.decoder_graph("int8")) as variant:
-        session = OrtDecoder(variant, model, OrtOptions(kv_cache="int8", frugal=True))
+    with _float_decoder(bundle, "int8") as session:
         for (embeds, modality), codes in zip(probes, made.kv_int8.codes):
             buffers = session.allocate(len(embeds), None)
             logits.append(_stepwise_logits(session, embeds, modality, buffers))
@@ -151,9 +153,13 @@ def _check_kv_int8(made: Made, probes: list[Embedded], kept: FloatLogits, report
 
 
 def _open_decoder(bundle: Bundle, kv_cache: KvType = spec.DEFAULT_KV_CACHE) -> OrtDecoder:
-    """The decoder as the runtime opens it, but without a second copy of floating-point weights in memory."""
-    options = OrtOptions(kv_cache=kv_cache, frugal=bundle.manifest.weights.method == "none")
-    return OrtDecoder(bundle.decoder_graph(kv_cache), bundle.manifest.model.decoder, options)
+    """The decoder as the runtime opens it."""
+    return OrtDecoder(bundle.decoder_graph(kv_cache), bundle.manifest.model.decoder, _options(bundle, kv_cache))
+
+
+def _options(bundle: Bundle, kv_cache: KvType) -> OrtOptions:
+    """As in the runtime, but without a second copy of weights in memory that are wider than 4 bits."""
+    return OrtOptions(kv_cache=kv_cache, frugal=bundle.manifest.weights.decoder != "int4")
 
 
 def _measure(made: Made, session: Decoder, prompts: Prompts, kept: FloatLogits, reporter: Reporter) -> Accuracy:
