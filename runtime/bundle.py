@@ -218,11 +218,12 @@ def check_files(folder: Path, manifest: Manifest) -> list[str]:
     if rows is not None and rows.size != expected:
         problems.append(f"{spec.EMBEDDINGS} has {rows.size} bytes, the model's token table takes {expected}")
     with ThreadPoolExecutor() as pool:
-        found = pool.map(lambda item: _check_file(folder, *item), manifest.files.items())
+        found = pool.map(lambda item: check_entry(folder, *item), manifest.files.items())
     return problems + [problem for problem in found if problem]
 
 
-def _check_file(folder: Path, name: str, entry: FileEntry) -> str:
+def check_entry(folder: Path, name: str, entry: FileEntry) -> str:
+    """Compare size and hash of one file; returns what is wrong with it, or nothing."""
     path = folder / name
     if Path(name).name != name:
         return f"{name} lies outside the bundle"

@@ -261,6 +261,9 @@ def _from_json_value(hint: Any, value: Any, where: str) -> Any:  # noqa: ANN401 
     if origin is Mapping:
         require(isinstance(value, Mapping), f"{where}: expected an object, got {value!r}")
         return {name: _from_json_value(choices[1], entry, f"{where}.{name}") for name, entry in value.items()}
+    if origin is tuple and choices[-1] is Ellipsis:
+        require(isinstance(value, list | tuple), f"{where}: expected a list, got {value!r}")
+        return tuple(_from_json_value(choices[0], entry, where) for entry in value)
     if origin is tuple:
         fits = isinstance(value, list | tuple) and len(value) == len(choices)
         require(fits, f"{where}: expected a list of {len(choices)}, got {value!r}")

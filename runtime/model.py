@@ -12,7 +12,8 @@ import numpy as np
 
 from owl2.runtime import multimodal
 from owl2.runtime.answer import Answer
-from owl2.runtime.backends.ort import OrtEngine, OrtOptions
+from owl2.runtime.backends.choose import longest_context, open_backend
+from owl2.runtime.backends.ort import OrtOptions
 from owl2.runtime.bundle import Bundle, Manifest
 from owl2.runtime.config import IMAGE_TOKEN, ModelConfig, PreprocessMode, require
 from owl2.runtime.engine import Engine, Floats
@@ -64,7 +65,7 @@ class Owl2:
         config = bundle.manifest.model
         self.manifest: Manifest = bundle.manifest
         self.config: ModelConfig = config
-        self.context = _context(config, context)
+        self.context = _context(config, context, longest_context(engine))
         self._engine = engine
         self._model = Model(
             engine,
@@ -90,7 +91,8 @@ class Owl2:
         Args:
             bundle: folder written by ``owl2-export``.
             threads: of one operator; None lets ONNX Runtime choose.
-            provider: execution provider; ``cpu``.
+            provider: ``cpu``, or ``tensorrt`` or ``tensorrt-rtx`` for engines on an NVIDIA GPU; ``tensorrt:1`` is the
+                second one.
             context: positions a conversation may take; None for the model's own limit.
             kv_cache: None for the type of the bundle's activations (``fp32`` or ``fp16``), or ``int8`` for less memory
                 at a small loss of accuracy, which the bundle's report states.
@@ -103,7 +105,7 @@ class Owl2:
         options = OrtOptions(provider, threads, kv_cache)
         opened = Bundle.open(Path(bundle))
         _context(opened.manifest.model, context)
-        return cls(opened, OrtEngine(opened, options), context)
+        return cls(opened, open_backend(opened, options), context)
 
     def chat(self) -> Chat:
         """Begin a conversation with its own KV cache."""
@@ -250,11 +252,19 @@ class Chat:
         self._pending = None
 
 
-def _context(config: ModelConfig, context: int | None) -> int:
-    """The context to use: the model's own unless a smaller one, or a stretched model, is asked for."""
+def _context(config: ModelConfig, context: int | None, longest: int | None = None) -> int:
+    """The context to use: the model's own unless a smaller one, or a stretched model, is asked for.
+
+    Engines of TensorRT take ``longest`` positions at most.
+    """
     limit = config.decoder.max_position_embeddings
     if context is None:
-        return limit
+        return min(limit, longest or limit)
+    require(
+        longest is None or context <= longest,
+        f"context {context} exceeds the {longest} positions that this bundle's engines were built for; choose a "
+        "smaller one or build them again with a larger --context",
+    )
     require(context > 0, f"context must be positive, got {context}")
     require(
         context <= limit or config.decoder.rope_scaling is not None,
