@@ -479,8 +479,8 @@ def routed(modality: Ints, logit_rows: Ints) -> dict[str, NDArray[Any]]:
 
 
 def decode_rows(past: int, capacity: int, context: int) -> int:
-    """S of a decoding step: a multiple of 256, as far as buffers and engine reach."""
-    return min(-(-max(past, 1) // BUCKET) * BUCKET, capacity, context - 1)
+    """S of a decoding step: a multiple of 256 and more than ``past``, as far as buffers and engine reach."""
+    return min((past // BUCKET + 1) * BUCKET, capacity, context - 1)
 
 
 def _own(buffers: KvBuffers, total: int) -> DeviceRows:

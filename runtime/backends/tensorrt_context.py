@@ -101,7 +101,8 @@ def check_engine(
     """
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     found = {name: (tuple(engine.get_tensor_shape(name)), engine.get_tensor_dtype(name)) for name in names}
-    differ = [name for name in dict.fromkeys((*expected, *found)) if found.get(name) != expected.get(name)]
+    every = dict.fromkeys((*expected, *found))
+    differ = [name for name in every if not _fits(found.get(name), expected.get(name))]
     if differ:
         name = differ[0]
         raise BackendError(
@@ -116,6 +117,13 @@ def check_engine(
             f"{path} has {engine.num_optimization_profiles} optimization profiles, {profiles} are needed; build the "
             "engines again"
         )
+
+
+def _fits(found: tuple[Shape, Any] | None, expected: tuple[Shape, Any] | None) -> bool:
+    """What varies in the engine may be a fixed size that is needed; not the other way round."""
+    if found is None or expected is None or len(found[0]) != len(expected[0]) or found[1] != expected[1]:
+        return False
+    return all(have in (need, -1) for have, need in zip(found[0], expected[0]))
 
 
 class Context:
