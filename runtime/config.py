@@ -165,6 +165,23 @@ class DecoderConfig:
         return self.hidden_size // self.num_attention_heads
 
 
+def resolve_context(decoder: DecoderConfig, context: int | None) -> int:
+    """Positions of a conversation: the model's own unless fewer, or more of a stretched model, are asked for.
+
+    Raises:
+        ConfigError: the context is not positive or longer than the model's.
+    """
+    limit = decoder.max_position_embeddings
+    if context is None:
+        return limit
+    require(context > 0, f"context must be positive, got {context}")
+    require(
+        context <= limit or decoder.rope_scaling is not None,
+        f"context {context} exceeds the {limit} positions this model was trained for, and it has no rope scaling",
+    )
+    return context
+
+
 @dataclass(frozen=True, slots=True)
 class PreprocessConfig:
     """How a picture becomes the vision tower's input.

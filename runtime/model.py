@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
-from owl2.runtime import multimodal
+from owl2.runtime import multimodal, plan
 from owl2.runtime.answer import Answer
 from owl2.runtime.backends.ort import OrtEngine, OrtOptions
-from owl2.runtime.bundle import Bundle, Manifest
-from owl2.runtime.config import IMAGE_TOKEN, ModelConfig, PreprocessMode, require
+from owl2.runtime.bundle import Bundle, Manifest, read_manifest
+from owl2.runtime.config import IMAGE_TOKEN, ModelConfig, PreprocessMode, resolve_context
 from owl2.runtime.engine import Engine, Floats
 from owl2.runtime.errors import ContextOverflowError, Owl2Error, PromptError
 from owl2.runtime.generate import Chunk, Model, Run, check_context, generate
@@ -64,7 +64,7 @@ class Owl2:
         config = bundle.manifest.model
         self.manifest: Manifest = bundle.manifest
         self.config: ModelConfig = config
-        self.context = _context(config, context)
+        self.context = resolve_context(config.decoder, context)
         self._engine = engine
         self._model = Model(
             engine,
@@ -84,6 +84,7 @@ class Owl2:
         provider: str = "cpu",
         context: int | None = None,
         kv_cache: KvType = DEFAULT_KV_CACHE,
+        check_memory: bool = True,
     ) -> Owl2:
         """Verify and load a bundle.
 
@@ -94,15 +95,21 @@ class Owl2:
             context: positions a conversation may take; None for the model's own limit.
             kv_cache: ``fp32``, or ``int8`` for a quarter of its memory (half of a float16 one) at a small loss of
                 accuracy, which the bundle's report states.
+            check_memory: refuse before anything is loaded if the memory that is free cannot hold the weights and the
+                K/V cache of the whole context.
 
         Raises:
             BundleError: the folder is no bundle, or a file is missing, truncated or changed.
             BackendError: the provider is not available or a graph cannot be loaded.
+            InsufficientMemoryError: it cannot fit; with the figures and what would.
             ConfigError: a setting that cannot work.
         """
         options = OrtOptions(provider, threads, kv_cache)
+        manifest = read_manifest(Path(bundle))
+        positions = resolve_context(manifest.model.decoder, context)
+        if check_memory and provider == "cpu":
+            plan.check_memory(manifest, positions, kv_cache)
         opened = Bundle.open(Path(bundle))
-        _context(opened.manifest.model, context)
         return cls(opened, OrtEngine(opened, options), context)
 
     def chat(self) -> Chat:
@@ -248,16 +255,3 @@ class Chat:
         elif self._pending is not None:
             self._pending.cancel()
         self._pending = None
-
-
-def _context(config: ModelConfig, context: int | None) -> int:
-    """The context to use: the model's own unless a smaller one, or a stretched model, is asked for."""
-    limit = config.decoder.max_position_embeddings
-    if context is None:
-        return limit
-    require(context > 0, f"context must be positive, got {context}")
-    require(
-        context <= limit or config.decoder.rope_scaling is not None,
-        f"context {context} exceeds the {limit} positions this model was trained for, and it has no rope scaling",
-    )
-    return context
