@@ -159,13 +159,16 @@ def _gib(count: int) -> str:
 
 
 def changes(case: Case) -> tuple[Change, ...]:
-    """What makes a case fit, the least loss first.
+    """What makes a case fit.
 
-    Every step that does it alone; where none does, several as one: first without, then with exporting again.
+    Every step that does it alone; where none does but a shorter context, several as one before that: first without,
+    then with exporting again.
     """
-    found = [step for make in STEPS if (step := make(case)) is not None and fits(step[1])]
-    if not found:
-        found = [step for steps in (RUN_STEPS, STEPS) if (step := _together(case, steps)) is not None]
+    alone = [step for make in STEPS[:-1] if (step := make(case)) is not None and fits(step[1])]
+    last = _shorter_context(case)
+    shorter = [last] if last is not None and fits(last[1]) else []
+    together = [] if alone else [step for steps in (RUN_STEPS, STEPS) if (step := _together(case, steps)) is not None]
+    found = [*alone, *together, *shorter]
     return tuple(Change(words, changed, needed(changed)) for words, changed in dict(found).items())
 
 

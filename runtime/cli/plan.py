@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from owl2.runtime.bundle import Manifest, read_manifest
-from owl2.runtime.cli.console import notice, reports_errors
+from owl2.runtime.cli.console import notice, reports_errors, size
 from owl2.runtime.config import resolve_context
 from owl2.runtime.devices import DEVICES, GIB, Device, find_device
 from owl2.runtime.errors import BackendUnavailableError
@@ -197,30 +197,30 @@ def _section(title: str, rows: list[Row]) -> str:
 
 def _memory_rows(plan: Plan) -> list[Row]:
     target, bundle = plan.case.target, plan.case.bundle
-    rows: list[Row] = [(part.name, _gib(part.size), part.basis) for part in plan.parts]
+    rows: list[Row] = [(part.name, size(part.size), part.basis) for part in plan.parts]
     decoder = bundle.model.decoder
     table = decoder.vocab_size * decoder.hidden_size * (2 if bundle.weights.embeddings == "fp16" else 4)
-    rows.append(("token table", _gib(0), f"{_gib(table)} on disk, mapped; the rows in use are read"))
-    rows.append(("needed", _gib(plan.needed), ""))
-    total = _gib(target.device.memory)
+    rows.append(("token table", size(0), f"{size(table)} on disk, mapped; the rows in use are read"))
+    rows.append(("needed", size(plan.needed), ""))
+    total = size(target.device.memory)
     if target.here:
         basis = f"of {total}, now"
     elif target.device.family == "datacenter":
         basis = f"of {total}, less error correction and driver (assumed)"
     else:
         basis = f"of {total}, less the system and a desktop (assumed)"
-    return [*rows, ("available", _gib(target.available), basis)]
+    return [*rows, ("available", size(target.available), basis)]
 
 
 def _building_rows(made: Building, target: Target) -> list[Row]:
     rows: list[Row] = [
-        ("CPU memory", _gib(made.needed), "an estimate: 3.3 times the engine, as seen in one build of 7B shapes")
+        ("CPU memory", size(made.needed), "an estimate: 3.3 times the engine, as seen in one build of 7B shapes")
     ]
     if made.available is None:
         return rows
-    rows.append(("available", _gib(made.available), ""))
+    rows.append(("available", size(made.available), ""))
     if not made.fits and made.kind == "tensorrt" and target.device.shared:
-        missing = _gib(made.needed - made.available)
+        missing = size(made.needed - made.available)
         rows.append(("", "", f"does not fit: add {missing} of swap on a disk for it, and close the desktop"))
     elif not made.fits:
         rows.append(("", "", "does not fit: build it on another machine and copy the bundle"))
@@ -228,7 +228,7 @@ def _building_rows(made: Building, target: Target) -> list[Row]:
 
 
 def _speed_rows(limit: Ceiling, context: int, *, measured: bool) -> list[Row]:
-    read = ("read per token", _gib(limit.weights), f"of weights, and {_gib(limit.kv)} of K/V at {context} positions")
+    read = ("read per token", size(limit.weights), f"of weights, and {size(limit.kv)} of K/V at {context} positions")
     if limit.bandwidth is None or limit.full is None or limit.empty is None:
         return [read, ("ceiling", "unknown", "the bandwidth of this memory is not known")]
     source = "measured just now" if measured else "the data sheet's peak"
@@ -238,14 +238,10 @@ def _speed_rows(limit: Ceiling, context: int, *, measured: bool) -> list[Row]:
 
 def _change_rows(plan: Plan) -> list[Row]:
     rows: list[Row] = [
-        (change.words, _gib(change.needed), f"of {_gib(change.case.target.available)}") for change in plan.changes
+        (change.words, size(change.needed), f"of {size(change.case.target.available)}") for change in plan.changes
     ]
     if not rows:
         rows.append(("", "", "nothing that can be changed makes it fit this device"))
     if plan.elsewhere is not None:
         rows.append(("", "", f"as it is: {plan.elsewhere.product} (--device {plan.elsewhere.name}) or larger"))
     return rows
-
-
-def _gib(count: int) -> str:
-    return f"{count / GIB:.2f} GiB"
