@@ -15,15 +15,16 @@ import click
 from owl2.export.config import ExportConfig, Layout, VisionType, WeightType
 from owl2.quant.config import GROUP_SIZES, Method
 from owl2.runtime.cli.console import duration, notice, reports_errors, size
+from owl2.runtime.spec import DialectName, FloatType
 from owl2.runtime.version import __version__
 
 if TYPE_CHECKING:
     from owl2.export.progress import Reporter
-    from owl2.export.report import KvInt8, Report
+    from owl2.export.report import Report
 
 DEFAULTS = {
     name: ExportConfig.__dataclass_fields__[name].default
-    for name in ("weights", "method", "group_size", "samples", "device")
+    for name in ("weights", "method", "group_size", "samples", "dialect", "device")
 }
 
 LISTED_PARTS = 3
@@ -76,6 +77,19 @@ LISTED_PARTS = 3
     "for GPTQModel, AutoGPTQ and Optimum.",
 )
 @click.option(
+    "--dialect",
+    type=click.Choice(get_args(DialectName)),
+    default=DEFAULTS["dialect"],
+    show_default=True,
+    help="Operators of the graphs: ort for ONNX Runtime, onnx (the standard's own) for TensorRT.",
+)
+@click.option(
+    "--activations",
+    type=click.Choice(get_args(FloatType)),
+    help="Type in which the graphs compute, K/V cache included: fp32 for CPUs, fp16 for GPUs; fp32 in the dialect ort "
+    "and fp16 in the dialect onnx if not given.",
+)
+@click.option(
     "--device",
     default=DEFAULTS["device"],
     show_default=True,
@@ -98,6 +112,8 @@ def export(  # noqa: PLR0913 - one parameter per option
     calibration: Path | None,
     samples: int,
     layout: Layout,
+    dialect: DialectName,
+    activations: FloatType | None,
     device: str,
     overwrite: bool,
     fresh: bool,
@@ -124,6 +140,8 @@ def export(  # noqa: PLR0913 - one parameter per option
       owl2-export checkpoint/ checkpoint-gptq/ --layout gptq
       owl2-export checkpoint-gptq/ bundle/
       owl2-export checkpoint/ bundle/ --device cuda
+      owl2-export checkpoint/ bundle-cuda/ --activations fp16
+      owl2-export checkpoint/ bundle-tensorrt/ --dialect onnx
       owl2-export MAGAer13/mplug-owl2-llama2-7b owl2-int4/ --download
     """
     # Not before: these need what only the extra brings, and take a while to import.
@@ -151,6 +169,8 @@ def export(  # noqa: PLR0913 - one parameter per option
             device=device,
             overwrite=overwrite,
             layout=layout,
+            dialect=dialect,
+            activations=activations,
             fresh=fresh,
         )
         report = export_gptq(config, reporter) if layout == "gptq" else export_bundle(config, reporter)
@@ -170,7 +190,7 @@ def _summary(bundle: Path, report: Report) -> str:
         _memory(report),
         *(
             f"  {p.graph}: equals torch within {p.exact:.1e} of the RMS; stored weights change it by {p.weights:.2%}, "
-            f"int8 activations by {p.activations:.2%}"
+            f"{_activations(report)} activations by {p.activations:.2%}"
             for p in report.parity
         ),
     ]
@@ -204,11 +224,17 @@ def _summary(bundle: Path, report: Report) -> str:
     return "\n".join(
         [
             *lines,
-            _kv_line(report.kv_int8),
+            _kv_line(report),
             f"  certificate: {len(report.goldens)} golden prompts, KL of at most {worst:.1e} nats on this machine; "
             "owl2 verify replays them on a device",
         ]
     )
+
+
+def _activations(report: Report) -> str:
+    """What the graphs round activations to while they run."""
+    integer = report.recipe["dialect"] == "ort" and report.recipe["weights"] in ("int4", "int8")
+    return "int8" if integer else str(report.recipe["activations"])
 
 
 def _mean(seconds: Sequence[float]) -> str:
@@ -225,7 +251,10 @@ def _memory(report: Report) -> str:
     )
 
 
-def _kv_line(loss: KvInt8 | None) -> str:
+def _kv_line(report: Report) -> str:
+    loss = report.kv_int8
+    if loss is None and (report.recipe["dialect"], report.recipe["activations"]) != ("ort", "fp32"):
+        return "  int8 K/V cache: none, it goes with --dialect ort --activations fp32"
     if loss is None:
         return "  int8 K/V cache: left out, since the installed onnxruntime is too old to check it"
     return (

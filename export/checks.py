@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from owl2.export.report import Accuracy, KvInt8
 from owl2.export.vision import ExportedVision
 from owl2.quant.kv import RoundedStream
 from owl2.runtime import spec
-from owl2.runtime.backends.ort import OrtDecoder, OrtOptions
+from owl2.runtime.backends.ort import OrtBuffers, OrtOptions, open_decoder
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.certificate import Reached
 from owl2.runtime.engine import Decoder, Floats, Ints, KvBuffers
@@ -103,10 +104,11 @@ def _probe_logits(session: Decoder, probes: list[Embedded], reporter: Reporter) 
 
 
 @contextlib.contextmanager
-def _float_decoder(bundle: Bundle, kv_cache: KvType = spec.DEFAULT_KV_CACHE) -> Iterator[OrtDecoder]:
+def _float_decoder(bundle: Bundle, kv_cache: KvType | None = None) -> Iterator[Decoder]:
     """The decoder with float32 activations."""
     with with_float_activations(bundle.decoder_graph(kv_cache)) as variant:
-        yield OrtDecoder(variant, bundle.manifest.model.decoder, _options(bundle, kv_cache))
+        options = replace(_options(bundle, None), exact=True)
+        yield open_decoder(variant, bundle.manifest, options)
 
 
 def _check_decoder(exact: Floats, actual: Floats, decoder: ExportedDecoder, probes: int) -> Parity:
@@ -135,7 +137,7 @@ def _check_kv_int8(made: Made, probes: list[Embedded], kept: FloatLogits, report
     model, logits = bundle.manifest.model.decoder, []
     with _float_decoder(bundle, "int8") as session:
         for (embeds, modality), codes in zip(probes, made.kv_int8.codes):
-            buffers = session.allocate(len(embeds), None)
+            buffers = cast(OrtBuffers, session.allocate(len(embeds), None))
             logits.append(_stepwise_logits(session, embeds, modality, buffers))
             check_codes(buffers.arrays[:2], [entry.numpy() for entry in codes], model)
             reporter.advance()
@@ -152,12 +154,12 @@ def _check_kv_int8(made: Made, probes: list[Embedded], kept: FloatLogits, report
     return summary(apart, difference, model, calibrated=made.calibrated)
 
 
-def _open_decoder(bundle: Bundle, kv_cache: KvType = spec.DEFAULT_KV_CACHE) -> OrtDecoder:
+def _open_decoder(bundle: Bundle, kv_cache: KvType | None = None) -> Decoder:
     """The decoder as the runtime opens it."""
-    return OrtDecoder(bundle.decoder_graph(kv_cache), bundle.manifest.model.decoder, _options(bundle, kv_cache))
+    return open_decoder(bundle.decoder_graph(kv_cache), bundle.manifest, _options(bundle, kv_cache))
 
 
-def _options(bundle: Bundle, kv_cache: KvType) -> OrtOptions:
+def _options(bundle: Bundle, kv_cache: KvType | None) -> OrtOptions:
     """As in the runtime, but without a second copy of weights in memory that are wider than 4 bits."""
     return OrtOptions(kv_cache=kv_cache, frugal=bundle.manifest.weights.decoder != "int4")
 

@@ -10,14 +10,14 @@ from typing import Any, Literal, Protocol
 
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from owl2.export.checkpoint import Checkpoint
 from owl2.export.config import ExportConfig
 from owl2.export.graph.builder import GraphBuilder
 from owl2.export.graph.decoder import DecoderGraph
 from owl2.export.graph.dialect import Linear
-from owl2.export.graph.ort import OrtDialect
+from owl2.export.graph.dialects import DIALECTS
 from owl2.export.journal import Journal
 from owl2.export.model import DecoderLayer, RmsNorm
 from owl2.export.progress import Reporter
@@ -129,8 +129,9 @@ def export_decoder(
     layers = decoder.num_hidden_layers
     reporter.stage(stage_name(config, checkpoint), layers + 1, done=journal.layers)
     modules: dict[str, ModuleReport] = {}
-    with GraphBuilder(folder / spec.DECODER_GRAPH, resume=journal.layers > 0) as graph:
-        writer = DecoderGraph(graph, OrtDialect(), decoder)
+    path, resume = folder / spec.DECODER_GRAPH, journal.layers > 0
+    with GraphBuilder(path, config.activation_type, resume=resume) as graph:
+        writer = DecoderGraph(graph, DIALECTS[config.dialect], decoder)
         if journal.layers:
             modules = journal.restore_layers(writer, streams.restore)
         journal.usage.begin_layers()
@@ -174,6 +175,7 @@ def export_layer(
     original = None if streams.calibration is None else copy.deepcopy(layer)
     kept = _kept_weights(checkpoint, f"model.{name}.")
     weights = _store_layer(layer, original, kept, streams.calibration, config, name, modules)
+    _store_floats(layer, config)
     _advance_stored(streams, layer, original)
     writer.layer(_linears(layer, weights, name), _gains(layer))
 
@@ -240,6 +242,15 @@ def _store_layer(
     }
 
 
+@torch.no_grad()
+def _store_floats(module: nn.Module, config: ExportConfig) -> None:
+    """Let ``module`` compute with norms and biases as a graph with this type of activations stores them."""
+    if config.activation_type == "fp16":
+        for name, parameter in module.named_parameters():
+            if name.removesuffix(".weight") not in LINEARS:
+                parameter.copy_(parameter.half().float())
+
+
 def _parameter(layer: DecoderLayer, name: str) -> Tensor:
     return layer.get_parameter(name).detach()
 
@@ -269,6 +280,7 @@ def _finish(checkpoint: Checkpoint, writer: LayerWriter, config: ExportConfig) -
     decoder = checkpoint.config.decoder
     norm = RmsNorm(decoder.hidden_size, decoder.rms_norm_eps)
     checkpoint.load_into(norm, "model.norm.")
+    _store_floats(norm, config)
     name = "model.embed_tokens.weight" if decoder.tie_word_embeddings else "lm_head.weight"
     head = _store_head(checkpoint.tensor(name), config)
     writer.finish(norm.weight.detach(), head)
@@ -278,5 +290,6 @@ def _finish(checkpoint: Checkpoint, writer: LayerWriter, config: ExportConfig) -
 def _store_head(weight: Tensor, config: ExportConfig) -> LinearWeight:
     if config.head == "int8":
         # Eight bits leave rounding nothing to gain from a Hessian.
-        return rtn(weight, QuantConfig(bits=8, group_size=config.group_size, method="rtn"))
+        scales = config.activation_type
+        return rtn(weight, QuantConfig(bits=8, group_size=config.group_size, method="rtn", scale_dtype=scales))
     return DenseWeight(weight, "fp32" if config.head == "fp32" else "fp16")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import helper
+from onnx import TensorProto, helper
 
 from owl2.export.graph.builder import CONTRIB
 from owl2.runtime.engine import Floats
@@ -112,12 +112,36 @@ def with_float_activations(path: Path) -> Iterator[Path]:
             nodes.append(node)
     del model.graph.node[:]
     model.graph.node.extend(nodes)
+    _widen(model.graph)
     variant = path.with_suffix(".float.onnx")
     variant.write_bytes(model.SerializeToString())
     try:
         yield variant
     finally:
         variant.unlink(missing_ok=True)
+
+
+def _widen(graph: onnx.GraphProto) -> None:
+    """Let a graph with float16 activations compute in float32, on the same weights; others stay as they are."""
+    values = [value for value in (*graph.input, *graph.output) if _element(value) == TensorProto.FLOAT16]
+    casts = [a for node in graph.node if node.op_type == "Cast" for a in node.attribute if a.i == TensorProto.FLOAT16]
+    if not values and not casts:
+        return
+    for value in values:
+        value.type.tensor_type.elem_type = TensorProto.FLOAT
+    for attribute in casts:
+        attribute.i = TensorProto.FLOAT
+    halves = [tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT16]
+    for node in graph.node:
+        for index, name in enumerate(node.input):
+            if name in halves:
+                node.input[index] = f"{name}.wide"
+    for name in halves:
+        graph.node.insert(0, helper.make_node("Cast", [name], [f"{name}.wide"], to=TensorProto.FLOAT))
+
+
+def _element(value: onnx.ValueInfoProto) -> int:
+    return int(value.type.tensor_type.elem_type)
 
 
 def _dequantized(node: onnx.NodeProto) -> list[onnx.NodeProto]:
@@ -129,7 +153,7 @@ def _dequantized(node: onnx.NodeProto) -> list[onnx.NodeProto]:
     bias = rest[1] if len(rest) > 1 else ""
     weight, product, output = f"{node.name}.weight", f"{node.name}.product", node.output[0]
     made = [
-        helper.make_node("Cast", [codes], [f"{node.name}.codes"], to=onnx.TensorProto.FLOAT),
+        helper.make_node("Cast", [codes], [f"{node.name}.codes"], to=TensorProto.FLOAT),
         helper.make_node("Mul", [f"{node.name}.codes", scales], [weight]),
         helper.make_node("MatMul", [x, weight], [product if bias else output]),
     ]

@@ -19,9 +19,9 @@ from owl2.export.checks import Embedded, Made, check_bundle
 from owl2.export.config import BYTES, ExportConfig
 from owl2.export.decoder import Streams, export_decoder
 from owl2.export.device import check_device, device_memory_errors
+from owl2.export.graph.dialects import MINIMUM_ONNXRUNTIME
 from owl2.export.graph.kv_int8 import MINIMUM_ONNXRUNTIME as KV_INT8_ONNXRUNTIME
 from owl2.export.graph.kv_int8 import write_int8_kv_graph
-from owl2.export.graph.ort import MINIMUM_ONNXRUNTIME
 from owl2.export.journal import Journal, journal_size, resume_key
 from owl2.export.kv_int8 import can_be_checked
 from owl2.export.model import Owl2Model
@@ -41,6 +41,7 @@ from owl2.runtime.config import ModelConfig
 from owl2.runtime.engine import Floats
 from owl2.runtime.errors import BundleError, CheckpointError, ExportError
 from owl2.runtime.multimodal import embed
+from owl2.runtime.spec import KvType
 from owl2.runtime.tokenizer import Tokenizer
 
 
@@ -79,7 +80,8 @@ def export_bundle(config: ExportConfig, reporter: Reporter | None = None) -> Rep
                 decoder = export_decoder(checkpoint, folder, config, streams, journal, reporter)
             rounded = streams.kv_int8
             del streams
-            kv_int8 = can_be_checked()
+            # The kernel for it is ONNX Runtime's, and takes float32 queries.
+            kv_int8 = can_be_checked() and config.dialect == "ort" and config.activation_type == "fp32"
             if kv_int8:
                 source, target = (folder / spec.DECODER_GRAPHS[kind] for kind in ("fp32", "int8"))
                 write_int8_kv_graph(source, target, checkpoint.config.decoder, rounded.scales)
@@ -130,7 +132,7 @@ def _vision(
     vision = journal.vision()
     if vision is None:
         measured = set(pictures_of(prompts.measured))
-        vision = export_vision(checkpoint, folder, config.vision_type, prompts.pictures, measured, reporter)
+        vision = export_vision(checkpoint, folder, config, prompts.pictures, measured, reporter)
         journal.keep_vision(vision)
     return vision
 
@@ -226,6 +228,8 @@ def recipe_of(checkpoint: Checkpoint, config: ExportConfig) -> dict[str, object]
         "weights": config.weights,
         "head": config.head,
         "vision": config.vision_type,
+        "dialect": config.dialect,
+        "activations": config.activation_type,
         "embeddings": config.embeddings,
         "quant": None if quant is None else asdict(quant),
         "samples": config.samples,
@@ -252,12 +256,16 @@ def _manifest(checkpoint: Checkpoint, config: ExportConfig, *, kv_int8: bool) ->
     """The manifest without its files, which are not complete yet."""
     quant = config.quant
     method = "none" if quant is None else quant.method
-    kv_cache = {"fp32": MINIMUM_ONNXRUNTIME} | ({"int8": KV_INT8_ONNXRUNTIME} if kv_int8 else {})
+    minimum = MINIMUM_ONNXRUNTIME[config.dialect]
+    kv_cache: dict[KvType, str] = {config.activation_type: minimum}
+    if kv_int8:
+        kv_cache["int8"] = KV_INT8_ONNXRUNTIME
     return Manifest(
         format=spec.FORMAT_VERSION,
         producer=f"owl2 {__version__}",
-        dialect="ort",
-        minimum_onnxruntime=MINIMUM_ONNXRUNTIME,
+        dialect=config.dialect,
+        activations=config.activation_type,
+        minimum_onnxruntime=minimum,
         kv_cache=kv_cache,
         template="mplug_owl2",
         weights=WeightFormat(

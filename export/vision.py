@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from owl2.export.checkpoint import Checkpoint
-from owl2.export.config import VisionType
+from owl2.export.config import ExportConfig, VisionType
 from owl2.export.graph.builder import GraphBuilder
-from owl2.export.graph.ort import OrtDialect
+from owl2.export.graph.dialects import DIALECTS
 from owl2.export.graph.vision import VisionGraph
 from owl2.export.model import VisionModel, VisualAbstractor
 from owl2.export.parity import Parity, compare, with_float_activations
@@ -74,7 +74,7 @@ def store(weight: Tensor, kind: VisionType) -> LinearWeight:
 def export_vision(
     checkpoint: Checkpoint,
     folder: Path,
-    kind: VisionType,
+    config: ExportConfig,
     pictures: Mapping[str, Picture],
     measured: set[str],
     reporter: Reporter,
@@ -84,7 +84,7 @@ def export_vision(
     Args:
         checkpoint: source of the weights.
         folder: where the graph goes.
-        kind: how linear weights are stored.
+        config: says how linear weights are stored, and in which operators the graph is written.
         pictures: by digest.
         measured: digests of the pictures that torch runs too.
         reporter: is told of each picture.
@@ -94,7 +94,7 @@ def export_vision(
     """
     path = folder / spec.VISION_GRAPH
     chosen = [pictures[digest] for digest in sorted(measured)]
-    reference, stored, sensitivity = _write(checkpoint, path, kind, chosen, len(pictures), reporter)
+    reference, stored, sensitivity = _write(checkpoint, path, config, chosen, len(pictures), reporter)
     parity = _check(path, pictures, stored, reference)
     session = open_session(path, DEFAULT_OPTIONS)
     rows = {}
@@ -106,7 +106,7 @@ def export_vision(
 
 @torch.no_grad()
 def _write(
-    checkpoint: Checkpoint, path: Path, kind: VisionType, measured: list[Picture], pictures: int, reporter: Reporter
+    checkpoint: Checkpoint, path: Path, config: ExportConfig, measured: list[Picture], pictures: int, reporter: Reporter
 ) -> tuple[dict[str, Floats], dict[str, Floats], tuple[PartReport, ...]]:
     """Write the graph; torch's own weights are gone from memory when this returns.
 
@@ -114,6 +114,7 @@ def _write(
         What torch makes of the measured pictures with the checkpoint's weights and with the stored ones, by digest,
         and what int8 costs each part.
     """
+    kind = config.vision_type
     tower, abstractor = _load(checkpoint)
     parts = _measure_parts(tower, abstractor, measured, reporter) if kind == "int8" else []
     kept = choose_kept(parts)
@@ -128,9 +129,13 @@ def _write(
         if isinstance(module, nn.Linear):
             # From here on torch has the weights that the graph stores.
             module.weight.copy_(make_weight(module, module.weight).dequantize())
+    if config.activation_type == "fp16":
+        for part in (tower, abstractor):
+            for tensor in (*part.parameters(), *part.buffers()):
+                tensor.copy_(tensor.half().to(tensor.dtype))
     stored = _torch_rows(tower, abstractor, measured, reporter)
-    with GraphBuilder(path) as graph:
-        VisionGraph(graph, OrtDialect(), checkpoint.config, make_weight).write(tower, abstractor)
+    with GraphBuilder(path, config.activation_type) as graph:
+        VisionGraph(graph, DIALECTS[config.dialect], checkpoint.config, make_weight).write(tower, abstractor)
     return reference, stored, tuple(PartReport(part.name, part.effect, part in kept) for part in parts)
 
 

@@ -24,7 +24,7 @@ from owl2.runtime.errors import (
     BundleVersionError,
     ConfigError,
 )
-from owl2.runtime.spec import KvType
+from owl2.runtime.spec import DialectName, FloatType, KvType
 
 HASH_BLOCK = 1 << 22
 EXPECTED = "expected a folder written by owl2-export"
@@ -67,9 +67,11 @@ class Manifest:
     Attributes:
         format: version of the bundle format.
         producer: the exporter, with its version.
-        dialect: operator set of the graphs; ``ort``.
+        dialect: operator set of the graphs: ``ort`` for ONNX Runtime, ``onnx`` for TensorRT.
+        activations: type in which the graphs compute.
         minimum_onnxruntime: lowest version that has the operators of the graphs, int8 K/V aside.
-        kv_cache: types of the K/V cache to choose from, each with the lowest ONNX Runtime that has its attention.
+        kv_cache: types of the K/V cache to choose from, the activations' own among them, each with the lowest ONNX
+            Runtime that has its attention.
         template: name of the conversation template; ``mplug_owl2``.
         weights: how the weights are stored.
         model: architecture and image preprocessing.
@@ -78,9 +80,10 @@ class Manifest:
 
     format: int
     producer: str
-    dialect: Literal["ort"]
+    dialect: DialectName
+    activations: FloatType
     minimum_onnxruntime: str
-    kv_cache: Mapping[str, str]
+    kv_cache: Mapping[KvType, str]
     template: Literal["mplug_owl2"]
     weights: WeightFormat
     model: ModelConfig
@@ -90,7 +93,7 @@ class Manifest:
         known = ", ".join(spec.DECODER_GRAPHS)
         for kind in self.kv_cache:
             require(kind in spec.DECODER_GRAPHS, f"kv_cache: {kind!r} is not known; known: {known}")
-        require(spec.DEFAULT_KV_CACHE in self.kv_cache, f"kv_cache: {spec.DEFAULT_KV_CACHE} is missing")
+        require(self.activations in self.kv_cache, f"kv_cache: {self.activations}, the type of activations, is missing")
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionaries; :meth:`from_json` is the inverse."""
@@ -109,6 +112,10 @@ class Manifest:
     def size(self) -> int:
         """Bytes of all files."""
         return sum(entry.size for entry in self.files.values())
+
+    def kv_bytes(self, kind: KvType) -> int:
+        """Bytes that keys and values of one position take in all layers."""
+        return spec.kv_bytes(self.model.decoder, kind, self.dialect)
 
 
 @dataclass(frozen=True)
@@ -139,14 +146,15 @@ class Bundle:
         """Full path of a file of the bundle."""
         return self.folder / name
 
-    def decoder_graph(self, kv_cache: KvType) -> Path:
-        """Full path of the decoder graph with this type of K/V cache.
+    def decoder_graph(self, kv_cache: KvType | None = None) -> Path:
+        """Full path of the decoder graph with this type of K/V cache; None for that of the activations.
 
         Raises:
             ConfigError: the bundle does not offer it.
             BackendUnavailableError: the installed ONNX Runtime is too old for it.
         """
         offered = self.manifest.kv_cache
+        kv_cache = kv_cache or self.manifest.activations
         require(
             kv_cache in offered,
             f"kv_cache {kv_cache!r}: {self.folder} offers {', '.join(offered)}; choose one of these or export the "
@@ -156,7 +164,7 @@ class Bundle:
             raise BackendUnavailableError(
                 f"the {kv_cache} K/V cache needs onnxruntime {offered[kv_cache]} or newer, {onnxruntime.__version__} "
                 "is installed; upgrade it (pip install -U onnxruntime) or load with kv_cache "
-                f"{spec.DEFAULT_KV_CACHE!r}"
+                f"{self.manifest.activations!r}"
             )
         return self.path(spec.DECODER_GRAPHS[kv_cache])
 

@@ -25,13 +25,12 @@ from owl2.runtime.generate import PREFILL_BLOCK
 from owl2.runtime.kv_cache import GROWTH
 from owl2.runtime.machine import Found, Memory
 from owl2.runtime.pictures import KEPT_PICTURES
+from owl2.runtime.spec import DialectName, FloatType, KvType
 
 Basis = Literal["computed", "measured", "assumed"]
 Way = Literal["onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"]
 
 MIB = 1 << 20
-KV_WIDTHS = {"fp32": 4, "fp16": 2, "int8": 1}
-"""Bytes of an element, of those too that a bundle may not offer."""
 WEIGHT_BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "int4": 0.5}
 
 # Measured; see above.
@@ -65,9 +64,9 @@ class Stored:
 
     model: ModelConfig
     weights: WeightFormat
-    dialect: str
-    activations: str
-    kv_caches: tuple[str, ...]
+    dialect: DialectName
+    activations: FloatType
+    kv_caches: tuple[KvType, ...]
     decoder: int
     vision: int
 
@@ -76,9 +75,8 @@ class Stored:
         """Read it; a graph without external data counts as 0 bytes."""
         sizes = {name: entry.size for name, entry in manifest.files.items()}
         decoder, vision = (sizes.get(f"{graph}.data", 0) for graph in (spec.DECODER_GRAPH, spec.VISION_GRAPH))
-        activations = getattr(manifest, "activations", "fp32")
         kinds = tuple(manifest.kv_cache)
-        return cls(manifest.model, manifest.weights, manifest.dialect, activations, kinds, decoder, vision)
+        return cls(manifest.model, manifest.weights, manifest.dialect, manifest.activations, kinds, decoder, vision)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +128,7 @@ class Settings:
     """
 
     context: int
-    kv_cache: str
+    kv_cache: KvType
     pictures: int = 1
 
 
@@ -254,7 +252,7 @@ def parts(case: Case) -> tuple[Part, ...]:
 def _parts(case: Case) -> Iterator[Part]:
     bundle, settings, how = case.bundle, case.settings, way(case)
     cpu, engine = how == "onnxruntime-cpu", how.startswith("tensorrt")
-    known: Basis = "measured" if cpu else "assumed"
+    known: Basis = "measured" if cpu and bundle.activations == "fp32" else "assumed"
     decoder, vision = _resident_decoder(case), _resident_vision(case)
     yield Part("decoder weights", decoder, decoder, known)
     yield Part("vision weights", vision, vision, known)
@@ -281,14 +279,9 @@ def _parts(case: Case) -> Iterator[Part]:
         yield Part("CUDA context", CUDA_CONTEXT, 0, "assumed")
 
 
-def kv_bytes(bundle: Stored, kind: str) -> int:
+def kv_bytes(bundle: Stored, kind: KvType) -> int:
     """Bytes that keys and values of one position take in all layers."""
-    config = bundle.model.decoder
-    if bundle.dialect == "ort":
-        row = config.num_attention_heads * spec.padded_head_dim(config)
-    else:
-        row = -(-config.hidden_size // 128) * 128
-    return 2 * config.num_hidden_layers * row * KV_WIDTHS[kind]
+    return spec.kv_bytes(bundle.model.decoder, kind, bundle.dialect)
 
 
 def decoder_weights(config: DecoderConfig) -> tuple[int, int, int]:
@@ -302,7 +295,7 @@ def decoder_bytes(bundle: Stored, *, resident: bool) -> tuple[float, float, floa
     """Bytes of the same three, as stored or as ONNX Runtime's CPU provider holds them."""
     counts, weights = decoder_weights(bundle.model.decoder), bundle.weights
     kinds = (weights.decoder, weights.decoder, weights.head)
-    scale = 4 if bundle.dialect == "ort" else 2
+    scale = spec.KV_WIDTHS[bundle.activations]
     text, image, head = (
         count * _bytes_per_weight(kind, weights.group_size, scale, resident=resident)
         for count, kind in zip(counts, kinds)
@@ -347,7 +340,7 @@ def _resident_vision(case: Case) -> int:
 
 def _activation(bundle: Stored) -> int:
     """Bytes of an element."""
-    return 4 if bundle.activations == "fp32" else 2
+    return spec.KV_WIDTHS[bundle.activations]
 
 
 def _prefill_bytes(case: Case) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from owl2.runtime.multimodal import Prompt
 from owl2.runtime.pictures import Images, Picture, PictureEncoder, open_pictures
 from owl2.runtime.prompt import Message, render, with_images
 from owl2.runtime.sampling import GenerationConfig
-from owl2.runtime.spec import DEFAULT_KV_CACHE, KvType
+from owl2.runtime.spec import KvType
 from owl2.runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class Owl2:
         threads: int | None = None,
         provider: str = "cpu",
         context: int | None = None,
-        kv_cache: KvType = DEFAULT_KV_CACHE,
+        kv_cache: KvType | None = None,
         check_memory: bool = True,
     ) -> Owl2:
         """Verify and load a bundle.
@@ -93,8 +93,8 @@ class Owl2:
             threads: of one operator; None lets ONNX Runtime choose.
             provider: execution provider; ``cpu``.
             context: positions a conversation may take; None for the model's own limit.
-            kv_cache: ``fp32``, or ``int8`` for a quarter of its memory (half of a float16 one) at a small loss of
-                accuracy, which the bundle's report states.
+            kv_cache: None for the type of the bundle's activations (``fp32`` or ``fp16``), or ``int8`` for less memory
+                at a small loss of accuracy, which the bundle's report states.
             check_memory: refuse before anything is loaded if the memory that is free cannot hold the weights and the
                 K/V cache of the whole context.
 
@@ -108,7 +108,7 @@ class Owl2:
         manifest = read_manifest(Path(bundle))
         positions = resolve_context(manifest.model.decoder, context)
         if check_memory and provider == "cpu":
-            plan.check_memory(manifest, positions, kv_cache)
+            plan.check_memory(manifest, positions, kv_cache or manifest.activations)
         opened = Bundle.open(Path(bundle))
         return cls(opened, OrtEngine(opened, options), context)
 

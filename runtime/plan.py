@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from owl2.runtime.bundle import Manifest
 from owl2.runtime.config import require
 from owl2.runtime.devices import DEVICES, GIB, Device
 from owl2.runtime.errors import InsufficientMemoryError
 from owl2.runtime.footprint import (
+    WEIGHT_BYTES,
     Building,
     Case,
     Ceiling,
@@ -38,6 +40,7 @@ from owl2.runtime.footprint import (
     way,
 )
 from owl2.runtime.machine import HERE, Places, free_swap, host_memory, this_cpu
+from owl2.runtime.spec import KvType
 
 SHORT_CHAT = 128
 """Positions beside the pictures below which no context is suggested."""
@@ -126,7 +129,7 @@ def make_plan(case: Case) -> Plan:
     )
 
 
-def check_memory(manifest: Manifest, context: int, kv_cache: str, *, places: Places = HERE) -> None:
+def check_memory(manifest: Manifest, context: int, kv_cache: KvType, *, places: Places = HERE) -> None:
     """Refuse to load on this machine's CPU what cannot fit, before the system kills the process for it.
 
     The estimate errs on the small side: weights, and keys and values of the whole context. Memory is what the kernel
@@ -177,12 +180,17 @@ def _together(case: Case, steps: Sequence[MakeStep]) -> Step | None:
     words = []
     for make in steps:
         step = make(case)
-        if step is not None and not problems(step[1]):
+        if step is not None and not problems(step[1]) and _missing(step[1]) < _missing(case):
             words.append(step[0])
             case = step[1]
             if fits(case):
                 return " and ".join(words), case
     return None
+
+
+def _missing(case: Case) -> int:
+    """Bytes short of what is needed; what cannot run at all lacks more than any memory."""
+    return (1 << 62 if problems(case) else 0) + needed(case) - case.target.available
 
 
 def _close_programs(case: Case) -> Step | None:
@@ -194,29 +202,53 @@ def _close_programs(case: Case) -> Step | None:
     return f"close {what} (up to {_gib(target.closable)})", replace(case, target=freed)
 
 
+def _exported(case: Case, options: str, **chosen: str) -> Step | None:
+    """The case with its bundle exported again, everything that is not chosen being as ``owl2-export`` would have it.
+
+    None if nothing changes by it, or if ``owl2-export`` would refuse it.
+
+    Args:
+        case: to be changed.
+        options: of ``owl2-export``, for people.
+        chosen: dialect, activations, weights or vision, as the options of that name.
+    """
+    old = case.bundle
+    given: Any = {"dialect": old.dialect, "activations": old.activations, "weights": old.weights.decoder} | chosen
+    dialect, activations, weights = given["dialect"], given["activations"], given["weights"]
+    if (dialect == "onnx" and weights == "int8") or (activations == "fp16" and weights == "fp32"):
+        return None
+    integer, plain = weights.startswith("int"), (dialect, activations) == ("ort", "fp32")
+    vision = given.get("vision") or ("int8" if plain else "fp16") if integer else given.get("vision", weights)
+    head = ("int8" if dialect == "ort" else "fp16") if integer else weights
+    group = (old.weights.group_size or GROUP_SIZE) if integer else 0
+    kinds = replace(old.weights, decoder=weights, head=head, vision=vision, group_size=group)
+    caches: tuple[KvType, ...] = ("fp32", "int8") if plain else (activations,)
+    new = replace(old, weights=kinds, dialect=dialect, activations=activations, kv_caches=caches)
+    ratio = sum(decoder_bytes(new, resident=False)) / sum(decoder_bytes(old, resident=False))
+    more = vision_weights(old.model) * (WEIGHT_BYTES[vision] - WEIGHT_BYTES[old.weights.vision])
+    new = replace(new, decoder=int(old.decoder * ratio), vision=max(0, int(old.vision + more)))
+    settings = case.settings
+    if settings.kv_cache not in caches:
+        settings = replace(settings, kv_cache=activations)
+    return None if new == old else (f"export with {options}", replace(case, bundle=new, settings=settings))
+
+
 def _other_dialect(case: Case) -> Step | None:
     """The graphs of ONNX Runtime, where TensorRT cannot be had or not with these weights."""
-    bundle, device = case.bundle, case.target.device
-    if bundle.dialect != "onnx" or not problems(case):
+    if case.bundle.dialect != "onnx" or not problems(case):
         return None
-    activations = "fp32" if device.family == "cpu" else "fp16"
-    exported = replace(bundle, dialect="ort", activations=activations, kv_caches=(activations, "int8"))
-    kind = case.settings.kv_cache
-    settings = replace(case.settings, kv_cache=kind if kind == "int8" else activations)
-    words = f"export with --dialect ort --activations {activations}"
-    return words, replace(case, bundle=exported, settings=settings)
+    half = case.target.device.family != "cpu" and case.bundle.weights.decoder != "fp32"
+    activations = "fp16" if half else "fp32"
+    return _exported(case, f"--dialect ort --activations {activations}", dialect="ort", activations=activations)
 
 
 def _half_activations(case: Case) -> Step | None:
-    """float16 throughout, on GPUs, which are fast in it."""
-    bundle, settings = case.bundle, case.settings
-    if way(case) != "onnxruntime-cuda" or bundle.activations != "fp32":
+    """float16 throughout, on GPUs, which are fast in it; what was int8 on the vision side grows to float16 with it."""
+    if way(case) != "onnxruntime-cuda" or case.bundle.activations != "fp32":
         return None
-    kinds = tuple("fp16" if kind == "fp32" else kind for kind in bundle.kv_caches)
-    kind = "fp16" if settings.kv_cache == "fp32" else settings.kv_cache
-    exported = replace(bundle, activations="fp16", kv_caches=kinds)
-    changed = replace(case, bundle=exported, settings=replace(settings, kv_cache=kind))
-    return "export with --activations fp16", changed
+    if case.bundle.weights.decoder == "fp32":
+        return _exported(case, "--weights fp16 --activations fp16", weights="fp16", activations="fp16")
+    return _exported(case, "--activations fp16", activations="fp16")
 
 
 def _int8_cache(case: Case) -> Step | None:
@@ -228,23 +260,17 @@ def _int8_cache(case: Case) -> Step | None:
 
 def _int8_vision(case: Case) -> Step | None:
     bundle = case.bundle
-    if bundle.dialect != "ort" or not bundle.weights.vision.startswith("fp"):
+    if (bundle.dialect, bundle.activations) != ("ort", "fp32") or not bundle.weights.vision.startswith("fp"):
         return None
-    saved = vision_weights(bundle.model) * (int(bundle.weights.vision[2:]) // 8 - 1)
-    weights = replace(bundle.weights, vision="int8")
-    exported = replace(bundle, weights=weights, vision=max(0, bundle.vision - saved))
-    return "export with --vision int8", replace(case, bundle=exported)
+    return _exported(case, "--vision int8", vision="int8")
 
 
 def _fewer_bits(case: Case) -> Step | None:
-    """int4 layers, with the int8 head that they are exported with."""
+    """int4 layers, with the head and the vision side that they are exported with."""
     bundle = case.bundle
     if bundle.weights.decoder == "int4" or (bundle.dialect == "onnx" and not case.target.device.int4_engines):
         return None
-    weights = replace(bundle.weights, decoder="int4", head="int8", group_size=bundle.weights.group_size or GROUP_SIZE)
-    exported = replace(bundle, weights=weights)
-    ratio = sum(decoder_bytes(exported, resident=False)) / sum(decoder_bytes(bundle, resident=False))
-    return "export with --weights int4", replace(case, bundle=replace(exported, decoder=int(bundle.decoder * ratio)))
+    return _exported(case, "--weights int4", weights="int4")
 
 
 def _shorter_context(case: Case) -> Step | None:

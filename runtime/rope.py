@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from owl2.runtime.config import DecoderConfig
+
+Table = NDArray[np.floating[Any]]
 
 
 def rotary_base(config: DecoderConfig, total: int) -> float:
@@ -33,3 +38,28 @@ def rotary_angles(config: DecoderConfig, length: int, total: int) -> NDArray[np.
     if config.rope_scaling is not None and config.rope_scaling.type == "linear":
         positions = positions / np.float32(config.rope_scaling.factor)
     return np.outer(positions, frequencies).astype(np.float32)
+
+
+@lru_cache(maxsize=8)
+def _tables(config: DecoderConfig, length: int, total: int, width: int, dtype: str) -> tuple[Table, Table]:
+    angles = rotary_angles(config, length, total)
+    angles = np.pad(angles, ((0, 0), (0, (width - config.head_dim) // 2)))
+    return np.cos(angles).astype(dtype), np.sin(angles).astype(dtype)
+
+
+def rotary_tables(config: DecoderConfig, total: int, width: int, dtype: DTypeLike) -> tuple[Table, Table]:
+    """Cosines and sines for a step that ends at ``total`` positions: each [>= total, width / 2].
+
+    The tables of the whole context are computed once, unless dynamic scaling makes them depend on ``total``.
+
+    Args:
+        config: of the model.
+        total: cached and new positions.
+        width: of a head, at least its own; angles beyond that are 0.
+        dtype: of the tables.
+    """
+    kind = np.dtype(dtype).str
+    if config.steady_limit is not None and total > config.steady_limit:
+        return _tables(config, total, total, width, kind)
+    length = max(total, config.max_position_embeddings)
+    return _tables(config, length, config.max_position_embeddings, width, kind)

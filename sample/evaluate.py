@@ -26,7 +26,7 @@ from probes import KINDS, MAIN_KINDS, Probe, as_example, probes
 from owl2.export.checkpoint import Checkpoint
 from owl2.export.model import Owl2Model
 from owl2.runtime import Owl2
-from owl2.runtime.spec import DEFAULT_KV_CACHE, KvType
+from owl2.runtime.spec import KvType
 
 LONGEST_ANSWER = 64
 OPEN = 0  # an id that no answer holds
@@ -134,7 +134,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model", type=Path, help="checkpoint folder (default) or bundle folder (--bundle)")
     parser.add_argument("--bundle", action="store_true", help="the folder is a bundle: ask through owl2.runtime")
-    parser.add_argument("--kv-cache", choices=get_args(KvType), default=DEFAULT_KV_CACHE, help="of a bundle")
+    parser.add_argument("--kv-cache", choices=get_args(KvType), help="of a bundle")
     parser.add_argument("--count", type=int, default=500, help="questions of the main kinds (default 500)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the questions (default 0)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")

@@ -48,6 +48,18 @@ def bundle_a2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def bundle_a1_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Golden a1 as a float32 bundle of standard operators."""
+    return _bundle(tmp_path_factory, GOLDEN / "a1_base_bin" / "model", weights="fp32", dialect="onnx")
+
+
+@pytest.fixture(scope="session")
+def bundle_a2_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Golden a2 as a float32 bundle of standard operators."""
+    return _bundle(tmp_path_factory, GOLDEN / "a2_fp16_safetensors" / "model", weights="fp32", dialect="onnx")
+
+
+@pytest.fixture(scope="session")
 def sample_checkpoint(request: pytest.FixtureRequest) -> Path:
     """The trained sample model in the official layout."""
     return Path(request.config.rootpath) / "sample" / "checkpoint"

@@ -17,7 +17,12 @@ from owl2.runtime.multimodal import embed
 from owl2.runtime.prompt import Message, render
 
 TOLERANCE = 1e-3
-CASES = {"a1": "a1_base_bin", "a2": "a2_fp16_safetensors"}
+CASES = {
+    "a1": "a1_base_bin",
+    "a2": "a2_fp16_safetensors",
+    "a1_onnx": "a1_base_bin",
+    "a2_onnx": "a2_fp16_safetensors",
+}
 GROUPS = ("text", "image", "two_images", "image_mid", "multi_turn_image", "two_adjacent", "raw_image_first")
 DECODED = ("text", "image", "two_images")
 

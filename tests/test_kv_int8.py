@@ -238,7 +238,7 @@ class TestCache:
         assert second.capacity == cache.capacity == 2 * GROWTH
         assert all(array.dtype == np.int8 for array in second.arrays)
         assert all((array[:, :, :5] == np.arange(-2, 3)[:, None]).all() for array in second.arrays)
-        assert cache.nbytes == 2 * GROWTH * spec.kv_bytes(owl.config.decoder, 1)
+        assert cache.nbytes == 2 * GROWTH * spec.kv_bytes(owl.config.decoder, "int8")
 
     def test_it_takes_a_quarter_of_the_memory(self, bundle: Bundle, engine: OrtEngine) -> None:
         assert 4 * engine.allocate(100, None).nbytes == OrtEngine(bundle).allocate(100, None).nbytes
@@ -447,8 +447,8 @@ class TestCommands:
         records = {kind: json.loads(self.run(*asked, kind)) for kind in ("int8", "fp32")}
         assert records["int8"]["text"] == owl.chat().ask("What is it?", picture, max_new_tokens=12).text
         assert records["int8"]["kv_cache_positions"] == GROWTH
-        assert records["int8"]["kv_cache_memory"] == GROWTH * spec.kv_bytes(owl.config.decoder, 1)
-        assert records["fp32"]["kv_cache_memory"] == GROWTH * spec.kv_bytes(owl.config.decoder, 4)
+        assert records["int8"]["kv_cache_memory"] == GROWTH * spec.kv_bytes(owl.config.decoder, "int8")
+        assert records["fp32"]["kv_cache_memory"] == GROWTH * spec.kv_bytes(owl.config.decoder, "fp32")
 
     def test_the_sample_model_answers_alike(self, sample_bundle: Path, sample_checkpoint: Path) -> None:
         picture = sample_checkpoint.parent / "pictures" / "scene3.png"

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from owl2.export import __version__
+from owl2.runtime.spec import FloatType
 
 OPSET = 21
 IR_VERSION = 10
@@ -32,6 +33,8 @@ INLINE_BYTES = 1024
 
 Attribute = int | float | str | Sequence[int]
 Axis = int | str
+ELEMENTS: dict[FloatType, int] = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16}
+"""ONNX's numbers of floating-point types."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +65,16 @@ class GraphBuilder:
     Use as a context manager; call :meth:`save` before leaving it.
     """
 
-    def __init__(self, path: Path, *, resume: bool = False) -> None:
-        """Begin a graph; with ``resume``, the external data that is there is kept for :meth:`restore`."""
+    def __init__(self, path: Path, activations: FloatType = "fp32", *, resume: bool = False) -> None:
+        """Begin a graph.
+
+        Args:
+            path: the file to write.
+            activations: type in which the graph computes.
+            resume: keep the external data that is there for :meth:`restore`.
+        """
         self.path = path
+        self.activations = activations
         self._data_path = data_path(path)
         self._data: BinaryIO = self._data_path.open("r+b" if resume else "wb")
         self._written = hashlib.sha256()
@@ -140,22 +150,47 @@ class GraphBuilder:
             if values.nbytes <= INLINE_BYTES:
                 tensor = numpy_helper.from_array(values, name)
             else:
-                tensor = self._external(name, values)
+                tensor = self._external(name, values, helper.np_dtype_to_tensor_dtype(values.dtype), values.shape)
             self._initializers[name] = tensor
+        return name
+
+    @property
+    def element(self) -> int:
+        """ONNX's number of the activation type."""
+        return ELEMENTS[self.activations]
+
+    def floats(self, name: str, values: NDArray[np.floating[Any]]) -> str:
+        """As :meth:`constant`, in the activation type."""
+        return self.constant(name, values.astype(np.float16 if self.activations == "fp16" else np.float32))
+
+    def cast(self, x: str, element: int) -> str:
+        """``x`` in the activation type -> in another, without a node where that is the same."""
+        return x if element == self.element else self.op("Cast", x, to=element)
+
+    def from_float32(self, x: str) -> str:
+        """float32 ``x`` -> in the activation type, without a node where that is the same."""
+        return x if self.activations == "fp32" else self.op("Cast", x, to=self.element)
+
+    def int4(self, name: str, codes: NDArray[np.int8]) -> str:
+        """Add signed 4-bit integers [...] as an INT4 initializer: two in a byte, the first in the low half."""
+        if name not in self._initializers:
+            halves = np.pad(codes.reshape(-1), (0, codes.size % 2)).view(np.uint8) & 0xF
+            packed = halves[0::2] | np.left_shift(halves[1::2], 4, dtype=np.uint8)
+            self._initializers[name] = self._external(name, packed, TensorProto.INT4, codes.shape)
         return name
 
     def indices(self, *values: int) -> str:
         """A one-dimensional int64 constant (shapes, axes, split sizes)."""
         return self.constant("i64_" + "_".join(map(str, values)), np.array(values, dtype=np.int64))
 
-    def _external(self, name: str, values: NDArray[np.generic]) -> TensorProto:
+    def _external(self, name: str, values: NDArray[np.generic], element: int, shape: Sequence[int]) -> TensorProto:
         self._write(b"\0" * (-self._data.tell() % ALIGNMENT))
         offset = self._data.tell()
         self._write(values.data)
         tensor = TensorProto(
             name=name,
-            data_type=helper.np_dtype_to_tensor_dtype(values.dtype),
-            dims=values.shape,
+            data_type=element,
+            dims=shape,
             data_location=TensorProto.EXTERNAL,
         )
         entries = {"location": self._data_path.name, "offset": offset, "length": values.nbytes}
@@ -191,7 +226,8 @@ class GraphBuilder:
         graph = helper.make_graph(
             self._nodes, self.path.stem, self._inputs, self._outputs, list(self._initializers.values())
         )
-        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
+        domains = {node.domain for node in self._nodes} - {""}
+        opsets = [helper.make_opsetid("", OPSET), *(helper.make_opsetid(domain, 1) for domain in sorted(domains))]
         model = helper.make_model(
             graph,
             opset_imports=opsets,

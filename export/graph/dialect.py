@@ -9,6 +9,8 @@ from torch import Tensor
 
 from owl2.export.graph.builder import GraphBuilder
 from owl2.export.weights import LinearWeight
+from owl2.runtime.config import DecoderConfig
+from owl2.runtime.spec import DialectName
 
 
 @dataclass(frozen=True)
@@ -20,20 +22,13 @@ class Linear:
     bias: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class AttentionInputs:
-    """Graph tensors shared by the attention of all layers; see :mod:`owl2.runtime.spec`."""
-
-    lengths: str
-    total_length: str
-    rotary_cos: str
-    rotary_sin: str
-
-
 class Dialect(Protocol):
-    """One operator set. Methods append nodes to ``graph`` and return tensor names; rows are [M, C]."""
+    """One operator set. Methods append nodes to ``graph`` and return tensor names; rows are [M, C].
 
-    name: str
+    Floating-point tensors are in the graph's activation type.
+    """
+
+    name: DialectName
 
     def linear(self, graph: GraphBuilder, x: str, linear: Linear) -> str:
         """[M, K] -> [M, N]."""
@@ -50,17 +45,16 @@ class Dialect(Protocol):
     def activation(self, graph: GraphBuilder, x: str, name: str) -> str:
         """quick_gelu or gelu."""
 
-    def causal_attention(
-        self,
-        graph: GraphBuilder,
-        qkv: tuple[str, str, str],
-        past: tuple[str, str],
-        present: tuple[str, str],
-        heads: int,
-        head_dim: int,
-        shared: AttentionInputs,
-    ) -> str:
-        """q, k, v [B, T, C] with rotary inside, past [B, H, S, D] -> [B, T, C]; writes ``present``."""
+    def declare_cache(self, graph: GraphBuilder, config: DecoderConfig) -> None:
+        """Declare the inputs that attention and K/V cache of a decoder need beside its rows."""
 
-    def full_attention(self, graph: GraphBuilder, q: str, k: str, v: str, heads: int) -> str:
-        """q [N, Q, C], k and v [N, S, C] -> [N, Q, C], no mask."""
+    def declare_present(self, graph: GraphBuilder, config: DecoderConfig) -> None:
+        """Declare the outputs of the K/V cache."""
+
+    def causal_attention(
+        self, graph: GraphBuilder, qkv: tuple[str, str, str], layer: int, config: DecoderConfig
+    ) -> str:
+        """Rows q, k and v of this layer -> rows, rotary inside; writes the layer's part of the K/V cache."""
+
+    def full_attention(self, graph: GraphBuilder, qkv: tuple[str, str, str], heads: int, width: int) -> str:
+        """q [N, Q, C], k and v [N, S, C] with C = width -> [N, Q, C], no mask."""

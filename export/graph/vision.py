@@ -31,19 +31,19 @@ class VisionGraph:
         """Append all nodes and write the graph file."""
         size = self.config.vision.image_size
         self.graph.input(spec.PIXELS, TensorProto.FLOAT, ["N", 3, size, size])
-        x = self._embed(tower)
+        x = self._embed(tower, self.graph.from_float32(spec.PIXELS))
         for index in range(self.config.vision.num_hidden_layers):
             x = self._layer(x, tower.encoder.layer(index), f"vision.{index}")
         if tower.post_layernorm is not None:
             x = self._layer_norm(x, tower.post_layernorm, "vision.post_layernorm")
         rows = self._abstract(x, abstractor)
-        self.graph.node("Identity", [rows], outputs=[spec.IMAGE_ROWS])
+        self.graph.node("Identity", [self.graph.cast(rows, TensorProto.FLOAT)], outputs=[spec.IMAGE_ROWS])
         shape: list[int | str] = ["N", self.config.rows_per_image, self.config.decoder.hidden_size]
         self.graph.output(spec.IMAGE_ROWS, TensorProto.FLOAT, shape)
         self.graph.save()
 
     def _constant(self, name: str, tensor: Tensor) -> str:
-        return self.graph.constant(name, tensor.detach().numpy())
+        return self.graph.floats(name, tensor.detach().numpy())
 
     def _module(self, x: str, module: nn.Linear, name: str) -> str:
         made = self.make_weight(module, module.weight.detach())
@@ -60,11 +60,11 @@ class VisionGraph:
         shape = self.graph.node("Concat", [batch, self.graph.indices(*rows.shape[1:])], axis=0)[0]
         return self.graph.op("Expand", self._constant(name, rows), shape)
 
-    def _embed(self, tower: VisionModel) -> str:
+    def _embed(self, tower: VisionModel, pixels: str) -> str:
         graph, embeddings, config = self.graph, tower.embeddings, self.config.vision
         kernel = self._constant("vision.patch_embed.weight", embeddings.patch_embed.weight)
         side = [config.patch_size] * 2
-        patches = graph.op("Conv", spec.PIXELS, kernel, kernel_shape=side, strides=side)
+        patches = graph.op("Conv", pixels, kernel, kernel_shape=side, strides=side)
         flat = graph.op("Reshape", patches, graph.indices(0, config.hidden_size, -1))
         x = graph.op("Transpose", flat, perm=[0, 2, 1])
         if config.use_cls_token:
@@ -81,7 +81,7 @@ class VisionGraph:
         made = self.make_weight(layer.self_attn.query_key_value, weight.detach())
         fused = self.dialect.linear(graph, normed, Linear(name + ".query_key_value", made, bias.detach()))
         q, k, v = graph.node("Split", [fused, graph.indices(width, width, width)], outputs=3, axis=-1)
-        attention = self.dialect.full_attention(graph, q, k, v, heads)
+        attention = self.dialect.full_attention(graph, (q, k, v), heads, width)
         x = graph.op("Add", x, self._module(attention, layer.self_attn.dense, name + ".dense"))
         normed = self._layer_norm(x, layer.post_attention_layernorm, name + ".post_attention_layernorm")
         hidden = self._module(normed, layer.mlp.fc1, name + ".fc1")
@@ -107,7 +107,8 @@ class VisionGraph:
         q = self._module(placed_queries, attention.query, name + ".query")
         k = self._module(placed_context, attention.key, name + ".key")
         v = self._module(context, attention.value, name + ".value")
-        joined = self.dialect.full_attention(graph, q, k, v, self.config.abstractor.num_attention_heads)
+        heads, width = self.config.abstractor.num_attention_heads, self.config.abstractor.hidden_size
+        joined = self.dialect.full_attention(graph, (q, k, v), heads, width)
         x = graph.op("Add", queries, self._module(joined, output.out_proj, name + ".out_proj"))
         normed = self._layer_norm(x, output.norm2, name + ".norm2")
         gate = self.dialect.silu(graph, self._module(normed, output.mlp.w1, name + ".w1"))

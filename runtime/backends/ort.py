@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +13,24 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from owl2.runtime import spec
-from owl2.runtime.bundle import Bundle
+from owl2.runtime.backends.standard import StandardDecoder, first_line
+from owl2.runtime.bundle import Bundle, Manifest
 from owl2.runtime.config import DecoderConfig, require
 from owl2.runtime.engine import Floats, Ints, KvBuffers
 from owl2.runtime.errors import BackendError, BackendUnavailableError
-from owl2.runtime.rope import rotary_angles
+from owl2.runtime.rope import rotary_tables
 from owl2.runtime.spec import KvType
+from owl2.runtime.steps import row_inputs
 
 PROVIDERS = {"cpu": "CPUExecutionProvider"}
-KvArray = NDArray[np.float32 | np.int8]
-KV_ELEMENTS: dict[KvType, tuple[type[np.float32 | np.int8], str]] = {
+Element = type[np.float32 | np.float16 | np.int8]
+KvArray = NDArray[np.float32 | np.float16 | np.int8]
+ELEMENTS: dict[KvType, tuple[Element, str]] = {
     "fp32": (np.float32, "tensor(float)"),
+    "fp16": (np.float16, "tensor(float16)"),
     "int8": (np.int8, "tensor(int8)"),
 }
-"""How arrays and graphs name the elements of a K/V cache."""
+"""How arrays and graphs name the elements of activations and K/V caches."""
 ERRORS_ONLY = 3
 THREADS_PER_CORE = 4
 
@@ -39,8 +42,9 @@ class OrtOptions:
     Attributes:
         provider: execution provider; ``cpu``.
         threads: of one operator; None lets ONNX Runtime choose the physical cores.
-        kv_cache: type of the K/V cache; the bundle must offer it.
+        kv_cache: type of the K/V cache, which the bundle must offer; None for that of the activations.
         frugal: keep weights as they are in the file instead of a faster copy in memory. Slow; for checks.
+        exact: do not quantize activations where a graph leaves that to ONNX Runtime. Slow; for checks.
 
     Raises:
         ConfigError: a number of threads that cannot work.
@@ -48,8 +52,9 @@ class OrtOptions:
 
     provider: str = "cpu"
     threads: int | None = None
-    kv_cache: KvType = spec.DEFAULT_KV_CACHE
+    kv_cache: KvType | None = None
     frugal: bool = False
+    exact: bool = False
 
     def __post_init__(self) -> None:
         most = THREADS_PER_CORE * (os.cpu_count() or 1)
@@ -96,8 +101,11 @@ class OrtDecoder:
             BackendError: the graph cannot be loaded, or it is not for ``config`` and the type of K/V cache.
         """
         self._config = config
-        self._kv_dtype, element = KV_ELEMENTS[options.kv_cache]
         self._session = open_session(path, options)
+        self._dtype, _ = element_of(path, self._session, spec.EMBEDS)
+        self._kv_dtype, element = element_of(path, self._session, spec.past_names(0)[0])
+        if options.kv_cache is not None:
+            element = ELEMENTS[options.kv_cache][1]
         shape = (None, config.num_attention_heads, None, spec.padded_head_dim(config))
         expected: dict[str, tuple[int | None, ...]] = {
             spec.EMBEDS: (None, None, config.hidden_size),
@@ -134,15 +142,10 @@ class OrtDecoder:
         tokens = len(embeds)
         total = past + tokens
         require(total <= buffers.capacity, f"{total} positions do not fit K/V buffers of {buffers.capacity}")
-        text, image = np.flatnonzero(modality == 0), np.flatnonzero(modality)
-        cos, sin = rotary_tables(self._config, total)
+        cos, sin = rotary_tables(self._config, total, spec.padded_head_dim(self._config), self._dtype)
         feeds: dict[str, NDArray[Any]] = {
-            spec.EMBEDS: embeds[None],
-            spec.MODALITY: modality,
-            spec.TEXT_ROWS: text,
-            spec.IMAGE_ROW_INDEX: image,
-            spec.ROW_ORDER: np.argsort(np.concatenate([text, image]), kind="stable"),
-            spec.LOGIT_ROWS: logit_rows,
+            spec.EMBEDS: embeds[None].astype(self._dtype, copy=False),
+            **row_inputs(modality, logit_rows),
             spec.LENGTHS: np.array([total - 1], dtype=np.int32),
             spec.TOTAL_LENGTH: np.array(total, dtype=np.int32),
             spec.ROTARY_COS: cos,
@@ -164,10 +167,42 @@ class OrtDecoder:
         try:
             self._session.run_with_iobinding(binding, self._run_options)
         except Exception as error:
-            raise BackendError(f"the decoder failed: {_first_line(error)}") from error
+            raise BackendError(f"the decoder failed: {first_line(error)}") from error
         # Outputs come in the order of binding: the buffers first, the logits last.
         logits: Floats = binding.get_outputs()[-1].numpy()
         return logits
+
+
+def open_decoder(path: Path, manifest: Manifest, options: OrtOptions) -> OrtDecoder | StandardDecoder:
+    """Load the decoder graph at ``path``, which may be a variant of the bundle's own.
+
+    Raises:
+        BackendUnavailableError, BackendError: as :class:`OrtEngine`.
+    """
+    decoder = manifest.model.decoder
+    if manifest.dialect == "ort":
+        return OrtDecoder(path, decoder, options)
+    session = open_session(path, options)
+    dtype, element = element_of(path, session, spec.EMBEDS)
+    check_standard(path, session, decoder, element)
+    return StandardDecoder(session, decoder, dtype)
+
+
+def check_standard(path: Path, session: ort.InferenceSession, config: DecoderConfig, element: str) -> None:
+    """Compare a decoder graph of the dialect onnx with the model.
+
+    Raises:
+        BackendError: it is not for this model.
+    """
+    expected: dict[str, tuple[int | None, ...]] = {
+        spec.EMBEDS: (None, None, config.hidden_size),
+        spec.LOGITS: (None, config.vocab_size),
+        spec.ATTENTION_MASK: (None, None),
+    }
+    layers = range(config.num_hidden_layers)
+    rows = [name for i in layers for name in (*spec.past_names(i), *spec.present_names(i))]
+    check_shapes(path, session, expected | dict.fromkeys(rows, (None, spec.kv_row_width(config))))
+    check_types(path, session, dict.fromkeys((*rows, spec.ATTENTION_MASK), element))
 
 
 class OrtEngine:
@@ -189,7 +224,7 @@ class OrtEngine:
         size = model.vision.image_size
         rows = (None, model.rows_per_image, model.decoder.hidden_size)
         check_shapes(path, self._vision, {spec.PIXELS: (None, 3, size, size), spec.IMAGE_ROWS: rows})
-        self._decoder = OrtDecoder(graph, model.decoder, options)
+        self._decoder = open_decoder(graph, bundle.manifest, options)
         self._run_options = _run_options()
 
     def encode_images(self, pixels: Floats) -> Floats:
@@ -197,10 +232,10 @@ class OrtEngine:
         try:
             rows: Floats = self._vision.run([spec.IMAGE_ROWS], {spec.PIXELS: pixels}, self._run_options)[0]
         except Exception as error:
-            raise BackendError(f"the vision tower failed: {_first_line(error)}") from error
+            raise BackendError(f"the vision tower failed: {first_line(error)}") from error
         return rows
 
-    def allocate(self, capacity: int, previous: KvBuffers | None) -> OrtBuffers:
+    def allocate(self, capacity: int, previous: KvBuffers | None) -> KvBuffers:
         """Buffers for ``capacity`` positions that begin with the content of ``previous``."""
         return self._decoder.allocate(capacity, previous)
 
@@ -211,25 +246,6 @@ class OrtEngine:
     def decode(self, embeds: Floats, past: int, buffers: KvBuffers) -> Floats:
         """Run one text position after ``past`` cached ones: embeds [1, C] -> logits [V]."""
         return self._decoder.decode(embeds, past, buffers)
-
-
-@lru_cache(maxsize=4)
-def _cached_tables(config: DecoderConfig, length: int, total: int) -> tuple[Floats, Floats]:
-    angles = rotary_angles(config, length, total)
-    padding = (spec.padded_head_dim(config) - config.head_dim) // 2
-    angles = np.pad(angles, ((0, 0), (0, padding)))
-    return np.cos(angles), np.sin(angles)
-
-
-def rotary_tables(config: DecoderConfig, total: int) -> tuple[Floats, Floats]:
-    """Cosines and sines for a step that ends at ``total`` positions: each float32 [>= total, padded D / 2].
-
-    The tables of the whole context are computed once, unless dynamic scaling makes them depend on ``total``.
-    """
-    if config.steady_limit is not None and total > config.steady_limit:
-        return _cached_tables(config, total, total)
-    length = max(total, config.max_position_embeddings)
-    return _cached_tables(config, length, config.max_position_embeddings)
 
 
 def open_session(path: Path, options: OrtOptions) -> ort.InferenceSession:
@@ -248,10 +264,12 @@ def open_session(path: Path, options: OrtOptions) -> ort.InferenceSession:
     if options.frugal:
         settings.add_session_config_entry("session.disable_prepacking", "1")
         skipped = ["ConstantFolding"]
+    if options.exact:
+        settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
     try:
         return ort.InferenceSession(path, settings, providers=[provider], disabled_optimizers=skipped)
     except Exception as error:  # ONNX Runtime has no common base class for its errors
-        raise BackendError(f"{path} cannot be loaded: {_first_line(error)}") from error
+        raise BackendError(f"{path} cannot be loaded: {first_line(error)}") from error
 
 
 def check_shapes(path: Path, session: ort.InferenceSession, expected: Mapping[str, tuple[int | None, ...]]) -> None:
@@ -268,6 +286,19 @@ def check_shapes(path: Path, session: ort.InferenceSession, expected: Mapping[st
                 f"{path} does not fit the manifest: {name} has shape {have}, the model needs {list(shape)}; "
                 "export the bundle again"
             )
+
+
+def element_of(path: Path, session: ort.InferenceSession, name: str) -> tuple[Element, str]:
+    """The element type of an input as numpy and as ONNX Runtime name it.
+
+    Raises:
+        BackendError: there is no such input, or its type is none of :data:`ELEMENTS`.
+    """
+    found = next((value.type for value in session.get_inputs() if value.name == name), None)
+    for dtype, element in ELEMENTS.values():
+        if element == found:
+            return dtype, element
+    raise BackendError(f"{path} is no graph of this version: {name} is {found}; export the bundle again")
 
 
 def check_types(path: Path, session: ort.InferenceSession, expected: Mapping[str, str]) -> None:
@@ -301,8 +332,3 @@ def _run_options() -> ort.RunOptions:
     options = ort.RunOptions()
     options.log_severity_level = 4  # failures come back as exceptions
     return options
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__

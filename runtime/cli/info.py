@@ -101,12 +101,12 @@ def _kv_caches(manifest: Manifest) -> dict[str, dict[str, Any]]:
     decoder = manifest.model.decoder
     return {
         kind: {
-            "bytes_per_position": (per_position := spec.kv_bytes(decoder, width)),
+            "bytes_per_position": (per_position := manifest.kv_bytes(kind)),
             "bytes_full_context": per_position * decoder.max_position_embeddings,
             "minimum_onnxruntime": manifest.kv_cache[kind],
             "usable": not is_older(onnxruntime.__version__, manifest.kv_cache[kind]),
         }
-        for kind, width in spec.KV_WIDTHS.items()
+        for kind in spec.KV_WIDTHS
         if kind in manifest.kv_cache
     }
 
@@ -115,7 +115,7 @@ def _record(findings: Findings) -> dict[str, Any]:
     manifest = findings.manifest
     decoder = manifest.model.decoder
     caches = _kv_caches(manifest)
-    default = caches[spec.DEFAULT_KV_CACHE]
+    default = caches[manifest.activations]
     return {
         "verified": not findings.problems,
         "problems": findings.problems,
@@ -212,7 +212,7 @@ def _model(manifest: Manifest) -> list[Row]:
 
 
 def _kv_rows(manifest: Manifest) -> list[Row]:
-    fp16 = size(spec.kv_bytes(manifest.model.decoder, 2))
+    fp16 = size(manifest.kv_bytes("fp16"))
     rows = []
     for kind, entry in _kv_caches(manifest).items():
         text = f"{size(entry['bytes_per_position'])} per position, {size(entry['bytes_full_context'])} at full context"

@@ -16,7 +16,7 @@ from owl2.runtime.backends.ort import PROVIDERS
 from owl2.runtime.config import PreprocessMode
 from owl2.runtime.model import Chat, GenerationOptions, Owl2
 from owl2.runtime.sampling import GenerationConfig
-from owl2.runtime.spec import DEFAULT_KV_CACHE, KvType
+from owl2.runtime.spec import KvType
 
 DEFAULTS = GenerationConfig()
 
@@ -40,10 +40,8 @@ provider_option = click.option(
 kv_cache_option = click.option(
     "--kv-cache",
     type=click.Choice(get_args(KvType)),
-    default=DEFAULT_KV_CACHE,
-    show_default=True,
-    help="Keys and values of past positions: int8 takes a quarter of fp32's memory, at a small loss that owl2 info "
-    "shows.",
+    help="Keys and values of past positions, in the type of the bundle's activations if not given; int8 takes a "
+    "quarter of fp32's memory, at a small loss that owl2 info shows.",
 )
 
 memory_option = click.option(
@@ -68,7 +66,7 @@ class Options:
     threads: int | None
     context: int | None
     provider: str
-    kv_cache: KvType
+    kv_cache: KvType | None
     check_memory: bool
     preprocess: PreprocessMode | None
     generation: GenerationOptions

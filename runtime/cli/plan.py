@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
@@ -15,9 +15,10 @@ from owl2.runtime.cli.console import notice, reports_errors, size
 from owl2.runtime.config import resolve_context
 from owl2.runtime.devices import DEVICES, GIB, Device, find_device
 from owl2.runtime.errors import BackendUnavailableError
-from owl2.runtime.footprint import KV_WIDTHS, Building, Case, Ceiling, Settings, Stored, Target
+from owl2.runtime.footprint import Building, Case, Ceiling, Settings, Stored, Target
 from owl2.runtime.machine import host_memory, read_bandwidth, this_cpu, this_gpu
 from owl2.runtime.plan import Plan, make_plan
+from owl2.runtime.spec import KvType
 
 THIS, CPU = "this", "cpu"
 Row = tuple[str, str, str]
@@ -38,7 +39,7 @@ WAYS = {
 @click.option("--context", type=int, help="Positions of a conversation; the model's own limit if not given.")
 @click.option(
     "--kv-cache",
-    type=click.Choice(list(KV_WIDTHS)),
+    type=click.Choice(get_args(KvType)),
     help="Type of keys and values; that of the bundle's activations if not given.",
 )
 @click.option("--pictures", type=int, default=1, show_default=True, help="Pictures in the conversation.")
@@ -49,7 +50,7 @@ def plan_command(
     bundle: Path | None,
     device: str,
     context: int | None,
-    kv_cache: str | None,
+    kv_cache: KvType | None,
     pictures: int,
     *,
     as_json: bool,
@@ -85,7 +86,7 @@ def plan_command(
         sys.exit(1)
 
 
-def _case(manifest: Manifest, device: str, context: int | None, kv_cache: str | None, pictures: int) -> Case:
+def _case(manifest: Manifest, device: str, context: int | None, kv_cache: KvType | None, pictures: int) -> Case:
     stored = Stored.of(manifest)
     positions = resolve_context(manifest.model.decoder, context)
     return Case(stored, _target(device), Settings(positions, kv_cache or stored.activations, pictures))
