@@ -232,7 +232,7 @@ def _speed_rows(limit: Ceiling, context: int, *, measured: bool) -> list[Row]:
     read = ("read per token", size(limit.weights), f"of weights, and {size(limit.kv)} of K/V at {context} positions")
     if limit.bandwidth is None or limit.full is None or limit.empty is None:
         return [read, ("ceiling", "unknown", "the bandwidth of this memory is not known")]
-    source = "measured just now" if measured else "the data sheet's peak"
+    source = "measured just now, beside what else is running" if measured else "the data sheet's peak"
     speed = f"{limit.bandwidth / 1e9:.0f} GB/s, {source}"
     return [read, ("ceiling", f"{limit.full:.1f}", f"tokens/s, {limit.empty:.1f} at the start of a chat; {speed}")]
 
