@@ -40,6 +40,7 @@ class Places:
         cgroup: the control groups of this process.
         cgroups: where they are mounted.
         model: name of the board, on those with a device tree.
+        driver: what NVIDIA's kernel driver says of itself.
     """
 
     meminfo: Path = Path("/proc/meminfo")
@@ -47,6 +48,7 @@ class Places:
     cgroup: Path = Path("/proc/self/cgroup")
     cgroups: Path = Path("/sys/fs/cgroup")
     model: Path = Path("/proc/device-tree/model")
+    driver: Path = Path("/proc/driver/nvidia/version")
 
 
 HERE = Places()
@@ -173,6 +175,12 @@ def this_gpu(places: Places = HERE) -> Found | None:
         return None
     gpus = parse_nvidia_smi(listing)
     return max(gpus, key=lambda found: found.available, default=None)
+
+
+def driver_version(places: Places = HERE) -> str | None:
+    """Version of NVIDIA's kernel driver; None where there is none, or it does not say."""
+    found = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)\s", _read(places.driver) or "")
+    return found[1] if found else None
 
 
 def parse_jetson_model(text: str, memory: int) -> Device | None:
