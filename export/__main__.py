@@ -13,8 +13,11 @@ from typing import TYPE_CHECKING, get_args
 import click
 
 from owl2.export.config import ExportConfig, Layout, VisionType, WeightType
+from owl2.export.engine.cli import Request, build, engine, gpu_option, summary
 from owl2.quant.config import GROUP_SIZES, Method
 from owl2.runtime.cli.console import duration, notice, reports_errors, size
+from owl2.runtime.config import require
+from owl2.runtime.devices import EngineKind
 from owl2.runtime.spec import DialectName, FloatType
 from owl2.runtime.version import __version__
 
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
 
 DEFAULTS = {
     name: ExportConfig.__dataclass_fields__[name].default
-    for name in ("weights", "method", "group_size", "samples", "dialect", "device")
+    for name in ("weights", "method", "group_size", "samples", "device")
 }
 
 LISTED_PARTS = 3
@@ -79,8 +82,7 @@ LISTED_PARTS = 3
 @click.option(
     "--dialect",
     type=click.Choice(get_args(DialectName)),
-    default=DEFAULTS["dialect"],
-    show_default=True,
+    show_default="ort, or onnx with --engine",
     help="Operators of the graphs: ort for ONNX Runtime, onnx (the standard's own) for TensorRT.",
 )
 @click.option(
@@ -96,6 +98,14 @@ LISTED_PARTS = 3
     metavar="cpu|cuda|cuda:N",
     help="Where decoder layers are computed and quantized.",
 )
+@click.option(
+    "--engine",
+    "kind",
+    type=click.Choice(get_args(EngineKind)),
+    help="Build TensorRT engines too (and export with --dialect onnx): tensorrt-rtx for GeForce and RTX cards, on any "
+    "machine; tensorrt for the GPU of this machine.",
+)
+@gpu_option
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
 @click.option("--fresh", is_flag=True, help="Start over where an interrupted export could be continued.")
 @click.option("--download", is_flag=True, help="CHECKPOINT is a hub id: download it first.")
@@ -112,9 +122,11 @@ def export(  # noqa: PLR0913 - one parameter per option
     calibration: Path | None,
     samples: int,
     layout: Layout,
-    dialect: DialectName,
+    dialect: DialectName | None,
     activations: FloatType | None,
     device: str,
+    kind: EngineKind | None,
+    gpu: str | None,
     overwrite: bool,
     fresh: bool,
     download: bool,
@@ -141,7 +153,8 @@ def export(  # noqa: PLR0913 - one parameter per option
       owl2-export checkpoint-gptq/ bundle/
       owl2-export checkpoint/ bundle/ --device cuda
       owl2-export checkpoint/ bundle-cuda/ --activations fp16
-      owl2-export checkpoint/ bundle-tensorrt/ --dialect onnx
+      owl2-export checkpoint/ bundle-tensorrt/ --dialect onnx            # then, on a Jetson: owl2-export engine
+      owl2-export checkpoint/ bundle-rtx/ --engine tensorrt-rtx --gpu rtx3060
       owl2-export MAGAer13/mplug-owl2-llama2-7b owl2-int4/ --download
     """
     # Not before: these need what only the extra brings, and take a while to import.
@@ -151,7 +164,9 @@ def export(  # noqa: PLR0913 - one parameter per option
     from owl2.export.progress import Notes, Terminal
     from owl2.export.source import default_settings
     from owl2.export.staging import Staging
+    from owl2.runtime.bundle import Bundle
 
+    require(kind is None or layout == "bundle", f"--engine {kind} needs --layout bundle")
     Staging(bundle, overwrite=overwrite)  # before anything long begins
     with ExitStack() as stack:
         reporter: Reporter = Notes() if as_json else stack.enter_context(Terminal())
@@ -169,15 +184,22 @@ def export(  # noqa: PLR0913 - one parameter per option
             device=device,
             overwrite=overwrite,
             layout=layout,
-            dialect=dialect,
+            dialect=dialect or ("onnx" if kind or gpu else "ort"),
             activations=activations,
             fresh=fresh,
         )
+        request = Request(kind, gpu) if kind or gpu else None
+        if request is not None:
+            request.target(config.dialect, config.weights)  # before anything long begins, too
         report = export_gptq(config, reporter) if layout == "gptq" else export_bundle(config, reporter)
+        engines = None if request is None else build(Bundle.open(bundle), request, reporter)
     if as_json:
-        click.echo(json.dumps({"bundle": str(bundle), **report.to_json()}, indent=2))
+        built = {} if engines is None else {"engines": engines.to_json()}
+        click.echo(json.dumps({"bundle": str(bundle), **report.to_json(), **built}, indent=2))
         return
     click.echo(_summary(bundle, report))
+    if engines is not None:
+        click.echo(summary(engines))
     for note in report.calibration.notes:
         notice(f"note: {note}")
 
@@ -273,7 +295,10 @@ def main(arguments: Sequence[str] | None = None, name: str = "owl2-export") -> N
     """
     # A polite kill cleans up as Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        if arguments[:1] == ["engine"]:
+            engine(args=arguments[1:], prog_name=f"{name} engine")
         export(args=arguments, prog_name=name)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("owl2"):

@@ -278,6 +278,7 @@ def _manifest(checkpoint: Checkpoint, config: ExportConfig, *, kv_int8: bool) ->
         ),
         model=checkpoint.config,
         files={},
+        engines={},
     )
 
 

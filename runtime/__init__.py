@@ -17,6 +17,7 @@ from owl2.runtime.errors import (
     ConfigError,
     ContextOverflowError,
     ImageError,
+    InsufficientMemoryError,
     Owl2Error,
     PromptError,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "ContextOverflowError",
     "GenerationConfig",
     "ImageError",
+    "InsufficientMemoryError",
     "Manifest",
     "Owl2",
     "Owl2Error",

@@ -1,4 +1,4 @@
-"""Command ``owl2``: ask, chat, info, eval, verify."""
+"""Command ``owl2``: ask, chat, info, plan, eval, verify."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from owl2.runtime.cli.ask import ask
 from owl2.runtime.cli.chat import chat
 from owl2.runtime.cli.eval import eval_command
 from owl2.runtime.cli.info import info
+from owl2.runtime.cli.plan import plan_command
 from owl2.runtime.cli.verify import verify_command
 from owl2.runtime.version import __version__
 
@@ -27,12 +28,13 @@ def cli() -> None:
       owl2 info bundle/
       owl2 ask bundle/ "What is in the picture?" --image cat.jpg
       owl2 chat bundle/
+      owl2 plan bundle/ --device orin-nano-8gb
       owl2 eval bundle/ --data questions.jsonl
       owl2 verify bundle/
     """
 
 
-for command in (ask, chat, info, eval_command, verify_command):
+for command in (ask, chat, info, plan_command, eval_command, verify_command):
     cli.add_command(command)
 
 

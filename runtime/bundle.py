@@ -75,7 +75,8 @@ class Manifest:
         template: name of the conversation template; ``mplug_owl2``.
         weights: how the weights are stored.
         model: architecture and image preprocessing.
-        files: every other file of the bundle.
+        files: every other file of the bundle, engines aside.
+        engines: sha256 of the record in each folder of TensorRT engines, by its name; see :mod:`owl2.runtime.engines`.
     """
 
     format: int
@@ -88,6 +89,7 @@ class Manifest:
     weights: WeightFormat
     model: ModelConfig
     files: Mapping[str, FileEntry]
+    engines: Mapping[str, str]
 
     def __post_init__(self) -> None:
         known = ", ".join(spec.DECODER_GRAPHS)

@@ -165,6 +165,23 @@ class DecoderConfig:
         return self.hidden_size // self.num_attention_heads
 
 
+def resolve_context(decoder: DecoderConfig, context: int | None) -> int:
+    """Positions of a conversation: the model's own unless fewer, or more of a stretched model, are asked for.
+
+    Raises:
+        ConfigError: the context is not positive or longer than the model's.
+    """
+    limit = decoder.max_position_embeddings
+    if context is None:
+        return limit
+    require(context > 0, f"context must be positive, got {context}")
+    require(
+        context <= limit or decoder.rope_scaling is not None,
+        f"context {context} exceeds the {limit} positions this model was trained for, and it has no rope scaling",
+    )
+    return context
+
+
 @dataclass(frozen=True, slots=True)
 class PreprocessConfig:
     """How a picture becomes the vision tower's input.
@@ -261,9 +278,6 @@ def _from_json_value(hint: Any, value: Any, where: str) -> Any:  # noqa: ANN401 
     if origin is Mapping:
         require(isinstance(value, Mapping), f"{where}: expected an object, got {value!r}")
         return {name: _from_json_value(choices[1], entry, f"{where}.{name}") for name, entry in value.items()}
-    if origin is tuple and choices[-1] is Ellipsis:
-        require(isinstance(value, list | tuple), f"{where}: expected a list, got {value!r}")
-        return tuple(_from_json_value(choices[0], entry, where) for entry in value)
     if origin is tuple:
         fits = isinstance(value, list | tuple) and len(value) == len(choices)
         require(fits, f"{where}: expected a list of {len(choices)}, got {value!r}")

@@ -1,8 +1,4 @@
-"""TensorRT engines in a bundle: what ``engine.json`` says of them, and whether they can be used here.
-
-An engine belongs to one version of TensorRT and one kind of GPU, so a bundle may hold several, each in its folder
-``engines/<kind>-sm<compute capability>/``. The graphs that they were built from stay in the bundle.
-"""
+"""TensorRT engines beside the graphs of a bundle: where they lie, and what each folder says of them."""
 
 from __future__ import annotations
 
@@ -10,75 +6,67 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from owl2.runtime import spec
-from owl2.runtime.bundle import Bundle, FileEntry, check_entry
+from owl2.runtime.bundle import Bundle, FileEntry, check_entry, hash_file
 from owl2.runtime.config import from_json, require
-from owl2.runtime.errors import BackendUnavailableError, BundleCorruptError, BundleError, ConfigError
+from owl2.runtime.devices import EngineKind
+from owl2.runtime.errors import BackendUnavailableError, BundleCorruptError, BundleError
 
-EngineKind = Literal["tensorrt", "tensorrt-rtx"]
-ENGINE_KINDS: tuple[EngineKind, ...] = get_args(EngineKind)
-RECORD_FORMAT = 1
-ENGINES = "engines"
+FOLDER = "engines"
 RECORD = "engine.json"
+FORMAT = 1
 DECODER_ENGINE = "decoder.engine"
 VISION_ENGINE = "vision.engine"
 PREFILL_PROFILE, DECODE_PROFILE = 0, 1
 """The optimization profiles of the decoder's engine."""
 
 
+def folder_name(kind: EngineKind, compute: int) -> str:
+    """The folder in :data:`FOLDER` for engines of this kind and compute capability (times ten)."""
+    return f"{kind}-sm{compute}"
+
+
 @dataclass(frozen=True, slots=True)
 class EngineRecord:
-    """The content of ``engine.json``.
+    """What ``engine.json`` says of the engines beside it.
 
     Attributes:
         format: version of this record.
-        kind: which library built the engines and runs them.
-        tensorrt: its version.
-        gpu: name of the GPU that they were built on; None where they were built without one.
-        compute_capability: of the GPUs that they are for.
-        driver: of the machine that built them; for information.
-        context: the largest S + T of a step.
-        prefill: the largest T of a step.
-        cached: values of S that building preferred; for information.
-        image_rows: most image rows of a step.
-        pictures: most pictures that the vision tower takes at once.
-        source: sha256 of each file of the bundle that they were built from.
-        files: the engines.
-
-    Raises:
-        ConfigError: numbers that cannot work, or a file missing.
+        kind: what built them and runs them.
+        tensorrt: version of that module.
+        compute_capability: of the GPU they are for.
+        gpu: name of the GPU they were built on; None where they were built without one.
+        driver: its driver's version; None where they were built without one.
+        context: positions that a conversation may take.
+        prefill: new positions of a step.
+        pictures: encoded at a time.
+        source: sha256 of the files they were built from, by name.
+        files: size and sha256 of the engines, by name.
     """
 
     format: int
     kind: EngineKind
     tensorrt: str
-    gpu: str | None
     compute_capability: tuple[int, int]
+    gpu: str | None
     driver: str | None
     context: int
     prefill: int
-    cached: tuple[int, ...]
-    image_rows: int
     pictures: int
     source: Mapping[str, str]
     files: Mapping[str, FileEntry]
 
     def __post_init__(self) -> None:
-        for name in ("context", "prefill", "image_rows", "pictures"):
+        require(self.format == FORMAT, f"{RECORD}: format {self.format} is not known; this owl2 reads {FORMAT}")
+        for name in ("context", "prefill", "pictures"):
             value = getattr(self, name)
-            require(value > 0, f"{name} must be positive, got {value}")
-        require(self.context > 1, f"context must be at least 2, got {self.context}")
+            require(value > 0, f"{RECORD}: {name} must be positive, got {value}")
         for name in (DECODER_ENGINE, VISION_ENGINE):
-            require(name in self.files, f"files: {name} is missing")
+            require(name in self.files, f"{RECORD}: files: {name} is missing")
         for name in (spec.DECODER_GRAPH, spec.VISION_GRAPH):
-            require(name in self.source, f"source: {name} is missing")
-
-    @property
-    def folder(self) -> str:
-        """Where the engines lie in the bundle, such as ``engines/tensorrt-sm87``."""
-        return f"{ENGINES}/{self.kind}-{sm(self.compute_capability)}"
+            require(name in self.source, f"{RECORD}: source: {name} is missing")
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionaries; :meth:`from_json` is the inverse."""
@@ -89,36 +77,22 @@ class EngineRecord:
         """Read what :meth:`to_json` wrote.
 
         Raises:
-            ConfigError: unknown or missing keys, wrong types or values that cannot work.
+            ConfigError: unknown or missing keys, wrong types, another format, or values that cannot be.
         """
         return from_json(cls, data, RECORD)
 
 
-def sm(compute_capability: tuple[int, int]) -> str:
-    """How NVIDIA's tools name a compute capability: (8, 7) -> ``sm87``."""
-    return "sm{}{}".format(*compute_capability)
-
-
 def read_record(folder: Path) -> EngineRecord:
-    """Read the ``engine.json`` of a folder.
+    """Read the ``engine.json`` of a folder of engines.
 
     Raises:
-        BundleCorruptError: it is missing, unreadable, or of a format that this version does not know.
+        BundleCorruptError: it is missing or unreadable, or says what cannot be.
     """
     path = folder / RECORD
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BundleCorruptError(f"{path} cannot be read: {error}; {rebuild(folder.parent.parent)}") from error
-    version = data.get("format") if isinstance(data, Mapping) else None
-    if version != RECORD_FORMAT:
-        raise BundleCorruptError(
-            f"{path}: format {version!r} is not known, this owl2 reads {RECORD_FORMAT}; {rebuild(folder.parent.parent)}"
-        )
-    try:
-        return EngineRecord.from_json(data)
-    except ConfigError as error:
-        raise BundleCorruptError(f"{path}: {error}; {rebuild(folder.parent.parent)}") from error
+        return EngineRecord.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:  # ConfigError is a ValueError
+        raise BundleCorruptError(f"{path} cannot be used: {error}; {rebuild(folder.parent.parent)}") from error
 
 
 def rebuild(bundle: Path) -> str:
@@ -127,7 +101,7 @@ def rebuild(bundle: Path) -> str:
 
 
 def find_engines(
-    bundle: Bundle, kind: EngineKind, gpu: str, compute_capability: tuple[int, int], version: str
+    bundle: Bundle, kind: EngineKind, gpu: str, capability: tuple[int, int], version: str
 ) -> tuple[Path, EngineRecord]:
     """The folder of the engines for this device, verified, and what is recorded of them.
 
@@ -135,7 +109,7 @@ def find_engines(
         bundle: verified.
         kind: of engines.
         gpu: name of the device, for messages.
-        compute_capability: of the device.
+        capability: compute capability of the device.
         version: of the installed TensorRT.
 
     Raises:
@@ -144,46 +118,39 @@ def find_engines(
         BundleCorruptError: a file is missing, truncated or changed.
     """
     require_standard(bundle)
-    folder = bundle.folder / ENGINES / f"{kind}-{sm(compute_capability)}"
-    if not folder.is_dir():
-        others = sorted(path.name for path in (bundle.folder / ENGINES).glob(f"{kind}-sm*"))
-        if others:
-            raise BackendUnavailableError(
-                f"the engines of {bundle.folder} are for other GPUs ({', '.join(others)}), this device is a {gpu} "
-                f"({sm(compute_capability)}); {rebuild(bundle.folder)}"
-            )
-        raise BundleError(f"{bundle.folder} has no engines of {kind}; {rebuild(bundle.folder)}")
-    record = read_record(folder)
-    if (record.kind, record.compute_capability) != (kind, compute_capability):
+    again = rebuild(bundle.folder)
+    compute = 10 * capability[0] + capability[1]
+    folder = bundle.folder / FOLDER / folder_name(kind, compute)
+    listed = sorted(name for name in bundle.manifest.engines if name.startswith(f"{kind}-sm"))
+    if folder.name not in listed:
+        if not listed:
+            raise BundleError(f"{bundle.folder} has no engines of {kind}; {again}")
         raise BackendUnavailableError(
-            f"the engines in {folder} are of {record.kind} for {sm(record.compute_capability)}, this device needs "
-            f"{kind} for {sm(compute_capability)}; {rebuild(bundle.folder)}"
+            f"the engines of {bundle.folder} are for other GPUs ({', '.join(listed)}), this device is a {gpu} "
+            f"(sm{compute}); {again}"
         )
+    record = read_record(folder)
+    if hash_file(folder / RECORD) != bundle.manifest.engines[folder.name]:
+        raise BundleCorruptError(f"{folder / RECORD} is not the one that {spec.MANIFEST} names; {again}")
+    if (record.kind, record.compute_capability) != (kind, capability):
+        found = folder_name(record.kind, 10 * record.compute_capability[0] + record.compute_capability[1])
+        raise BackendUnavailableError(f"the engines in {folder} are {found}, this device needs {folder.name}; {again}")
     if record.tensorrt != version:
         raise BackendUnavailableError(
             f"the engines in {folder} were built with {kind} {record.tensorrt}, {version} is installed, which cannot "
-            f"read them; {rebuild(bundle.folder)}"
+            f"be counted on to read them; {again}"
         )
-    check_source(bundle, folder, record)
-    problems = [problem for name, entry in record.files.items() if (problem := check_entry(folder, name, entry))]
-    if problems:
-        raise BundleCorruptError(f"{folder}: {'; '.join(problems)}; {rebuild(bundle.folder)}")
-    return folder, record
-
-
-def check_source(bundle: Bundle, folder: Path, record: EngineRecord) -> None:
-    """Compare the graphs that engines were built from with those of the bundle.
-
-    Raises:
-        BundleError: they differ.
-    """
-    listed = bundle.manifest.files
-    changed = [name for name, digest in record.source.items() if name not in listed or listed[name].sha256 != digest]
+    files = bundle.manifest.files
+    changed = [name for name, digest in record.source.items() if name not in files or files[name].sha256 != digest]
     if changed:
         raise BundleError(
             f"the engines in {folder} were built from another {', '.join(changed)} than the bundle has now, so they "
-            f"are another model's; {rebuild(bundle.folder)}"
+            f"are another model's; {again}"
         )
+    problems = [problem for name, entry in record.files.items() if (problem := check_entry(folder, name, entry))]
+    if problems:
+        raise BundleCorruptError(f"{folder}: {'; '.join(problems)}; {again}")
+    return folder, record
 
 
 def require_standard(bundle: Bundle) -> None:

@@ -15,7 +15,8 @@
     │   ├── BundleVersionError          written in a format this version does not know
     │   └── BundleCorruptError          a file is missing, truncated or changed
     ├── BackendError                    the execution provider failed
-    │   └── BackendUnavailableError     the provider asked for cannot be had here
+    │   ├── BackendUnavailableError     the provider asked for cannot be had here
+    │   └── InsufficientMemoryError     the model does not fit the memory that is free
     ├── ImageError (ValueError)         a picture that cannot be read or is too large
     ├── PromptError (ValueError)        prompt and pictures do not fit together
     └── ContextOverflowError            the conversation does not fit the context
@@ -24,6 +25,8 @@ A message says what was given, what was expected and what to do.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class Owl2Error(Exception):
@@ -80,6 +83,24 @@ class BackendError(Owl2Error):
 
 class BackendUnavailableError(BackendError):
     """The execution provider asked for cannot be had on this machine."""
+
+
+class InsufficientMemoryError(BackendError):
+    """The model does not fit the memory that is free; raised before anything of it is loaded.
+
+    Attributes:
+        needed: bytes it takes at least.
+        available: bytes that are free.
+    """
+
+    def __init__(self, needed: int, available: int, details: Sequence[str], hints: Sequence[str]) -> None:
+        super().__init__(
+            f"not enough memory: at least {needed / 2**30:.2f} GiB are needed ({', '.join(details)}), "
+            f"{available / 2**30:.2f} GiB are available; what would fit: {'; or '.join(hints)}; owl2 plan tells more, "
+            "and --no-memory-check (check_memory=False) loads regardless"
+        )
+        self.needed = needed
+        self.available = available
 
 
 class ImageError(Owl2Error, ValueError):

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
-from owl2.runtime import multimodal
+from owl2.runtime import multimodal, plan
 from owl2.runtime.answer import Answer
-from owl2.runtime.backends.choose import longest_context, open_backend
+from owl2.runtime.backends.choose import fitting_context, open_backend
 from owl2.runtime.backends.ort import OrtOptions
-from owl2.runtime.bundle import Bundle, Manifest
-from owl2.runtime.config import IMAGE_TOKEN, ModelConfig, PreprocessMode, require
+from owl2.runtime.bundle import Bundle, Manifest, read_manifest
+from owl2.runtime.config import IMAGE_TOKEN, ModelConfig, PreprocessMode, resolve_context
 from owl2.runtime.engine import Engine, Floats
 from owl2.runtime.errors import ContextOverflowError, Owl2Error, PromptError
 from owl2.runtime.generate import Chunk, Model, Run, check_context, generate
@@ -65,7 +65,7 @@ class Owl2:
         config = bundle.manifest.model
         self.manifest: Manifest = bundle.manifest
         self.config: ModelConfig = config
-        self.context = _context(config, context, longest_context(engine))
+        self.context = fitting_context(engine, config.decoder, context)
         self._engine = engine
         self._model = Model(
             engine,
@@ -85,6 +85,7 @@ class Owl2:
         provider: str = "cpu",
         context: int | None = None,
         kv_cache: KvType | None = None,
+        check_memory: bool = True,
     ) -> Owl2:
         """Verify and load a bundle.
 
@@ -96,15 +97,21 @@ class Owl2:
             context: positions a conversation may take; None for the model's own limit.
             kv_cache: None for the type of the bundle's activations (``fp32`` or ``fp16``), or ``int8`` for less memory
                 at a small loss of accuracy, which the bundle's report states.
+            check_memory: refuse before anything is loaded if the memory that is free cannot hold the weights and the
+                K/V cache of the whole context.
 
         Raises:
             BundleError: the folder is no bundle, or a file is missing, truncated or changed.
             BackendError: the provider is not available or a graph cannot be loaded.
+            InsufficientMemoryError: it cannot fit; with the figures and what would.
             ConfigError: a setting that cannot work.
         """
         options = OrtOptions(provider, threads, kv_cache)
+        manifest = read_manifest(Path(bundle))
+        positions = resolve_context(manifest.model.decoder, context)
+        if check_memory and provider == "cpu":
+            plan.check_memory(manifest, positions, kv_cache or manifest.activations)
         opened = Bundle.open(Path(bundle))
-        _context(opened.manifest.model, context)
         return cls(opened, open_backend(opened, options), context)
 
     def chat(self) -> Chat:
@@ -250,24 +257,3 @@ class Chat:
         elif self._pending is not None:
             self._pending.cancel()
         self._pending = None
-
-
-def _context(config: ModelConfig, context: int | None, longest: int | None = None) -> int:
-    """The context to use: the model's own unless a smaller one, or a stretched model, is asked for.
-
-    Engines of TensorRT take ``longest`` positions at most.
-    """
-    limit = config.decoder.max_position_embeddings
-    if context is None:
-        return min(limit, longest or limit)
-    require(
-        longest is None or context <= longest,
-        f"context {context} exceeds the {longest} positions that this bundle's engines were built for; choose a "
-        "smaller one or build them again with a larger --context",
-    )
-    require(context > 0, f"context must be positive, got {context}")
-    require(
-        context <= limit or config.decoder.rope_scaling is not None,
-        f"context {context} exceeds the {limit} positions this model was trained for, and it has no rope scaling",
-    )
-    return context

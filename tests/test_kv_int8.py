@@ -143,8 +143,8 @@ class TestBundle:
     @pytest.mark.parametrize(
         ("offered", "message"),
         [
-            ({"fp32": "1.22", "int2": "1.22"}, "kv_cache: 'int2' is not known; known: fp32, int8"),
-            ({"int8": "1.22"}, "kv_cache: fp32 is missing"),
+            ({"fp32": "1.22", "int2": "1.22"}, "kv_cache: 'int2' is not known; known: fp32, fp16, int8"),
+            ({"int8": "1.22"}, "kv_cache: fp32, the type of activations, is missing"),
             ({"fp32": 1.22}, r"kv_cache\.fp32: expected str, got 1\.22"),
             (["fp32"], "kv_cache: expected an object"),
         ],

@@ -1,13 +1,19 @@
-"""Which backend runs a bundle."""
+"""Which backend runs a bundle, and how long a conversation that allows."""
 
 from __future__ import annotations
 
-from owl2.runtime.backends.ort import OrtEngine, OrtOptions
+from typing import TYPE_CHECKING, get_args
+
 from owl2.runtime.backends.tensorrt import TensorRtEngine, TensorRtOptions, open_engine
 from owl2.runtime.bundle import Bundle
-from owl2.runtime.config import require
+from owl2.runtime.config import DecoderConfig, require, resolve_context
+from owl2.runtime.devices import EngineKind
 from owl2.runtime.engine import Engine
-from owl2.runtime.engines import ENGINE_KINDS
+
+if TYPE_CHECKING:
+    from owl2.runtime.backends.ort import OrtOptions
+
+ENGINE_KINDS: tuple[EngineKind, ...] = get_args(EngineKind)
 
 
 def open_backend(bundle: Bundle, options: OrtOptions) -> Engine:
@@ -21,9 +27,24 @@ def open_backend(bundle: Bundle, options: OrtOptions) -> Engine:
         if name == kind:
             require(not colon or index.isdecimal(), f"device {options.provider!r}: give a number, as in {kind}:1")
             return open_engine(bundle, TensorRtOptions(kind, int(index or 0), options.kv_cache))
+    from owl2.runtime.backends.ort import OrtEngine
+
     return OrtEngine(bundle, options)
 
 
-def longest_context(engine: Engine) -> int | None:
-    """Positions that an engine can take at most; None where it sets no limit."""
-    return engine.context if isinstance(engine, TensorRtEngine) else None
+def fitting_context(engine: Engine, decoder: DecoderConfig, context: int | None) -> int:
+    """Positions of a conversation: as :func:`resolve_context`, and no more than engines of TensorRT were built for.
+
+    Raises:
+        ConfigError: more were asked for, or as :func:`resolve_context`.
+    """
+    resolved = resolve_context(decoder, context)
+    if not isinstance(engine, TensorRtEngine):
+        return resolved
+    longest = engine.context
+    require(
+        context is None or context <= longest,
+        f"context {context} exceeds the {longest} positions that this bundle's engines were built for; choose a "
+        "smaller one or build them again with a larger --context",
+    )
+    return min(resolved, longest)

@@ -36,13 +36,13 @@ from owl2.runtime.backends.tensorrt_context import (
 )
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.config import ModelConfig, require
+from owl2.runtime.devices import EngineKind
 from owl2.runtime.engine import Floats, Ints, KvBuffers
 from owl2.runtime.engines import (
     DECODE_PROFILE,
     DECODER_ENGINE,
     PREFILL_PROFILE,
     VISION_ENGINE,
-    EngineKind,
     EngineRecord,
     find_engines,
     require_standard,
@@ -200,7 +200,7 @@ class TensorRtEngine:
         cos, sin = rotary_tables(decoder, past + len(embeds), decoder.head_dim, self._dtype)
         start = 0
         while start < len(embeds):
-            end = block_end(self.record, modality, start, past + start)
+            end = block_end(self.record, len(embeds), start, past + start)
             wanted = np.flatnonzero((logit_rows >= start) & (logit_rows < end))
             inputs = routed(modality[start:end], logit_rows[wanted] - start)
             span = slice(past + start, past + end)
@@ -444,23 +444,15 @@ def cache_names(model: ModelConfig) -> list[tuple[str, str]]:
     return [pair for layer in layers for pair in zip(spec.past_names(layer), spec.present_names(layer))]
 
 
-def block_end(record: EngineRecord, modality: Ints, start: int, past: int) -> int:
-    """Where a block that begins at row ``start`` ends: within the engine's T, S + T and image rows.
-
-    Args:
-        record: of the engine.
-        modality: [T] of the whole step.
-        start: first row of the block.
-        past: positions cached before it.
+def block_end(record: EngineRecord, count: int, start: int, past: int) -> int:
+    """Where a block that begins at row ``start`` of ``count`` ends, with ``past`` positions cached before it.
 
     Raises:
-        ConfigError: not one row fits.
+        ConfigError: not one row fits the engine.
     """
-    room = record.context - max(past, 1)
+    room = record.context - past
     require(room > 0, f"position {past} does not fit the engine's context of {record.context}")
-    end = min(len(modality), start + min(record.prefill, room))
-    too_many = np.flatnonzero(np.cumsum(modality[start:end]) > record.image_rows)
-    return start + int(too_many[0]) if len(too_many) else end
+    return min(count, start + min(record.prefill, room))
 
 
 def routed(modality: Ints, logit_rows: Ints) -> dict[str, NDArray[Any]]:
@@ -480,7 +472,7 @@ def routed(modality: Ints, logit_rows: Ints) -> dict[str, NDArray[Any]]:
 
 def decode_rows(past: int, capacity: int, context: int) -> int:
     """S of a decoding step: a multiple of 256 and more than ``past``, as far as buffers and engine reach."""
-    return min((past // BUCKET + 1) * BUCKET, capacity, context - 1)
+    return min((past // BUCKET + 1) * BUCKET, capacity, context)
 
 
 def _own(buffers: KvBuffers, total: int) -> DeviceRows:

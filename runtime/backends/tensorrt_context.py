@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from owl2.runtime.backends.cuda_memory import Device
-from owl2.runtime.engines import EngineKind
+from owl2.runtime.devices import EngineKind
 from owl2.runtime.errors import BackendError, BackendUnavailableError
 
 Shape = tuple[int, ...]

@@ -18,6 +18,7 @@ from owl2.runtime.cli.options import (
     bundle_argument,
     context_option,
     kv_cache_option,
+    memory_option,
     preprocess_option,
     provider_option,
     threads_option,
@@ -95,6 +96,7 @@ class Outcome:
 @context_option
 @provider_option
 @kv_cache_option
+@memory_option
 @reports_errors
 def eval_command(  # noqa: PLR0913 - one parameter per option
     *,
@@ -110,6 +112,7 @@ def eval_command(  # noqa: PLR0913 - one parameter per option
     context: int | None,
     provider: str,
     kv_cache: KvType,
+    check_memory: bool,
 ) -> None:
     """Measure a bundle on your own data, alone or against the checkpoint it came from.
 
@@ -145,9 +148,18 @@ def eval_command(  # noqa: PLR0913 - one parameter per option
     items = read_items(data, limit)
     if against is not None:
         is_bundle(against)
-    owl = Owl2.load(bundle, threads=threads, provider=provider, context=context, kv_cache=kv_cache)
+    owl = Owl2.load(
+        bundle,
+        threads=threads,
+        provider=provider,
+        context=context,
+        kv_cache=kv_cache,
+        check_memory=check_memory,
+    )
     subject = Subject.of(owl, str(bundle), preprocess)
-    reference = None if against is None else open_reference(against, subject, threads=threads, provider=provider)
+    reference = None
+    if against is not None:
+        reference = open_reference(against, subject, threads=threads, provider=provider, check_memory=check_memory)
     outcome = _run(measure(subject, items, reference, max_new_tokens=max_new_tokens), items)
     summary = summarise(outcome.measured)
     if as_json:

@@ -44,13 +44,20 @@ kv_cache_option = click.option(
     "quarter of fp32's memory, at a small loss that owl2 info shows.",
 )
 
+memory_option = click.option(
+    "--memory-check/--no-memory-check",
+    "check_memory",
+    default=True,
+    help="Refuse to load what cannot fit the memory that is free; owl2 plan shows the estimate.  [default: check]",
+)
+
 
 @dataclass(frozen=True)
 class Options:
     """What the user asked of the model.
 
     Attributes:
-        threads, context, provider, kv_cache: as in :meth:`Owl2.load`.
+        threads, context, provider, kv_cache, check_memory: as in :meth:`Owl2.load`.
         preprocess: how pictures are squared; None for the bundle's own mode.
         generation: fields of :class:`GenerationConfig`.
         stats: whether figures follow an answer.
@@ -60,6 +67,7 @@ class Options:
     context: int | None
     provider: str
     kv_cache: KvType | None
+    check_memory: bool
     preprocess: PreprocessMode | None
     generation: GenerationOptions
     stats: bool
@@ -67,7 +75,12 @@ class Options:
     def load(self, bundle: Path) -> Owl2:
         """Verify and load a bundle; raises as :meth:`Owl2.load`."""
         return Owl2.load(
-            bundle, threads=self.threads, provider=self.provider, context=self.context, kv_cache=self.kv_cache
+            bundle,
+            threads=self.threads,
+            provider=self.provider,
+            context=self.context,
+            kv_cache=self.kv_cache,
+            check_memory=self.check_memory,
         )
 
     def ask(self, chat: Chat, question: str, images: Sequence[Image.Image]) -> Answer:
@@ -114,5 +127,6 @@ _OPTIONS = (
     context_option,
     provider_option,
     kv_cache_option,
+    memory_option,
     click.option("--stats", is_flag=True, help="Write token counts and timings to stderr after an answer."),
 )

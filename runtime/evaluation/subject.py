@@ -126,7 +126,9 @@ def modality_of(prompt: Prompt) -> Ints:
     return np.array([isinstance(key, tuple) for key in prompt.keys], dtype=np.int64)
 
 
-def open_reference(path: Path, subject: Subject, *, threads: int | None = None, provider: str = "cpu") -> Subject:
+def open_reference(
+    path: Path, subject: Subject, *, threads: int | None = None, provider: str = "cpu", check_memory: bool = True
+) -> Subject:
     """Open what ``subject`` is to be compared with: another bundle, or an official checkpoint.
 
     A checkpoint runs in torch, which ``pip install 'owl2[export]'`` brings; nothing of it is imported before.
@@ -134,14 +136,14 @@ def open_reference(path: Path, subject: Subject, *, threads: int | None = None, 
     Args:
         path: folder of the one or the other.
         subject: gives the context and how pictures are squared.
-        threads, provider: of another bundle.
+        threads, provider, check_memory: of another bundle, as in :meth:`Owl2.load`.
 
     Raises:
         ReferenceModelError: torch is not installed, or it is a model of other shape.
         BundleError, BackendError, CheckpointError, ConfigError: it is neither, or cannot be loaded.
     """
     if is_bundle(path):
-        owl = Owl2.load(path, threads=threads, provider=provider)
+        owl = Owl2.load(path, threads=threads, provider=provider, check_memory=check_memory)
         model, config = owl._model, owl.config
     else:
         model, config = _open_checkpoint(path)

@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,12 @@ def main() -> None:
                 name: Path(value) if name in ("checkpoint", "bundle") else value
                 for name, value in job["config"].items()
             }
-            export_bundle(ExportConfig(**settings), Written(notes))
+            try:
+                export_bundle(ExportConfig(**settings), Written(notes))
+            except BaseException:
+                # Not by an orderly exit: that waits for threads of ONNX Runtime, which a fork does not have.
+                traceback.print_exc()
+                os._exit(1)
             os._exit(0)
         _, status = os.waitpid(process, 0)
         ended = os.waitstatus_to_exitcode(status)

@@ -70,10 +70,10 @@ def test_everything_wrong_is_named_at_once(copy: Path) -> None:
     assert "tokenizer.model is missing" in str(caught.value)
 
 
-@pytest.mark.parametrize("version", [0, 1, 3, "2", None, [2]])
+@pytest.mark.parametrize("version", [0, 2, 4, "3", None, [3]])
 def test_unknown_format_version(copy: Path, version: object) -> None:
     edit(copy, format=version)
-    with pytest.raises(BundleVersionError, match="is not known; this owl2 reads version 2; export the checkpoint"):
+    with pytest.raises(BundleVersionError, match="is not known; this owl2 reads version 3; export the checkpoint"):
         Owl2.load(copy)
 
 
@@ -81,7 +81,8 @@ def test_unknown_format_version(copy: Path, version: object) -> None:
     ("changes", "message"),
     [
         ({"surprise": 1}, "unknown keys surprise"),
-        ({"dialect": "onnx"}, "dialect: expected one of ort, got 'onnx'"),
+        ({"dialect": "tflite"}, "dialect: expected one of ort, onnx, got 'tflite'"),
+        ({"activations": "bf16"}, "activations: expected one of fp32, fp16, got 'bf16'"),
         ({"template": "vicuna"}, "template: expected one of mplug_owl2, got 'vicuna'"),
         ({"minimum_onnxruntime": "new"}, "minimum_onnxruntime 'new' is no version"),
         ({"weights": {"decoder": "int4"}}, "weights: missing keys"),
@@ -96,7 +97,7 @@ def test_a_manifest_that_was_edited(copy: Path, changes: dict[str, object], mess
 
 
 def test_a_manifest_that_is_no_json(copy: Path) -> None:
-    (copy / "owl2.json").write_text('{"format": 2')
+    (copy / "owl2.json").write_text('{"format": 3')
     with pytest.raises(BundleCorruptError, match=r"owl2\.json is no readable JSON"):
         Owl2.load(copy)
 

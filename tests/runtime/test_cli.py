@@ -433,7 +433,7 @@ class TestInfo:
         assert result.exit_code == 0
         decoder = owl.config.decoder
         for text in (
-            "format       version 2, written by ",
+            "format       version 3, written by ",
             f"{decoder.num_hidden_layers} layers, width {decoder.hidden_size}",
             f"vocabulary {decoder.vocab_size}",
             "context     2048 positions",
