@@ -1,0 +1,258 @@
+"""Opening a session of ONNX Runtime on the device that was asked for, or saying why not.
+
+ONNX Runtime falls back to the CPU on its own in three ways: when a provider is not built in, when its libraries cannot
+be loaded, and node by node, where a provider has no kernel for an operator with these element types. None of them is
+an error to it. Here all three are.
+
+A native TensorRT backend does not come through here: it opens no session of ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import io
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+
+from owl2.runtime.backends.installation import (
+    DRIVER,
+    absent,
+    cuda_libraries,
+    driver_problem,
+    library_problems,
+    missing_library,
+    onnxruntime_wheels,
+    overlap,
+)
+from owl2.runtime.device import Device, DeviceKind
+from owl2.runtime.errors import BackendError, BackendUnavailableError, Owl2Warning
+
+PROVIDERS: dict[DeviceKind, str] = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
+}
+RTX_PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
+RTX_REGISTRATION = "owl2.tensorrt-rtx"
+MINIMUM_FOR_GPUS = "1.24"
+"""The first version that tells which provider got which node."""
+
+HOST_OPERATORS = frozenset({"Cast", "Concat", "Gather", "Shape", "Size", "Slice", "Squeeze", "Unsqueeze"})
+"""What may stay on the CPU: ONNX Runtime computes shapes there on purpose, a few integers per step.
+
+``session.disable_cpu_ep_fallback`` would refuse these too, and with them every graph that has a ``Shape``.
+"""
+_LISTED = 4
+
+
+def open_session(
+    path: Path, device: Device, settings: ort.SessionOptions, skipped: Iterable[str] = ()
+) -> ort.InferenceSession:
+    """Load a graph onto a device; every node that computes is there, or it is an error.
+
+    Args:
+        path: of the graph.
+        device: where it shall run.
+        settings: of the session; the provider may be added to them.
+        skipped: names of graph optimizers to leave out.
+
+    Raises:
+        BackendUnavailableError: the device cannot be had here; says what is missing.
+        BackendError: ONNX Runtime refuses the graph, or would run a part of it elsewhere.
+    """
+    prepare(device)
+    if not device.on_host:
+        settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    try:
+        # The fallback of the Python class prints to stdout and takes the CPU.
+        session = ort.InferenceSession(
+            path,
+            settings,
+            providers=_providers(device, settings),
+            disabled_optimizers=list(skipped),
+            enable_fallback=0,
+        )
+    except BackendUnavailableError:
+        raise
+    except Exception as error:  # ONNX Runtime has no common base class for its errors
+        raise BackendError(f"{path} cannot be loaded: {first_line(error)}") from error
+    if not device.on_host:
+        check_placement(path, session, device)
+    return session
+
+
+@lru_cache
+def prepare(device: Device) -> None:
+    """Check, once, that a device can be had, and load what it needs.
+
+    Warns:
+        Owl2Warning: several wheels of ONNX Runtime are in each other's way, which the CPU may survive.
+
+    Raises:
+        BackendUnavailableError: it cannot be had; says everything that is missing.
+    """
+    mixed = overlap(onnxruntime_wheels(), device.kind)
+    if device.on_host:
+        if mixed:
+            warnings.warn(mixed, Owl2Warning, stacklevel=2)
+        return
+    if mixed:
+        raise _unavailable(device, [mixed])
+    if not hasattr(ort.InferenceSession, "get_provider_graph_assignment_info"):
+        raise _unavailable(
+            device,
+            [
+                f"onnxruntime {ort.__version__} does not tell what runs where; {MINIMUM_FOR_GPUS} or newer is needed, "
+                "which has wheels for Python 3.11 and newer"
+            ],
+        )
+    if device.kind == "cuda":
+        _prepare_cuda(device)
+    else:
+        _prepare_rtx(device)
+
+
+def _prepare_cuda(device: Device) -> None:
+    available = ort.get_available_providers()
+    if PROVIDERS["cuda"] not in available:
+        wheels = " ".join(onnxruntime_wheels()) or "onnxruntime"
+        raise _unavailable(
+            device,
+            [
+                f"the installed {wheels} {ort.__version__} has only {', '.join(available)}, not {PROVIDERS['cuda']}: "
+                f"pip uninstall -y {wheels}; pip install 'owl2[cuda]'"
+            ],
+        )
+    # It prints what it does not find.
+    with contextlib.redirect_stdout(io.StringIO()):
+        ort.preload_dlls()
+    libraries = cuda_libraries(int(ort.cuda_version.partition(".")[0]))
+    problems = library_problems(absent(libraries), libraries)
+    raise_for(device, [*problems, driver_problem(device.index)])
+
+
+def _prepare_rtx(device: Device) -> None:
+    if importlib.util.find_spec(RTX_PLUGIN) is None:
+        raise _unavailable(
+            device,
+            ["ONNX Runtime's plugin for TensorRT-RTX is not installed: pip install 'owl2[tensorrt-rtx]'"],
+        )
+    raise_for(device, [driver_problem(device.index)])
+    register_plugin(device)
+    found = len(_rtx_devices())
+    if device.index >= found:
+        raise _unavailable(
+            device, [f"TensorRT-RTX can use {found} of this machine's GPUs; it needs a GeForce RTX or its relatives"]
+        )
+
+
+def register_plugin(device: Device) -> None:
+    """Load the plugin of TensorRT-RTX into ONNX Runtime.
+
+    Raises:
+        BackendUnavailableError: it cannot be loaded.
+    """
+    search = os.environ.get("LD_LIBRARY_PATH")
+    try:
+        plugin = importlib.import_module(RTX_PLUGIN)
+        ort.register_execution_provider_library(RTX_REGISTRATION, plugin.get_library_path())
+    except Exception as error:
+        text = first_line(error)
+        missing = missing_library(text)
+        if missing == DRIVER:
+            text = driver_problem(device.index)
+        elif missing is not None:
+            text = f"its plugin needs {missing}: pip install --force-reinstall {RTX_PLUGIN.replace('_', '-')}"
+        raise _unavailable(device, [text]) from error
+    finally:
+        # The plugin's package adds itself here on import; programs that this one starts need nothing of it.
+        if search is None:
+            os.environ.pop("LD_LIBRARY_PATH", None)
+        else:
+            os.environ["LD_LIBRARY_PATH"] = search
+
+
+def _rtx_devices() -> list[Any]:
+    return [one for one in ort.get_ep_devices() if one.ep_name == PROVIDERS["tensorrt-rtx"]]
+
+
+def _providers(device: Device, settings: ort.SessionOptions) -> list[Any] | None:
+    """What a session is opened with; None where the plugin's device was put into ``settings``."""
+    if device.kind == "tensorrt-rtx":
+        settings.add_provider_for_devices([_rtx_devices()[device.index]], {})
+        return None
+    options = {} if device.on_host else {"device_id": str(device.index)}
+    return [(PROVIDERS[device.kind], options)]
+
+
+def check_placement(path: Path, session: ort.InferenceSession, device: Device) -> None:
+    """Refuse a session that runs elsewhere, as a whole or in part.
+
+    Args:
+        path: of the graph, for the message.
+        session: was opened with ``session.record_ep_graph_assignment_info``.
+        device: was asked for.
+
+    Raises:
+        BackendUnavailableError: the provider itself fell out.
+        BackendError: nodes that compute were given to another provider.
+    """
+    wanted = PROVIDERS[device.kind]
+    if wanted not in session.get_providers():
+        raise _unavailable(
+            device, [f"ONNX Runtime could not start {wanted} and would have used {', '.join(session.get_providers())}"]
+        )
+    assigned = [
+        (part.ep_name, node.op_type)
+        for part in session.get_provider_graph_assignment_info()
+        for node in part.get_nodes()
+    ]
+    elsewhere = strays(assigned, wanted)
+    if elsewhere:
+        listed = ", ".join(f"{name} ({count})" for name, count in elsewhere.most_common(_LISTED))
+        more = "" if len(elsewhere) <= _LISTED else f" and {len(elsewhere) - _LISTED} other operators"
+        raise BackendError(
+            f"{path}: {elsewhere.total()} of {len(assigned)} nodes would run on the CPU and not on {device}: "
+            f"{listed}{more}; {wanted} has no kernels for them with these types; export the bundle for it with "
+            "owl2-export --activations fp16 --vision fp16, or use --device cpu"
+        )
+
+
+def strays(assigned: Iterable[tuple[str, str]], wanted: str) -> Counter[str]:
+    """How many nodes of which operators are not where they should be, shape computations apart.
+
+    Args:
+        assigned: provider and operator of each node.
+        wanted: the provider that was asked for.
+    """
+    return Counter(operator for provider, operator in assigned if provider != wanted and operator not in HOST_OPERATORS)
+
+
+def raise_for(device: Device, problems: Iterable[str]) -> None:
+    """Raise if there is any problem; empty sentences are none.
+
+    Raises:
+        BackendUnavailableError: with all of them.
+    """
+    found = [problem for problem in problems if problem]
+    if found:
+        raise _unavailable(device, found)
+
+
+def _unavailable(device: Device, problems: list[str]) -> BackendUnavailableError:
+    return BackendUnavailableError(f"device {device} cannot be used: {'; '.join(problems)}")
+
+
+def first_line(error: Exception) -> str:
+    """Of an error's text, for a message of one line."""
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
