@@ -15,7 +15,7 @@ from owl2.runtime.answer import Answer
 from owl2.runtime.backends.installation import needs_onnxruntime
 from owl2.runtime.bundle import Bundle, Manifest, read_manifest
 from owl2.runtime.config import IMAGE_TOKEN, ModelConfig, PreprocessMode, resolve_context
-from owl2.runtime.device import CPU
+from owl2.runtime.device import CPU, Device
 from owl2.runtime.engine import Engine, Floats
 from owl2.runtime.errors import ContextOverflowError, Owl2Error, PromptError
 from owl2.runtime.generate import Chunk, Model, Run, check_context, generate
@@ -109,9 +109,11 @@ class Owl2:
         # Not before: what runs a bundle in another way, such as a checkpoint in torch, needs no ONNX Runtime.
         with needs_onnxruntime():
             from owl2.runtime.backends.ort import OrtEngine, OrtOptions
+            from owl2.runtime.backends.providers import prepare
         options = OrtOptions(device, threads, kv_cache)
         manifest = read_manifest(Path(bundle))
         positions = resolve_context(manifest.model.decoder, context)
+        prepare(Device.parse(device))  # before gigabytes are hashed
         if check_memory and device == CPU:
             plan.check_memory(manifest, positions, kv_cache or manifest.activations)
         opened = Bundle.open(Path(bundle))

@@ -167,7 +167,10 @@ def driver_problem(index: int) -> str:
     except OSError as error:
         return f"NVIDIA's driver cannot be loaded ({error}): {_DRIVER_HINT}"
     count = ctypes.c_int()
-    code = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    try:
+        code = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    except AttributeError:
+        return f"{DRIVER} is no driver of NVIDIA: it lacks cuInit"
     return device_problem(code, count.value, index)
 
 

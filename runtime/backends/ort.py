@@ -35,9 +35,6 @@ ELEMENTS: dict[KvType, tuple[Element, str]] = {
 """How arrays and graphs name the elements of activations and K/V caches."""
 READ_BY_CPU = frozenset({spec.TOTAL_LENGTH})
 """Inputs that the attention of every provider reads on the CPU."""
-TEXT_ROW: Ints = np.zeros(1, dtype=np.int64)
-"""The modality of one text row, and its place: does not change, so a device gets it once."""
-TEXT_ROW.setflags(write=False)
 ERRORS_ONLY = 3
 THREADS_PER_CORE = 4
 
@@ -74,6 +71,17 @@ class OrtOptions:
 
 
 DEFAULT_OPTIONS = OrtOptions()
+
+
+def _constant(array: Ints) -> Ints:
+    """The array, never to be written to again: a device gets it once."""
+    array.setflags(write=False)
+    return array
+
+
+TEXT_ROW = _constant(np.zeros(1, dtype=np.int64))
+"""The modality of a step of one text row, and the row whose logits are wanted."""
+TEXT_STEP = {name: _constant(array) for name, array in row_inputs(TEXT_ROW, TEXT_ROW).items()}
 
 
 @dataclass(frozen=True)
@@ -159,7 +167,7 @@ class OrtDecoder:
         cos, sin = rotary_tables(self._config, total, spec.padded_head_dim(self._config), self._dtype)
         feeds: dict[str, NDArray[Any]] = {
             spec.EMBEDS: embeds[None].astype(self._dtype, copy=False),
-            **row_inputs(modality, logit_rows),
+            **(TEXT_STEP if modality is TEXT_ROW else row_inputs(modality, logit_rows)),
             spec.LENGTHS: np.array([total - 1], dtype=np.int32),
             spec.TOTAL_LENGTH: np.array(total, dtype=np.int32),
             spec.ROTARY_COS: cos,

@@ -16,7 +16,7 @@ import io
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ def open_session(
     except Exception as error:  # ONNX Runtime has no common base class for its errors
         raise BackendError(f"{path} cannot be loaded: {first_line(error)}") from error
     if not device.on_host:
-        check_placement(path, session, device)
+        check_placement(path, device, session.get_providers(), assignments(session))
     return session
 
 
@@ -194,28 +194,32 @@ def _providers(device: Device, settings: ort.SessionOptions) -> list[Any] | None
     return [(PROVIDERS[device.kind], options)]
 
 
-def check_placement(path: Path, session: ort.InferenceSession, device: Device) -> None:
+def assignments(session: ort.InferenceSession) -> list[tuple[str, str]]:
+    """Provider and operator of each node.
+
+    Args:
+        session: was opened with ``session.record_ep_graph_assignment_info``.
+    """
+    parts = session.get_provider_graph_assignment_info()
+    return [(part.ep_name, node.op_type) for part in parts for node in part.get_nodes()]
+
+
+def check_placement(path: Path, device: Device, providers: Sequence[str], assigned: Sequence[tuple[str, str]]) -> None:
     """Refuse a session that runs elsewhere, as a whole or in part.
 
     Args:
         path: of the graph, for the message.
-        session: was opened with ``session.record_ep_graph_assignment_info``.
         device: was asked for.
+        providers: that the session has.
+        assigned: see :func:`assignments`.
 
     Raises:
         BackendUnavailableError: the provider itself fell out.
         BackendError: nodes that compute were given to another provider.
     """
     wanted = PROVIDERS[device.kind]
-    if wanted not in session.get_providers():
-        raise _unavailable(
-            device, [f"ONNX Runtime could not start {wanted} and would have used {', '.join(session.get_providers())}"]
-        )
-    assigned = [
-        (part.ep_name, node.op_type)
-        for part in session.get_provider_graph_assignment_info()
-        for node in part.get_nodes()
-    ]
+    if wanted not in providers:
+        raise _unavailable(device, [f"ONNX Runtime did not start {wanted} and would have used {', '.join(providers)}"])
     elsewhere = strays(assigned, wanted)
     if elsewhere:
         listed = ", ".join(f"{name} ({count})" for name, count in elsewhere.most_common(_LISTED))
@@ -223,7 +227,7 @@ def check_placement(path: Path, session: ort.InferenceSession, device: Device) -
         raise BackendError(
             f"{path}: {elsewhere.total()} of {len(assigned)} nodes would run on the CPU and not on {device}: "
             f"{listed}{more}; {wanted} has no kernels for them with these types; export the bundle for it with "
-            "owl2-export --activations fp16 --vision fp16, or use --device cpu"
+            "owl2-export --activations fp16 --vision fp16, or use the device cpu"
         )
 
 

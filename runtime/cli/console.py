@@ -83,6 +83,7 @@ def _notices_of_warnings() -> Iterator[None]:
                 others(message, category, filename, lineno, file, line)
 
         warnings.showwarning = show
+        warnings.simplefilter("always", Owl2Warning)
         yield
 
 
