@@ -8,6 +8,7 @@ from typing import Literal, cast, get_args
 
 from owl2.runtime.config import require
 
+# A native TensorRT engine would be a kind of its own; Owl2.load and certificate.verify open the engine by kind.
 DeviceKind = Literal["cpu", "cuda", "tensorrt-rtx"]
 KINDS: tuple[DeviceKind, ...] = get_args(DeviceKind)
 CPU = "cpu"

@@ -33,6 +33,7 @@ from owl2.runtime.backends.installation import (
     onnxruntime_wheels,
     overlap,
 )
+from owl2.runtime.bundle import is_older
 from owl2.runtime.device import Device, DeviceKind
 from owl2.runtime.errors import BackendError, BackendUnavailableError, Owl2Warning
 
@@ -43,8 +44,8 @@ PROVIDERS: dict[DeviceKind, str] = {
 }
 RTX_PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
 RTX_REGISTRATION = "owl2.tensorrt-rtx"
-MINIMUM_FOR_GPUS = "1.24"
-"""The first version that tells which provider got which node."""
+MINIMUM: dict[DeviceKind, str] = {"cuda": "1.24", "tensorrt-rtx": "1.25"}
+"""The first version that tells which provider got which node, and that allocates in the memory of a plugin's GPU."""
 
 HOST_OPERATORS = frozenset({"Cast", "Concat", "Gather", "Shape", "Size", "Slice", "Squeeze", "Unsqueeze"})
 """What may stay on the CPU: ONNX Runtime computes shapes there on purpose, a few integers per step.
@@ -107,12 +108,12 @@ def prepare(device: Device) -> None:
         return
     if mixed:
         raise _unavailable(device, [mixed])
-    if not hasattr(ort.InferenceSession, "get_provider_graph_assignment_info"):
+    if is_older(ort.__version__, MINIMUM[device.kind]):
         raise _unavailable(
             device,
             [
-                f"onnxruntime {ort.__version__} does not tell what runs where; {MINIMUM_FOR_GPUS} or newer is needed, "
-                "which has wheels for Python 3.11 and newer"
+                f"onnxruntime {ort.__version__} is installed, {MINIMUM[device.kind]} or newer is needed, which has "
+                f"wheels for Python 3.11 and newer: pip install -U 'owl2[{device.kind}]'"
             ],
         )
     if device.kind == "cuda":
