@@ -15,6 +15,8 @@ from importlib import metadata
 from owl2.runtime.errors import BackendUnavailableError
 
 DRIVER = "libcuda.so.1"
+DRIVER_LIBRARIES = frozenset({DRIVER, "libnvidia-ml.so.1", "libnvidia-ptxjitcompiler.so.1"})
+"""What comes with the driver and with nothing else."""
 NO_DEVICE = 100
 """CUDA_ERROR_NO_DEVICE."""
 STUB_LIBRARY = 34
@@ -160,12 +162,21 @@ def library_problems(problems: Mapping[str, str], wheels: Mapping[str, str]) -> 
     return [f"{', '.join(named)} cannot be loaded: pip install {' '.join(packages)}, or install CUDA and cuDNN 9"]
 
 
+def no_driver(text: str) -> str:
+    """A sentence on a driver that cannot be loaded.
+
+    Args:
+        text: what the dynamic loader says.
+    """
+    return f"NVIDIA's driver cannot be loaded ({text}): {_DRIVER_HINT}"
+
+
 def driver_problem(index: int) -> str:
     """A sentence on why GPU ``index`` cannot be had from the driver; empty if it can."""
     try:
         driver = ctypes.CDLL(DRIVER)
     except OSError as error:
-        return f"NVIDIA's driver cannot be loaded ({error}): {_DRIVER_HINT}"
+        return no_driver(str(error))
     count = ctypes.c_int()
     try:
         code = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))

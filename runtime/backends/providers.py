@@ -10,10 +10,10 @@ A native TensorRT backend does not come through here: it opens no session of ONN
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import importlib.util
 import io
-import os
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -24,12 +24,13 @@ from typing import Any
 import onnxruntime as ort
 
 from owl2.runtime.backends.installation import (
-    DRIVER,
+    DRIVER_LIBRARIES,
     absent,
     cuda_libraries,
     driver_problem,
     library_problems,
     missing_library,
+    no_driver,
     onnxruntime_wheels,
     overlap,
 )
@@ -101,52 +102,56 @@ def prepare(device: Device) -> None:
     Raises:
         BackendUnavailableError: it cannot be had; says everything that is missing.
     """
-    mixed = overlap(onnxruntime_wheels(), device.kind)
+    wheels = onnxruntime_wheels()
+    mixed = overlap(wheels, device.kind)
     if device.on_host:
         if mixed:
             warnings.warn(mixed, Owl2Warning, stacklevel=2)
         return
-    if mixed:
-        raise _unavailable(device, [mixed])
-    if is_older(ort.__version__, MINIMUM[device.kind]):
-        raise _unavailable(
-            device,
-            [
-                f"onnxruntime {ort.__version__} is installed, {MINIMUM[device.kind]} or newer is needed, which has "
-                f"wheels for Python 3.11 and newer: pip install -U 'owl2[{device.kind}]'"
-            ],
-        )
+    raise_for(device, [mixed])
+    wheel = next(iter(wheels), "onnxruntime")
     if device.kind == "cuda":
-        _prepare_cuda(device)
+        _prepare_cuda(device, wheel)
     else:
-        _prepare_rtx(device)
+        _prepare_rtx(device, wheel)
 
 
-def _prepare_cuda(device: Device) -> None:
+def _prepare_cuda(device: Device, wheel: str) -> None:
     available = ort.get_available_providers()
     if PROVIDERS["cuda"] not in available:
-        wheels = " ".join(onnxruntime_wheels()) or "onnxruntime"
         raise _unavailable(
             device,
             [
-                f"the installed {wheels} {ort.__version__} has only {', '.join(available)}, not {PROVIDERS['cuda']}: "
-                f"pip uninstall -y {wheels}; pip install 'owl2[cuda]'"
+                f"the installed {wheel} {ort.__version__} has only {', '.join(available)}, not {PROVIDERS['cuda']}: "
+                f"pip uninstall -y {wheel}; pip install 'owl2[cuda]'"
             ],
         )
+    raise_for(device, [_too_old(device, wheel)])
     # It prints what it does not find.
     with contextlib.redirect_stdout(io.StringIO()):
         ort.preload_dlls()
-    libraries = cuda_libraries(int(ort.cuda_version.partition(".")[0]))
+    major = ort.cuda_version.partition(".")[0]
+    libraries = cuda_libraries(int(major)) if major else {}
     problems = library_problems(absent(libraries), libraries)
     raise_for(device, [*problems, driver_problem(device.index)])
 
 
-def _prepare_rtx(device: Device) -> None:
+def _too_old(device: Device, wheel: str) -> str:
+    minimum = MINIMUM[device.kind]
+    if not is_older(ort.__version__, minimum):
+        return ""
+    return (
+        f"{wheel} {ort.__version__} is installed, {minimum} or newer is needed, which has wheels for Python 3.11 and "
+        f"newer: pip install -U {wheel}"
+    )
+
+
+def _prepare_rtx(device: Device, wheel: str) -> None:
+    raise_for(device, [_too_old(device, wheel)])
     if importlib.util.find_spec(RTX_PLUGIN) is None:
-        raise _unavailable(
-            device,
-            ["ONNX Runtime's plugin for TensorRT-RTX is not installed: pip install 'owl2[tensorrt-rtx]'"],
-        )
+        # The extra would put the wheel for CPUs over another one.
+        missing = "'owl2[tensorrt-rtx]'" if wheel == "onnxruntime" else RTX_PLUGIN.replace("_", "-")
+        raise _unavailable(device, [f"ONNX Runtime's plugin for TensorRT-RTX is not installed: pip install {missing}"])
     raise_for(device, [driver_problem(device.index)])
     register_plugin(device)
     found = len(_rtx_devices())
@@ -162,24 +167,21 @@ def register_plugin(device: Device) -> None:
     Raises:
         BackendUnavailableError: it cannot be loaded.
     """
-    search = os.environ.get("LD_LIBRARY_PATH")
     try:
         plugin = importlib.import_module(RTX_PLUGIN)
-        ort.register_execution_provider_library(RTX_REGISTRATION, plugin.get_library_path())
+        library = Path(plugin.get_library_path())
+        for runtime in library.parent.glob("libcudart.so.*"):
+            # Version 0.5 brings it under a name by which its own library does not ask for it.
+            ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)
+        ort.register_execution_provider_library(RTX_REGISTRATION, str(library))
     except Exception as error:
         text = first_line(error)
         missing = missing_library(text)
-        if missing == DRIVER:
-            text = driver_problem(device.index)
+        if missing in DRIVER_LIBRARIES:
+            text = no_driver(f"{missing} is missing")
         elif missing is not None:
             text = f"its plugin needs {missing}: pip install --force-reinstall {RTX_PLUGIN.replace('_', '-')}"
         raise _unavailable(device, [text]) from error
-    finally:
-        # The plugin's package adds itself here on import; programs that this one starts need nothing of it.
-        if search is None:
-            os.environ.pop("LD_LIBRARY_PATH", None)
-        else:
-            os.environ["LD_LIBRARY_PATH"] = search
 
 
 def _rtx_devices() -> list[Any]:
