@@ -203,6 +203,12 @@ def open_decoder(path: Path, manifest: Manifest, options: OrtOptions) -> OrtDeco
     decoder = manifest.model.decoder
     if manifest.dialect == "ort":
         return OrtDecoder(path, decoder, options)
+    device = Device.parse(options.device)
+    if not device.on_host:
+        raise BackendError(
+            f"{path}: ONNX Runtime runs graphs of the dialect onnx on the CPU only, where their K/V rows lie; for "
+            f"device {device} export the bundle with owl2-export --dialect ort --activations fp16"
+        )
     session = open_session(path, options)
     dtype, element = element_of(path, session, spec.EMBEDS)
     check_standard(path, session, decoder, element)

@@ -34,6 +34,7 @@ from owl2.runtime.backends.installation import (
     onnxruntime_wheels,
     overlap,
 )
+from owl2.runtime.backends.standard import first_line
 from owl2.runtime.bundle import is_older
 from owl2.runtime.device import Device, DeviceKind
 from owl2.runtime.errors import BackendError, BackendUnavailableError, Owl2Warning
@@ -257,9 +258,3 @@ def raise_for(device: Device, problems: Iterable[str]) -> None:
 
 def _unavailable(device: Device, problems: list[str]) -> BackendUnavailableError:
     return BackendUnavailableError(f"device {device} cannot be used: {'; '.join(problems)}")
-
-
-def first_line(error: Exception) -> str:
-    """Of an error's text, for a message of one line."""
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -8,6 +8,8 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
+from owl2.export.config import ExportConfig
+from owl2.export.pipeline import export_bundle
 from owl2.runtime import Owl2, spec
 from owl2.runtime.backends import ort as backend
 from owl2.runtime.backends.memory import DeviceMemory, HostMemory, memory_of
@@ -162,3 +164,37 @@ def test_int8_k_v_on_a_device(bundle_a1: Path, monkeypatch: pytest.MonkeyPatch, 
     logits, same = talk(OrtEngine(Bundle.open(bundle_a1), options), *rows)
     np.testing.assert_array_equal(logits, expected)
     assert all((one == other).all() and one.dtype == np.int8 for one, other in zip(same, codes, strict=True))
+
+
+@pytest.fixture(scope="module")
+def fp16_bundle(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """What a GPU is given: activations and K/V in float16."""
+    folder = tmp_path_factory.mktemp("fp16") / "bundle"
+    checkpoint = golden / "a1_base_bin" / "model"
+    export_bundle(ExportConfig(checkpoint, folder, weights="int4", method="rtn", vision="fp16", activations="fp16"))
+    return Bundle.open(folder)
+
+
+def test_float16_on_a_device(
+    fp16_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, rows: tuple[np.ndarray, np.ndarray]
+) -> None:
+    expected, kept = talk(OrtEngine(fp16_bundle), *rows)
+    monkeypatch.setattr(backend, "memory_of", lambda device: DEVICE)
+    engine = OrtEngine(fp16_bundle)
+    logits, same = talk(engine, *rows)
+    np.testing.assert_array_equal(logits, expected)
+    assert (logits.dtype, same[0].dtype) == (np.float32, np.float16)
+    assert all((one == other).all() for one, other in zip(same, kept, strict=True))
+    assert engine.allocate(10, None).nbytes == 10 * fp16_bundle.manifest.kv_bytes("fp16")
+
+
+def test_a_float16_step_copies_half_a_row(
+    fp16_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, rows: tuple[np.ndarray, np.ndarray], copies: Counter[int]
+) -> None:
+    monkeypatch.setattr(backend, "memory_of", lambda device: DEVICE)
+    engine, row = OrtEngine(fp16_bundle), rows[0][:1]
+    buffers = engine.allocate(4, None)
+    engine.decode(row, 0, buffers)
+    copies.clear()
+    engine.decode(row, 1, buffers)
+    assert copies == {row.nbytes // 2: 1, 4: 1}

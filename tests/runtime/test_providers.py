@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import onnxruntime as ort
@@ -13,7 +14,9 @@ from owl2.runtime import BackendError, Owl2
 from owl2.runtime.__main__ import cli
 from owl2.runtime.backends import providers
 from owl2.runtime.backends.installation import onnxruntime_wheels
+from owl2.runtime.backends.ort import OrtOptions, open_decoder
 from owl2.runtime.backends.providers import assignments, check_placement, open_session, prepare, strays
+from owl2.runtime.bundle import Bundle
 from owl2.runtime.device import Device
 from owl2.runtime.errors import BackendUnavailableError, Owl2Warning
 
@@ -94,6 +97,13 @@ class TestTwoWheels:
 
 
 class TestPlacement:
+    def test_graphs_for_tensorrt_stay_on_the_cpu(self, bundle_a1: Path) -> None:
+        manifest = replace(Bundle.open(bundle_a1).manifest, dialect="onnx")
+        with pytest.raises(
+            BackendError, match=r"dialect onnx on the CPU only, .* device cuda:1 export .* --dialect ort"
+        ):
+            open_decoder(bundle_a1 / "decoder.onnx", manifest, OrtOptions("cuda:1"))
+
     def test_nodes_that_compute_count_and_shapes_do_not(self) -> None:
         assigned = [(CUDA, "MatMul"), (CPU, "Shape"), (CPU, "Concat"), (CPU, "GroupQueryAttention"), (CPU, "Conv")]
         assert strays([*assigned, (CPU, "Conv")], CUDA) == Counter({"Conv": 2, "GroupQueryAttention": 1})
