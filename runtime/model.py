@@ -15,13 +15,13 @@ from owl2.runtime.answer import Answer
 from owl2.runtime.backends.installation import needs_onnxruntime
 from owl2.runtime.bundle import Bundle, Manifest, read_manifest
 from owl2.runtime.config import IMAGE_TOKEN, ModelConfig, PreprocessMode, resolve_context
-from owl2.runtime.device import CPU, Device
 from owl2.runtime.engine import Engine, Floats
 from owl2.runtime.errors import ContextOverflowError, Owl2Error, PromptError
 from owl2.runtime.generate import Chunk, Model, Run, check_context, generate
 from owl2.runtime.kv_cache import KvCache
 from owl2.runtime.multimodal import Prompt
 from owl2.runtime.pictures import Images, Picture, PictureEncoder, open_pictures
+from owl2.runtime.placement import CPU, Placement
 from owl2.runtime.prompt import Message, render, with_images
 from owl2.runtime.sampling import GenerationConfig
 from owl2.runtime.spec import KvType
@@ -113,7 +113,7 @@ class Owl2:
         options = OrtOptions(device, threads, kv_cache)
         manifest = read_manifest(Path(bundle))
         positions = resolve_context(manifest.model.decoder, context)
-        prepare(Device.parse(device))  # before gigabytes are hashed
+        prepare(Placement.parse(device))  # before gigabytes are hashed
         if check_memory and device == CPU:
             plan.check_memory(manifest, positions, kv_cache or manifest.activations)
         opened = Bundle.open(Path(bundle))

@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import DTypeLike, NDArray
 
-from owl2.runtime.device import Device
+from owl2.runtime.placement import Placement
 
 Array = NDArray[Any]
 POSITION_AXIS = 2
@@ -161,7 +161,7 @@ class DeviceFeeds:
             self._constants[name] = array
 
 
-def memory_of(device: Device) -> Memory:
+def memory_of(device: Placement) -> Memory:
     """Where the tensors of a session on ``device`` lie."""
     return HostMemory() if device.on_host else DeviceMemory(CUDA, device.index)
 

@@ -18,9 +18,9 @@ from owl2.runtime.backends.memory import Buffer, Feeds, memory_of
 from owl2.runtime.backends.standard import StandardDecoder, first_line
 from owl2.runtime.bundle import Bundle, Manifest
 from owl2.runtime.config import DecoderConfig, require
-from owl2.runtime.device import CPU, Device
 from owl2.runtime.engine import Floats, Ints, KvBuffers
 from owl2.runtime.errors import BackendError
+from owl2.runtime.placement import CPU, Placement
 from owl2.runtime.rope import rotary_tables
 from owl2.runtime.spec import KvType
 from owl2.runtime.steps import row_inputs
@@ -44,7 +44,7 @@ class OrtOptions:
     """How sessions are opened.
 
     Attributes:
-        device: see :meth:`Device.parse`.
+        device: see :meth:`Placement.parse`.
         threads: of one operator; None lets ONNX Runtime choose the physical cores.
         kv_cache: type of the K/V cache, which the bundle must offer; None for that of the activations.
         frugal: keep weights as they are in the file instead of a faster copy in memory. Slow; for checks.
@@ -61,7 +61,7 @@ class OrtOptions:
     exact: bool = False
 
     def __post_init__(self) -> None:
-        Device.parse(self.device)
+        Placement.parse(self.device)
         most = THREADS_PER_CORE * (os.cpu_count() or 1)
         require(self.threads is None or self.threads > 0, f"threads must be positive, got {self.threads}")
         require(
@@ -139,7 +139,7 @@ class OrtDecoder:
         check_shapes(path, self._session, expected | dict.fromkeys(buffers, shape))
         check_types(path, self._session, dict.fromkeys(buffers, element))
         self._run_options = _run_options()
-        self._memory = memory_of(Device.parse(options.device))
+        self._memory = memory_of(Placement.parse(options.device))
 
     def allocate(self, capacity: int, previous: KvBuffers | None) -> OrtBuffers:
         """Buffers for ``capacity`` positions that begin with the content of ``previous``."""
@@ -203,7 +203,7 @@ def open_decoder(path: Path, manifest: Manifest, options: OrtOptions) -> OrtDeco
     decoder = manifest.model.decoder
     if manifest.dialect == "ort":
         return OrtDecoder(path, decoder, options)
-    device = Device.parse(options.device)
+    device = Placement.parse(options.device)
     if not device.on_host:
         raise BackendError(
             f"{path}: ONNX Runtime runs graphs of the dialect onnx on the CPU only, where their K/V rows lie; for "
@@ -291,7 +291,7 @@ def open_session(path: Path, options: OrtOptions) -> ort.InferenceSession:
         skipped = ["ConstantFolding"]
     if options.exact:
         settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
-    return providers.open_session(path, Device.parse(options.device), settings, skipped)
+    return providers.open_session(path, Placement.parse(options.device), settings, skipped)
 
 
 def check_shapes(path: Path, session: ort.InferenceSession, expected: Mapping[str, tuple[int | None, ...]]) -> None:

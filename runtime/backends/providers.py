@@ -36,8 +36,8 @@ from owl2.runtime.backends.installation import (
 )
 from owl2.runtime.backends.standard import first_line
 from owl2.runtime.bundle import is_older
-from owl2.runtime.device import Device, DeviceKind
 from owl2.runtime.errors import BackendError, BackendUnavailableError, Owl2Warning
+from owl2.runtime.placement import DeviceKind, Placement
 
 PROVIDERS: dict[DeviceKind, str] = {
     "cpu": "CPUExecutionProvider",
@@ -58,7 +58,7 @@ _LISTED = 4
 
 
 def open_session(
-    path: Path, device: Device, settings: ort.SessionOptions, skipped: Iterable[str] = ()
+    path: Path, device: Placement, settings: ort.SessionOptions, skipped: Iterable[str] = ()
 ) -> ort.InferenceSession:
     """Load a graph onto a device; every node that computes is there, or it is an error.
 
@@ -94,7 +94,7 @@ def open_session(
 
 
 @lru_cache
-def prepare(device: Device) -> None:
+def prepare(device: Placement) -> None:
     """Check, once, that a device can be had, and load what it needs.
 
     Warns:
@@ -117,7 +117,7 @@ def prepare(device: Device) -> None:
         _prepare_rtx(device, wheel)
 
 
-def _prepare_cuda(device: Device, wheel: str) -> None:
+def _prepare_cuda(device: Placement, wheel: str) -> None:
     available = ort.get_available_providers()
     if PROVIDERS["cuda"] not in available:
         raise _unavailable(
@@ -137,7 +137,7 @@ def _prepare_cuda(device: Device, wheel: str) -> None:
     raise_for(device, [*problems, driver_problem(device.index)])
 
 
-def _too_old(device: Device, wheel: str) -> str:
+def _too_old(device: Placement, wheel: str) -> str:
     minimum = MINIMUM[device.kind]
     if not is_older(ort.__version__, minimum):
         return ""
@@ -147,7 +147,7 @@ def _too_old(device: Device, wheel: str) -> str:
     )
 
 
-def _prepare_rtx(device: Device, wheel: str) -> None:
+def _prepare_rtx(device: Placement, wheel: str) -> None:
     raise_for(device, [_too_old(device, wheel)])
     if importlib.util.find_spec(RTX_PLUGIN) is None:
         # The extra would put the wheel for CPUs over another one.
@@ -162,7 +162,7 @@ def _prepare_rtx(device: Device, wheel: str) -> None:
         )
 
 
-def register_plugin(device: Device) -> None:
+def register_plugin(device: Placement) -> None:
     """Load the plugin of TensorRT-RTX into ONNX Runtime.
 
     Raises:
@@ -189,7 +189,7 @@ def _rtx_devices() -> list[Any]:
     return [one for one in ort.get_ep_devices() if one.ep_name == PROVIDERS["tensorrt-rtx"]]
 
 
-def _providers(device: Device, settings: ort.SessionOptions) -> list[Any] | None:
+def _providers(device: Placement, settings: ort.SessionOptions) -> list[Any] | None:
     """What a session is opened with; None where the plugin's device was put into ``settings``."""
     if device.kind == "tensorrt-rtx":
         settings.add_provider_for_devices([_rtx_devices()[device.index]], {})
@@ -208,7 +208,9 @@ def assignments(session: ort.InferenceSession) -> list[tuple[str, str]]:
     return [(part.ep_name, node.op_type) for part in parts for node in part.get_nodes()]
 
 
-def check_placement(path: Path, device: Device, providers: Sequence[str], assigned: Sequence[tuple[str, str]]) -> None:
+def check_placement(
+    path: Path, device: Placement, providers: Sequence[str], assigned: Sequence[tuple[str, str]]
+) -> None:
     """Refuse a session that runs elsewhere, as a whole or in part.
 
     Args:
@@ -245,7 +247,7 @@ def strays(assigned: Iterable[tuple[str, str]], wanted: str) -> Counter[str]:
     return Counter(operator for provider, operator in assigned if provider != wanted and operator not in HOST_OPERATORS)
 
 
-def raise_for(device: Device, problems: Iterable[str]) -> None:
+def raise_for(device: Placement, problems: Iterable[str]) -> None:
     """Raise if there is any problem; empty sentences are none.
 
     Raises:
@@ -256,5 +258,5 @@ def raise_for(device: Device, problems: Iterable[str]) -> None:
         raise _unavailable(device, found)
 
 
-def _unavailable(device: Device, problems: list[str]) -> BackendUnavailableError:
+def _unavailable(device: Placement, problems: list[str]) -> BackendUnavailableError:
     return BackendUnavailableError(f"device {device} cannot be used: {'; '.join(problems)}")

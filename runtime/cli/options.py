@@ -13,9 +13,9 @@ from PIL import Image
 
 from owl2.runtime.answer import Answer
 from owl2.runtime.config import PreprocessMode
-from owl2.runtime.device import CPU, KINDS, Device
 from owl2.runtime.errors import ConfigError
 from owl2.runtime.model import Chat, GenerationOptions, Owl2
+from owl2.runtime.placement import CPU, KINDS, Placement
 from owl2.runtime.sampling import GenerationConfig
 from owl2.runtime.spec import KvType
 
@@ -35,7 +35,7 @@ context_option = click.option(
 
 def _known(_context: click.Context, _option: click.Parameter, device: str) -> str:
     try:
-        Device.parse(device)
+        Placement.parse(device)
     except ConfigError as error:
         raise click.BadParameter(str(error)) from error
     return device

@@ -12,7 +12,6 @@ from PIL import Image
 
 from owl2.runtime import multimodal, spec
 from owl2.runtime.config import ModelConfig, PreprocessMode
-from owl2.runtime.device import CPU
 from owl2.runtime.engine import Floats, Ints
 from owl2.runtime.errors import BackendError, BundleError, ReferenceModelError
 from owl2.runtime.generate import PREFILL_BLOCK, Model, Run, generate, reusable
@@ -20,6 +19,7 @@ from owl2.runtime.kv_cache import KvCache
 from owl2.runtime.model import Owl2
 from owl2.runtime.multimodal import Prompt
 from owl2.runtime.pictures import Picture, open_pictures
+from owl2.runtime.placement import CPU
 from owl2.runtime.prompt import Message, render
 from owl2.runtime.sampling import GenerationConfig
 

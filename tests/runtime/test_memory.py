@@ -15,9 +15,9 @@ from owl2.runtime.backends import ort as backend
 from owl2.runtime.backends.memory import DeviceMemory, HostMemory, memory_of
 from owl2.runtime.backends.ort import OrtEngine, OrtOptions
 from owl2.runtime.bundle import Bundle
-from owl2.runtime.device import Device
 from owl2.runtime.kv_cache import GROWTH, KvCache
 from owl2.runtime.multimodal import embed
+from owl2.runtime.placement import Placement
 
 DEVICE = DeviceMemory("cpu", 0)
 PROMPT = "USER: <|image|>What is it, and what does it mean? ASSISTANT: It is"
@@ -71,8 +71,8 @@ def talk(engine: OrtEngine, embeds: np.ndarray, modality: np.ndarray) -> tuple[n
 
 
 def test_only_a_gpu_has_memory_of_its_own() -> None:
-    assert isinstance(memory_of(Device("cpu")), HostMemory)
-    assert memory_of(Device("cuda", 1)) == memory_of(Device("tensorrt-rtx", 1)) == DeviceMemory("cuda", 1)
+    assert isinstance(memory_of(Placement("cpu")), HostMemory)
+    assert memory_of(Placement("cuda", 1)) == memory_of(Placement("tensorrt-rtx", 1)) == DeviceMemory("cuda", 1)
 
 
 def test_a_conversation_is_the_same_to_the_bit(

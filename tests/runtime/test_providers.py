@@ -17,8 +17,8 @@ from owl2.runtime.backends.installation import onnxruntime_wheels
 from owl2.runtime.backends.ort import OrtOptions, open_decoder
 from owl2.runtime.backends.providers import assignments, check_placement, open_session, prepare, strays
 from owl2.runtime.bundle import Bundle
-from owl2.runtime.device import Device
 from owl2.runtime.errors import BackendUnavailableError, Owl2Warning
+from owl2.runtime.placement import Placement
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 MIXED = {"onnxruntime": "1.32.0", "onnxruntime-gpu": "1.31.1"}
@@ -43,7 +43,7 @@ def session(sample_bundle: Path) -> ort.InferenceSession:
     """The decoder on the CPU, which tells where its nodes are."""
     settings = ort.SessionOptions()
     settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    return open_session(sample_bundle / "decoder.onnx", Device("cpu"), settings)
+    return open_session(sample_bundle / "decoder.onnx", Placement("cpu"), settings)
 
 
 class TestWhatIsMissing:
@@ -68,7 +68,7 @@ class TestWhatIsMissing:
             BackendUnavailableError,
             match=rf"onnxruntime {re.escape(ort.__version__)} is installed, 99\.1 or newer .* install -U onnxruntime$",
         ):
-            prepare(Device("tensorrt-rtx", 2))
+            prepare(Placement("tensorrt-rtx", 2))
 
     @pytest.mark.parametrize("command", [("ask", "Why?"), ("verify",)])
     def test_the_commands_say_it_in_one_line(self, bundle_a1: Path, command: tuple[str, ...]) -> None:
@@ -84,11 +84,11 @@ class TestWhatIsMissing:
 class TestTwoWheels:
     def test_a_gpu_is_refused(self) -> None:
         with pytest.raises(BackendUnavailableError, match=re.escape(MENDED.format("cuda"))):
-            prepare(Device("cuda"))
+            prepare(Placement("cuda"))
 
     def test_the_cpu_is_warned_of(self) -> None:
         with pytest.warns(Owl2Warning, match=re.escape(MENDED.format("cpu"))):
-            prepare(Device("cpu"))
+            prepare(Placement("cpu"))
 
     def test_the_commands_write_the_warning_as_a_line_and_go_on(self, bundle_a1: Path) -> None:
         result = CliRunner().invoke(cli, ["verify", str(bundle_a1)], prog_name="owl2")
@@ -122,7 +122,7 @@ class TestPlacement:
             BackendUnavailableError,
             match="did not start CUDAExecutionProvider and would have used CPUExecutionProvider",
         ):
-            check_placement(Path("decoder.onnx"), Device("cuda"), session.get_providers(), assignments(session))
+            check_placement(Path("decoder.onnx"), Placement("cuda"), session.get_providers(), assignments(session))
 
     def test_a_provider_that_left_nodes_to_another(self, session: ort.InferenceSession) -> None:
         """As if CUDA had only what follows the first 100 nodes."""
@@ -134,15 +134,15 @@ class TestPlacement:
             match=rf"{count} of {len(nodes)} nodes would run on the CPU and not on cuda: MatMulNBits \(\d+\), .* and "
             r"\d other operators; .* --activations fp16",
         ):
-            check_placement(Path("decoder.onnx"), Device("cuda"), [CUDA, CPU], nodes)
+            check_placement(Path("decoder.onnx"), Placement("cuda"), [CUDA, CPU], nodes)
 
     def test_a_provider_that_has_all_but_shapes(self, session: ort.InferenceSession) -> None:
         nodes = [(CPU if operator in ("Shape", "Concat") else CUDA, operator) for _, operator in assignments(session)]
-        check_placement(Path("decoder.onnx"), Device("cuda"), [CUDA, CPU], nodes)
+        check_placement(Path("decoder.onnx"), Placement("cuda"), [CUDA, CPU], nodes)
 
     def test_nothing_falls_back_to_the_cpu_by_printing(self, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         """The Python class of ONNX Runtime would print to stdout, and try again on the CPU."""
         (tmp_path / "bad.onnx").write_bytes(b"no graph")
         with pytest.raises(BackendError, match="cannot be loaded"):
-            open_session(tmp_path / "bad.onnx", Device("cpu"), ort.SessionOptions())
+            open_session(tmp_path / "bad.onnx", Placement("cpu"), ort.SessionOptions())
         assert capfd.readouterr().out == ""

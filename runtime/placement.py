@@ -15,7 +15,7 @@ CPU = "cpu"
 
 
 @dataclass(frozen=True, slots=True)
-class Device:
+class Placement:
     """What graphs run on.
 
     Attributes:
@@ -27,7 +27,7 @@ class Device:
     index: int = 0
 
     @classmethod
-    def parse(cls, text: str) -> Device:
+    def parse(cls, text: str) -> Placement:
         """Read ``kind`` or ``kind:index``.
 
         Raises:
