@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from owl2.runtime import spec
+from owl2.runtime.backends.installation import onnxruntime_version
 from owl2.runtime.config import ModelConfig, from_json, require
 from owl2.runtime.errors import (
     BackendUnavailableError,
@@ -162,9 +162,9 @@ class Bundle:
             f"kv_cache {kv_cache!r}: {self.folder} offers {', '.join(offered)}; choose one of these or export the "
             "checkpoint again",
         )
-        if is_older(onnxruntime.__version__, offered[kv_cache]):
+        if is_older(onnxruntime_version(), offered[kv_cache]):
             raise BackendUnavailableError(
-                f"the {kv_cache} K/V cache needs onnxruntime {offered[kv_cache]} or newer, {onnxruntime.__version__} "
+                f"the {kv_cache} K/V cache needs onnxruntime {offered[kv_cache]} or newer, {onnxruntime_version()} "
                 "is installed; upgrade it (pip install -U onnxruntime) or load with kv_cache "
                 f"{self.manifest.activations!r}"
             )
@@ -253,9 +253,9 @@ def check_onnxruntime(minimum: str) -> None:
     Raises:
         BackendUnavailableError: with both versions.
     """
-    if is_older(onnxruntime.__version__, minimum):
+    if is_older(onnxruntime_version(), minimum):
         raise BackendUnavailableError(
-            f"this bundle needs onnxruntime {minimum} or newer, {onnxruntime.__version__} is installed; "
+            f"this bundle needs onnxruntime {minimum} or newer, {onnxruntime_version()} is installed; "
             "upgrade it (pip install -U onnxruntime)"
         )
 

@@ -15,13 +15,13 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from owl2.runtime import spec
-from owl2.runtime.backends.ort import OrtEngine, OrtOptions
+from owl2.runtime.backends.installation import needs_onnxruntime
 from owl2.runtime.bundle import Bundle, check_files, check_onnxruntime, read_manifest
 from owl2.runtime.config import ModelConfig, from_json, require
 from owl2.runtime.engine import Decoder, Floats, Ints
@@ -30,6 +30,9 @@ from owl2.runtime.evaluation.divergence import row_kl
 from owl2.runtime.multimodal import Prompt, embed, encode_prompt
 from owl2.runtime.pictures import PictureEncoder, open_pictures
 from owl2.runtime.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from owl2.runtime.backends.ort import OrtOptions
 
 POSITIONS = 8
 """So many text positions at the end of a prompt are compared."""
@@ -135,6 +138,8 @@ def verify(folder: Path, options: OrtOptions) -> Verdict:
     if problems:
         return Verdict(tuple(problems), (), 0.0, 0.0)
     check_onnxruntime(manifest.minimum_onnxruntime)
+    with needs_onnxruntime():
+        from owl2.runtime.backends.ort import OrtEngine
     bundle = Bundle(folder, manifest)
     goldens = read_goldens(bundle)
     limits = read_limits(bundle, goldens)
