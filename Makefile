@@ -19,7 +19,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.export: $(BIN)/python pyproject.toml constraints.txt
-	$(INSTALL) -e '.[export]'
+	$(INSTALL) -e '.[cpu,export]'
 	@touch $@
 
 $(VENV)/.dev: $(BIN)/python pyproject.toml constraints.txt

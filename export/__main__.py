@@ -303,7 +303,7 @@ def main(arguments: Sequence[str] | None = None, name: str = "owl2-export") -> N
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("owl2"):
             raise
-        sys.exit(f"{name}: error: {error.name} is not installed; exporting needs: pip install 'owl2[export]'")
+        sys.exit(f"{name}: error: {error.name} is not installed; exporting needs: pip install 'owl2[cpu,export]'")
 
 
 if __name__ == "__main__":

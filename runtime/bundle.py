@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from owl2.runtime import spec
+from owl2.runtime.backends.installation import onnxruntime_version
 from owl2.runtime.config import ModelConfig, from_json, require
 from owl2.runtime.errors import (
     BackendUnavailableError,
@@ -128,8 +128,12 @@ class Bundle:
     manifest: Manifest
 
     @classmethod
-    def open(cls, folder: Path) -> Bundle:
+    def open(cls, folder: Path, *, onnxruntime: bool = True) -> Bundle:
         """Read the manifest and verify every file against it.
+
+        Args:
+            folder: written by ``owl2-export``.
+            onnxruntime: whether its graphs will run there, and not as engines.
 
         Raises:
             BundleError: no bundle there.
@@ -141,7 +145,8 @@ class Bundle:
         problems = check_files(folder, manifest)
         if problems:
             raise BundleCorruptError(f"{folder}: " + "; ".join(problems) + "; copy or export the bundle again")
-        check_onnxruntime(manifest.minimum_onnxruntime)
+        if onnxruntime:
+            check_onnxruntime(manifest.minimum_onnxruntime)
         return cls(folder, manifest)
 
     def path(self, name: str) -> Path:
@@ -162,9 +167,9 @@ class Bundle:
             f"kv_cache {kv_cache!r}: {self.folder} offers {', '.join(offered)}; choose one of these or export the "
             "checkpoint again",
         )
-        if is_older(onnxruntime.__version__, offered[kv_cache]):
+        if is_older(onnxruntime_version(), offered[kv_cache]):
             raise BackendUnavailableError(
-                f"the {kv_cache} K/V cache needs onnxruntime {offered[kv_cache]} or newer, {onnxruntime.__version__} "
+                f"the {kv_cache} K/V cache needs onnxruntime {offered[kv_cache]} or newer, {onnxruntime_version()} "
                 "is installed; upgrade it (pip install -U onnxruntime) or load with kv_cache "
                 f"{self.manifest.activations!r}"
             )
@@ -254,9 +259,9 @@ def check_onnxruntime(minimum: str) -> None:
     Raises:
         BackendUnavailableError: with both versions.
     """
-    if is_older(onnxruntime.__version__, minimum):
+    if is_older(onnxruntime_version(), minimum):
         raise BackendUnavailableError(
-            f"this bundle needs onnxruntime {minimum} or newer, {onnxruntime.__version__} is installed; "
+            f"this bundle needs onnxruntime {minimum} or newer, {onnxruntime_version()} is installed; "
             "upgrade it (pip install -U onnxruntime)"
         )
 

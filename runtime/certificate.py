@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from owl2.runtime import spec
-from owl2.runtime.backends.ort import OrtEngine, OrtOptions
+from owl2.runtime.backends.choose import choose_backend
 from owl2.runtime.bundle import Bundle, check_files, check_onnxruntime, read_manifest
 from owl2.runtime.config import ModelConfig, from_json, require
 from owl2.runtime.engine import Decoder, Floats, Ints
@@ -29,6 +29,7 @@ from owl2.runtime.errors import BundleCorruptError, ConfigError
 from owl2.runtime.evaluation.divergence import row_kl
 from owl2.runtime.multimodal import Prompt, embed, encode_prompt
 from owl2.runtime.pictures import PictureEncoder, open_pictures
+from owl2.runtime.placement import Placement
 from owl2.runtime.tokenizer import Tokenizer
 
 POSITIONS = 8
@@ -123,8 +124,13 @@ class Verdict:
         return not self.problems and bool(self.replays) and all(replay.passed for replay in self.replays)
 
 
-def verify(folder: Path, options: OrtOptions) -> Verdict:
+def verify(folder: Path, place: Placement, threads: int | None = None) -> Verdict:
     """Check every file of a bundle and replay its goldens on this device.
+
+    Args:
+        folder: of the bundle.
+        place: what shall run it.
+        threads: of the CPU; None lets ONNX Runtime choose.
 
     Raises:
         BundleError: there is no bundle, or its certificate cannot be read though the hashes hold.
@@ -134,12 +140,14 @@ def verify(folder: Path, options: OrtOptions) -> Verdict:
     problems = check_files(folder, manifest)
     if problems:
         return Verdict(tuple(problems), (), 0.0, 0.0)
-    check_onnxruntime(manifest.minimum_onnxruntime)
+    backend = choose_backend(place, manifest.dialect, threads, None)
+    if backend.onnxruntime:
+        check_onnxruntime(manifest.minimum_onnxruntime)
     bundle = Bundle(folder, manifest)
     goldens = read_goldens(bundle)
     limits = read_limits(bundle, goldens)
     began = time.perf_counter()
-    engine = OrtEngine(bundle, options)
+    engine = backend.open(bundle)
     tokenizer, encoder, table = Tokenizer.load(folder), PictureEncoder(engine), bundle.embeddings()
     loaded = time.perf_counter()
     replays = []

@@ -117,7 +117,6 @@ def find_engines(
         BundleError: the bundle has none, or its graphs are not those that they were built from.
         BundleCorruptError: a file is missing, truncated or changed.
     """
-    require_standard(bundle)
     again = rebuild(bundle.folder)
     compute = 10 * capability[0] + capability[1]
     folder = bundle.folder / FOLDER / folder_name(kind, compute)
@@ -151,17 +150,3 @@ def find_engines(
     if problems:
         raise BundleCorruptError(f"{folder}: {'; '.join(problems)}; {again}")
     return folder, record
-
-
-def require_standard(bundle: Bundle) -> None:
-    """Refuse bundles that TensorRT cannot build from.
-
-    Raises:
-        BundleError: the dialect is not ``onnx``.
-    """
-    dialect = bundle.manifest.dialect
-    if dialect != "onnx":
-        raise BundleError(
-            f"{bundle.folder} is of the dialect {dialect}, which TensorRT does not read; export the checkpoint again "
-            "with --dialect onnx"
-        )

@@ -21,6 +21,8 @@
     ├── PromptError (ValueError)        prompt and pictures do not fit together
     └── ContextOverflowError            the conversation does not fit the context
 
+One thing is no error: Owl2Warning (UserWarning), on a state in which everything works for now.
+
 A message says what was given, what was expected and what to do.
 """
 
@@ -31,6 +33,10 @@ from collections.abc import Sequence
 
 class Owl2Error(Exception):
     """Base of all errors that a user can act on; the commands print it as one line."""
+
+
+class Owl2Warning(UserWarning):
+    """A state in which everything works for now; the commands print it as one line."""
 
 
 class ConfigError(Owl2Error, ValueError):

@@ -12,8 +12,7 @@ import numpy as np
 
 from owl2.runtime import multimodal, plan
 from owl2.runtime.answer import Answer
-from owl2.runtime.backends.choose import fitting_context, open_backend
-from owl2.runtime.backends.ort import OrtOptions
+from owl2.runtime.backends.choose import choose_backend, fitting_context
 from owl2.runtime.bundle import Bundle, Manifest, read_manifest
 from owl2.runtime.config import IMAGE_TOKEN, ModelConfig, PreprocessMode, resolve_context
 from owl2.runtime.engine import Engine, Floats
@@ -22,6 +21,7 @@ from owl2.runtime.generate import Chunk, Model, Run, check_context, generate
 from owl2.runtime.kv_cache import KvCache
 from owl2.runtime.multimodal import Prompt
 from owl2.runtime.pictures import Images, Picture, PictureEncoder, open_pictures
+from owl2.runtime.placement import CPU, Placement
 from owl2.runtime.prompt import Message, render, with_images
 from owl2.runtime.sampling import GenerationConfig
 from owl2.runtime.spec import KvType
@@ -82,7 +82,7 @@ class Owl2:
         bundle: str | os.PathLike[str],
         *,
         threads: int | None = None,
-        provider: str = "cpu",
+        device: str = CPU,
         context: int | None = None,
         kv_cache: KvType | None = None,
         check_memory: bool = True,
@@ -92,8 +92,9 @@ class Owl2:
         Args:
             bundle: folder written by ``owl2-export``.
             threads: of one operator; None lets ONNX Runtime choose.
-            provider: ``cpu``, or ``tensorrt`` or ``tensorrt-rtx`` for engines on an NVIDIA GPU; ``tensorrt:1`` is the
-                second one.
+            device: ``cpu``, ``cuda``, ``tensorrt`` or ``tensorrt-rtx``, with ``:N`` for another GPU than the first. The
+                CPU never stands in for a GPU: what a GPU cannot run is an error. ``tensorrt`` runs the engines in a
+                bundle, and so does ``tensorrt-rtx`` if that is of the dialect onnx.
             context: positions a conversation may take; None for the model's own limit.
             kv_cache: None for the type of the bundle's activations (``fp32`` or ``fp16``), or ``int8`` for less memory
                 at a small loss of accuracy, which the bundle's report states.
@@ -102,17 +103,18 @@ class Owl2:
 
         Raises:
             BundleError: the folder is no bundle, or a file is missing, truncated or changed.
-            BackendError: the provider is not available or a graph cannot be loaded.
+            BackendError: the device is not available or a graph cannot be loaded onto it.
             InsufficientMemoryError: it cannot fit; with the figures and what would.
             ConfigError: a setting that cannot work.
         """
-        options = OrtOptions(provider, threads, kv_cache)
         manifest = read_manifest(Path(bundle))
         positions = resolve_context(manifest.model.decoder, context)
-        if check_memory and provider == "cpu":
+        # Before gigabytes are hashed.
+        backend = choose_backend(Placement.parse(device), manifest.dialect, threads, kv_cache)
+        if check_memory and device == CPU:
             plan.check_memory(manifest, positions, kv_cache or manifest.activations)
-        opened = Bundle.open(Path(bundle))
-        return cls(opened, open_backend(opened, options), context)
+        opened = Bundle.open(Path(bundle), onnxruntime=backend.onnxruntime)
+        return cls(opened, backend.open(opened), context)
 
     def chat(self) -> Chat:
         """Begin a conversation with its own KV cache."""

@@ -44,7 +44,10 @@ def rotary_angles(config: DecoderConfig, length: int, total: int) -> NDArray[np.
 def _tables(config: DecoderConfig, length: int, total: int, width: int, dtype: str) -> tuple[Table, Table]:
     angles = rotary_angles(config, length, total)
     angles = np.pad(angles, ((0, 0), (0, (width - config.head_dim) // 2)))
-    return np.cos(angles).astype(dtype), np.sin(angles).astype(dtype)
+    tables = np.cos(angles).astype(dtype), np.sin(angles).astype(dtype)
+    for table in tables:
+        table.setflags(write=False)  # they are shared, and a device gets them once
+    return tables
 
 
 def rotary_tables(config: DecoderConfig, total: int, width: int, dtype: DTypeLike) -> tuple[Table, Table]:

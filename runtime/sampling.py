@@ -145,7 +145,7 @@ def sample(logits: Logits, config: GenerationConfig, rng: np.random.Generator, p
         broken = int(logits.size - np.isfinite(logits).sum())
         raise BackendError(
             f"{broken} of {logits.size} logits are NaN or infinite: the model's arithmetic overflowed; "
-            "use another execution provider or a bundle of higher precision"
+            "use another device or a bundle of higher precision"
         )
     if config.repetition_penalty != 1.0:
         logits = apply_repetition_penalty(logits, previous_ids, config.repetition_penalty)

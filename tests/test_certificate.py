@@ -18,11 +18,11 @@ from owl2.export.certificate import FACTOR, FLOAT_FLOOR, FLOOR
 from owl2.quant.calibration import probe_samples
 from owl2.runtime import Owl2, spec
 from owl2.runtime.__main__ import cli
-from owl2.runtime.backends.ort import OrtOptions
 from owl2.runtime.bundle import Bundle, hash_file
 from owl2.runtime.certificate import Golden, read_goldens, read_limits, verify, write_goldens
 from owl2.runtime.errors import BundleCorruptError
 from owl2.runtime.evaluation.divergence import row_kl
+from owl2.runtime.placement import Placement
 
 NAMES = ["text", "one picture", "two pictures"]
 
@@ -115,7 +115,7 @@ class TestVerify:
         path.write_bytes(content)
         rehash(copy, file)
         Bundle.open(copy)  # the hashes say that everything is well
-        verdict = verify(copy, OrtOptions())
+        verdict = verify(copy, Placement())
         assert not verdict.passed
         assert not verdict.problems
         result = run(copy)
@@ -193,7 +193,7 @@ class TestHostileFiles:
         with pytest.raises(
             BundleCorruptError, match=rf"goldens.npz is no certificate: .*({message}).*export the bundle"
         ):
-            verify(copy, OrtOptions())
+            verify(copy, Placement())
 
     def test_an_array_larger_than_its_file(self, copy: Path) -> None:
         header = io.BytesIO()
@@ -225,7 +225,7 @@ class TestHostileFiles:
         (copy / spec.REPORT).write_text(json.dumps(report | {"goldens": goldens}))
         rehash(copy, spec.REPORT)
         with pytest.raises(BundleCorruptError, match=r"report\.json holds no certificate"):
-            verify(copy, OrtOptions())
+            verify(copy, Placement())
 
 
 def test_the_expected_logits_do_not_depend_on_fast_kernels(sample_bundle: Path) -> None:

@@ -2,34 +2,67 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, get_args
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from owl2.runtime.backends.tensorrt import TensorRtEngine, TensorRtOptions, open_engine
+from owl2.runtime.backends.cuda_memory import open_device
+from owl2.runtime.backends.installation import needs_onnxruntime
+from owl2.runtime.backends.tensorrt import TensorRtEngine, TensorRtOptions
+from owl2.runtime.backends.tensorrt_context import import_tensorrt
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.config import DecoderConfig, require, resolve_context
 from owl2.runtime.devices import EngineKind
 from owl2.runtime.engine import Engine
-
-if TYPE_CHECKING:
-    from owl2.runtime.backends.ort import OrtOptions
-
-ENGINE_KINDS: tuple[EngineKind, ...] = get_args(EngineKind)
+from owl2.runtime.placement import Placement
+from owl2.runtime.spec import DialectName, KvType
 
 
-def open_backend(bundle: Bundle, options: OrtOptions) -> Engine:
-    """Load a bundle's graphs or engines: ``tensorrt`` and ``tensorrt-rtx``, as in ``tensorrt:1``, run engines.
+@dataclass(frozen=True)
+class Backend:
+    """What can be had on this machine.
+
+    Attributes:
+        open: loads the graphs or engines of a verified bundle.
+        onnxruntime: whether that is ONNX Runtime's work.
+    """
+
+    open: Callable[[Bundle], Engine]
+    onnxruntime: bool
+
+
+def choose_backend(place: Placement, dialect: DialectName, threads: int | None, kv_cache: KvType | None) -> Backend:
+    """Check that a device can be had, before anything is loaded.
+
+    Args:
+        place: ``tensorrt`` runs the engines of a bundle, and so does ``tensorrt-rtx`` if it is of the dialect onnx;
+            ONNX Runtime does all else.
+        dialect: of the bundle.
+        threads, kv_cache: as in :meth:`owl2.runtime.Owl2.load`.
 
     Raises:
-        BackendError, BundleError, ConfigError: as the backend's engine.
+        BackendUnavailableError: the device cannot be had; says what is missing.
+        ConfigError: settings that it does not have.
     """
-    name, colon, index = options.provider.partition(":")
-    for kind in ENGINE_KINDS:
-        if name == kind:
-            require(not colon or index.isdecimal(), f"device {options.provider!r}: give a number, as in {kind}:1")
-            return open_engine(bundle, TensorRtOptions(kind, int(index or 0), options.kv_cache))
-    from owl2.runtime.backends.ort import OrtEngine
+    if place.kind == "tensorrt" or (place.kind == "tensorrt-rtx" and dialect == "onnx"):
+        require(
+            dialect == "onnx",
+            f"device {place} runs engines that are built from graphs of the dialect onnx, this bundle has the dialect "
+            f"{dialect}; export the checkpoint again with --dialect onnx",
+        )
+        require(threads is None, f"threads {threads}: device {place} has none to set; leave them out")
+        return _native(place.kind, place.index, kv_cache)
+    with needs_onnxruntime():
+        from owl2.runtime.backends.ort import OrtEngine, OrtOptions
+        from owl2.runtime.backends.providers import prepare
+    options = OrtOptions(str(place), threads, kv_cache)
+    prepare(place)
+    return Backend(lambda bundle: OrtEngine(bundle, options), onnxruntime=True)
 
-    return OrtEngine(bundle, options)
+
+def _native(kind: EngineKind, index: int, kv_cache: KvType | None) -> Backend:
+    options = TensorRtOptions(kind, kv_cache)
+    device, trt = open_device(index), import_tensorrt(kind)
+    return Backend(lambda bundle: TensorRtEngine(bundle, options, trt, device), onnxruntime=False)
 
 
 def fitting_context(engine: Engine, decoder: DecoderConfig, context: int | None) -> int:

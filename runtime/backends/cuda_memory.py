@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
+from owl2.runtime.backends.installation import driver_problem
 from owl2.runtime.errors import BackendError, BackendUnavailableError
 
 Array = NDArray[Any]
@@ -241,39 +242,24 @@ def open_device(index: int) -> CudaDevice:
         runtime = importlib.import_module(PACKAGE)
     except ImportError as error:
         raise BackendUnavailableError(
-            f"GPUs are reached through cuda-python, which cannot be imported ({error}); install it: "
-            "pip install cuda-python (on JetPack 6: pip install 'cuda-python==12.*')"
+            f"engines reach the GPU through cuda-python, which cannot be imported ({error}); install it: "
+            "pip install 'owl2[tensorrt]'"
         ) from error
-    return usable_device(runtime, index)
+    problem = driver_problem(index) or version_problem(runtime)
+    if problem:
+        raise BackendUnavailableError(f"engines cannot be run: {problem}")
+    return CudaDevice(runtime, index)
 
 
-def usable_device(runtime: Any, index: int) -> CudaDevice:  # noqa: ANN401 - a module without types
-    """GPU ``index`` through a module like ``cuda.bindings.runtime``.
-
-    Raises:
-        BackendUnavailableError: as :func:`open_device`.
-    """
-    driver = checked(runtime, runtime.cudaDriverGetVersion(), "cudaDriverGetVersion")
-    if driver == 0:
-        raise BackendUnavailableError(
-            "no NVIDIA driver was found (libcuda.so.1); install the driver of the GPU, which is part of JetPack on a "
-            "Jetson, or load with device 'cpu'"
-        )
-    built = checked(runtime, runtime.cudaRuntimeGetVersion(), "cudaRuntimeGetVersion")
-    if driver // 1000 < built // 1000:
-        raise BackendUnavailableError(
-            f"the NVIDIA driver knows CUDA {_version(driver)}, the installed cuda-python is for CUDA "
-            f"{_version(built)}; install the one for the driver (pip install 'cuda-python=={driver // 1000}.*') or a "
-            "newer driver"
-        )
-    code, count = runtime.cudaGetDeviceCount()
-    if code == runtime.cudaError_t.cudaSuccess and count > index:
-        return CudaDevice(runtime, index)
-    if code not in (runtime.cudaError_t.cudaSuccess, runtime.cudaError_t.cudaErrorNoDevice):
-        raise BackendUnavailableError(f"the NVIDIA driver does not answer: {error_name(code)}; is it loaded?")
-    raise BackendUnavailableError(
-        f"GPU {index} is not there: the NVIDIA driver sees {count or 0}; GPUs count from 0, and CUDA_VISIBLE_DEVICES "
-        "and the container decide which of them a program sees"
+def version_problem(runtime: Any) -> str:  # noqa: ANN401 - a module without types
+    """A sentence on a ``cuda.bindings.runtime`` that is for a newer driver; empty if it can be used."""
+    driver = int(checked(runtime, runtime.cudaDriverGetVersion(), "cudaDriverGetVersion"))
+    built = int(checked(runtime, runtime.cudaRuntimeGetVersion(), "cudaRuntimeGetVersion"))
+    if driver // 1000 >= built // 1000:
+        return ""
+    return (
+        f"the NVIDIA driver knows CUDA {_version(driver)}, the installed cuda-python is for CUDA {_version(built)}; "
+        f"install the one for the driver (pip install 'cuda-python=={driver // 1000}.*') or a newer driver"
     )
 
 

@@ -13,16 +13,18 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from owl2.runtime import spec
+from owl2.runtime.backends import providers
+from owl2.runtime.backends.memory import Buffer, Feeds, memory_of
 from owl2.runtime.backends.standard import StandardDecoder, first_line
 from owl2.runtime.bundle import Bundle, Manifest
 from owl2.runtime.config import DecoderConfig, require
 from owl2.runtime.engine import Floats, Ints, KvBuffers
-from owl2.runtime.errors import BackendError, BackendUnavailableError
+from owl2.runtime.errors import BackendError
+from owl2.runtime.placement import CPU, Placement
 from owl2.runtime.rope import rotary_tables
 from owl2.runtime.spec import KvType
 from owl2.runtime.steps import row_inputs
 
-PROVIDERS = {"cpu": "CPUExecutionProvider"}
 Element = type[np.float32 | np.float16 | np.int8]
 KvArray = NDArray[np.float32 | np.float16 | np.int8]
 ELEMENTS: dict[KvType, tuple[Element, str]] = {
@@ -31,6 +33,8 @@ ELEMENTS: dict[KvType, tuple[Element, str]] = {
     "int8": (np.int8, "tensor(int8)"),
 }
 """How arrays and graphs name the elements of activations and K/V caches."""
+READ_BY_CPU = frozenset({spec.TOTAL_LENGTH})
+"""Inputs that the attention of every provider reads on the CPU."""
 ERRORS_ONLY = 3
 THREADS_PER_CORE = 4
 
@@ -40,23 +44,24 @@ class OrtOptions:
     """How sessions are opened.
 
     Attributes:
-        provider: execution provider; ``cpu``.
+        device: see :meth:`Placement.parse`.
         threads: of one operator; None lets ONNX Runtime choose the physical cores.
         kv_cache: type of the K/V cache, which the bundle must offer; None for that of the activations.
         frugal: keep weights as they are in the file instead of a faster copy in memory. Slow; for checks.
         exact: do not quantize activations where a graph leaves that to ONNX Runtime. Slow; for checks.
 
     Raises:
-        ConfigError: a number of threads that cannot work.
+        ConfigError: a device that is not known, or a number of threads that cannot work.
     """
 
-    provider: str = "cpu"
+    device: str = CPU
     threads: int | None = None
     kv_cache: KvType | None = None
     frugal: bool = False
     exact: bool = False
 
     def __post_init__(self) -> None:
+        Placement.parse(self.device)
         most = THREADS_PER_CORE * (os.cpu_count() or 1)
         require(self.threads is None or self.threads > 0, f"threads must be positive, got {self.threads}")
         require(
@@ -68,27 +73,45 @@ class OrtOptions:
 DEFAULT_OPTIONS = OrtOptions()
 
 
+def _constant(array: Ints) -> Ints:
+    """The array, never to be written to again: a device gets it once."""
+    array.setflags(write=False)
+    return array
+
+
+TEXT_ROW = _constant(np.zeros(1, dtype=np.int64))
+"""The modality of a step of one text row, and the row whose logits are wanted."""
+TEXT_STEP = {name: _constant(array) for name, array in row_inputs(TEXT_ROW, TEXT_ROW).items()}
+
+
 @dataclass(frozen=True)
 class OrtBuffers:
-    """K/V buffers in host memory.
+    """K/V buffers in the memory of the decoder's device.
 
     Attributes:
-        arrays: key and value of each layer in turn, float32 or int8 [1, H, capacity, padded D].
-        binding: has every array bound as past and as present of its layer, so that steps write in place.
+        buffers: key and value of each layer in turn, [1, H, capacity, padded D].
+        binding: has every buffer bound as past and as present of its layer, so that steps write in place.
+        feeds: the other inputs of the binding.
     """
 
-    arrays: list[KvArray]
+    buffers: list[Buffer]
     binding: ort.IOBinding
+    feeds: Feeds
+
+    @property
+    def arrays(self) -> list[KvArray]:
+        """The contents: the buffers themselves in host memory, copies of those on a device."""
+        return [buffer.numpy() for buffer in self.buffers]
 
     @property
     def capacity(self) -> int:
         """Positions they hold."""
-        return int(self.arrays[0].shape[2])
+        return self.buffers[0].positions
 
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers."""
-        return sum(array.nbytes for array in self.arrays)
+        return sum(buffer.nbytes for buffer in self.buffers)
 
 
 class OrtDecoder:
@@ -116,24 +139,23 @@ class OrtDecoder:
         check_shapes(path, self._session, expected | dict.fromkeys(buffers, shape))
         check_types(path, self._session, dict.fromkeys(buffers, element))
         self._run_options = _run_options()
+        self._memory = memory_of(Placement.parse(options.device))
 
     def allocate(self, capacity: int, previous: KvBuffers | None) -> OrtBuffers:
         """Buffers for ``capacity`` positions that begin with the content of ``previous``."""
-        decoder = self._config
+        decoder, memory = self._config, self._memory
         shape = (1, decoder.num_attention_heads, capacity, spec.padded_head_dim(decoder))
-        arrays: list[KvArray] = [np.zeros(shape, self._kv_dtype) for _ in range(2 * decoder.num_hidden_layers)]
         if isinstance(previous, OrtBuffers):
-            kept = min(capacity, previous.capacity)
-            for array, old in zip(arrays, previous.arrays):
-                array[:, :, :kept] = old[:, :, :kept]
+            buffers = [memory.grown(old, capacity) for old in previous.buffers]
+        else:
+            buffers = [memory.zeros(shape, self._kv_dtype) for _ in range(2 * decoder.num_hidden_layers)]
         binding = self._session.io_binding()
         for layer in range(decoder.num_hidden_layers):
             names = zip(spec.past_names(layer), spec.present_names(layer))
-            for array, (past, present) in zip(arrays[2 * layer :], names):
-                value = ort.OrtValue.ortvalue_from_numpy(array)
-                binding.bind_ortvalue_input(past, value)
-                binding.bind_ortvalue_output(present, value)
-        return OrtBuffers(arrays, binding)
+            for buffer, (past, present) in zip(buffers[2 * layer :], names):
+                binding.bind_ortvalue_input(past, buffer.value)
+                binding.bind_ortvalue_output(present, buffer.value)
+        return OrtBuffers(buffers, binding, memory.feeds(binding, READ_BY_CPU))
 
     def prefill(self, embeds: Floats, modality: Ints, past: int, buffers: KvBuffers, logit_rows: Ints) -> Floats:
         """Run T mixed positions after ``past`` cached ones -> logits [R, V]."""
@@ -145,7 +167,7 @@ class OrtDecoder:
         cos, sin = rotary_tables(self._config, total, spec.padded_head_dim(self._config), self._dtype)
         feeds: dict[str, NDArray[Any]] = {
             spec.EMBEDS: embeds[None].astype(self._dtype, copy=False),
-            **row_inputs(modality, logit_rows),
+            **(TEXT_STEP if modality is TEXT_ROW else row_inputs(modality, logit_rows)),
             spec.LENGTHS: np.array([total - 1], dtype=np.int32),
             spec.TOTAL_LENGTH: np.array(total, dtype=np.int32),
             spec.ROTARY_COS: cos,
@@ -155,14 +177,13 @@ class OrtDecoder:
 
     def decode(self, embeds: Floats, past: int, buffers: KvBuffers) -> Floats:
         """Run one text position after ``past`` cached ones: embeds [1, C] -> logits [V]."""
-        zero = np.zeros(1, dtype=np.int64)
-        logits: Floats = self.prefill(embeds, zero, past, buffers, zero)[0]
+        logits: Floats = self.prefill(embeds, TEXT_ROW, past, buffers, TEXT_ROW)[0]
         return logits
 
     def _step(self, feeds: dict[str, NDArray[Any]], buffers: OrtBuffers) -> Floats:
         binding = buffers.binding
         for name, array in feeds.items():
-            binding.bind_cpu_input(name, array)
+            buffers.feeds.put(name, array)
         binding.bind_output(spec.LOGITS, "cpu")
         try:
             self._session.run_with_iobinding(binding, self._run_options)
@@ -182,6 +203,12 @@ def open_decoder(path: Path, manifest: Manifest, options: OrtOptions) -> OrtDeco
     decoder = manifest.model.decoder
     if manifest.dialect == "ort":
         return OrtDecoder(path, decoder, options)
+    device = Placement.parse(options.device)
+    if not device.on_host:
+        raise BackendError(
+            f"{path}: ONNX Runtime runs graphs of the dialect onnx on the CPU only, where their K/V rows lie; for "
+            f"device {device} export the bundle with owl2-export --dialect ort --activations fp16"
+        )
     session = open_session(path, options)
     dtype, element = element_of(path, session, spec.EMBEDS)
     check_standard(path, session, decoder, element)
@@ -212,9 +239,8 @@ class OrtEngine:
         """Load the graphs of a verified bundle.
 
         Raises:
-            BackendUnavailableError: the provider is not known or not part of the installed ONNX Runtime, or that is
-                too old for the type of K/V cache.
-            BackendError: a graph cannot be loaded, or does not fit the manifest.
+            BackendUnavailableError: the device cannot be had, or ONNX Runtime is too old for the type of K/V cache.
+            BackendError: a graph cannot be loaded, or not as a whole on the device, or does not fit the manifest.
             ConfigError: the bundle does not offer the type of K/V cache.
         """
         model = bundle.manifest.model
@@ -252,10 +278,9 @@ def open_session(path: Path, options: OrtOptions) -> ort.InferenceSession:
     """Load a graph.
 
     Raises:
-        BackendUnavailableError: the provider cannot be had.
-        BackendError: ONNX Runtime refuses the graph.
+        BackendUnavailableError: the device cannot be had.
+        BackendError: ONNX Runtime refuses the graph, or would run a part of it elsewhere.
     """
-    provider = _provider(options.provider)
     settings = ort.SessionOptions()
     settings.log_severity_level = ERRORS_ONLY
     if options.threads is not None:
@@ -266,10 +291,7 @@ def open_session(path: Path, options: OrtOptions) -> ort.InferenceSession:
         skipped = ["ConstantFolding"]
     if options.exact:
         settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
-    try:
-        return ort.InferenceSession(path, settings, providers=[provider], disabled_optimizers=skipped)
-    except Exception as error:  # ONNX Runtime has no common base class for its errors
-        raise BackendError(f"{path} cannot be loaded: {first_line(error)}") from error
+    return providers.open_session(path, Placement.parse(options.device), settings, skipped)
 
 
 def check_shapes(path: Path, session: ort.InferenceSession, expected: Mapping[str, tuple[int | None, ...]]) -> None:
@@ -314,18 +336,6 @@ def check_types(path: Path, session: ort.InferenceSession, expected: Mapping[str
                 f"{path} does not fit the manifest: {name} is a {found[name]}, a {element} is needed; "
                 "export the bundle again"
             )
-
-
-def _provider(name: str) -> str:
-    provider = PROVIDERS.get(name)
-    if provider is None:
-        raise BackendUnavailableError(f"provider {name!r} is not known; known: {', '.join(PROVIDERS)}")
-    available = ort.get_available_providers()
-    if provider not in available:
-        raise BackendUnavailableError(
-            f"provider {name!r} needs ONNX Runtime's {provider}; the installed one has {', '.join(available)}"
-        )
-    return provider
 
 
 def _run_options() -> ort.RunOptions:

@@ -23,13 +23,12 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from owl2.runtime import spec
-from owl2.runtime.backends.cuda_memory import Device, Slots, Strided, open_device
+from owl2.runtime.backends.cuda_memory import Device, Slots, Strided
 from owl2.runtime.backends.tensorrt_context import (
     Context,
     Messages,
     Shape,
     check_engine,
-    import_tensorrt,
     load_engine,
     makes_graphs,
     shared_scratch,
@@ -45,7 +44,6 @@ from owl2.runtime.engines import (
     VISION_ENGINE,
     EngineRecord,
     find_engines,
-    require_standard,
 )
 from owl2.runtime.errors import BackendError
 from owl2.runtime.rope import rotary_tables
@@ -65,13 +63,11 @@ class TensorRtOptions:
 
     Attributes:
         kind: which library runs them.
-        index: of the GPU.
         kv_cache: type of the K/V cache; only that of the activations can be had.
         cuda_graphs: replay decoding steps as CUDA graphs.
     """
 
     kind: EngineKind = "tensorrt"
-    index: int = 0
     kv_cache: KvType | None = None
     cuda_graphs: bool = True
 
@@ -111,7 +107,7 @@ class TensorRtEngine:
     """See :class:`owl2.runtime.engine.Engine`. Steps of several threads run one after the other."""
 
     def __init__(self, bundle: Bundle, options: TensorRtOptions, trt: Any, device: Device) -> None:  # noqa: ANN401
-        """Load the engines of a verified bundle; :func:`open_engine` finds the other two.
+        """Load the engines of a verified bundle.
 
         Args:
             bundle: of the dialect onnx, with engines.
@@ -399,18 +395,6 @@ class _Decoding:
             # Graphs save time between kernels, no more: the conversation goes on without.
             self.graphs = False
             log.warning("decoding goes on without CUDA graphs: %s", error)
-
-
-def open_engine(bundle: Bundle, options: TensorRtOptions) -> TensorRtEngine:
-    """Load a bundle's engines on the GPU of this machine.
-
-    Raises:
-        BackendUnavailableError: TensorRT, cuda-python, the driver or the GPU is missing, or the engines are for others.
-        BundleError, BackendError, ConfigError: as :class:`TensorRtEngine`.
-    """
-    require_standard(bundle)
-    device = open_device(options.index)
-    return TensorRtEngine(bundle, options, import_tensorrt(options.kind), device)
 
 
 def decoder_tensors(model: ModelConfig, floats: Any, float32: Any, int64: Any) -> dict[str, tuple[Shape, Any]]:  # noqa: ANN401

@@ -35,6 +35,7 @@ def ask(options: Options, bundle: Path, question: str, images: tuple[Path, ...],
       owl2 ask bundle/ "What is in the picture?" --image cat.jpg
       owl2 ask bundle/ "What changed?" --image before.png --image after.png --stats
       owl2 ask bundle/ "Tell a story." --temperature 0.8 --seed 1
+      owl2 ask bundle/ "What is it?" --image cat.jpg --device cuda
       owl2 ask bundle/ - --image page.png --json < question.txt
     """
     text = sys.stdin.read().strip() if question == "-" else question

@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 import sys
 import traceback
-from collections.abc import Callable
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
 
 import click
 
 from owl2.runtime.answer import Answer
-from owl2.runtime.errors import Owl2Error
+from owl2.runtime.errors import Owl2Error, Owl2Warning
 
 STOPPED = 130
 """Exit code of a program ended by Ctrl-C: 128 + SIGINT."""
@@ -49,7 +51,8 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def reporting(debug: bool, **given: Any) -> None:  # noqa: ANN401 - click's parameters
         try:
-            command(**given)
+            with _notices_of_warnings():
+                command(**given)
         except Owl2Error as error:
             report(error)
             sys.exit(1)
@@ -58,6 +61,30 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
             sys.exit(STOPPED)
 
     return reporting
+
+
+@contextmanager
+def _notices_of_warnings() -> Iterator[None]:
+    """Write this project's own warnings as notices."""
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+
+        def show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if issubclass(category, Owl2Warning):
+                notice(f"warning: {message}")
+            else:
+                others(message, category, filename, lineno, file, line)
+
+        warnings.showwarning = show
+        warnings.simplefilter("always", Owl2Warning)
+        yield
 
 
 def stream(answer: Answer) -> None:

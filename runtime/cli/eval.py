@@ -17,10 +17,10 @@ from owl2.runtime.cli.console import STOPPED, duration, notice, notice_interrupt
 from owl2.runtime.cli.options import (
     bundle_argument,
     context_option,
+    device_option,
     kv_cache_option,
     memory_option,
     preprocess_option,
-    provider_option,
     threads_option,
 )
 from owl2.runtime.config import PreprocessMode, require
@@ -94,7 +94,7 @@ class Outcome:
 @preprocess_option
 @threads_option
 @context_option
-@provider_option
+@device_option
 @kv_cache_option
 @memory_option
 @reports_errors
@@ -110,7 +110,7 @@ def eval_command(  # noqa: PLR0913 - one parameter per option
     preprocess: PreprocessMode | None,
     threads: int | None,
     context: int | None,
-    provider: str,
+    device: str,
     kv_cache: KvType,
     check_memory: bool,
 ) -> None:
@@ -151,7 +151,7 @@ def eval_command(  # noqa: PLR0913 - one parameter per option
     owl = Owl2.load(
         bundle,
         threads=threads,
-        provider=provider,
+        device=device,
         context=context,
         kv_cache=kv_cache,
         check_memory=check_memory,
@@ -159,7 +159,7 @@ def eval_command(  # noqa: PLR0913 - one parameter per option
     subject = Subject.of(owl, str(bundle), preprocess)
     reference = None
     if against is not None:
-        reference = open_reference(against, subject, threads=threads, provider=provider, check_memory=check_memory)
+        reference = open_reference(against, subject, threads=threads, device=device, check_memory=check_memory)
     outcome = _run(measure(subject, items, reference, max_new_tokens=max_new_tokens), items)
     summary = summarise(outcome.measured)
     if as_json:
@@ -172,7 +172,7 @@ def eval_command(  # noqa: PLR0913 - one parameter per option
             "preprocess": preprocess or owl.config.preprocess.mode,
             "context": owl.context,
             "max_new_tokens": max_new_tokens,
-            "provider": provider,
+            "device": device,
         }
         click.echo(json.dumps(record | _record(outcome, summary, with_items), indent=2))
     elif outcome.measured:

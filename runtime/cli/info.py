@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-import onnxruntime
 
 from owl2.runtime import spec
+from owl2.runtime.backends.installation import onnxruntime_version
 from owl2.runtime.bundle import Manifest, WeightFormat, check_files, check_onnxruntime, is_older, read_manifest
 from owl2.runtime.cli.console import notice, reports_errors, size
 from owl2.runtime.cli.options import bundle_argument
@@ -104,7 +104,7 @@ def _kv_caches(manifest: Manifest) -> dict[str, dict[str, Any]]:
             "bytes_per_position": (per_position := manifest.kv_bytes(kind)),
             "bytes_full_context": per_position * decoder.max_position_embeddings,
             "minimum_onnxruntime": manifest.kv_cache[kind],
-            "usable": not is_older(onnxruntime.__version__, manifest.kv_cache[kind]),
+            "usable": not is_older(onnxruntime_version(), manifest.kv_cache[kind]),
         }
         for kind in spec.KV_WIDTHS
         if kind in manifest.kv_cache
@@ -126,7 +126,7 @@ def _record(findings: Findings) -> dict[str, Any]:
         "kv_bytes_full_context": default["bytes_full_context"],
         "kv_cache": caches,
         "kv_int8": findings.kv_int8,
-        "installed_onnxruntime": onnxruntime.__version__,
+        "installed_onnxruntime": onnxruntime_version(),
         "accuracy": findings.accuracy,
         "calibration": findings.calibration,
         "goldens": findings.goldens,
@@ -177,7 +177,7 @@ def _origin(manifest: Manifest) -> list[Row]:
         ("graphs", f"{manifest.dialect} operators"),
         (
             "onnxruntime",
-            f"{manifest.minimum_onnxruntime} or newer needed, {onnxruntime.__version__} installed",
+            f"{manifest.minimum_onnxruntime} or newer needed, {onnxruntime_version()} installed",
         ),
         ("template", manifest.template),
     ]

@@ -12,9 +12,10 @@ import click
 from PIL import Image
 
 from owl2.runtime.answer import Answer
-from owl2.runtime.backends.ort import PROVIDERS
 from owl2.runtime.config import PreprocessMode
+from owl2.runtime.errors import ConfigError
 from owl2.runtime.model import Chat, GenerationOptions, Owl2
+from owl2.runtime.placement import CPU, KINDS, Placement
 from owl2.runtime.sampling import GenerationConfig
 from owl2.runtime.spec import KvType
 
@@ -30,12 +31,23 @@ threads_option = click.option("--threads", type=int, help="Threads of the CPU; O
 context_option = click.option(
     "--context", type=int, help="Positions a conversation may take; the model's own if not given."
 )
-provider_option = click.option(
-    "--provider",
-    type=click.Choice(list(PROVIDERS)),
-    default="cpu",
+
+
+def _known(_context: click.Context, _option: click.Parameter, device: str) -> str:
+    try:
+        Placement.parse(device)
+    except ConfigError as error:
+        raise click.BadParameter(str(error)) from error
+    return device
+
+
+device_option = click.option(
+    "--device",
+    default=CPU,
     show_default=True,
-    help="Execution provider.",
+    callback=_known,
+    metavar=f"[{'|'.join(kind if kind == CPU else f'{kind}[:N]' for kind in KINDS)}]",
+    help="What runs the model; N counts GPUs from 0. What the device cannot run is an error: the CPU never stands in.",
 )
 kv_cache_option = click.option(
     "--kv-cache",
@@ -57,7 +69,7 @@ class Options:
     """What the user asked of the model.
 
     Attributes:
-        threads, context, provider, kv_cache, check_memory: as in :meth:`Owl2.load`.
+        threads, context, device, kv_cache, check_memory: as in :meth:`Owl2.load`.
         preprocess: how pictures are squared; None for the bundle's own mode.
         generation: fields of :class:`GenerationConfig`.
         stats: whether figures follow an answer.
@@ -65,7 +77,7 @@ class Options:
 
     threads: int | None
     context: int | None
-    provider: str
+    device: str
     kv_cache: KvType | None
     check_memory: bool
     preprocess: PreprocessMode | None
@@ -77,7 +89,7 @@ class Options:
         return Owl2.load(
             bundle,
             threads=self.threads,
-            provider=self.provider,
+            device=self.device,
             context=self.context,
             kv_cache=self.kv_cache,
             check_memory=self.check_memory,
@@ -125,7 +137,7 @@ _OPTIONS = (
     click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; repeatable."),
     threads_option,
     context_option,
-    provider_option,
+    device_option,
     kv_cache_option,
     memory_option,
     click.option("--stats", is_flag=True, help="Write token counts and timings to stderr after an answer."),

@@ -9,19 +9,19 @@ from pathlib import Path
 
 import click
 
-from owl2.runtime.backends.ort import OrtOptions
 from owl2.runtime.certificate import Replay, Verdict, verify
 from owl2.runtime.cli.console import duration, reports_errors
-from owl2.runtime.cli.options import bundle_argument, provider_option, threads_option
+from owl2.runtime.cli.options import bundle_argument, device_option, threads_option
+from owl2.runtime.placement import Placement
 
 
 @click.command("verify")
 @bundle_argument
-@provider_option
+@device_option
 @threads_option
 @click.option("--json", "as_json", is_flag=True, help="Write everything as JSON.")
 @reports_errors
-def verify_command(bundle: Path, provider: str, threads: int | None, as_json: bool) -> None:
+def verify_command(bundle: Path, device: str, threads: int | None, as_json: bool) -> None:
     """Check every file's hash, and replay the bundle's golden prompts on this device.
 
     A bundle holds a few prompts with the logits they must lead to: text, one picture, several. What this device
@@ -32,8 +32,9 @@ def verify_command(bundle: Path, provider: str, threads: int | None, as_json: bo
     Examples:
       owl2 verify bundle/
       owl2 verify bundle/ --threads 2 --json
+      owl2 verify bundle/ --device cuda
     """
-    verdict = verify(bundle, OrtOptions(provider, threads))
+    verdict = verify(bundle, Placement.parse(device), threads)
     click.echo(json.dumps(_record(verdict), indent=2) if as_json else _table(bundle, verdict))
     sys.exit(0 if verdict.passed else 1)
 

@@ -19,6 +19,7 @@ from owl2.runtime.kv_cache import KvCache
 from owl2.runtime.model import Owl2
 from owl2.runtime.multimodal import Prompt
 from owl2.runtime.pictures import Picture, open_pictures
+from owl2.runtime.placement import CPU
 from owl2.runtime.prompt import Message, render
 from owl2.runtime.sampling import GenerationConfig
 
@@ -108,7 +109,7 @@ class Subject:
             if not np.isfinite(logits).all():
                 raise BackendError(
                     f"{self.name}: logits are NaN or infinite: the model's arithmetic overflowed; "
-                    "use another execution provider or a bundle of higher precision"
+                    "use another device or a bundle of higher precision"
                 )
             for i in range(0, len(logits), PREFILL_BLOCK):
                 yield start + skipped + i, logits[i : i + PREFILL_BLOCK]
@@ -127,7 +128,7 @@ def modality_of(prompt: Prompt) -> Ints:
 
 
 def open_reference(
-    path: Path, subject: Subject, *, threads: int | None = None, provider: str = "cpu", check_memory: bool = True
+    path: Path, subject: Subject, *, threads: int | None = None, device: str = CPU, check_memory: bool = True
 ) -> Subject:
     """Open what ``subject`` is to be compared with: another bundle, or an official checkpoint.
 
@@ -136,14 +137,14 @@ def open_reference(
     Args:
         path: folder of the one or the other.
         subject: gives the context and how pictures are squared.
-        threads, provider, check_memory: of another bundle, as in :meth:`Owl2.load`.
+        threads, device, check_memory: of another bundle, as in :meth:`Owl2.load`.
 
     Raises:
         ReferenceModelError: torch is not installed, or it is a model of other shape.
         BundleError, BackendError, CheckpointError, ConfigError: it is neither, or cannot be loaded.
     """
     if is_bundle(path):
-        owl = Owl2.load(path, threads=threads, provider=provider, check_memory=check_memory)
+        owl = Owl2.load(path, threads=threads, device=device, check_memory=check_memory)
         model, config = owl._model, owl.config
     else:
         model, config = _open_checkpoint(path)

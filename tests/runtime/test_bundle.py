@@ -174,7 +174,7 @@ def test_an_older_onnxruntime_than_needed() -> None:
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"provider": "cuda"}, BackendUnavailableError, "provider 'cuda' is not known; known: cpu"),
+        ({"device": "abacus"}, ConfigError, "device 'abacus' is not known; give cpu, cuda"),
         ({"threads": 0}, ConfigError, "threads must be positive, got 0"),
         ({"threads": 100_000}, ConfigError, "threads 100000 is more than this machine can use; give at most"),
         ({"context": 0}, ConfigError, "context must be positive, got 0"),

@@ -251,7 +251,7 @@ class TestErrors:
         "args",
         [
             ("ask", "bundle"),
-            ("ask", "bundle", "q", "--provider", "abacus"),
+            ("ask", "bundle", "q", "--device", "abacus"),
             ("ask", "bundle", "q", "--preprocess", "stretch"),
             ("ask", "bundle", "q", "--top-k", "few"),
             ("answer", "bundle"),
