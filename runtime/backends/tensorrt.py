@@ -323,8 +323,6 @@ class _Decoding:
         self._model, self._record, self._dtype, self._parts, self._context = model, record, dtype, parts, context
         self._key: tuple[int, int, int] | None = None
         self._row = spec.kv_row_width(model.decoder) * np.dtype(dtype).itemsize
-        # The mask is the only input whose size varies; the largest keeps it from moving.
-        parts.fixed.reserve(spec.ATTENTION_MASK, (record.context + 1) * np.dtype(dtype).itemsize)
         one = np.zeros(1, dtype=np.int64)
         for name, array in row_inputs(one, one).items():
             context.bind(name, parts.fixed.upload(name, array, parts.stream), array.shape)
