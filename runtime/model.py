@@ -112,10 +112,11 @@ class Owl2:
             from owl2.runtime.backends.providers import prepare
         options = OrtOptions(device, threads, kv_cache)
         manifest = read_manifest(Path(bundle))
+        kind = manifest.kv_type(kv_cache)
         positions = resolve_context(manifest.model.decoder, context)
         prepare(Placement.parse(device))  # before gigabytes are hashed
         if check_memory and device == CPU:
-            plan.check_memory(manifest, positions, kv_cache or manifest.activations)
+            plan.check_memory(manifest, positions, kind)
         opened = Bundle.open(Path(bundle))
         return cls(opened, OrtEngine(opened, options), context)
 
