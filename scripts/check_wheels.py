@@ -1,4 +1,4 @@
-"""Whether the plain install needs nothing but binary wheels on aarch64, for each Python that JetPack may bring.
+"""Whether installing needs nothing but binary wheels on aarch64, for each Python that JetPack may bring.
 
 Builds the wheel of this project and lets pip resolve it for another machine; nothing is installed.
 """
@@ -84,13 +84,13 @@ def forgotten(packages: Sequence[Metadata], python: str) -> list[str]:
     return sorted({str(need) for need in missing if canonicalize_name(need.name) not in there})
 
 
-def resolve(wheel: Path, python: str) -> Resolution:
-    """What pip would install beside ``wheel`` with ``python`` on aarch64."""
+def resolve(requirement: str, python: str) -> Resolution:
+    """What pip would install for ``requirement`` with ``python`` on aarch64."""
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--dry-run"]
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.json"
         options = ["--ignore-installed", "--target", scratch, "--report", str(report), *for_aarch64(python)]
-        done = subprocess.run([*pip, *options, str(wheel)], capture_output=True, text=True, check=False)
+        done = subprocess.run([*pip, *options, requirement], capture_output=True, text=True, check=False)
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
             return Resolution(python, (), "; ".join(errors) or done.stderr.strip())
@@ -116,11 +116,12 @@ def main() -> int:
     """Command line; 1 if some Python would have to build something."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", action="append", help=f"such as 3.10; repeatable (default {', '.join(PYTHONS)})")
+    parser.add_argument("--extra", action="append", default=[], help="of this project, such as hub; repeatable")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        wheel = build_wheel(Path(scratch))
-        resolutions = [resolve(wheel, python) for python in arguments.python or PYTHONS]
+        requirement = f"{build_wheel(Path(scratch))}[{','.join(arguments.extra)}]"
+        resolutions = [resolve(requirement, python) for python in arguments.python or PYTHONS]
     print(json.dumps([asdict(entry) for entry in resolutions], indent=2) if arguments.json else table(resolutions))
     return int(any(resolution.problem for resolution in resolutions))
 
