@@ -1,6 +1,6 @@
 """Whether a bundle computes on aarch64 what it computes here, with the ONNX Runtimes that a Jetson can have.
 
-The installed wheel runs in an emulated aarch64 Debian (see emulated.py; about 700 MB in SCRATCH, kept for the next
+The installed wheel runs in an emulated aarch64 Debian (see emulated.py; about 1.1 GB in SCRATCH, kept for the next
 time), on processors with the instructions of Jetson's CPUs. Compared are the logits of the bundle's golden prompts and
 of the sample's pictures, the greedy answers, ``owl2 verify``, ``owl2 eval``, and a float32 bundle with what the
 original implementation computes. Emulation tells nothing about speed, and has no GPU.

@@ -86,21 +86,31 @@ def forgotten(packages: Sequence[Metadata], python: str) -> list[str]:
 
 def resolve(requirement: str, python: str) -> Resolution:
     """What pip would install for ``requirement`` with ``python`` on aarch64."""
+    requirements = [requirement]
+    while True:
+        packages, problem = dry_run(requirements, python)
+        missing = [] if problem else forgotten([package["metadata"] for package in packages], python)
+        if not missing:
+            return Resolution(python, tuple(map(_wheel, packages)), problem)
+        requirements += [text.partition(";")[0] for text in missing]
+
+
+def dry_run(requirements: Sequence[str], python: str) -> tuple[list[Metadata], str]:
+    """The packages of pip's report on installing for ``python`` on aarch64, and why it would not, if so."""
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--dry-run"]
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.json"
         options = ["--ignore-installed", "--target", scratch, "--report", str(report), *for_aarch64(python)]
-        done = subprocess.run([*pip, *options, requirement], capture_output=True, text=True, check=False)
+        done = subprocess.run([*pip, *options, *requirements], capture_output=True, text=True, check=False)
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-            return Resolution(python, (), "; ".join(errors) or done.stderr.strip())
-        chosen = json.loads(report.read_text(encoding="utf-8"))["install"]
-    wheels = tuple(
-        Wheel(entry["metadata"]["name"], entry["metadata"]["version"], entry["download_info"]["url"].rsplit("/")[-1])
-        for entry in chosen
-    )
-    missing = forgotten([entry["metadata"] for entry in chosen], python)
-    return Resolution(python, wheels, f"also needed there: {', '.join(missing)}" if missing else "")
+            return [], "; ".join(errors) or done.stderr.strip()
+        return json.loads(report.read_text(encoding="utf-8"))["install"], ""
+
+
+def _wheel(package: Metadata) -> Wheel:
+    metadata = package["metadata"]
+    return Wheel(metadata["name"], metadata["version"], package["download_info"]["url"].rsplit("/")[-1])
 
 
 def table(resolutions: Sequence[Resolution]) -> str:
@@ -120,7 +130,8 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        requirement = f"{build_wheel(Path(scratch))}[{','.join(arguments.extra)}]"
+        extras = f"[{','.join(arguments.extra)}]" if arguments.extra else ""
+        requirement = f"{build_wheel(Path(scratch))}{extras}"
         resolutions = [resolve(requirement, python) for python in arguments.python or PYTHONS]
     print(json.dumps([asdict(entry) for entry in resolutions], indent=2) if arguments.json else table(resolutions))
     return int(any(resolution.problem for resolution in resolutions))
