@@ -1,17 +1,20 @@
 """Whether installing needs nothing but binary wheels on aarch64, for each Python that JetPack may bring.
 
-Builds the wheel of this project and lets pip resolve it for another machine; nothing is installed.
+Builds the wheel of this project and lets pip download it with what it needs for another machine; nothing is kept.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from email import message_from_bytes
 from pathlib import Path
 from typing import Any
 
@@ -88,29 +91,36 @@ def resolve(requirement: str, python: str) -> Resolution:
     """What pip would install for ``requirement`` with ``python`` on aarch64."""
     requirements = [requirement]
     while True:
-        packages, problem = dry_run(requirements, python)
-        missing = [] if problem else forgotten([package["metadata"] for package in packages], python)
+        with tempfile.TemporaryDirectory() as folder:
+            problem = download(requirements, python, Path(folder))
+            files = sorted(Path(folder).glob("*.whl"))
+            packages = [read_metadata(file) for file in files]
+        missing = [] if problem else forgotten(packages, python)
         if not missing:
-            return Resolution(python, tuple(map(_wheel, packages)), problem)
+            wheels = (Wheel(package["name"], package["version"], file.name) for package, file in zip(packages, files))
+            return Resolution(python, tuple(wheels), problem)
         requirements += [text.partition(";")[0] for text in missing]
 
 
-def dry_run(requirements: Sequence[str], python: str) -> tuple[list[Metadata], str]:
-    """The packages of pip's report on installing for ``python`` on aarch64, and why it would not, if so."""
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--dry-run"]
-    with tempfile.TemporaryDirectory() as scratch:
-        report = Path(scratch) / "report.json"
-        options = ["--ignore-installed", "--target", scratch, "--report", str(report), *for_aarch64(python)]
-        done = subprocess.run([*pip, *options, *requirements], capture_output=True, text=True, check=False)
-        if done.returncode:
-            errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-            return [], "; ".join(errors) or done.stderr.strip()
-        return json.loads(report.read_text(encoding="utf-8"))["install"], ""
+def download(requirements: Sequence[str], python: str, folder: Path) -> str:
+    """Download wheels for ``python`` on aarch64; returns why that cannot be, if so.
+
+    Installing with --dry-run would be quicker, but compares Requires-Python with the Python that pip runs on.
+    """
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--dest", str(folder)]
+    done = subprocess.run([*pip, *for_aarch64(python), *requirements], capture_output=True, text=True, check=False)
+    if not done.returncode:
+        return ""
+    errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+    return "; ".join(errors) or done.stderr.strip()
 
 
-def _wheel(package: Metadata) -> Wheel:
-    metadata = package["metadata"]
-    return Wheel(metadata["name"], metadata["version"], package["download_info"]["url"].rsplit("/")[-1])
+def read_metadata(wheel: Path) -> Metadata:
+    """Name, version and requirements of a wheel."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (entry for entry in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", entry))
+        fields = message_from_bytes(archive.read(name))
+    return {"name": fields["Name"], "version": fields["Version"], "requires_dist": fields.get_all("Requires-Dist", [])}
 
 
 def table(resolutions: Sequence[Resolution]) -> str:
