@@ -64,7 +64,7 @@ full-size: $(VENV)/.dev
 	$(BIN)/python scripts/measure_full.py build/measure --kill 2 --samples 16
 
 aarch64: $(VENV)/.dev bundles/sample/owl2.json
-	$(BIN)/python scripts/check_wheels.py
+	$(BIN)/python scripts/check_wheels.py --extra cpu
 	$(BIN)/python scripts/check_aarch64.py build/aarch64 bundles/sample
 
 clean:
