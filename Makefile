@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 FOLDERS := export runtime quant sample scripts tests
 
-.PHONY: help demo test lint types unit wheel bench full full-size clean
+.PHONY: help demo test lint types unit wheel bench full full-size aarch64 clean
 
 help:
 	@echo "make demo   set up, convert the sample model, ask about a picture"
@@ -14,6 +14,7 @@ help:
 	@echo "make bench  speed of a conversation with the sample model"
 	@echo "make full   what takes long: accuracy of every kind of bundle, each choice of the quantizer, full-size layers"
 	@echo "make full-size   a whole model of 7B shapes: 25 GB in build/, about an hour"
+	@echo "make aarch64   the wheel on an emulated aarch64 machine: 1.1 GB in build/, ten minutes; needs Debian's apt"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -61,6 +62,10 @@ full: $(VENV)/.dev
 full-size: $(VENV)/.dev
 	$(BIN)/python scripts/measure_full.py build/measure --method rtn
 	$(BIN)/python scripts/measure_full.py build/measure --kill 2 --samples 16
+
+aarch64: $(VENV)/.dev bundles/sample/owl2.json
+	$(BIN)/python scripts/check_wheels.py --extra cpu
+	$(BIN)/python scripts/check_aarch64.py build/aarch64 bundles/sample
 
 clean:
 	rm -rf build bundles $(VENV)

@@ -115,6 +115,19 @@ class Manifest:
         """Bytes of all files."""
         return sum(entry.size for entry in self.files.values())
 
+    def kv_type(self, asked: KvType | None) -> KvType:
+        """The type of the K/V cache; that of the activations where none is asked for.
+
+        Raises:
+            ConfigError: the bundle does not offer it.
+        """
+        offered = ", ".join(self.kv_cache)
+        require(
+            asked is None or asked in self.kv_cache,
+            f"kv_cache {asked!r}: this bundle offers {offered}; choose one of these or export the checkpoint again",
+        )
+        return asked or self.activations
+
     def kv_bytes(self, kind: KvType) -> int:
         """Bytes that keys and values of one position take in all layers."""
         return spec.kv_bytes(self.model.decoder, kind, self.dialect)
@@ -160,13 +173,7 @@ class Bundle:
             ConfigError: the bundle does not offer it.
             BackendUnavailableError: the installed ONNX Runtime is too old for it.
         """
-        offered = self.manifest.kv_cache
-        kv_cache = kv_cache or self.manifest.activations
-        require(
-            kv_cache in offered,
-            f"kv_cache {kv_cache!r}: {self.folder} offers {', '.join(offered)}; choose one of these or export the "
-            "checkpoint again",
-        )
+        offered, kv_cache = self.manifest.kv_cache, self.manifest.kv_type(kv_cache)
         if is_older(onnxruntime_version(), offered[kv_cache]):
             raise BackendUnavailableError(
                 f"the {kv_cache} K/V cache needs onnxruntime {offered[kv_cache]} or newer, {onnxruntime_version()} "

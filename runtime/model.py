@@ -108,11 +108,12 @@ class Owl2:
             ConfigError: a setting that cannot work.
         """
         manifest = read_manifest(Path(bundle))
+        kind = manifest.kv_type(kv_cache)
         positions = resolve_context(manifest.model.decoder, context)
         # Before gigabytes are hashed.
         backend = choose_backend(Placement.parse(device), manifest.dialect, threads, kv_cache)
         if check_memory and device == CPU:
-            plan.check_memory(manifest, positions, kv_cache or manifest.activations)
+            plan.check_memory(manifest, positions, kind)
         opened = Bundle.open(Path(bundle), onnxruntime=backend.onnxruntime)
         return cls(opened, backend.open(opened), context)
 

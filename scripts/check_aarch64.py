@@ -1,0 +1,373 @@
+"""Whether a bundle computes on aarch64 what it computes here, with the ONNX Runtimes that a Jetson can have.
+
+The installed wheel runs in an emulated aarch64 Debian (see emulated.py; about 1.1 GB in SCRATCH, kept for the next
+time), on processors with the instructions of Jetson's CPUs. Compared are the logits of the bundle's golden prompts and
+of the sample's pictures, the greedy answers, ``owl2 verify``, ``owl2 eval``, and a float32 bundle with what the
+original implementation computes. Emulation tells nothing about speed, and has no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import requires
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from check_wheels import ROOT, build_wheel
+from emulated import (
+    AARCH64_WHEELS,
+    Interpreter,
+    aarch64_python,
+    check_tools,
+    debian_mirror,
+    host_python,
+    make_qemu,
+    make_site,
+    make_tree,
+    run,
+)
+from numpy.typing import NDArray
+
+from owl2.runtime.evaluation.divergence import row_kl
+
+# The last one with wheels for Python 3.10 on aarch64, so JetPack 6's.
+OLD = "onnxruntime==1.23.2"
+NEWEST = "onnxruntime"
+# qemu's cortex-a76 has what Orin's Cortex-A78AE has (int8 dot products, fp16), its neoverse-n2 what Thor's
+# Neoverse-V3AE adds (SVE2, int8 matrix products, bf16).
+ORIN, THOR, HOST = "cortex-a76", "neoverse-n2", "host"
+PLACES = ((HOST, NEWEST), (HOST, OLD), (ORIN, OLD), (ORIN, NEWEST), (THOR, NEWEST))
+"""Processors and ONNX Runtimes; the first is what the others are compared with."""
+
+CONVERSATIONS, CONVERSATIONS_SEED = 24, 7
+
+GOLDEN = ROOT / "tests" / "golden"
+GOLDEN_TOLERANCE = 1e-3
+"""As in tests/test_end_to_end.py."""
+KL_LIMIT = 1e-2
+"""Nats a position: what a device may differ from float activations by (export/certificate.py)."""
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What scripts/record_run.py wrote; ``arrays`` by name, as it says."""
+
+    onnxruntime: str
+    answers: Mapping[str, str]
+    ids: Mapping[str, Sequence[int]]
+    names: Sequence[str]
+    arrays: Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How far one recording lies from another, over all prompts.
+
+    Attributes:
+        positions: text positions compared, in one pass and step by step.
+        kl_text, kl_image, kl_steps: mean divergence in nats, of text and image positions of a whole prompt, and of
+            text positions at the end of a prompt that is run step by step.
+        kl_most: the largest at any text position.
+        most: largest absolute difference of a logit at any position.
+        same_best: share of text positions with the same most likely token.
+        other_answers: prompts with another greedy answer.
+        answers: prompts that were answered.
+    """
+
+    positions: int
+    kl_text: float
+    kl_image: float
+    kl_steps: float
+    kl_most: float
+    most: float
+    same_best: float
+    other_answers: tuple[str, ...]
+    answers: int
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What one place computes.
+
+    Attributes:
+        cpu: of qemu, or host.
+        onnxruntime: its version.
+        difference: of the bundle's logits and answers, from those of the first place.
+        verified: whether ``owl2 verify`` passes.
+        verified_kl: the largest divergence from float activations that it finds, nats; None if it is no number.
+        nats_per_token: by ``owl2 eval`` on conversations of the sample.
+        golden: largest difference of a logit of the float32 golden bundle from the original implementation's.
+        golden_answers: whether its greedy ids are the recorded ones.
+    """
+
+    cpu: str
+    onnxruntime: str
+    difference: Difference
+    verified: bool
+    verified_kl: float | None
+    nats_per_token: float
+    golden: float
+    golden_answers: bool
+
+    @property
+    def problems(self) -> list[str]:
+        """Why this place fails, if it does."""
+        prefill, steps = self.difference.kl_text, self.difference.kl_steps
+        # Written so that NaN fails.
+        found = {
+            "owl2 verify fails": not self.verified,
+            f"mean KL {prefill:.1e} nats of whole prompts is above {KL_LIMIT:.0e}": not prefill <= KL_LIMIT,
+            f"mean KL {steps:.1e} nats of single steps is above {KL_LIMIT:.0e}": not steps <= KL_LIMIT,
+            f"float32 logits are off by {self.golden:.1e}": not self.golden <= GOLDEN_TOLERANCE,
+            "float32 greedy ids differ from the recorded ones": not self.golden_answers,
+        }
+        return [problem for problem, applies in found.items() if applies]
+
+
+def read_recording(folder: Path) -> Recording:
+    """Read what scripts/record_run.py wrote."""
+    record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+    answers = [entry for entry in record["answers"] if entry["text"] is not None]
+    with np.load(folder / "logits.npz", allow_pickle=False) as arrays:
+        return Recording(
+            record["onnxruntime"],
+            {entry["name"]: entry["text"] for entry in answers},
+            {entry["name"]: entry["ids"] for entry in answers},
+            [entry["name"] for entry in record["answers"]],
+            dict(arrays),
+        )
+
+
+def compare(reference: Recording, made: Recording) -> Difference:
+    """How far ``made`` lies from ``reference``.
+
+    Raises:
+        ValueError: they are not of the same prompts.
+    """
+    if reference.names != made.names:
+        raise ValueError(f"recordings of different prompts: {reference.names} and {made.names}")
+    text, image, steps, same, most = [], [], [], [], []
+    for index in range(len(reference.names)):
+        modality = reference.arrays[f"{index}.modality"]
+        one, other = reference.arrays[f"{index}.prefill"], made.arrays[f"{index}.prefill"]
+        kl = row_kl(one, other)
+        text.append(kl[modality == 0])
+        image.append(kl[modality == 1])
+        same.append((one.argmax(-1) == other.argmax(-1))[modality == 0])
+        cached, other_cached = reference.arrays[f"{index}.steps"], made.arrays[f"{index}.steps"]
+        steps.append(row_kl(cached, other_cached))
+        most += [np.abs(one - other).max(), np.abs(cached - other_cached).max()]
+    every = np.concatenate([*text, *steps])
+    return Difference(
+        positions=len(every),
+        kl_text=_mean(text),
+        kl_image=_mean(image),
+        kl_steps=_mean(steps),
+        kl_most=float(every.max()),
+        most=float(np.max(most)),
+        same_best=_mean(same),
+        other_answers=tuple(name for name, text in reference.answers.items() if made.answers[name] != text),
+        answers=len(reference.answers),
+    )
+
+
+def _mean(rows: Iterable[NDArray[Any]]) -> float:
+    joined = np.concatenate(list(rows))
+    return float(joined.mean()) if joined.size else 0.0
+
+
+def golden_difference(made: Recording, folder: Path) -> tuple[float, bool]:
+    """Largest difference of a logit from the original implementation's, and whether the greedy ids are equal.
+
+    Args:
+        made: of the cases of :func:`golden_cases`.
+        folder: the golden data.
+
+    Raises:
+        ValueError, KeyError: a golden prompt was not recorded.
+    """
+    with np.load(folder / "forward.npz") as forward, np.load(folder / "decode.npz") as decode:
+        logits = {name: made.arrays[f"{made.names.index(name)}.prefill"] for name in _groups(forward, "logits")}
+        most = [np.abs(logits[name] - forward[f"{name}/logits"]).max() for name in logits]
+        equal = [list(made.ids[name]) == decode[f"{name}/new_ids"].tolist() for name in _groups(decode, "new_ids")]
+    return float(np.max(most)), all(equal)
+
+
+def _groups(arrays: Iterable[str], kind: str) -> list[str]:
+    return [name.removesuffix(f"/{kind}") for name in arrays if name.endswith(f"/{kind}")]
+
+
+def sample_cases() -> list[dict[str, Any]]:
+    """The sample's pictures."""
+    folder = ROOT / "sample" / "pictures"
+    entries = json.loads((folder / "pictures.json").read_text(encoding="utf-8"))
+    return [
+        {
+            "name": entry["file"],
+            "prompt": entry["prompt"],
+            "images": [str(folder / entry["file"])],
+            "max_new_tokens": 64,
+        }
+        for entry in entries
+    ]
+
+
+def golden_cases(folder: Path) -> list[dict[str, Any]]:
+    """The prompts that were recorded from the original implementation."""
+    prompts = {entry["id"]: entry["prompt"] for entry in json.loads((folder / "prompts.json").read_text())}
+    return [
+        {
+            "name": entry["name"],
+            "prompt": prompts[entry["prompt_id"]],
+            "images": [str(GOLDEN / "images" / name) for name in entry["images"]],
+            "preprocess": "resize",
+            "max_new_tokens": 16,
+        }
+        for entry in json.loads((folder / "forward_index.json").read_text())
+    ]
+
+
+def interpreters(scratch: Path, mirror: str) -> dict[tuple[str, str], Interpreter]:
+    """A Python for every place, with this project's wheel."""
+    tree, qemu = make_tree(scratch, mirror), make_qemu(scratch, mirror)
+    fresh = scratch / "owl2"
+    shutil.rmtree(fresh, ignore_errors=True)
+    owl2 = make_site(fresh, [str(build_wheel(scratch / "wheel"))], ["--no-deps"])
+    made = {}
+    for cpu, onnxruntime in PLACES:
+        wheels = () if cpu == HOST else AARCH64_WHEELS
+        name = f"site-{HOST if cpu == HOST else 'aarch64'}-{onnxruntime}"
+        site = make_site(scratch / name, [*_dependencies(), onnxruntime], wheels)
+        path = (owl2, site)
+        made[cpu, onnxruntime] = host_python(path) if cpu == HOST else aarch64_python(tree, qemu, cpu, path)
+    return made
+
+
+def _dependencies() -> list[str]:
+    """What the plain install needs, ONNX Runtime among it."""
+    return [need for need in requires("owl2") or [] if ";" not in need]
+
+
+def prepare(scratch: Path) -> Path:
+    """The prompts, the conversations and the float32 golden bundle: their folder."""
+    data = scratch / "data"
+    shutil.rmtree(data, ignore_errors=True)
+    data.mkdir(parents=True)
+    (data / "bundle.json").write_text(json.dumps(sample_cases()), encoding="utf-8")
+    (data / "golden.json").write_text(json.dumps(golden_cases(GOLDEN / "a1_base_bin")), encoding="utf-8")
+    talks = ["--count", CONVERSATIONS, "--seed", CONVERSATIONS_SEED]
+    run(sys.executable, ROOT / "sample" / "make_calibration.py", data / "talks", *talks)
+    checkpoint = GOLDEN / "a1_base_bin" / "model"
+    run(sys.executable, "-m", "owl2.export", checkpoint, data / "golden", "--weights", "fp32", "--json")
+    return data
+
+
+def record(python: Interpreter, bundle: Path, cases: Path, out: Path) -> Recording:
+    """Run scripts/record_run.py; exits if it fails."""
+    finished(python.run(ROOT / "scripts" / "record_run.py", bundle, cases, out))
+    return read_recording(out)
+
+
+def measure(cpu: str, python: Interpreter, folders: tuple[Path, Path, Path], reference: Recording | None) -> Result:
+    """Run everything in one place.
+
+    Args:
+        cpu: its name.
+        python: runs there.
+        folders: the bundle, what :func:`prepare` made, and one for the recordings.
+        reference: the first place's recording; None if this is the first.
+    """
+    bundle, data, out = folders
+    made = record(python, bundle, data / "bundle.json", out / "bundle")
+    most, equal = golden_difference(
+        record(python, data / "golden", data / "golden.json", out / "golden"), GOLDEN / "a1_base_bin"
+    )
+    # 1 stands for a bundle that does not pass, which is a result.
+    verified = json.loads(finished(python.run("-m", "owl2.runtime", "verify", bundle, "--json"), codes=(0, 1)))
+    divergences = [golden["kl"] for golden in verified["goldens"]]
+    talks = data / "talks" / "calibration.jsonl"
+    evaluated = json.loads(finished(python.run("-m", "owl2.runtime", "eval", bundle, "--data", talks, "--json")))
+    return Result(
+        cpu=cpu,
+        onnxruntime=made.onnxruntime,
+        difference=compare(reference or made, made),
+        verified=verified["passed"],
+        verified_kl=None if not divergences or None in divergences else max(divergences),
+        nats_per_token=evaluated["tasks"]["conversation"]["scores"]["nats_per_token"]["value"],
+        golden=most,
+        golden_answers=equal,
+    )
+
+
+def finished(done: subprocess.CompletedProcess[str], codes: Sequence[int] = (0,)) -> str:
+    """What a program wrote; exits with its last words if it failed."""
+    if done.returncode not in codes or (not done.stdout and done.returncode):
+        sys.exit(f"{' '.join(done.args[-6:])} failed ({done.returncode}):\n{done.stderr[-2000:]}")
+    return done.stdout
+
+
+def table(results: Sequence[Result]) -> str:
+    """Plain text: a line per place, then what failed and which answers differ."""
+    titles = ("processor", "onnxruntime", "verify", "KL text", "KL steps", "KL image", "KL most", "logit", "same best")
+    titles += ("answers", "nats/token", "golden fp32")
+    lines = [titles, *map(_row, results)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
+    for result in results:
+        place = f"{result.cpu}, onnxruntime {result.onnxruntime}"
+        text += [f"FAIL: {place}: {problem}" for problem in result.problems]
+        if result.difference.other_answers:
+            text.append(f"{place}: other greedy answers: {', '.join(result.difference.other_answers)}")
+    return "\n".join(text)
+
+
+def _row(result: Result) -> tuple[str, ...]:
+    difference = result.difference
+    verified = "-" if result.verified_kl is None else f"{result.verified_kl:.1e}"
+    return (
+        result.cpu,
+        result.onnxruntime,
+        f"{verified} {'pass' if result.verified else 'FAIL'}",
+        *(f"{kl:.1e}" for kl in (difference.kl_text, difference.kl_steps, difference.kl_image, difference.kl_most)),
+        f"{difference.most:.1e}",
+        f"{difference.same_best:.1%}",
+        f"{difference.answers - len(difference.other_answers)}/{difference.answers}",
+        f"{result.nats_per_token:.4f}",
+        f"{result.golden:.1e} {'ids equal' if result.golden_answers else 'ids DIFFER'}",
+    )
+
+
+def main() -> int:
+    """Command line; 1 if a place fails."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scratch", type=Path, help="folder for everything that is downloaded")
+    parser.add_argument("bundle", type=Path, help="made of the sample checkpoint, for instance by make demo")
+    parser.add_argument("--mirror", metavar="URL", help="of Debian; the one of this machine's apt if not given")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    arguments = parser.parse_args()
+    check_tools()
+    scratch = arguments.scratch.resolve()
+    data = prepare(scratch)
+    results: list[Result] = []
+    reference: Recording | None = None
+    for number, ((cpu, _), python) in enumerate(interpreters(scratch, arguments.mirror or debian_mirror()).items()):
+        out = scratch / "recordings" / str(number)
+        results.append(measure(cpu, python, (arguments.bundle.resolve(), data, out), reference))
+        print(f"{cpu}, onnxruntime {results[-1].onnxruntime}: done", file=sys.stderr, flush=True)
+        reference = reference or read_recording(out / "bundle")
+    if arguments.json:
+        print(json.dumps([asdict(entry) | {"problems": entry.problems} for entry in results], indent=2))
+    else:
+        print(table(results))
+    return int(any(result.problems for result in results))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,151 @@
+"""Whether installing needs nothing but binary wheels on aarch64, for each Python that JetPack may bring.
+
+Builds the wheel of this project and lets pip download it with what it needs for another machine; nothing is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from email import message_from_bytes
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTHONS = ("3.10", "3.11", "3.12")
+# Ubuntu 22.04, under JetPack 6, has glibc 2.35: all of these run there.
+PLATFORMS = ("manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux2014_aarch64")
+
+Metadata = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Wheel:
+    """What pip would install."""
+
+    package: str
+    version: str
+    file: str
+
+
+@dataclass(frozen=True, slots=True)
+class Resolution:
+    """What one Python gets; ``problem`` says why it cannot be installed, if so."""
+
+    python: str
+    wheels: tuple[Wheel, ...]
+    problem: str = ""
+
+
+def for_aarch64(python: str) -> list[str]:
+    """Options that make pip choose wheels, and nothing else, for a Python ("3.10") on aarch64 Linux."""
+    platforms = [option for platform in PLATFORMS for option in ("--platform", platform)]
+    return ["--only-binary=:all:", "--implementation", "cp", "--python-version", python, *platforms]
+
+
+def build_wheel(folder: Path) -> Path:
+    """Build the wheel of this project into ``folder``.
+
+    Raises:
+        CalledProcessError: it cannot be built.
+    """
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--disable-pip-version-check", "--no-deps"]
+    subprocess.run([*build, "--wheel-dir", str(folder), str(ROOT)], check=True)
+    return max(folder.glob("owl2-*.whl"), key=lambda path: path.stat().st_mtime)
+
+
+def forgotten(packages: Sequence[Metadata], python: str) -> list[str]:
+    """Requirements that hold on aarch64 with ``python`` and are not among ``packages``.
+
+    pip evaluates conditions such as ``python_version < "3.11"`` for the machine that it runs on, whatever it resolves
+    for, and so may leave one out.
+    """
+    target = {
+        "python_version": python,
+        "python_full_version": f"{python}.0",
+        "platform_machine": "aarch64",
+        "platform_system": "Linux",
+        "sys_platform": "linux",
+        "os_name": "posix",
+        "implementation_name": "cpython",
+        "platform_python_implementation": "CPython",
+        "extra": "",
+    }
+    there = {canonicalize_name(package["name"]) for package in packages}
+    wanted = [Requirement(text) for package in packages for text in package.get("requires_dist", ())]
+    missing = [need for need in wanted if need.marker is not None and need.marker.evaluate(target)]
+    return sorted({str(need) for need in missing if canonicalize_name(need.name) not in there})
+
+
+def resolve(requirement: str, python: str) -> Resolution:
+    """What pip would install for ``requirement`` with ``python`` on aarch64."""
+    requirements = [requirement]
+    while True:
+        with tempfile.TemporaryDirectory() as folder:
+            problem = download(requirements, python, Path(folder))
+            files = sorted(Path(folder).glob("*.whl"))
+            packages = [read_metadata(file) for file in files]
+        missing = [] if problem else forgotten(packages, python)
+        if not missing:
+            wheels = (Wheel(package["name"], package["version"], file.name) for package, file in zip(packages, files))
+            return Resolution(python, tuple(wheels), problem)
+        requirements += [text.partition(";")[0] for text in missing]
+
+
+def download(requirements: Sequence[str], python: str, folder: Path) -> str:
+    """Download wheels for ``python`` on aarch64; returns why that cannot be, if so.
+
+    Installing with --dry-run would be quicker, but compares Requires-Python with the Python that pip runs on.
+    """
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--dest", str(folder)]
+    done = subprocess.run([*pip, *for_aarch64(python), *requirements], capture_output=True, text=True, check=False)
+    if not done.returncode:
+        return ""
+    errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+    return "; ".join(errors) or done.stderr.strip()
+
+
+def read_metadata(wheel: Path) -> Metadata:
+    """Name, version and requirements of a wheel."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (entry for entry in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", entry))
+        fields = message_from_bytes(archive.read(name))
+    return {"name": fields["Name"], "version": fields["Version"], "requires_dist": fields.get_all("Requires-Dist", [])}
+
+
+def table(resolutions: Sequence[Resolution]) -> str:
+    """Plain text, one line per wheel."""
+    lines = []
+    for resolution in resolutions:
+        lines.append(f"Python {resolution.python}: {resolution.problem or f'{len(resolution.wheels)} wheels'}")
+        lines += [f"  {wheel.package:16}{wheel.version:12}{wheel.file}" for wheel in resolution.wheels]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Command line; 1 if some Python would have to build something."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--python", action="append", help=f"such as 3.10; repeatable (default {', '.join(PYTHONS)})")
+    parser.add_argument("--extra", action="append", default=[], help="of this project, such as hub; repeatable")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        extras = f"[{','.join(arguments.extra)}]" if arguments.extra else ""
+        requirement = f"{build_wheel(Path(scratch))}{extras}"
+        resolutions = [resolve(requirement, python) for python in arguments.python or PYTHONS]
+    print(json.dumps([asdict(entry) for entry in resolutions], indent=2) if arguments.json else table(resolutions))
+    return int(any(resolution.problem for resolution in resolutions))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,111 @@
+"""Record what a bundle computes on this machine, to be compared with another machine's record.
+
+Needs the plain install alone. CASES is a JSON list of objects: ``name``, ``prompt`` (raw text), ``images`` (paths),
+``max_new_tokens``, and optionally ``preprocess``. The bundle's own golden prompts come first. OUT becomes a folder:
+
+* ``logits.npz``: per case ``N.prefill`` float32 [T, V], every position of the prompt in one pass; ``N.modality``
+  int64 [T]; ``N.steps`` float32 [R, V], its last text positions, most of them decoded one by one.
+* ``record.json``: versions, and the greedy answer of every case that asks for one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from owl2.runtime import Owl2
+from owl2.runtime.backends.ort import OrtEngine, OrtOptions
+from owl2.runtime.bundle import Bundle
+from owl2.runtime.certificate import golden_positions, read_goldens, run_golden
+from owl2.runtime.config import PreprocessMode
+from owl2.runtime.image import ImageInput
+from owl2.runtime.multimodal import Prompt, embed, encode_prompt
+from owl2.runtime.pictures import PictureEncoder, open_pictures
+from owl2.runtime.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Case:
+    """A prompt; nothing is generated for ``max_new_tokens`` of 0."""
+
+    name: str
+    prompt: str
+    images: Sequence[ImageInput]
+    max_new_tokens: int = 0
+    preprocess: PreprocessMode | None = None
+
+
+def read_cases(bundle: Bundle, path: Path) -> list[Case]:
+    """The bundle's golden prompts and those of a file."""
+    goldens = [Case(f"certificate: {golden.name}", golden.prompt, golden.images) for golden in read_goldens(bundle)]
+    return goldens + [Case(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
+
+
+def logits(bundle: Bundle, engine: OrtEngine, case: Case) -> Mapping[str, NDArray[Any]]:
+    """The arrays of a case; prompts are cut where the context ends."""
+    model = bundle.manifest.model
+    pictures = open_pictures(case.images, model.preprocess, case.preprocess)
+    whole = encode_prompt(case.prompt, pictures, Tokenizer.load(bundle.folder), model.rows_per_image)
+    prompt = Prompt(whole.keys[: model.decoder.max_position_embeddings], whole.pictures)
+    rows, _ = PictureEncoder(engine).rows(list(prompt.pictures.values()))
+    table = bundle.embeddings()
+    embeds, modality = embed(prompt.keys, table, rows)
+    every = np.arange(len(embeds), dtype=np.int64)
+    return {
+        "prefill": engine.prefill(embeds, modality, 0, engine.allocate(len(embeds), None), every),
+        "modality": modality,
+        "steps": run_golden(engine, table, prompt, rows, golden_positions(prompt)),
+    }
+
+
+def answer(owl: Owl2, case: Case) -> dict[str, Any]:
+    """The greedy answer of a case."""
+    if not case.max_new_tokens:
+        return {"name": case.name, "text": None, "ids": []}
+    made = owl.generate(
+        case.prompt, images=case.images, preprocess=case.preprocess, max_new_tokens=case.max_new_tokens, temperature=0
+    )
+    return {"name": case.name, "text": made.text, "ids": list(made.ids)}
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("cases", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--threads", type=int)
+    arguments = parser.parse_args()
+    bundle = Bundle.open(arguments.bundle)
+    engine = OrtEngine(bundle, OrtOptions(threads=arguments.threads))
+    owl = Owl2(bundle, engine)
+    cases = read_cases(bundle, arguments.cases)
+    arrays = {
+        f"{index}.{name}": array
+        for index, case in enumerate(cases)
+        for name, array in logits(bundle, engine, case).items()
+    }
+    record = {
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "onnxruntime": onnxruntime.__version__,
+        "answers": [answer(owl, case) for case in cases],
+    }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(arguments.out / "logits.npz", **arrays)
+    (arguments.out / "record.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
