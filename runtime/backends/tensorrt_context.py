@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from owl2.runtime.backends.cuda_memory import Device
+from owl2.runtime.backends.cuda_memory import Device, aligned
 from owl2.runtime.devices import EngineKind
 from owl2.runtime.errors import BackendError, BackendUnavailableError
 
@@ -215,11 +215,9 @@ def shared_scratch(device: Device, contexts: list[Context]) -> int:
     """Allocate what the hungriest of ``contexts`` needs, for all of them: they never run at the same time.
 
     Returns:
-        Its address, or 0 where none is needed.
+        Its address.
     """
-    nbytes = max(context.scratch for context in contexts)
-    if nbytes == 0:
-        return 0
+    nbytes = aligned(max(context.scratch for context in contexts))
     address = device.allocate(nbytes)
     for context in contexts:
         context.lend(address, nbytes)

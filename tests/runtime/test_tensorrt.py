@@ -419,7 +419,7 @@ class TestMemory:
 
     def test_contexts_share_scratch_memory(self, fake: Fake) -> None:
         assert {context.memory for context in fake.trt.contexts} == {fake.decoding.memory}
-        assert fake.decoding.memory[1] == 5000
+        assert fake.decoding.memory[1] == 5120
 
     def test_no_room_for_a_longer_conversation(self, float32: Bundle) -> None:
         device = FakeDevice()
