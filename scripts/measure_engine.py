@@ -18,6 +18,7 @@ from random_checkpoint import CONFIG, PREPROCESSOR
 from torch import Tensor, nn
 
 from owl2.export.engine.build import Job, build_engine
+from owl2.export.engine.cli import PREFILL
 from owl2.export.engine.profiles import Limits, decoder_profiles, vision_profile
 from owl2.export.engine.target import choose, find_gpu
 from owl2.export.graph.builder import GraphBuilder
@@ -81,7 +82,7 @@ def main() -> int:
     parser.add_argument("--gpu", default="rtx4090", help="GPU that the engines are for (default rtx4090)")
     parser.add_argument("--layers", type=int, default=32, help="decoder layers (default 32)")
     parser.add_argument("--context", type=int, default=2048, help="positions of a conversation (default 2048)")
-    parser.add_argument("--prefill", type=int, default=1024, help="positions of a step (default 1024)")
+    parser.add_argument("--prefill", type=int, default=PREFILL, help=f"positions of a step (default {PREFILL})")
     given = parser.parse_args()
     given.scratch.mkdir(parents=True, exist_ok=True)
     config = model_config(CONFIG | {"num_hidden_layers": given.layers}, PREPROCESSOR, {})

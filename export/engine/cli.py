@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from owl2.export.progress import Reporter
     from owl2.runtime.bundle import Bundle
 
-PREFILL = 1024
+PREFILL = 256
+"""As many as the runtime computes at a time, unless the logits of a whole prompt are asked for."""
 MIB = 1 << 20
 
 

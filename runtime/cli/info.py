@@ -12,11 +12,20 @@ import click
 
 from owl2.runtime import spec
 from owl2.runtime.backends.installation import onnxruntime_version
-from owl2.runtime.bundle import Manifest, WeightFormat, check_files, check_onnxruntime, is_older, read_manifest
+from owl2.runtime.bundle import (
+    Manifest,
+    WeightFormat,
+    check_entry,
+    check_files,
+    check_onnxruntime,
+    is_older,
+    read_manifest,
+)
 from owl2.runtime.cli.console import notice, reports_errors, size
 from owl2.runtime.cli.options import bundle_argument
 from owl2.runtime.config import DecoderConfig
-from owl2.runtime.errors import BackendUnavailableError
+from owl2.runtime.engines import FOLDER, EngineRecord, read_record
+from owl2.runtime.errors import BackendUnavailableError, BundleCorruptError
 
 Row = tuple[str, str]
 
@@ -30,6 +39,7 @@ class Findings:
         accuracy, calibration: named figures of its report; empty if it has none.
         kv_int8: the same of the int8 K/V cache, which it compares with the float32 one.
         goldens: what the exporting machine reached on each golden prompt, and the limit for a device.
+        engines: what is recorded of the TensorRT engines, by the name of their folder.
         problems: a sentence each; empty if the bundle can be used.
     """
 
@@ -38,6 +48,7 @@ class Findings:
     calibration: dict[str, Any]
     kv_int8: dict[str, Any]
     goldens: list[dict[str, Any]]
+    engines: dict[str, EngineRecord]
     problems: list[str]
 
 
@@ -78,7 +89,22 @@ def _inspect(folder: Path) -> Findings:
     accuracy, calibration, kv_int8 = (_plain(report.get(part)) for part in ("accuracy", "calibration", "kv_int8"))
     entries = report.get("goldens")
     goldens = [_plain(entry) for entry in entries] if isinstance(entries, list) else []
-    return Findings(manifest, accuracy, calibration, kv_int8, goldens, problems)
+    return Findings(manifest, accuracy, calibration, kv_int8, goldens, _engines(folder, manifest, problems), problems)
+
+
+def _engines(folder: Path, manifest: Manifest, problems: list[str]) -> dict[str, EngineRecord]:
+    """The records of all engines, verified; adds to ``problems`` what is wrong with them."""
+    records = {}
+    for name in manifest.engines:
+        place = folder / FOLDER / name
+        try:
+            records[name] = record = read_record(place)
+        except BundleCorruptError as error:
+            problems.append(str(error))
+            continue
+        found = [problem for file, entry in record.files.items() if (problem := check_entry(place, file, entry))]
+        problems += [f"{name}: {problem}" for problem in found]
+    return records
 
 
 def _report(path: Path) -> dict[str, Any]:
@@ -130,6 +156,7 @@ def _record(findings: Findings) -> dict[str, Any]:
         "accuracy": findings.accuracy,
         "calibration": findings.calibration,
         "goldens": findings.goldens,
+        "engines": {name: record.to_json() for name, record in findings.engines.items()},
         "manifest": manifest.to_json(),
     }
 
@@ -147,10 +174,17 @@ def _table(folder: Path, findings: Findings) -> str:
         ("int8 K/V cache against fp32", _figures(losses)),
         ("calibration", _figures(findings.calibration)),
         ("certificate", [(str(golden.get("name")), _golden(golden)) for golden in findings.goldens]),
+        ("TensorRT engines", [(name, _engine(record)) for name, record in findings.engines.items()]),
         ("files", [*files, ("total", size(manifest.size))]),
     ]
     blocks = [_section(title, rows) for title, rows in sections if rows]
     return "\n\n".join([*blocks, _verdict(findings)])
+
+
+def _engine(record: EngineRecord) -> str:
+    total = size(sum(entry.size for entry in record.files.values()))
+    where = f"built on {record.gpu}" if record.gpu else "built without a GPU"
+    return f"{total}, TensorRT {record.tensorrt}, {where}; {record.context} positions, {record.prefill} in a step"
 
 
 def _verdict(findings: Findings) -> str:

@@ -91,6 +91,17 @@ class TestBundle:
         manifest = Bundle.open(folder).manifest
         assert manifest.engines == {"tensorrt-rtx-sm89": hash_file(report.folder / "engine.json")}
         assert replace(manifest, engines={}) == bundle.manifest
+        shown = subprocess.run(
+            [sys.executable, "-m", "owl2.runtime", "info", str(folder)], check=False, capture_output=True, text=True
+        )
+        assert "tensorrt-rtx-sm89" in shown.stdout
+        assert f"TensorRT {trt.__version__}, built without a GPU; 512 positions, 128 in a step" in shown.stdout
+        (report.folder / engines.VISION_ENGINE).write_bytes(b"cut")
+        shown = subprocess.run(
+            [sys.executable, "-m", "owl2.runtime", "info", str(folder)], check=False, capture_output=True, text=True
+        )
+        assert shown.returncode == 1
+        assert "tensorrt-rtx-sm89: vision.engine has 3 bytes" in shown.stdout
         assert Owl2.load(folder).logits("Hi").shape[1] == manifest.model.decoder.vocab_size
 
     def test_a_failure_leaves_engines_and_manifest_as_they_were(

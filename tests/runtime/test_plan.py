@@ -76,19 +76,19 @@ def manifest() -> Manifest:
     """The same as a manifest: int4, float32 activations."""
     bundle = stored()
     files = {"decoder.onnx.data": bundle.decoder, "vision.onnx.data": bundle.vision, "embeddings.bin": 32000 * 4096 * 2}
-    made: dict[str, Any] = {
-        "format": spec.FORMAT_VERSION,
-        "producer": "owl2 test",
-        "dialect": "ort",
-        "activations": "fp32",
-        "minimum_onnxruntime": "1.22",
-        "kv_cache": {"fp32": "1.22", "int8": "1.27"},
-        "template": "mplug_owl2",
-        "weights": bundle.weights,
-        "model": bundle.model,
-        "files": {name: FileEntry(size, "0" * 64) for name, size in files.items()},
-    }
-    return Manifest(**{name: value for name, value in made.items() if name in Manifest.__dataclass_fields__})
+    return Manifest(
+        format=spec.FORMAT_VERSION,
+        producer="owl2 test",
+        dialect="ort",
+        activations="fp32",
+        minimum_onnxruntime="1.22",
+        kv_cache={"fp32": "1.22", "int8": "1.27"},
+        template="mplug_owl2",
+        weights=bundle.weights,
+        model=bundle.model,
+        files={name: FileEntry(size, "0" * 64) for name, size in files.items()},
+        engines={},
+    )
 
 
 @pytest.fixture
