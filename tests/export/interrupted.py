@@ -63,13 +63,13 @@ def main() -> None:
         notes.write_text("")
         process = os.fork()  # torch is imported once
         if process == 0:
-            if job["kill"]:
-                plant(*job["kill"])
-            settings = {
-                name: Path(value) if name in ("checkpoint", "bundle") else value
-                for name, value in job["config"].items()
-            }
             try:
+                if job["kill"]:
+                    plant(*job["kill"])
+                settings = {
+                    name: Path(value) if name in ("checkpoint", "bundle") else value
+                    for name, value in job["config"].items()
+                }
                 export_bundle(ExportConfig(**settings), Written(notes))
             except BaseException:
                 # Not by an orderly exit: that waits for threads of ONNX Runtime, which a fork does not have.

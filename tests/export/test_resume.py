@@ -35,7 +35,7 @@ POINTS = [
         "continuing an interrupted export at layer 4 of 5",
     ),
     (
-        ["owl2.export.checks", "_exact_logits", 1, "before"],
+        ["owl2.export.checks", "_probe_logits", 1, "before"],
         "continuing an interrupted export behind the last of 5 layers",
     ),
     (["pathlib:Path", "rename", 1, "before"], "continuing an interrupted export behind the last of 5 layers"),
