@@ -84,6 +84,7 @@ def check_bundle(
     with _float_decoder(bundle) as session:
         exact = _probe_logits(session, probes, reporter)
         certificate = make_goldens(bundle, goldens, session, rows, reporter)
+    del session  # before the next one is opened
     session = _open_decoder(bundle)
     parity = _check_decoder(exact, _probe_logits(session, probes, reporter), decoder, len(probes))
     kept = FloatLogits()
