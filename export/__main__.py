@@ -22,6 +22,7 @@ from owl2.runtime.spec import DialectName, FloatType
 from owl2.runtime.version import __version__
 
 if TYPE_CHECKING:
+    from owl2.export.engine.engines import EngineReport
     from owl2.export.progress import Reporter
     from owl2.export.report import Report
 
@@ -82,7 +83,7 @@ LISTED_PARTS = 3
 @click.option(
     "--dialect",
     type=click.Choice(get_args(DialectName)),
-    show_default="ort, or onnx with --engine",
+    show_default="ort, or onnx with --engine or --gpu",
     help="Operators of the graphs: ort for ONNX Runtime, onnx (the standard's own) for TensorRT.",
 )
 @click.option(
@@ -143,6 +144,8 @@ def export(  # noqa: PLR0913 - one parameter per option
     left in floating point are quantized here. With --layout gptq, such a checkpoint is what is written;
     that starts over after an interruption.
 
+    A second command, owl2-export engine BUNDLE, builds TensorRT engines for a bundle that is there.
+
     \b
     Examples:
       owl2-export mplug-owl2-llama2-7b/ owl2-int4/
@@ -164,9 +167,9 @@ def export(  # noqa: PLR0913 - one parameter per option
     from owl2.export.progress import Notes, Terminal
     from owl2.export.source import default_settings
     from owl2.export.staging import Staging
-    from owl2.runtime.bundle import Bundle
 
-    require(kind is None or layout == "bundle", f"--engine {kind} needs --layout bundle")
+    require(not (kind or gpu) or layout == "bundle", "engines are built from a bundle; leave --layout gptq out")
+    require(not (kind or gpu) or dialect != "ort", "engines are built from graphs of --dialect onnx, not of ort")
     Staging(bundle, overwrite=overwrite)  # before anything long begins
     with ExitStack() as stack:
         reporter: Reporter = Notes() if as_json else stack.enter_context(Terminal())
@@ -192,16 +195,31 @@ def export(  # noqa: PLR0913 - one parameter per option
         if request is not None:
             request.target(config.dialect, config.weights)  # before anything long begins, too
         report = export_gptq(config, reporter) if layout == "gptq" else export_bundle(config, reporter)
-        engines = None if request is None else build(Bundle.open(bundle), request, reporter)
+        if not as_json:
+            click.echo(_summary(bundle, report))
+        engines = None if request is None else _engines(bundle, request, reporter)
     if as_json:
         built = {} if engines is None else {"engines": engines.to_json()}
         click.echo(json.dumps({"bundle": str(bundle), **report.to_json(), **built}, indent=2))
         return
-    click.echo(_summary(bundle, report))
     if engines is not None:
         click.echo(summary(engines))
     for note in report.calibration.notes:
         notice(f"note: {note}")
+
+
+def _engines(bundle: Path, request: Request, reporter: Reporter) -> EngineReport:
+    """Build engines for a bundle that is just finished; whatever happens to them, it stays."""
+    from owl2.runtime.bundle import Bundle
+
+    try:
+        return build(Bundle.open(bundle, onnxruntime=False), request, reporter)
+    except BaseException:
+        options = "".join(
+            f" {option} {value}" for option, value in (("--kind", request.kind), ("--gpu", request.gpu)) if value
+        )
+        reporter.note(f"{bundle} is complete; only its engines are missing: owl2-export engine {bundle}{options}")
+        raise
 
 
 def _summary(bundle: Path, report: Report) -> str:
@@ -295,15 +313,17 @@ def main(arguments: Sequence[str] | None = None, name: str = "owl2-export") -> N
     """
     # A polite kill cleans up as Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    arguments = sys.argv[1:] if arguments is None else arguments
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    extra = "cpu,export"
     try:
-        if arguments[:1] == ["engine"]:
-            engine(args=arguments[1:], prog_name=f"{name} engine")
-        export(args=arguments, prog_name=name)
+        if given[:1] == ["engine"]:
+            extra = "tensorrt' or 'owl2[tensorrt-rtx"
+            engine(args=given[1:], prog_name=f"{name} engine")
+        export(args=given, prog_name=name)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("owl2"):
             raise
-        sys.exit(f"{name}: error: {error.name} is not installed; exporting needs: pip install 'owl2[cpu,export]'")
+        sys.exit(f"{name}: error: {error.name} is not installed; this needs: pip install 'owl2[{extra}]'")
 
 
 if __name__ == "__main__":

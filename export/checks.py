@@ -17,6 +17,7 @@ from owl2.export.parity import Parity, compare, with_float_activations
 from owl2.export.progress import Reporter
 from owl2.export.prompts import Prompts
 from owl2.export.report import Accuracy, KvInt8
+from owl2.export.usage import return_memory
 from owl2.export.vision import ExportedVision
 from owl2.quant.kv import RoundedStream
 from owl2.runtime import spec
@@ -26,7 +27,7 @@ from owl2.runtime.certificate import Reached
 from owl2.runtime.engine import Decoder, Floats, Ints, KvBuffers
 from owl2.runtime.evaluation.divergence import Divergence, divergence
 from owl2.runtime.multimodal import Prompt, embed
-from owl2.runtime.spec import KvType
+from owl2.runtime.spec import FloatType, KvType
 
 # So many text positions at the end of a probe are decoded one by one, to compare the cached step too.
 DECODED_STEPS = 4
@@ -86,7 +87,9 @@ def check_bundle(
         certificate = make_goldens(bundle, goldens, session, rows, reporter)
     del session  # before the next one is opened
     session = _open_decoder(bundle)
-    parity = _check_decoder(exact, _probe_logits(session, probes, reporter), decoder, len(probes))
+    parity = _check_decoder(
+        exact, _probe_logits(session, probes, reporter), decoder, len(probes), bundle.manifest.activations
+    )
     kept = FloatLogits()
     accuracy = _measure(made, session, prompts, kept, reporter)
     reached = certify(bundle, certificate, session, prompts.probes, made.vision.rows)
@@ -107,12 +110,15 @@ def _probe_logits(session: Decoder, probes: list[Embedded], reporter: Reporter) 
 @contextlib.contextmanager
 def _float_decoder(bundle: Bundle, kv_cache: KvType | None = None) -> Iterator[Decoder]:
     """The decoder with float32 activations."""
+    return_memory()
     with with_float_activations(bundle.decoder_graph(kv_cache)) as variant:
         options = replace(_options(bundle, None), exact=True)
         yield open_decoder(variant, bundle.manifest, options)
 
 
-def _check_decoder(exact: Floats, actual: Floats, decoder: ExportedDecoder, probes: int) -> Parity:
+def _check_decoder(
+    exact: Floats, actual: Floats, decoder: ExportedDecoder, probes: int, activations: FloatType
+) -> Parity:
     """Compare the decoder graph with torch on the probes.
 
     Raises:
@@ -124,6 +130,7 @@ def _check_decoder(exact: Floats, actual: Floats, decoder: ExportedDecoder, prob
         actual=actual,
         stored=np.concatenate([decoder.stored_logits(i) for i in range(probes)]),
         reference=np.concatenate([decoder.reference_logits(i) for i in range(probes)]),
+        activations=activations,
     )
 
 
@@ -142,12 +149,12 @@ def _check_kv_int8(made: Made, probes: list[Embedded], kept: FloatLogits, report
             logits.append(_stepwise_logits(session, embeds, modality, buffers))
             check_codes(buffers.arrays[:2], [entry.numpy() for entry in codes], model)
             reporter.advance()
+    del session, buffers  # the buffers hold on to it too
     difference = compare_kv_int8(
         made=np.concatenate(logits),
         rounded=np.concatenate([decoder.kv_int8_logits(i) for i in range(len(probes))]),
         unrounded=np.concatenate([decoder.stored_logits(i) for i in range(len(probes))]),
     )
-    del session
     session, apart = _open_decoder(bundle, "int8"), Divergence()
     for embeds, modality, unrounded in kept.prompts:
         apart += divergence(unrounded, _full_logits(session, embeds, modality), modality)
@@ -157,6 +164,7 @@ def _check_kv_int8(made: Made, probes: list[Embedded], kept: FloatLogits, report
 
 def _open_decoder(bundle: Bundle, kv_cache: KvType | None = None) -> Decoder:
     """The decoder as the runtime opens it."""
+    return_memory()
     return open_decoder(bundle.decoder_graph(kv_cache), bundle.manifest, _options(bundle, kv_cache))
 
 

@@ -95,6 +95,10 @@ class ExportConfig:
 
     def _check_types(self) -> None:
         """Refuse types of weights that a graph cannot compute with."""
+        require(
+            self.layout == "bundle" or (self.dialect == "ort" and self.activations is None),
+            "a checkpoint of layout gptq has no graphs: leave dialect and activations out",
+        )
         types = f"weights {self.weights}, vision {self.vision_type}, activations {self.activation_type}"
         require(
             self.activation_type == "fp32" or "fp32" not in (self.weights, self.vision_type),

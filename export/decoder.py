@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from numpy.typing import NDArray
@@ -22,14 +22,15 @@ from owl2.export.journal import Journal
 from owl2.export.model import DecoderLayer, RmsNorm
 from owl2.export.progress import Reporter
 from owl2.export.source import remaining
-from owl2.export.weights import DenseWeight, LinearWeight, dequantized_blocks
+from owl2.export.weights import DenseWeight, LinearWeight, PermutedWeight, dequantized_blocks
 from owl2.quant.config import QuantConfig
-from owl2.quant.grid import rtn
+from owl2.quant.grid import QuantizedWeight, rtn
 from owl2.quant.kv import RoundedStream, watched
 from owl2.quant.layer import LINEARS, ModuleReport, quantize_layer
 from owl2.quant.stream import Calibration, Sequence, Stream
 from owl2.runtime import spec
 from owl2.runtime.engine import Floats
+from owl2.runtime.errors import QuantizationError
 
 # Rows of the head converted to float32 at a time: 64 MiB at a width of 4096.
 HEAD_BLOCK = 4096
@@ -174,6 +175,10 @@ def export_layer(
     streams.reference.advance(layer)
     original = None if streams.calibration is None else copy.deepcopy(layer)
     kept = _kept_weights(checkpoint, f"model.{name}.")
+    if config.activation_type == "fp16":
+        kept = {linear: _with_half_scales(weight, f"{name}.{linear}") for linear, weight in kept.items()}
+        for linear, weight in kept.items():
+            _parameter(layer, f"{linear}.weight").copy_(weight.dequantize())
     weights = _store_layer(layer, original, kept, streams.calibration, config, name, modules)
     _store_floats(layer, config)
     _advance_stored(streams, layer, original)
@@ -214,6 +219,22 @@ def _kept_weights(checkpoint: Checkpoint, prefix: str) -> dict[str, LinearWeight
         for linear in LINEARS
         if prefix + linear in checkpoint.quantized
     }
+
+
+def _with_half_scales(weight: LinearWeight, name: str) -> LinearWeight:
+    """A kept weight with its scales as a graph with float16 activations stores them.
+
+    Raises:
+        QuantizationError: float16 cannot hold a scale.
+    """
+    if isinstance(weight, PermutedWeight):
+        inner = _with_half_scales(weight.weight, name)
+        return replace(weight, weight=cast(QuantizedWeight, inner))
+    stored = cast(QuantizedWeight, weight)
+    scales = stored.scales.half().float()
+    if not bool(((scales != 0) == (stored.scales != 0)).all()) or not bool(scales.isfinite().all()):
+        raise QuantizationError(f"{name}: float16 cannot hold every scale of this weight; use --activations fp32")
+    return replace(stored, scales=scales)
 
 
 def _store_layer(

@@ -19,11 +19,17 @@ from onnx import TensorProto, helper
 from owl2.export.graph.builder import CONTRIB
 from owl2.runtime.engine import Floats
 from owl2.runtime.errors import ParityError
+from owl2.runtime.spec import FloatType
 
 # Relative to the RMS of what torch computes. float32 graphs of the full-size shapes stay below 1e-4.
 EXACT_LIMIT = 1e-3
 # int8 activations: RMS of the difference over RMS. Broken graphs are near 1.4.
 ACTIVATION_LIMIT = 0.25
+ACTIVATIONS: dict[FloatType, tuple[str, str]] = {
+    "fp32": ("int8", "use fp16 or fp32 weights for this part"),
+    "fp16": ("fp16", "values may leave the range of float16 (65504); use --activations fp32"),
+}
+"""What a graph rounds activations to while it runs, and what to do where that is too much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +55,18 @@ class Parity:
     total: float
 
 
-def compare(graph: str, *, exact: Floats, actual: Floats, stored: Floats, reference: Floats) -> Parity:
+def compare(
+    graph: str, *, exact: Floats, actual: Floats, stored: Floats, reference: Floats, activations: FloatType
+) -> Parity:
     """Measure and judge.
 
     Args:
         graph: name for messages.
+        activations: type in which the graph computes.
         exact: the graph's values with float32 activations.
         actual: the graph's values as it runs.
         stored: torch's values on the stored weights.
-        reference: torch's values on the original weights. All four have one shape.
+        reference: torch's values on the original weights. All four arrays have one shape.
 
     Raises:
         ParityError: the graph is not torch's equal, with the numbers.
@@ -80,9 +89,10 @@ def compare(graph: str, *, exact: Floats, actual: Floats, stored: Floats, refere
             "please report this with your config.json"
         )
     if not parity.activations <= ACTIVATION_LIMIT:
+        kind, mend = ACTIVATIONS[activations]
         raise ParityError(
-            f"{graph}: int8 activations change the result by {parity.activations:.3g} of its RMS, at most "
-            f"{ACTIVATION_LIMIT:g} is allowed. Nothing was written; use fp16 or fp32 weights for this part"
+            f"{graph}: {kind} activations change the result by {parity.activations:.3g} of its RMS, at most "
+            f"{ACTIVATION_LIMIT:g} is allowed. Nothing was written; {mend}"
         )
     return parity
 

@@ -56,6 +56,12 @@ def check_settings(config: ExportConfig, checkpoint: Checkpoint) -> None:
         f"{form.block}; leave --group-size out or give {form.block}, or convert the original checkpoint",
     )
 
+    require(
+        config.dialect == "ort" or form.symmetric is not False,
+        f"{config.checkpoint} has zero points (sym false), which TensorRT does not take; leave --dialect onnx out, or "
+        "convert the original checkpoint",
+    )
+
 
 def remaining(checkpoint: Checkpoint) -> list[str]:
     """Linear layers of the decoder that the checkpoint holds as floating-point numbers."""

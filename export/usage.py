@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import re
 import threading
 import time
@@ -26,6 +28,14 @@ def own_memory() -> int | None:
         return None
     found = re.search(r"^RssAnon:\s+(\d+) kB$", status, re.MULTILINE)
     return int(found[1]) * 1024 if found else None
+
+
+def return_memory() -> None:
+    """Give back to the system what is not used any more: the C library keeps what many small arrays took."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+    if trim is not None:
+        trim(0)
 
 
 class Usage:

@@ -25,6 +25,7 @@ from owl2.runtime import spec
 from owl2.runtime.backends.ort import DEFAULT_OPTIONS, OrtOptions, open_session
 from owl2.runtime.engine import Floats
 from owl2.runtime.pictures import Picture
+from owl2.runtime.spec import FloatType
 
 # At full size the parts take one to two minutes per picture.
 SENSITIVITY_PICTURES = 1
@@ -95,7 +96,7 @@ def export_vision(
     path = folder / spec.VISION_GRAPH
     chosen = [pictures[digest] for digest in sorted(measured)]
     reference, stored, sensitivity = _write(checkpoint, path, config, chosen, len(pictures), reporter)
-    parity = _check(path, pictures, stored, reference)
+    parity = _check(path, pictures, stored, reference, config.activation_type)
     session = open_session(path, DEFAULT_OPTIONS)
     rows = {}
     for digest, picture in pictures.items():
@@ -185,7 +186,11 @@ def run_vision(session: ort.InferenceSession, picture: Picture) -> Floats:
 
 
 def _check(
-    path: Path, pictures: Mapping[str, Picture], stored: Mapping[str, Floats], reference: Mapping[str, Floats]
+    path: Path,
+    pictures: Mapping[str, Picture],
+    stored: Mapping[str, Floats],
+    reference: Mapping[str, Floats],
+    activations: FloatType,
 ) -> Parity:
     digests = list(stored)
 
@@ -201,4 +206,5 @@ def _check(
         actual=rows(path, frugal=False),
         stored=np.stack([stored[d] for d in digests]),
         reference=np.stack([reference[d] for d in digests]),
+        activations=activations,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from owl2.export.config import ExportConfig
 from owl2.export.gptq_checkpoint import export_gptq
@@ -118,6 +120,23 @@ class TestInt4:
         assert apart.mean_kl(0) < 4 * cost.mean_kl(0)
 
 
+@pytest.mark.parametrize("dialect", ["ort", "onnx"])
+def test_kept_scales_of_float32_are_rounded_where_the_graph_computes_in_float16(
+    tmp_path: Path, gptq_checkpoint: Path, dialect: str
+) -> None:
+    shutil.copytree(gptq_checkpoint, tmp_path / "checkpoint")
+    for path in (tmp_path / "checkpoint").glob("*.safetensors"):
+        generator = torch.Generator().manual_seed(0)
+        tensors = load_file(path)
+        for name, tensor in tensors.items():
+            if name.endswith(".scales"):
+                jitter = 1 + 1e-3 * torch.rand(tensor.shape, generator=generator)
+                tensors[name] = tensor.float() * jitter
+        save_file(tensors, path, metadata={"format": "pt"})
+    made = bundle(tmp_path / "bundle", tmp_path / "checkpoint", dialect=dialect, activations="fp16", vision="fp16")
+    assert Bundle.open(made).manifest.activations == "fp16"
+
+
 class TestGraphs:
     @pytest.mark.parametrize("name", [spec.VISION_GRAPH, spec.DECODER_GRAPH])
     def test_only_standard_operators_of_opset_21(self, folder: Path, name: str) -> None:
@@ -172,7 +191,7 @@ def test_int4_is_packed_as_onnx_reads_it(tmp_path: Path) -> None:
             ),
             "zero points",
         ),
-        (QuantizedWeight(torch.ones(4, 32, dtype=torch.int8), -torch.ones(4, 1), 4, 32), "both signs"),
+        (QuantizedWeight(torch.ones(4, 32, dtype=torch.int8), -torch.ones(4, 1), 4, 32), "not positive"),
         (ChannelInt8Weight(torch.ones(4, 32, dtype=torch.int8), torch.ones(4)), "int8 activations"),
     ],
 )

@@ -94,7 +94,8 @@ def _held_signals() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield held  # signals go to the main thread
         return
-    usual = {number: signal.signal(number, lambda number, _: held.append(number)) for number in STOPPING}
+    heeded = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
+    usual = {number: signal.signal(number, lambda number, _: held.append(number)) for number in heeded}
     try:
         yield held
     finally:

@@ -12,14 +12,18 @@ from typing import TYPE_CHECKING, get_args
 import click
 
 from owl2.runtime.cli.console import duration, reports_errors, size
-from owl2.runtime.devices import EngineKind
+from owl2.runtime.config import resolve_context
+from owl2.runtime.devices import Device, EngineKind
+from owl2.runtime.footprint import Case, Settings, Stored, building
+from owl2.runtime.footprint import Target as MemoryTarget
+from owl2.runtime.machine import Found, host_memory
 from owl2.runtime.spec import DialectName
 
 if TYPE_CHECKING:
     from owl2.export.engine.engines import EngineReport
     from owl2.export.engine.target import Target
     from owl2.export.progress import Reporter
-    from owl2.runtime.bundle import Bundle
+    from owl2.runtime.bundle import Bundle, Manifest
 
 PREFILL = 256
 """As many as the runtime computes at a time, unless the logits of a whole prompt are asked for."""
@@ -138,7 +142,7 @@ def engine(
     with ExitStack() as stack:
         reporter: Reporter = Notes() if as_json else stack.enter_context(Terminal())
         request = Request(kind, gpu, context, prefill, pictures, workspace)
-        report = build(Bundle.open(bundle), request, reporter)
+        report = build(Bundle.open(bundle, onnxruntime=False), request, reporter)
     if as_json:
         click.echo(json.dumps(report.to_json(), indent=2))
     else:
@@ -155,11 +159,24 @@ def build(bundle: Bundle, request: Request, reporter: Reporter) -> EngineReport:
     from owl2.export.engine.profiles import Limits
 
     target = request.target(bundle.manifest.dialect, bundle.manifest.weights.decoder)
-    longest = bundle.manifest.model.decoder.max_position_embeddings
-    context = request.context or longest
-    limits = Limits(context, request.prefill or min(PREFILL, context), request.pictures)
+    context = resolve_context(bundle.manifest.model.decoder, request.context)
+    prefill = min(PREFILL, context) if request.prefill is None else request.prefill
+    limits = Limits(context, prefill, request.pictures)
+    reporter.note(memory_note(bundle.manifest, target.device))
     workspace = None if request.workspace is None else request.workspace * MIB
     return build_engines(bundle, target, limits, workspace, reporter)
+
+
+def memory_note(manifest: Manifest, device: Device) -> str:
+    """What building takes of the CPU's memory, an estimate, and what is there."""
+    found, host = Found(device, device.memory), host_memory()
+    settings = Settings(manifest.model.decoder.max_position_embeddings, manifest.activations, pictures=1)
+    needs = building(Case(Stored.of(manifest), MemoryTarget.of_machine(found, host), settings))
+    if needs is None:
+        return "how much memory building takes is not known"
+    there = "" if needs.available is None else f", {size(needs.available)} are available"
+    fits = "; that may not be enough: build elsewhere, or add swap" if needs.fits is False else ""
+    return f"building the decoder's engine takes about {size(needs.needed)} of this machine's memory{there}{fits}"
 
 
 def summary(report: EngineReport) -> str:

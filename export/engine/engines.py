@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from owl2.export.engine.build import Built, Job, build_engine
 from owl2.export.engine.profiles import Limits, decoder_profiles, vision_profile
 from owl2.export.engine.target import Target
 from owl2.export.progress import Reporter
+from owl2.export.staging import sync
 from owl2.runtime import engines, spec
 from owl2.runtime.bundle import Bundle, FileEntry, Manifest, hash_file
 from owl2.runtime.engines import DECODER_ENGINE, VISION_ENGINE, EngineRecord, folder_name
@@ -68,14 +68,14 @@ def build_engines(
     }
     folder = bundle.folder / engines.FOLDER / folder_name(target.kind, target.compute)
     built = {}
-    with _appearing(folder) as work:
+    with _appearing(bundle.folder, folder) as work:
         for name, shapes in profiles.items():
             graph = bundle.path(SOURCES[name][0])
             compute = None if target.here else target.compute
             built[name] = build_engine(target.module, Job(graph, work / name, shapes, compute, workspace), reporter)
+            sync(work / name)
         record = _record(bundle.manifest, target, limits, work)
-        (work / engines.RECORD).write_text(json.dumps(record.to_json(), indent=2) + "\n", encoding="utf-8")
-    _enter(bundle.folder, folder)
+        write_synced(work / engines.RECORD, record.to_json())
     return EngineReport(folder, record, built)
 
 
@@ -97,36 +97,54 @@ def _record(manifest: Manifest, target: Target, limits: Limits, work: Path) -> E
 
 
 @contextlib.contextmanager
-def _appearing(folder: Path) -> Iterator[Path]:
-    """A folder beside ``folder`` that takes its place if all goes well, and is removed if not.
+def _appearing(bundle: Path, folder: Path) -> Iterator[Path]:
+    """A folder beside ``folder`` that takes its place, and is entered in the manifest, if all goes well.
+
+    If not, it is removed, and what was there before is there again; also after a kill, the next time.
 
     Raises:
         ExportError: the disk is full or cannot be written.
     """
-    work = folder.with_name(f".{folder.name}.partial")
+    work, former = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "former"))
+    manifest = bundle / (spec.MANIFEST + ".new")
     try:
+        _recover(folder, former)
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         yield work
-        former = folder.with_name(f".{folder.name}.former")
+        write_synced(manifest, _entered(bundle, folder.name, hash_file(work / engines.RECORD)))
         if folder.exists():
             folder.rename(former)
-        work.rename(folder)
+        try:
+            work.rename(folder)
+            manifest.rename(bundle / spec.MANIFEST)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            _recover(folder, former)
+            raise
         shutil.rmtree(former, ignore_errors=True)
     except OSError as error:
         raise ExportError(f"{folder} cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        manifest.unlink(missing_ok=True)
 
 
-def _enter(bundle: Path, folder: Path) -> None:
-    """Let the manifest name the engines; it is replaced as a whole."""
-    path = bundle / spec.MANIFEST
-    content = json.loads(path.read_text(encoding="utf-8"))
-    content["engines"] = content["engines"] | {folder.name: hash_file(folder / engines.RECORD)}
-    written = path.with_name(path.name + ".new")
-    with written.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    written.replace(path)
+def _recover(folder: Path, former: Path) -> None:
+    """Put the engines back that a kill between two renames has left aside, or remove them where others took over."""
+    if former.exists() and not folder.exists():
+        former.rename(folder)
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def _entered(bundle: Path, name: str, sha256: str) -> dict[str, object]:
+    """The manifest with these engines in it."""
+    content: dict[str, object] = json.loads((bundle / spec.MANIFEST).read_text(encoding="utf-8"))
+    others = content["engines"]
+    return content | {"engines": (others if isinstance(others, dict) else {}) | {name: sha256}}
+
+
+def write_synced(path: Path, content: Mapping[str, object]) -> None:
+    """Write a JSON file that is on the disk when this returns."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    sync(path)

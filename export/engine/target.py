@@ -84,10 +84,10 @@ def check_device(kind: EngineKind, device: Device, *, here: bool) -> None:
         ConfigError: saying which kind or place is right.
     """
     if kind not in device.engines:
-        instead = " or ".join(f"--engine {other}" for other in device.engines)
+        instead = " or ".join(device.engines)
         raise ConfigError(
             f"{device.product} (SM{device.compute}) does not run {kind} engines; "
-            + (f"use {instead}" if instead else "it runs no TensorRT engine that is built here")
+            + (f"it runs {instead} engines" if instead else "it runs no TensorRT engine that is built here")
         )
     if kind == "tensorrt" and not here:
         raise ConfigError(
@@ -128,8 +128,9 @@ def find_gpu(name: str | None) -> tuple[Device, bool]:
                 "example (--gpu list shows all)"
             )
         return found.device, True
-    if name.lower().startswith("sm"):
-        of_that = next((device for device in DEVICES.values() if f"sm{device.compute}" == name.lower()), None)
+    name = name.lower()
+    if name.startswith("sm"):
+        of_that = next((device for device in DEVICES.values() if f"sm{device.compute}" == name), None)
         if of_that is None:
             known = sorted({f"sm{device.compute}" for device in DEVICES.values()}, key=lambda sm: int(sm[2:]))
             raise ConfigError(f"gpu {name!r} is not known; known: {', '.join(known)}")

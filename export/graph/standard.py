@@ -131,7 +131,8 @@ def _int4(graph: GraphBuilder, linear: Linear, weight: QuantizedWeight) -> str:
         raise ExportError(
             f"{name}: TensorRT takes 4-bit integers without zero points and with positive scales; this weight has "
             f"{weight.bits} bits{', zero points' if weight.zero_points is not None else ''}"
-            f"{', scales of both signs' if not bool((weight.scales > 0).all()) else ''}; use the dialect ort for it"
+            f"{', scales that are not positive' if not bool((weight.scales > 0).all()) else ''}; use the dialect ort "
+            "for it, or convert the original checkpoint"
         )
     codes = graph.int4(name + ".codes", np.ascontiguousarray(weight.codes.numpy().T))
     scales = graph.floats(name + ".scales", np.ascontiguousarray(weight.scales.numpy().T))

@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 from onnx import TensorProto, helper
 
+from owl2.export.__main__ import export
 from owl2.export.config import ExportConfig
 from owl2.export.engine.build import Job, build_engine
 from owl2.export.engine.cli import engine as command
@@ -116,6 +117,36 @@ class TestBundle:
         assert (folder / spec.MANIFEST).read_bytes() == before
         assert sorted((folder / "engines").iterdir()) == listed
 
+    def test_a_full_disk_at_the_last_moment_brings_the_former_engines_back(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        target = choose("tensorrt-rtx", find_gpu("sm89")[0], "onnx", "int4", here=False)
+        made = build_engines(Bundle.open(folder), target, Limits(512, 128, 1), None, Silent()).folder
+        before = {path: path.read_bytes() for path in (*made.iterdir(), folder / spec.MANIFEST)}
+        rename = Path.rename
+
+        def full(self: Path, target: Path) -> Path:
+            if target.name == spec.MANIFEST:
+                raise OSError(28, "No space left on device")
+            return rename(self, target)
+
+        monkeypatch.setattr(Path, "rename", full)
+        with pytest.raises(ExportError, match="cannot be written: No space left on device"):
+            build_engines(Bundle.open(folder), target, Limits(256, 64, 1), None, Silent())
+        assert {path: path.read_bytes() for path in before} == before
+        assert not [path.name for path in made.parent.iterdir() if path.name.startswith(".")]
+        assert not list(folder.glob("*.new"))
+
+    def test_engines_that_a_kill_left_aside_come_back(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        target = choose("tensorrt-rtx", find_gpu("sm89")[0], "onnx", "int4", here=False)
+        made = build_engines(Bundle.open(folder), target, Limits(512, 128, 1), None, Silent()).folder
+        made.rename(made.with_name(f".{made.name}.former"))
+        monkeypatch.setattr("owl2.export.engine.engines.build_engine", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            build_engines(Bundle.open(folder), target, Limits(512, 128, 1), None, Silent())
+        assert (made / engines.DECODER_ENGINE).is_file()
+        assert not made.with_name(f".{made.name}.former").exists()
+
     def test_ctrl_c_leaves_nothing(self, folder: Path) -> None:
         arguments = ["engine", str(folder), "--gpu", "rtx5090", "--context", "777"]
         process = subprocess.Popen([sys.executable, "-m", "owl2.export", *arguments], stderr=subprocess.PIPE, text=True)
@@ -181,9 +212,9 @@ class TestTarget:
         ("kind", "gpu", "weights", "message"),
         [
             ("tensorrt-rtx", "rtx2080ti", "int4", "SM75.*need compute capability 8.0.*--weights fp16"),
-            ("tensorrt-rtx", "agx-orin-64gb", "int4", "does not run tensorrt-rtx engines; use --engine tensorrt"),
-            ("tensorrt-rtx", "h100", "int4", "SM90.*does not run tensorrt-rtx engines; use --engine tensorrt"),
-            ("tensorrt", "rtx3060", "int4", "does not run tensorrt engines; use --engine tensorrt-rtx"),
+            ("tensorrt-rtx", "agx-orin-64gb", "int4", "does not run tensorrt-rtx engines; it runs tensorrt engines"),
+            ("tensorrt-rtx", "h100", "int4", "SM90.*does not run tensorrt-rtx engines; it runs tensorrt engines"),
+            ("tensorrt", "rtx3060", "int4", "does not run tensorrt engines; it runs tensorrt-rtx engines"),
             (
                 "tensorrt",
                 "agx-orin-64gb",
@@ -230,6 +261,49 @@ def test_no_gpu_here_is_said(folder: Path) -> None:
     made = CliRunner().invoke(command, [str(folder)])
     assert made.exit_code == 1
     assert "no NVIDIA GPU is found on this machine" in made.output
+
+
+def test_it_needs_neither_torch_nor_onnx_nor_an_onnx_runtime(folder: Path) -> None:
+    """As on a Jetson with the extra tensorrt alone."""
+    blocked = dict.fromkeys(("torch", "onnx", "onnxruntime", "safetensors", "huggingface_hub"))
+    run = f"import sys; sys.modules |= {blocked}; from owl2.export.__main__ import main; main()"
+    arguments = ["engine", str(folder), "--gpu", "rtx3070", "--context", "256", "--prefill", "64", "--json"]
+    made = subprocess.run([sys.executable, "-c", run, *arguments], check=False, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    assert "building the decoder's engine takes about" in made.stderr
+    assert json.loads(made.stdout)["engine"]["compute_capability"] == [8, 6]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--layout", "gptq", "--gpu", "rtx3060"], "leave --layout gptq out"),
+        (["--dialect", "ort", "--engine", "tensorrt-rtx", "--gpu", "rtx3060"], "--dialect onnx, not of ort"),
+        (["--layout", "gptq", "--activations", "fp16"], "leave dialect and activations out"),
+    ],
+)
+def test_options_that_exclude_each_other(
+    sample_checkpoint: Path, tmp_path: Path, options: list[str], message: str
+) -> None:
+    made = CliRunner().invoke(export, [str(sample_checkpoint), str(tmp_path / "bundle"), *options])
+    assert made.exit_code == 1
+    assert message in made.output
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_bundle_stays_when_its_engines_cannot_be_built(
+    sample_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise ExportError("TensorRT could not")
+
+    monkeypatch.setattr("owl2.export.engine.engines.build_engine", refused)
+    given = [str(sample_checkpoint), str(tmp_path / "bundle"), "--method", "rtn", "--gpu", "rtx3060", "--samples", "2"]
+    made = CliRunner().invoke(export, given)
+    assert made.exit_code == 1
+    assert f"owl2-export engine {tmp_path / 'bundle'} --gpu rtx3060" in made.output
+    assert "equals torch within" in made.output
+    assert Bundle.open(tmp_path / "bundle").manifest.engines == {}
 
 
 def test_list_shows_all_and_does_nothing_else() -> None:
