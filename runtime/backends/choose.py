@@ -50,7 +50,7 @@ def choose_backend(place: Placement, dialect: DialectName, threads: int | None, 
             f"{dialect}; export the checkpoint again with --dialect onnx",
         )
         require(threads is None, f"threads {threads}: device {place} has none to set; leave them out")
-        return _native(place.kind, place.index, kv_cache)
+        return _native(place.kind, place.index)
     with needs_onnxruntime():
         from owl2.runtime.backends.ort import OrtEngine, OrtOptions
         from owl2.runtime.backends.providers import prepare
@@ -59,8 +59,8 @@ def choose_backend(place: Placement, dialect: DialectName, threads: int | None, 
     return Backend(lambda bundle: OrtEngine(bundle, options), onnxruntime=True)
 
 
-def _native(kind: EngineKind, index: int, kv_cache: KvType | None) -> Backend:
-    options = TensorRtOptions(kind, kv_cache)
+def _native(kind: EngineKind, index: int) -> Backend:
+    options = TensorRtOptions(kind)
     device, trt = open_device(index), import_tensorrt(kind)
     return Backend(lambda bundle: TensorRtEngine(bundle, options, trt, device), onnxruntime=False)
 

@@ -27,7 +27,7 @@ from owl2.export.engine.profiles import Limits, decoder_profiles, vision_profile
 from owl2.export.pipeline import export_bundle
 from owl2.runtime import ConfigError, Owl2, spec
 from owl2.runtime.backends import choose, cuda_memory, tensorrt, tensorrt_context
-from owl2.runtime.backends.cuda_memory import CudaDevice, Strided, version_problem
+from owl2.runtime.backends.cuda_memory import CudaDevice, Slots, Strided, version_problem
 from owl2.runtime.backends.installation import driver_problem
 from owl2.runtime.backends.ort import OrtEngine
 from owl2.runtime.backends.tensorrt import DeviceRows, TensorRtEngine, TensorRtOptions, block_end, decode_rows, routed
@@ -356,6 +356,85 @@ class TestFailure:
         assert not fake.device.recording
         assert not fake.device.graphs
 
+    def test_a_full_gpu_leaves_other_conversations_and_their_graph(self, float32: Bundle) -> None:
+        fake, steps = Fake(float32), Steps(float32, 301)
+        engine, embeds = fake.engine, steps.embeds
+        short, long = engine.allocate(256, None), engine.allocate(640, None)
+        for rows, count in ((short, 20), (long, 300)):
+            engine.prefill(embeds[:count], steps.modality[:count], 0, rows, np.array([count - 1]))
+        expected = [engine.decode(embeds[20:21], 20, short) for _ in range(2)][-1]
+        assert fake.device.graphs
+        fake.device.limit = fake.device.allocated
+        # Its mask is longer than those before.
+        np.testing.assert_allclose(engine.decode(embeds[300:], 300, long), steps.expected()[300], atol=1e-4)
+        for _ in range(3):
+            np.testing.assert_array_equal(engine.decode(embeds[20:21], 20, short), expected)
+
+    def test_a_slot_that_cannot_grow_stays(self) -> None:
+        device = FakeDevice()
+        slots = Slots(device)
+        address = slots.reserve("mask", 100)
+        device.limit = 1024
+        with pytest.raises(BackendError, match="no room"):
+            slots.reserve("mask", 1000)
+        assert slots.reserve("mask", 256) == address
+        device.limit = 2048
+        assert slots.reserve("mask", 1000) != address
+        assert list(device.allocations) == [slots.reserve("mask", 1000)]
+
+    @pytest.mark.parametrize("undone", ["prefill", "decode", "failed"])
+    def test_an_overflowing_step_that_was_undone_spoils_nothing(self, float32: Bundle, undone: str) -> None:
+        fake, steps = Fake(float32), Steps(float32, 40)
+        engine, embeds, modality = fake.engine, steps.embeds, steps.modality
+        rows = engine.allocate(64, None)
+        engine.prefill(embeds[:35], modality[:35], 0, rows, np.array([0]))
+        overflowing = np.full_like(embeds[:9], np.inf)
+        if undone == "decode":
+            assert not np.isfinite(engine.decode(overflowing[:1], 35, rows)).all()
+        else:
+            assert not np.isfinite(engine.prefill(overflowing, modality[:9], 35, rows, np.array([8]))).all()
+        if undone == "failed":  # the first step after it, so that what is stale is still known to be
+            fake.decoding.failures = 1
+            with pytest.raises(BackendError, match="the decoder failed"):
+                engine.decode(embeds[35:36], 35, rows)
+        grown = engine.allocate(128, rows)
+        for buffers in (rows, grown):
+            made = [engine.decode(embeds[i : i + 1], i, buffers) for i in range(34, 40)]
+            np.testing.assert_allclose(np.stack(made), steps.expected()[34:], atol=1e-4)
+
+    def test_nor_does_one_from_the_beginning(self, float32: Bundle, fake: Fake, steps: Steps) -> None:
+        for engine in (fake.engine, OrtEngine(float32)):
+            rows, every = engine.allocate(64, None), np.arange(40)
+            engine.prefill(np.full_like(steps.embeds, np.inf), steps.modality, 0, rows, every)
+            made = engine.prefill(steps.embeds, steps.modality, 0, rows, every)
+            np.testing.assert_allclose(made, steps.expected(), atol=1e-4)
+
+    def test_only_what_was_undone_is_cleared(self, float32: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+        fake, steps = Fake(float32), Steps(float32, 40)
+        engine, embeds, modality = fake.engine, steps.embeds, steps.modality
+        rows, cleared = engine.allocate(64, None), []
+        clear = fake.device.clear
+        monkeypatch.setattr(fake.device, "clear", lambda *given: cleared.append(given[:2]) or clear(*given))
+        engine.prefill(embeds[:30], modality[:30], 0, rows, np.array([0]))
+        for i in range(30, 36):
+            engine.decode(embeds[i : i + 1], i, rows)
+        assert not cleared
+        for _ in range(2):
+            engine.prefill(embeds[:4], modality[:4], 31, rows, np.array([0]))
+            assert cleared == [(rows.at(index, 31), 5 * rows.row) for index in range(rows.count)]
+            cleared.clear()
+            engine.decode(embeds[:1], 35, rows)
+
+    def test_old_messages_are_not_the_reason(self, fake: Fake) -> None:
+        rows = fake.engine.allocate(8, None)
+        fake.engine._parts.messages.add("something of long ago")
+        fake.decoding.failures = 1
+        with pytest.raises(BackendError, match=r"^the decoder failed: Cuda Runtime \(an illegal memory access"):
+            fake.engine.decode(np.zeros((1, fake.owl.config.decoder.hidden_size), np.float32), 0, rows)
+        fake.engine._parts.messages.add("something of long ago")
+        with pytest.raises(BackendError, match=r"refuses the shape \[0, 3, 1, 1\] of pixel_values: pixel_values: "):
+            fake.engine._vision.bind(spec.PIXELS, 256, (0, 3, 1, 1))
+
     def test_a_shape_outside_the_profile(self, fake: Fake) -> None:
         with pytest.raises(BackendError, match=r"refuses the shape \[0, 3, 1, 1\] of pixel_values: pixel_values: "):
             fake.engine._vision.bind(spec.PIXELS, 256, (0, 3, 1, 1))
@@ -548,10 +627,6 @@ class TestBundle:
         with pytest.raises(BackendError, match=r"does not fit the manifest: .* is .* needed; build the engines again"):
             self.load(copy)
 
-    def test_int8_keys_and_values(self, float32: Bundle) -> None:
-        with pytest.raises(ConfigError, match=r"kv_cache 'int8'.*fp32; leave it out"):
-            Fake(float32, kv_cache="int8")
-
     def test_the_context_is_that_of_the_engine(self, float32: Bundle, tmp_path: Path) -> None:
         bundle = with_engines(float32.folder, tmp_path / "b", context=40, prefill=40)
         fake = Fake(bundle)
@@ -600,6 +675,10 @@ class TestChoice:
     def test_the_other_dialect(self, bundle_a2: Path) -> None:
         with pytest.raises(ConfigError, match=r"device tensorrt runs engines .* dialect ort; .*--dialect onnx"):
             Owl2.load(bundle_a2, device="tensorrt")
+
+    def test_int8_keys_and_values(self, float32: Bundle) -> None:
+        with pytest.raises(ConfigError, match=r"kv_cache 'int8': this bundle offers fp32"):
+            Owl2.load(float32.folder, device="tensorrt", kv_cache="int8")
 
     def test_threads(self, float32: Bundle) -> None:
         with pytest.raises(ConfigError, match="threads 2: device tensorrt has none to set"):
