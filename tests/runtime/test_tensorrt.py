@@ -19,6 +19,7 @@ from typing import Any
 import fake_tensorrt
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from fake_tensorrt import FakeDevice, FakeEngineFile, FakeTensorRt, IExecutionContext, Profile
 from PIL import Image
 
@@ -26,6 +27,7 @@ from owl2.export.config import ExportConfig
 from owl2.export.engine.profiles import Limits, decoder_profiles, vision_profile
 from owl2.export.pipeline import export_bundle
 from owl2.runtime import ConfigError, Owl2, spec
+from owl2.runtime.__main__ import cli
 from owl2.runtime.backends import choose, cuda_memory, tensorrt, tensorrt_context
 from owl2.runtime.backends.cuda_memory import CudaDevice, Slots, Strided, version_problem
 from owl2.runtime.backends.installation import driver_problem
@@ -531,19 +533,41 @@ class TestBundle:
         assert OrtEngine(Bundle.open(copy))
 
     def test_none(self, bundle_a2_onnx: Path) -> None:
-        with pytest.raises(BundleError, match=rf"has no engines of tensorrt; .*: owl2-export engine {bundle_a2_onnx}$"):
+        again = f"run on this device: owl2-export engine {bundle_a2_onnx} --kind tensorrt"
+        with pytest.raises(BundleError, match=rf"has no engines of tensorrt; {again}$"):
             self.load(bundle_a2_onnx)
 
     def test_of_another_gpu(self, copy: Path) -> None:
         message = (
-            rf"are for other GPUs \(tensorrt-sm87\), this device is a Thor \(sm110\); .* owl2-export engine {copy}$"
+            rf"are for other GPUs \(tensorrt-sm87\), this device is a Thor \(sm110\); "
+            rf"run on this device: owl2-export engine {copy} --kind tensorrt$"
         )
         with pytest.raises(BackendUnavailableError, match=message):
             self.load(copy, name="Thor", compute_capability=(11, 0))
 
+    @pytest.mark.parametrize(
+        ("capability", "where", "gpu"),
+        [
+            ((8, 9), "any machine", " --gpu sm89"),
+            ((12, 1), "this device", ""),
+            ((12, 0), "any machine", " --gpu sm120"),
+        ],
+    )
+    def test_the_command_builds_the_kind_that_is_missing(
+        self, copy: Path, capability: tuple[int, int], where: str, gpu: str
+    ) -> None:
+        """For a GPU that the exporter knows by number, anywhere; it would build the other kind on a server's."""
+        again = f"run on {where}: owl2-export engine {copy} --kind tensorrt-rtx{gpu}$"
+        device = FakeDevice(compute_capability=capability)
+        with pytest.raises(BundleError, match=f"has no engines of tensorrt-rtx; {again}"):
+            Fake(Bundle.open(copy), device=device, rtx=True, kind="tensorrt-rtx")
+        build(copy, kind="tensorrt-rtx")
+        with pytest.raises(BackendUnavailableError, match=rf"other GPUs \(tensorrt-rtx-sm87\), .*; {again}"):
+            Fake(Bundle.open(copy), device=device, rtx=True, kind="tensorrt-rtx")
+
     def test_whose_record_is_of_another_gpu(self, copy: Path) -> None:
         self.edit(copy, compute_capability=[11, 0])
-        with pytest.raises(BackendUnavailableError, match=r"are tensorrt-sm110, this device needs tensorrt-sm87"):
+        with pytest.raises(BundleCorruptError, match=r"engine\.json is of engines tensorrt-sm110, not tensorrt-sm87"):
             self.load(copy)
 
     def test_whose_record_was_edited(self, copy: Path) -> None:
@@ -574,7 +598,8 @@ class TestBundle:
     )
     def test_damaged(self, copy: Path, damage: Callable[[Path], object], message: str) -> None:
         damage(copy / "engines" / "tensorrt-sm87" / "decoder.engine")
-        with pytest.raises(BundleCorruptError, match=rf"{message}.*; run on this device: owl2-export engine"):
+        again = f"run on this device: owl2-export engine {copy} --kind tensorrt"
+        with pytest.raises(BundleCorruptError, match=f"{message}.*; {again}$"):
             self.load(copy)
 
     @pytest.mark.parametrize(
@@ -591,7 +616,8 @@ class TestBundle:
     def test_records_that_cannot_be(self, copy: Path, changes: dict[str, Any], message: str) -> None:
         path = self.edit(copy, **changes)
         with pytest.raises(
-            BundleCorruptError, match=rf"^{path} cannot be used: .*{message}.*owl2-export engine {copy}$"
+            BundleCorruptError,
+            match=rf"^{path} cannot be used: .*{message}.*owl2-export engine {copy} --kind tensorrt$",
         ):
             self.load(copy)
 
@@ -599,6 +625,45 @@ class TestBundle:
         (copy / "engines" / "tensorrt-sm87" / "engine.json").write_text("{")
         with pytest.raises(BundleCorruptError, match="cannot be used: Expecting"):
             self.load(copy)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ("damage", "sm87: vision.engine was changed"),
+            ("edit", "engine.json is not the one that owl2.json names"),
+            ("graphs", "built from another decoder.onnx than the bundle has now"),
+            ("gpu", "engine.json is of engines tensorrt-sm110, not tensorrt-sm87"),
+            ("remove", "engine.json cannot be used"),
+            ("rename", "engines: '../x-sm87' is no name such as tensorrt-sm87"),
+        ],
+    )
+    def test_info_and_verify_tell_wherever_they_run(self, copy: Path, change: str, message: str) -> None:
+        folder, manifest = copy / "engines" / "tensorrt-sm87", copy / "owl2.json"
+        if change == "damage":
+            path = folder / "vision.engine"
+            path.write_bytes(path.read_bytes()[:-1] + b"!")
+        elif change == "edit":
+            path = folder / "engine.json"
+            path.write_text(path.read_text().replace(f'"context": {CONTEXT}', '"context": 4096'))
+        elif change == "graphs":
+            self.edit(copy, source={**read_record(folder).source, "decoder.onnx": "0" * 64})
+        elif change == "gpu":
+            self.edit(copy, compute_capability=[11, 0])
+        elif change == "remove":
+            shutil.rmtree(folder)
+        else:
+            manifest.write_text(manifest.read_text().replace("tensorrt-sm87", "../x-sm87"))
+        for command, shown in (("info", "1 problem:"), ("verify", "nothing was replayed")):
+            result = CliRunner().invoke(cli, [command, str(copy)], prog_name="owl2")
+            assert result.exit_code == 1
+            assert message in result.stdout
+            assert shown in result.stdout
+
+    def test_info_and_verify_are_content_with_whole_ones(self, copy: Path) -> None:
+        for command in ("info", "verify"):
+            result = CliRunner().invoke(cli, [command, str(copy)], prog_name="owl2")
+            assert result.exit_code == 0, result.stdout
+            assert "files verified" in result.stdout
 
     def test_tensorrt_refuses(self, copy: Path) -> None:
         path = copy / "engines" / "tensorrt-sm87" / "decoder.engine"
@@ -665,10 +730,46 @@ class TestChoice:
         assert verdict.passed, verdict
         assert gpu.launches > 0
 
+    @pytest.mark.parametrize(
+        ("device", "capability", "version", "context", "error", "message"),
+        [
+            ("tensorrt-rtx", (8, 7), VERSION, None, BundleError, "has no engines of tensorrt-rtx"),
+            ("tensorrt", (11, 0), VERSION, None, BackendUnavailableError, "are for other GPUs"),
+            ("tensorrt", (8, 7), "10.7.0", None, BackendUnavailableError, "were built with tensorrt 10.3.0"),
+            ("tensorrt", (8, 7), VERSION, 301, ConfigError, "context 301 exceeds the 300 positions"),
+            ("cuda:1", (8, 7), VERSION, None, BackendError, "onnx on the CPU only, .* cuda:1 export .* --dialect ort"),
+        ],
+    )
+    def test_what_cannot_run_is_refused_before_anything_large_is_read(
+        self,
+        float32: Bundle,
+        gpu: FakeDevice,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        device: str,
+        capability: tuple[int, int],
+        version: str,
+        context: int | None,
+        error: type[Exception],
+        message: str,
+    ) -> None:
+        """So damage to files, which only reading them tells, is not what is told."""
+        copy = with_engines(float32.folder, tmp_path / "b", context=300, prefill=64).folder
+        for path in (copy / "decoder.onnx.data", copy / "engines" / "tensorrt-sm87" / "decoder.engine"):
+            path.write_bytes(b"damaged")
+        gpu.compute_capability = capability
+        monkeypatch.setattr(choose, "import_tensorrt", lambda kind: FakeTensorRt(gpu, version))
+        with pytest.raises(error, match=message):
+            Owl2.load(copy, device=device, context=context)
+        if context is None:
+            with pytest.raises(error, match=message):
+                verify(copy, Placement.parse(device))
+
     @pytest.mark.parametrize("place", ["cpu", "tensorrt-rtx"])
     def test_graphs_are_run_by_onnx_runtime(self, float32: Bundle, monkeypatch: pytest.MonkeyPatch, place: Any) -> None:
         monkeypatch.setattr("owl2.runtime.backends.providers.prepare", lambda place: None)
-        assert choose.choose_backend(Placement(place), "ort", 1, None).onnxruntime
+        manifest = replace(float32.manifest, dialect="ort")
+        assert choose.choose_backend(Placement(place), float32.folder, manifest, threads=1).onnxruntime
         decoder = float32.manifest.model.decoder
         assert choose.fitting_context(OrtEngine(float32), decoder, None) == decoder.max_position_embeddings
 
