@@ -25,6 +25,7 @@ from owl2.runtime.backends.choose import choose_backend
 from owl2.runtime.bundle import Bundle, check_files, check_onnxruntime, read_manifest
 from owl2.runtime.config import ModelConfig, from_json, require
 from owl2.runtime.engine import Decoder, Floats, Ints
+from owl2.runtime.engines import check_all
 from owl2.runtime.errors import BundleCorruptError, ConfigError
 from owl2.runtime.evaluation.divergence import row_kl
 from owl2.runtime.multimodal import Prompt, embed, encode_prompt
@@ -125,7 +126,7 @@ class Verdict:
 
 
 def verify(folder: Path, place: Placement, threads: int | None = None) -> Verdict:
-    """Check every file of a bundle and replay its goldens on this device.
+    """Check every file of a bundle, all engines among them, and replay its goldens on this device.
 
     Args:
         folder: of the bundle.
@@ -133,16 +134,19 @@ def verify(folder: Path, place: Placement, threads: int | None = None) -> Verdic
         threads: of the CPU; None lets ONNX Runtime choose.
 
     Raises:
-        BundleError: there is no bundle, or its certificate cannot be read though the hashes hold.
-        BackendError: the graphs cannot be loaded or fail.
+        BundleError: there is no bundle, or its certificate cannot be read though the hashes hold, or it has no engines
+            that the device can run.
+        BackendError: the device cannot be had or cannot run the bundle, told before files are checked; or the graphs
+            cannot be loaded or fail.
     """
     manifest = read_manifest(folder)
-    problems = check_files(folder, manifest)
-    if problems:
-        return Verdict(tuple(problems), (), 0.0, 0.0)
-    backend = choose_backend(place, manifest.dialect, threads, None)
+    # Before gigabytes are hashed.
+    backend = choose_backend(place, folder, manifest, threads=threads)
     if backend.onnxruntime:
         check_onnxruntime(manifest.minimum_onnxruntime)
+    problems = [*check_files(folder, manifest), *check_all(folder, manifest)[1]]
+    if problems:
+        return Verdict(tuple(problems), (), 0.0, 0.0)
     bundle = Bundle(folder, manifest)
     goldens = read_goldens(bundle)
     limits = read_limits(bundle, goldens)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 from owl2.runtime import spec
-from owl2.runtime.bundle import Bundle, FileEntry, check_entry, hash_file
+from owl2.runtime.bundle import Bundle, FileEntry, Manifest, check_entry, hash_file
 from owl2.runtime.config import from_json, require
-from owl2.runtime.devices import EngineKind
+from owl2.runtime.devices import DEVICES, EngineKind
 from owl2.runtime.errors import BackendUnavailableError, BundleCorruptError, BundleError
 
 FOLDER = "engines"
@@ -26,6 +27,18 @@ PREFILL_PROFILE, DECODE_PROFILE = 0, 1
 def folder_name(kind: EngineKind, compute: int) -> str:
     """The folder in :data:`FOLDER` for engines of this kind and compute capability (times ten)."""
     return f"{kind}-sm{compute}"
+
+
+def parse_folder(name: str) -> tuple[EngineKind, int]:
+    """The inverse of :func:`folder_name`.
+
+    Raises:
+        BundleCorruptError: it is no such name.
+    """
+    found = re.fullmatch(f"({'|'.join(get_args(EngineKind))})-sm([0-9]+)", name)
+    if found is None:
+        raise BundleCorruptError(f"{spec.MANIFEST}: engines: {name!r} is no name such as {folder_name('tensorrt', 87)}")
+    return cast(EngineKind, found[1]), int(found[2])
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +105,104 @@ def read_record(folder: Path) -> EngineRecord:
     try:
         return EngineRecord.from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:  # ConfigError is a ValueError
-        raise BundleCorruptError(f"{path} cannot be used: {error}; {rebuild(folder.parent.parent)}") from error
+        again = rebuild(folder.parent.parent, *parse_folder(folder.name))
+        raise BundleCorruptError(f"{path} cannot be used: {error}; {again}") from error
 
 
-def rebuild(bundle: Path) -> str:
-    """The sentence that says how engines are made."""
-    return f"run on this device: owl2-export engine {bundle}"
+def rebuild(bundle: Path, kind: EngineKind, compute: int) -> str:
+    """The sentence that says how engines of this kind and compute capability (times ten) are made."""
+    command = f"owl2-export engine {bundle} --kind {kind}"
+    if kind == "tensorrt-rtx" and any(device.compute == compute for device in DEVICES.values()):
+        return f"run on any machine: {command} --gpu sm{compute}"
+    return f"run on this device: {command}"
+
+
+def checked_record(bundle: Path, manifest: Manifest, name: str) -> EngineRecord:
+    """The record in the folder of engines of this name; the engines themselves are not read.
+
+    Raises:
+        BundleCorruptError: it is not the one that the manifest names, or of other engines.
+        BundleError: the bundle's graphs are not those that they were built from.
+    """
+    kind, compute = parse_folder(name)
+    again, folder = rebuild(bundle, kind, compute), bundle / FOLDER / name
+    record = read_record(folder)
+    if hash_file(folder / RECORD) != manifest.engines[name]:
+        raise BundleCorruptError(f"{folder / RECORD} is not the one that {spec.MANIFEST} names; {again}")
+    if (found := folder_name(record.kind, _times_ten(record.compute_capability))) != name:
+        raise BundleCorruptError(f"{folder / RECORD} is of engines {found}, not {name}; {again}")
+    files = manifest.files
+    changed = [file for file, digest in record.source.items() if file not in files or files[file].sha256 != digest]
+    if changed:
+        raise BundleError(
+            f"the engines in {folder} were built from another {', '.join(changed)} than the bundle has now, so they "
+            f"are another model's; {again}"
+        )
+    return record
+
+
+def check_files(bundle: Path, name: str, record: EngineRecord) -> None:
+    """Verify every file beside the record in the folder of engines of this name.
+
+    Raises:
+        BundleCorruptError: some are missing, truncated or changed; all of them are named.
+    """
+    folder = bundle / FOLDER / name
+    problems = [problem for file, entry in record.files.items() if (problem := check_entry(folder, file, entry))]
+    if problems:
+        raise BundleCorruptError(f"{folder}: {'; '.join(problems)}; {rebuild(bundle, *parse_folder(name))}")
+
+
+def check_all(bundle: Path, manifest: Manifest) -> tuple[dict[str, EngineRecord], list[str]]:
+    """Verify all engines of a bundle.
+
+    Returns:
+        The records that are what the manifest names, by name of the folder, and one sentence per problem.
+    """
+    records, problems = {}, []
+    for name in manifest.engines:
+        try:
+            records[name] = checked_record(bundle, manifest, name)
+            check_files(bundle, name, records[name])
+        except BundleError as error:
+            problems.append(str(error))
+    return records, problems
+
+
+def find_record(
+    bundle: Path, manifest: Manifest, kind: EngineKind, gpu: str, capability: tuple[int, int], version: str
+) -> EngineRecord:
+    """What is recorded of the engines for this device, before anything large is read.
+
+    Args:
+        bundle: folder.
+        manifest: of the bundle.
+        kind: of engines.
+        gpu: name of the device, for messages.
+        capability: compute capability of the device.
+        version: of the installed TensorRT.
+
+    Raises:
+        BackendUnavailableError: the bundle's engines are for another GPU or another TensorRT.
+        BundleError: the bundle has none, or as :func:`checked_record`.
+    """
+    compute = _times_ten(capability)
+    again, name = rebuild(bundle, kind, compute), folder_name(kind, compute)
+    listed = sorted(name for name in manifest.engines if name.startswith(f"{kind}-sm"))
+    if name not in listed:
+        if not listed:
+            raise BundleError(f"{bundle} has no engines of {kind}; {again}")
+        raise BackendUnavailableError(
+            f"the engines of {bundle} are for other GPUs ({', '.join(listed)}), this device is a {gpu} (sm{compute}); "
+            f"{again}"
+        )
+    record = checked_record(bundle, manifest, name)
+    if record.tensorrt != version:
+        raise BackendUnavailableError(
+            f"the engines in {bundle / FOLDER / name} were built with {kind} {record.tensorrt}, {version} is "
+            f"installed, which cannot be counted on to read them; {again}"
+        )
+    return record
 
 
 def find_engines(
@@ -107,46 +212,17 @@ def find_engines(
 
     Args:
         bundle: verified.
-        kind: of engines.
-        gpu: name of the device, for messages.
-        capability: compute capability of the device.
-        version: of the installed TensorRT.
+        kind, gpu, capability, version: as of :func:`find_record`.
 
     Raises:
-        BackendUnavailableError: the bundle's engines are for another GPU or another TensorRT.
-        BundleError: the bundle has none, or its graphs are not those that they were built from.
+        BackendUnavailableError, BundleError: as :func:`find_record`.
         BundleCorruptError: a file is missing, truncated or changed.
     """
-    again = rebuild(bundle.folder)
-    compute = 10 * capability[0] + capability[1]
-    folder = bundle.folder / FOLDER / folder_name(kind, compute)
-    listed = sorted(name for name in bundle.manifest.engines if name.startswith(f"{kind}-sm"))
-    if folder.name not in listed:
-        if not listed:
-            raise BundleError(f"{bundle.folder} has no engines of {kind}; {again}")
-        raise BackendUnavailableError(
-            f"the engines of {bundle.folder} are for other GPUs ({', '.join(listed)}), this device is a {gpu} "
-            f"(sm{compute}); {again}"
-        )
-    record = read_record(folder)
-    if hash_file(folder / RECORD) != bundle.manifest.engines[folder.name]:
-        raise BundleCorruptError(f"{folder / RECORD} is not the one that {spec.MANIFEST} names; {again}")
-    if (record.kind, record.compute_capability) != (kind, capability):
-        found = folder_name(record.kind, 10 * record.compute_capability[0] + record.compute_capability[1])
-        raise BackendUnavailableError(f"the engines in {folder} are {found}, this device needs {folder.name}; {again}")
-    if record.tensorrt != version:
-        raise BackendUnavailableError(
-            f"the engines in {folder} were built with {kind} {record.tensorrt}, {version} is installed, which cannot "
-            f"be counted on to read them; {again}"
-        )
-    files = bundle.manifest.files
-    changed = [name for name, digest in record.source.items() if name not in files or files[name].sha256 != digest]
-    if changed:
-        raise BundleError(
-            f"the engines in {folder} were built from another {', '.join(changed)} than the bundle has now, so they "
-            f"are another model's; {again}"
-        )
-    problems = [problem for name, entry in record.files.items() if (problem := check_entry(folder, name, entry))]
-    if problems:
-        raise BundleCorruptError(f"{folder}: {'; '.join(problems)}; {again}")
-    return folder, record
+    record = find_record(bundle.folder, bundle.manifest, kind, gpu, capability, version)
+    name = folder_name(kind, _times_ten(capability))
+    check_files(bundle.folder, name, record)
+    return bundle.folder / FOLDER / name, record
+
+
+def _times_ten(capability: tuple[int, int]) -> int:
+    return 10 * capability[0] + capability[1]

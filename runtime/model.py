@@ -111,10 +111,11 @@ class Owl2:
         kind = manifest.kv_type(kv_cache)
         positions = resolve_context(manifest.model.decoder, context)
         # Before gigabytes are hashed.
-        backend = choose_backend(Placement.parse(device), manifest.dialect, threads, kv_cache)
+        place, folder = Placement.parse(device), Path(bundle)
+        backend = choose_backend(place, folder, manifest, threads=threads, kv_cache=kv_cache, context=context)
         if check_memory and device == CPU:
             plan.check_memory(manifest, positions, kind)
-        opened = Bundle.open(Path(bundle), onnxruntime=backend.onnxruntime)
+        opened = Bundle.open(folder, onnxruntime=backend.onnxruntime)
         return cls(opened, backend.open(opened), context)
 
     def chat(self) -> Chat:

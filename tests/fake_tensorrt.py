@@ -9,6 +9,7 @@ numbers, or with nothing at all, raises :class:`Misuse`.
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,7 +119,15 @@ class FakeDevice:
     def upload(self, address: int, array: np.ndarray, stream: int) -> None:
         self._copied("up", address, array.nbytes)
         self._contiguous(array)
-        self._host_copy(stream, lambda: np.copyto(self.bytes(address, array.nbytes), _bytes(array)))
+        nbytes, alive = array.nbytes, weakref.ref(array)
+
+        def work() -> None:
+            source = alive()
+            if source is None:
+                raise Misuse("an array was dropped before it was copied")
+            np.copyto(self.bytes(address, nbytes), _bytes(source))
+
+        self._host_copy(stream, work)
 
     def download(self, array: np.ndarray, address: int, stream: int) -> None:
         self._copied("down", address, array.nbytes)

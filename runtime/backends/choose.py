@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from owl2.runtime.backends.cuda_memory import open_device
 from owl2.runtime.backends.installation import needs_onnxruntime
 from owl2.runtime.backends.tensorrt import TensorRtEngine, TensorRtOptions
 from owl2.runtime.backends.tensorrt_context import import_tensorrt
-from owl2.runtime.bundle import Bundle
+from owl2.runtime.bundle import Bundle, Manifest
 from owl2.runtime.config import DecoderConfig, require, resolve_context
 from owl2.runtime.devices import EngineKind
 from owl2.runtime.engine import Engine
+from owl2.runtime.engines import find_record
 from owl2.runtime.placement import Placement
-from owl2.runtime.spec import DialectName, KvType
+from owl2.runtime.spec import KvType
 
 
 @dataclass(frozen=True)
@@ -30,19 +32,30 @@ class Backend:
     onnxruntime: bool
 
 
-def choose_backend(place: Placement, dialect: DialectName, threads: int | None, kv_cache: KvType | None) -> Backend:
-    """Check that a device can be had, before anything is loaded.
+def choose_backend(
+    place: Placement,
+    folder: Path,
+    manifest: Manifest,
+    *,
+    threads: int | None = None,
+    kv_cache: KvType | None = None,
+    context: int | None = None,
+) -> Backend:
+    """Check that a device can be had and can run a bundle, before anything large is read.
 
     Args:
         place: ``tensorrt`` runs the engines of a bundle, and so does ``tensorrt-rtx`` if it is of the dialect onnx;
             ONNX Runtime does all else.
-        dialect: of the bundle.
-        threads, kv_cache: as in :meth:`owl2.runtime.Owl2.load`.
+        folder, manifest: of the bundle, whose files need not have been verified.
+        threads, kv_cache, context: as in :meth:`owl2.runtime.Owl2.load`.
 
     Raises:
-        BackendUnavailableError: the device cannot be had; says what is missing.
-        ConfigError: settings that it does not have.
+        BackendUnavailableError: the device cannot be had, says what is missing; or the engines are for another one.
+        BackendError: the device cannot run graphs of this dialect.
+        BundleError: there are no engines, or their record cannot be used.
+        ConfigError: settings that the device or the engines do not have.
     """
+    dialect = manifest.dialect
     if place.kind == "tensorrt" or (place.kind == "tensorrt-rtx" and dialect == "onnx"):
         require(
             dialect == "onnx",
@@ -50,18 +63,21 @@ def choose_backend(place: Placement, dialect: DialectName, threads: int | None, 
             f"{dialect}; export the checkpoint again with --dialect onnx",
         )
         require(threads is None, f"threads {threads}: device {place} has none to set; leave them out")
-        return _native(place.kind, place.index, kv_cache)
+        return _native(place.kind, place.index, folder, manifest, context)
     with needs_onnxruntime():
-        from owl2.runtime.backends.ort import OrtEngine, OrtOptions
+        from owl2.runtime.backends.ort import OrtEngine, OrtOptions, check_dialect
         from owl2.runtime.backends.providers import prepare
+    check_dialect(folder, dialect, place)
     options = OrtOptions(str(place), threads, kv_cache)
     prepare(place)
     return Backend(lambda bundle: OrtEngine(bundle, options), onnxruntime=True)
 
 
-def _native(kind: EngineKind, index: int, kv_cache: KvType | None) -> Backend:
-    options = TensorRtOptions(kind, kv_cache)
+def _native(kind: EngineKind, index: int, folder: Path, manifest: Manifest, context: int | None) -> Backend:
+    options = TensorRtOptions(kind)
     device, trt = open_device(index), import_tensorrt(kind)
+    record = find_record(folder, manifest, kind, device.name, device.compute_capability, str(trt.__version__))
+    _check_context(record.context, context)
     return Backend(lambda bundle: TensorRtEngine(bundle, options, trt, device), onnxruntime=False)
 
 
@@ -74,10 +90,13 @@ def fitting_context(engine: Engine, decoder: DecoderConfig, context: int | None)
     resolved = resolve_context(decoder, context)
     if not isinstance(engine, TensorRtEngine):
         return resolved
-    longest = engine.context
+    _check_context(engine.context, context)
+    return min(resolved, engine.context)
+
+
+def _check_context(longest: int, context: int | None) -> None:
     require(
         context is None or context <= longest,
         f"context {context} exceeds the {longest} positions that this bundle's engines were built for; choose a "
         "smaller one or build them again with a larger --context",
     )
-    return min(resolved, longest)

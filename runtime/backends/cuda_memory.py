@@ -280,17 +280,19 @@ class Slots:
         self._slots: dict[str, tuple[int, int]] = {}
 
     def reserve(self, name: str, nbytes: int) -> int:
-        """-> address with room for ``nbytes``, the same as before where that had it; never null."""
+        """-> address with room for ``nbytes``, the same as before where that had it; never null.
+
+        Raises:
+            BackendError: there is not that much memory; what was there before is still there.
+        """
         address, size = self._slots.get(name, (0, 0))
         if size >= max(nbytes, 1):
             return address
+        larger = self._device.allocate(aligned(nbytes))
+        self._slots[name] = larger, aligned(nbytes)
         if size:
-            del self._slots[name]
             self._device.free(address)
-        size = aligned(nbytes)
-        address = self._device.allocate(size)
-        self._slots[name] = address, size
-        return address
+        return larger
 
     def upload(self, name: str, array: Array, stream: int) -> int:
         """Copy an array into its slot -> address."""

@@ -22,7 +22,7 @@ from owl2.runtime.engine import Floats, Ints, KvBuffers
 from owl2.runtime.errors import BackendError
 from owl2.runtime.placement import CPU, Placement
 from owl2.runtime.rope import rotary_tables
-from owl2.runtime.spec import KvType
+from owl2.runtime.spec import DialectName, KvType
 from owl2.runtime.steps import row_inputs
 
 Element = type[np.float32 | np.float16 | np.int8]
@@ -203,16 +203,24 @@ def open_decoder(path: Path, manifest: Manifest, options: OrtOptions) -> OrtDeco
     decoder = manifest.model.decoder
     if manifest.dialect == "ort":
         return OrtDecoder(path, decoder, options)
-    device = Placement.parse(options.device)
-    if not device.on_host:
-        raise BackendError(
-            f"{path}: ONNX Runtime runs graphs of the dialect onnx on the CPU only, where their K/V rows lie; for "
-            f"device {device} export the bundle with owl2-export --dialect ort --activations fp16"
-        )
+    check_dialect(path, manifest.dialect, Placement.parse(options.device))
     session = open_session(path, options)
     dtype, element = element_of(path, session, spec.EMBEDS)
     check_standard(path, session, decoder, element)
     return StandardDecoder(session, decoder, dtype)
+
+
+def check_dialect(path: Path, dialect: DialectName, device: Placement) -> None:
+    """Refuse graphs, or a bundle, whose dialect ONNX Runtime does not run there.
+
+    Raises:
+        BackendError: it does not; says which it does.
+    """
+    if dialect == "onnx" and not device.on_host:
+        raise BackendError(
+            f"{path}: ONNX Runtime runs graphs of the dialect onnx on the CPU only, where their K/V rows lie; for "
+            f"device {device} export the bundle with owl2-export --dialect ort --activations fp16"
+        )
 
 
 def check_standard(path: Path, session: ort.InferenceSession, config: DecoderConfig, element: str) -> None:

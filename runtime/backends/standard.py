@@ -47,6 +47,8 @@ class StandardDecoder:
         self._session, self._config, self._dtype = session, config, dtype
         self._run_options = ort.RunOptions()
         self._run_options.log_severity_level = 4  # failures come back as exceptions
+        # Read where there are no cached rows: the mask hides numbers, not the NaN that an undone step may have left.
+        self._no_rows = np.zeros((1, spec.kv_row_width(config)), dtype)
 
     def allocate(self, capacity: int, previous: KvBuffers | None) -> RowBuffers:
         """Buffers for ``capacity`` positions that begin with the content of ``previous``."""
@@ -72,7 +74,8 @@ class StandardDecoder:
         for layer in range(self._config.num_hidden_layers):
             pairs = zip(spec.past_names(layer), spec.present_names(layer), buffers.rows[2 * layer :])
             for read, written, rows in pairs:
-                binding.bind_ortvalue_input(read, ort.OrtValue.ortvalue_from_numpy(rows[:cached]))
+                before = rows[:past] if past else self._no_rows
+                binding.bind_ortvalue_input(read, ort.OrtValue.ortvalue_from_numpy(before))
                 binding.bind_ortvalue_output(written, ort.OrtValue.ortvalue_from_numpy(rows[past:total]))
         binding.bind_output(spec.LOGITS, "cpu")
         try:

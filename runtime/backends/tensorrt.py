@@ -47,7 +47,7 @@ from owl2.runtime.engines import (
 )
 from owl2.runtime.errors import BackendError
 from owl2.runtime.rope import rotary_tables
-from owl2.runtime.spec import FloatType, KvType
+from owl2.runtime.spec import FloatType
 from owl2.runtime.steps import attention_mask, row_inputs
 
 DTYPES: dict[FloatType, type[np.float32 | np.float16]] = {"fp32": np.float32, "fp16": np.float16}
@@ -63,16 +63,14 @@ class TensorRtOptions:
 
     Attributes:
         kind: which library runs them.
-        kv_cache: type of the K/V cache; only that of the activations can be had.
         cuda_graphs: replay decoding steps as CUDA graphs.
     """
 
     kind: EngineKind = "tensorrt"
-    kv_cache: KvType | None = None
     cuda_graphs: bool = True
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class DeviceRows:
     """K/V rows of all layers in one allocation of a GPU: [2 · layers, capacity, W], keys and values in turn.
 
@@ -81,12 +79,14 @@ class DeviceRows:
         count: 2 · layers.
         capacity: positions they hold.
         row: bytes of a row, a multiple of 256.
+        written: positions that may hold something; zeros behind them.
     """
 
     address: int
     count: int
     capacity: int
     row: int
+    written: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -101,6 +101,18 @@ class DeviceRows:
     def at(self, index: int, position: int) -> int:
         """Address of a position's row in tensor ``index``."""
         return self.address + index * self.pitch + position * self.row
+
+    def begin(self, past: int, total: int, device: Device, stream: int) -> None:
+        """Before a step writes positions ``past`` to ``total``: forget those of earlier steps that were undone.
+
+        Decoding reads rows behind ``past``. The mask is added to their scores, which hides numbers but not NaN, and
+        an undone step may have left that.
+        """
+        self.written, stale = max(self.written, total), self.written
+        if stale > past:
+            for index in range(self.count):
+                device.clear(self.at(index, past), (stale - past) * self.row, stream)
+            self.written = total
 
 
 class TensorRtEngine:
@@ -119,14 +131,8 @@ class TensorRtEngine:
             BackendUnavailableError: the engines are for another GPU or another TensorRT.
             BundleError: there are none, or their files or graphs are not what was recorded.
             BackendError: TensorRT refuses them, or they do not fit the manifest, or the GPU's memory.
-            ConfigError: a type of K/V cache that the engines do not have.
         """
         activations = bundle.manifest.activations
-        require(
-            options.kv_cache in (None, activations),
-            f"kv_cache {options.kv_cache!r}: engines of TensorRT keep keys and values in the type of the activations, "
-            f"{activations}; leave it out",
-        )
         device.use()
         folder, self.record = find_engines(
             bundle, options.kind, device.name, device.compute_capability, str(trt.__version__)
@@ -183,6 +189,7 @@ class TensorRtEngine:
             self._device.clear(made.address, made.nbytes, stream)
             if isinstance(previous, DeviceRows):
                 source, target = Strided(previous.address, previous.pitch), Strided(made.address, made.pitch)
+                made.written = min(capacity, previous.written)
                 self._device.copy(target, source, min(capacity, previous.capacity) * row, count, stream)
             self._device.synchronize(stream)
         return made
@@ -243,6 +250,7 @@ class TensorRtEngine:
         feeds = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
         logits = np.empty((len(inputs[spec.LOGIT_ROWS]), self._model.decoder.vocab_size), np.float32)
         with self._step() as stream:
+            rows.begin(past, past + tokens, self._device, stream)
             for name, array in feeds.items():
                 context.bind(name, slots.upload(name, array, stream), array.shape)
             shape = (cached, spec.kv_row_width(self._model.decoder))
@@ -310,7 +318,7 @@ class _Parts:
 
 
 class _Decoding:
-    """Steps of one position: inputs at fixed places, one CUDA graph at a time.
+    """Steps of one position: inputs at fixed places with room for the longest step, one CUDA graph at a time.
 
     A graph is undefined once its context has been given other shapes or addresses, so there is one for the present
     buffers and S; the first step with new ones runs by itself, which TensorRT wants before it is captured.
@@ -324,8 +332,20 @@ class _Decoding:
         self._key: tuple[int, int, int] | None = None
         self._row = spec.kv_row_width(model.decoder) * np.dtype(dtype).itemsize
         one = np.zeros(1, dtype=np.int64)
-        for name, array in row_inputs(one, one).items():
+        constants = row_inputs(one, one)
+        for name, array in constants.items():
             context.bind(name, parts.fixed.upload(name, array, parts.stream), array.shape)
+        # So that no step has to allocate: a graph goes on reading where these lay when it was captured.
+        half, item = model.decoder.head_dim // 2, np.dtype(dtype).itemsize
+        self._places = {
+            name: parts.fixed.reserve(name, count * item)
+            for name, count in (
+                (spec.EMBEDS, model.decoder.hidden_size),
+                (spec.ATTENTION_MASK, record.context + 1),
+                (spec.ROTARY_COS, half),
+                (spec.ROTARY_SIN, half),
+            )
+        }
         names = list(cache_names(model))
         self._new = parts.fixed.reserve("new rows", len(names) * self._row)
         for index, (_, written) in enumerate(names):
@@ -338,6 +358,7 @@ class _Decoding:
         """One step -> logits [V]."""
         device, decoder = self._parts.device, self._model.decoder
         cached = decode_rows(past, rows.capacity, self._record.context)
+        rows.begin(past, past + 1, device, stream)
         cos, sin = rotary_tables(decoder, past + 1, decoder.head_dim, self._dtype)
         feeds = {
             spec.EMBEDS: embeds[None].astype(self._dtype),
@@ -345,12 +366,13 @@ class _Decoding:
             spec.ROTARY_COS: cos[past : past + 1],
             spec.ROTARY_SIN: sin[past : past + 1],
         }
-        places = {name: self._parts.fixed.upload(name, array, stream) for name, array in feeds.items()}
+        for name, array in feeds.items():
+            device.upload(self._places[name], array, stream)
         key = rows.address, rows.pitch, cached
         if key == self._key:
             self._repeat(stream)
         else:
-            self._bind(rows, cached, {name: (places[name], array.shape) for name, array in feeds.items()})
+            self._bind(rows, cached, {name: array.shape for name, array in feeds.items()})
             self._context.enqueue("the decoder")
             self._key = key
         target = Strided(rows.at(0, past), rows.pitch)
@@ -360,11 +382,11 @@ class _Decoding:
         device.synchronize(stream)
         return logits
 
-    def _bind(self, rows: DeviceRows, cached: int, feeds: dict[str, tuple[int, Shape]]) -> None:
+    def _bind(self, rows: DeviceRows, cached: int, shapes: dict[str, Shape]) -> None:
         self._key = None
         self._parts.drop_graph()
-        for name, (address, shape) in feeds.items():
-            self._context.bind(name, address, shape)
+        for name, fed in shapes.items():
+            self._context.bind(name, self._places[name], fed)
         shape = (cached, spec.kv_row_width(self._model.decoder))
         for index, (read, _) in enumerate(cache_names(self._model)):
             self._context.bind(read, rows.at(index, 0), shape)

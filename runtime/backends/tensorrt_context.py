@@ -67,6 +67,10 @@ class Messages:
         """Keep an error's message."""
         self._errors.append(" ".join(message.split()))
 
+    def forget(self) -> None:
+        """Before a call: what was reported until now is no reason for its failure."""
+        self._errors.clear()
+
     def error(self, what: str) -> BackendError:
         """An error that says ``what`` failed and why; the reasons are forgotten."""
         reasons = "; ".join(dict.fromkeys(self._errors)) or "TensorRT gave no reason"
@@ -80,6 +84,7 @@ def load_engine(runtime: Any, path: Path, messages: Messages) -> Any:  # noqa: A
     Raises:
         BackendError: TensorRT refuses it.
     """
+    messages.forget()
     with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
         engine = runtime.deserialize_cuda_engine(content)
     if engine is None:
@@ -155,6 +160,7 @@ class Context:
         self._shapes: dict[str, Shape] = {}
         self._addresses: dict[str, int] = {}
         self.scratch = int(engine.get_device_memory_size_for_profile_v2(profile))
+        messages.forget()
         self._context = _create(trt, engine, graphs)
         if self._context is None or not self._context.set_optimization_profile_async(profile, stream):
             raise messages.error(f"no execution context for profile {profile}")
@@ -169,6 +175,7 @@ class Context:
         Raises:
             BackendError: the shape is outside the profile.
         """
+        self._messages.forget()
         if shape is not None and self._shapes.get(name) != shape:
             if not self._context.set_input_shape(name, shape):
                 raise self._messages.error(f"TensorRT refuses the shape {list(shape)} of {name}")
@@ -184,6 +191,7 @@ class Context:
         Raises:
             BackendError: ``what`` failed.
         """
+        self._messages.forget()
         if not self._context.execute_async_v3(self._stream):
             raise self._messages.error(f"{what} failed")
 

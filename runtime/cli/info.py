@@ -15,7 +15,6 @@ from owl2.runtime.backends.installation import onnxruntime_version
 from owl2.runtime.bundle import (
     Manifest,
     WeightFormat,
-    check_entry,
     check_files,
     check_onnxruntime,
     is_older,
@@ -24,8 +23,8 @@ from owl2.runtime.bundle import (
 from owl2.runtime.cli.console import notice, reports_errors, size
 from owl2.runtime.cli.options import bundle_argument
 from owl2.runtime.config import DecoderConfig
-from owl2.runtime.engines import FOLDER, EngineRecord, read_record
-from owl2.runtime.errors import BackendUnavailableError, BundleCorruptError
+from owl2.runtime.engines import EngineRecord, check_all
+from owl2.runtime.errors import BackendUnavailableError
 
 Row = tuple[str, str]
 
@@ -94,16 +93,8 @@ def _inspect(folder: Path) -> Findings:
 
 def _engines(folder: Path, manifest: Manifest, problems: list[str]) -> dict[str, EngineRecord]:
     """The records of all engines, verified; adds to ``problems`` what is wrong with them."""
-    records = {}
-    for name in manifest.engines:
-        place = folder / FOLDER / name
-        try:
-            records[name] = record = read_record(place)
-        except BundleCorruptError as error:
-            problems.append(str(error))
-            continue
-        found = [problem for file, entry in record.files.items() if (problem := check_entry(place, file, entry))]
-        problems += [f"{name}: {problem}" for problem in found]
+    records, found = check_all(folder, manifest)
+    problems += found
     return records
 
 

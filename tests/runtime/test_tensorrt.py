@@ -19,6 +19,7 @@ from typing import Any
 import fake_tensorrt
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from fake_tensorrt import FakeDevice, FakeEngineFile, FakeTensorRt, IExecutionContext, Profile
 from PIL import Image
 
@@ -26,8 +27,9 @@ from owl2.export.config import ExportConfig
 from owl2.export.engine.profiles import Limits, decoder_profiles, vision_profile
 from owl2.export.pipeline import export_bundle
 from owl2.runtime import ConfigError, Owl2, spec
+from owl2.runtime.__main__ import cli
 from owl2.runtime.backends import choose, cuda_memory, tensorrt, tensorrt_context
-from owl2.runtime.backends.cuda_memory import CudaDevice, Strided, version_problem
+from owl2.runtime.backends.cuda_memory import CudaDevice, Slots, Strided, version_problem
 from owl2.runtime.backends.installation import driver_problem
 from owl2.runtime.backends.ort import OrtEngine
 from owl2.runtime.backends.tensorrt import DeviceRows, TensorRtEngine, TensorRtOptions, block_end, decode_rows, routed
@@ -356,6 +358,85 @@ class TestFailure:
         assert not fake.device.recording
         assert not fake.device.graphs
 
+    def test_a_full_gpu_leaves_other_conversations_and_their_graph(self, float32: Bundle) -> None:
+        fake, steps = Fake(float32), Steps(float32, 301)
+        engine, embeds = fake.engine, steps.embeds
+        short, long = engine.allocate(256, None), engine.allocate(640, None)
+        for rows, count in ((short, 20), (long, 300)):
+            engine.prefill(embeds[:count], steps.modality[:count], 0, rows, np.array([count - 1]))
+        expected = [engine.decode(embeds[20:21], 20, short) for _ in range(2)][-1]
+        assert fake.device.graphs
+        fake.device.limit = fake.device.allocated
+        # Its mask is longer than those before.
+        np.testing.assert_allclose(engine.decode(embeds[300:], 300, long), steps.expected()[300], atol=1e-4)
+        for _ in range(3):
+            np.testing.assert_array_equal(engine.decode(embeds[20:21], 20, short), expected)
+
+    def test_a_slot_that_cannot_grow_stays(self) -> None:
+        device = FakeDevice()
+        slots = Slots(device)
+        address = slots.reserve("mask", 100)
+        device.limit = 1024
+        with pytest.raises(BackendError, match="no room"):
+            slots.reserve("mask", 1000)
+        assert slots.reserve("mask", 256) == address
+        device.limit = 2048
+        assert slots.reserve("mask", 1000) != address
+        assert list(device.allocations) == [slots.reserve("mask", 1000)]
+
+    @pytest.mark.parametrize("undone", ["prefill", "decode", "failed"])
+    def test_an_overflowing_step_that_was_undone_spoils_nothing(self, float32: Bundle, undone: str) -> None:
+        fake, steps = Fake(float32), Steps(float32, 40)
+        engine, embeds, modality = fake.engine, steps.embeds, steps.modality
+        rows = engine.allocate(64, None)
+        engine.prefill(embeds[:35], modality[:35], 0, rows, np.array([0]))
+        overflowing = np.full_like(embeds[:9], np.inf)
+        if undone == "decode":
+            assert not np.isfinite(engine.decode(overflowing[:1], 35, rows)).all()
+        else:
+            assert not np.isfinite(engine.prefill(overflowing, modality[:9], 35, rows, np.array([8]))).all()
+        if undone == "failed":  # the first step after it, so that what is stale is still known to be
+            fake.decoding.failures = 1
+            with pytest.raises(BackendError, match="the decoder failed"):
+                engine.decode(embeds[35:36], 35, rows)
+        grown = engine.allocate(128, rows)
+        for buffers in (rows, grown):
+            made = [engine.decode(embeds[i : i + 1], i, buffers) for i in range(34, 40)]
+            np.testing.assert_allclose(np.stack(made), steps.expected()[34:], atol=1e-4)
+
+    def test_nor_does_one_from_the_beginning(self, float32: Bundle, fake: Fake, steps: Steps) -> None:
+        for engine in (fake.engine, OrtEngine(float32)):
+            rows, every = engine.allocate(64, None), np.arange(40)
+            engine.prefill(np.full_like(steps.embeds, np.inf), steps.modality, 0, rows, every)
+            made = engine.prefill(steps.embeds, steps.modality, 0, rows, every)
+            np.testing.assert_allclose(made, steps.expected(), atol=1e-4)
+
+    def test_only_what_was_undone_is_cleared(self, float32: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+        fake, steps = Fake(float32), Steps(float32, 40)
+        engine, embeds, modality = fake.engine, steps.embeds, steps.modality
+        rows, cleared = engine.allocate(64, None), []
+        clear = fake.device.clear
+        monkeypatch.setattr(fake.device, "clear", lambda *given: cleared.append(given[:2]) or clear(*given))
+        engine.prefill(embeds[:30], modality[:30], 0, rows, np.array([0]))
+        for i in range(30, 36):
+            engine.decode(embeds[i : i + 1], i, rows)
+        assert not cleared
+        for _ in range(2):
+            engine.prefill(embeds[:4], modality[:4], 31, rows, np.array([0]))
+            assert cleared == [(rows.at(index, 31), 5 * rows.row) for index in range(rows.count)]
+            cleared.clear()
+            engine.decode(embeds[:1], 35, rows)
+
+    def test_old_messages_are_not_the_reason(self, fake: Fake) -> None:
+        rows = fake.engine.allocate(8, None)
+        fake.engine._parts.messages.add("something of long ago")
+        fake.decoding.failures = 1
+        with pytest.raises(BackendError, match=r"^the decoder failed: Cuda Runtime \(an illegal memory access"):
+            fake.engine.decode(np.zeros((1, fake.owl.config.decoder.hidden_size), np.float32), 0, rows)
+        fake.engine._parts.messages.add("something of long ago")
+        with pytest.raises(BackendError, match=r"refuses the shape \[0, 3, 1, 1\] of pixel_values: pixel_values: "):
+            fake.engine._vision.bind(spec.PIXELS, 256, (0, 3, 1, 1))
+
     def test_a_shape_outside_the_profile(self, fake: Fake) -> None:
         with pytest.raises(BackendError, match=r"refuses the shape \[0, 3, 1, 1\] of pixel_values: pixel_values: "):
             fake.engine._vision.bind(spec.PIXELS, 256, (0, 3, 1, 1))
@@ -452,19 +533,41 @@ class TestBundle:
         assert OrtEngine(Bundle.open(copy))
 
     def test_none(self, bundle_a2_onnx: Path) -> None:
-        with pytest.raises(BundleError, match=rf"has no engines of tensorrt; .*: owl2-export engine {bundle_a2_onnx}$"):
+        again = f"run on this device: owl2-export engine {bundle_a2_onnx} --kind tensorrt"
+        with pytest.raises(BundleError, match=rf"has no engines of tensorrt; {again}$"):
             self.load(bundle_a2_onnx)
 
     def test_of_another_gpu(self, copy: Path) -> None:
         message = (
-            rf"are for other GPUs \(tensorrt-sm87\), this device is a Thor \(sm110\); .* owl2-export engine {copy}$"
+            rf"are for other GPUs \(tensorrt-sm87\), this device is a Thor \(sm110\); "
+            rf"run on this device: owl2-export engine {copy} --kind tensorrt$"
         )
         with pytest.raises(BackendUnavailableError, match=message):
             self.load(copy, name="Thor", compute_capability=(11, 0))
 
+    @pytest.mark.parametrize(
+        ("capability", "where", "gpu"),
+        [
+            ((8, 9), "any machine", " --gpu sm89"),
+            ((12, 1), "this device", ""),
+            ((12, 0), "any machine", " --gpu sm120"),
+        ],
+    )
+    def test_the_command_builds_the_kind_that_is_missing(
+        self, copy: Path, capability: tuple[int, int], where: str, gpu: str
+    ) -> None:
+        """For a GPU that the exporter knows by number, anywhere; it would build the other kind on a server's."""
+        again = f"run on {where}: owl2-export engine {copy} --kind tensorrt-rtx{gpu}$"
+        device = FakeDevice(compute_capability=capability)
+        with pytest.raises(BundleError, match=f"has no engines of tensorrt-rtx; {again}"):
+            Fake(Bundle.open(copy), device=device, rtx=True, kind="tensorrt-rtx")
+        build(copy, kind="tensorrt-rtx")
+        with pytest.raises(BackendUnavailableError, match=rf"other GPUs \(tensorrt-rtx-sm87\), .*; {again}"):
+            Fake(Bundle.open(copy), device=device, rtx=True, kind="tensorrt-rtx")
+
     def test_whose_record_is_of_another_gpu(self, copy: Path) -> None:
         self.edit(copy, compute_capability=[11, 0])
-        with pytest.raises(BackendUnavailableError, match=r"are tensorrt-sm110, this device needs tensorrt-sm87"):
+        with pytest.raises(BundleCorruptError, match=r"engine\.json is of engines tensorrt-sm110, not tensorrt-sm87"):
             self.load(copy)
 
     def test_whose_record_was_edited(self, copy: Path) -> None:
@@ -495,7 +598,8 @@ class TestBundle:
     )
     def test_damaged(self, copy: Path, damage: Callable[[Path], object], message: str) -> None:
         damage(copy / "engines" / "tensorrt-sm87" / "decoder.engine")
-        with pytest.raises(BundleCorruptError, match=rf"{message}.*; run on this device: owl2-export engine"):
+        again = f"run on this device: owl2-export engine {copy} --kind tensorrt"
+        with pytest.raises(BundleCorruptError, match=f"{message}.*; {again}$"):
             self.load(copy)
 
     @pytest.mark.parametrize(
@@ -512,7 +616,8 @@ class TestBundle:
     def test_records_that_cannot_be(self, copy: Path, changes: dict[str, Any], message: str) -> None:
         path = self.edit(copy, **changes)
         with pytest.raises(
-            BundleCorruptError, match=rf"^{path} cannot be used: .*{message}.*owl2-export engine {copy}$"
+            BundleCorruptError,
+            match=rf"^{path} cannot be used: .*{message}.*owl2-export engine {copy} --kind tensorrt$",
         ):
             self.load(copy)
 
@@ -520,6 +625,45 @@ class TestBundle:
         (copy / "engines" / "tensorrt-sm87" / "engine.json").write_text("{")
         with pytest.raises(BundleCorruptError, match="cannot be used: Expecting"):
             self.load(copy)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ("damage", "sm87: vision.engine was changed"),
+            ("edit", "engine.json is not the one that owl2.json names"),
+            ("graphs", "built from another decoder.onnx than the bundle has now"),
+            ("gpu", "engine.json is of engines tensorrt-sm110, not tensorrt-sm87"),
+            ("remove", "engine.json cannot be used"),
+            ("rename", "engines: '../x-sm87' is no name such as tensorrt-sm87"),
+        ],
+    )
+    def test_info_and_verify_tell_wherever_they_run(self, copy: Path, change: str, message: str) -> None:
+        folder, manifest = copy / "engines" / "tensorrt-sm87", copy / "owl2.json"
+        if change == "damage":
+            path = folder / "vision.engine"
+            path.write_bytes(path.read_bytes()[:-1] + b"!")
+        elif change == "edit":
+            path = folder / "engine.json"
+            path.write_text(path.read_text().replace(f'"context": {CONTEXT}', '"context": 4096'))
+        elif change == "graphs":
+            self.edit(copy, source={**read_record(folder).source, "decoder.onnx": "0" * 64})
+        elif change == "gpu":
+            self.edit(copy, compute_capability=[11, 0])
+        elif change == "remove":
+            shutil.rmtree(folder)
+        else:
+            manifest.write_text(manifest.read_text().replace("tensorrt-sm87", "../x-sm87"))
+        for command, shown in (("info", "1 problem:"), ("verify", "nothing was replayed")):
+            result = CliRunner().invoke(cli, [command, str(copy)], prog_name="owl2")
+            assert result.exit_code == 1
+            assert message in result.stdout
+            assert shown in result.stdout
+
+    def test_info_and_verify_are_content_with_whole_ones(self, copy: Path) -> None:
+        for command in ("info", "verify"):
+            result = CliRunner().invoke(cli, [command, str(copy)], prog_name="owl2")
+            assert result.exit_code == 0, result.stdout
+            assert "files verified" in result.stdout
 
     def test_tensorrt_refuses(self, copy: Path) -> None:
         path = copy / "engines" / "tensorrt-sm87" / "decoder.engine"
@@ -547,10 +691,6 @@ class TestBundle:
         self.edit(copy, files=files)
         with pytest.raises(BackendError, match=r"does not fit the manifest: .* is .* needed; build the engines again"):
             self.load(copy)
-
-    def test_int8_keys_and_values(self, float32: Bundle) -> None:
-        with pytest.raises(ConfigError, match=r"kv_cache 'int8'.*fp32; leave it out"):
-            Fake(float32, kv_cache="int8")
 
     def test_the_context_is_that_of_the_engine(self, float32: Bundle, tmp_path: Path) -> None:
         bundle = with_engines(float32.folder, tmp_path / "b", context=40, prefill=40)
@@ -590,16 +730,56 @@ class TestChoice:
         assert verdict.passed, verdict
         assert gpu.launches > 0
 
+    @pytest.mark.parametrize(
+        ("device", "capability", "version", "context", "error", "message"),
+        [
+            ("tensorrt-rtx", (8, 7), VERSION, None, BundleError, "has no engines of tensorrt-rtx"),
+            ("tensorrt", (11, 0), VERSION, None, BackendUnavailableError, "are for other GPUs"),
+            ("tensorrt", (8, 7), "10.7.0", None, BackendUnavailableError, "were built with tensorrt 10.3.0"),
+            ("tensorrt", (8, 7), VERSION, 301, ConfigError, "context 301 exceeds the 300 positions"),
+            ("cuda:1", (8, 7), VERSION, None, BackendError, "onnx on the CPU only, .* cuda:1 export .* --dialect ort"),
+        ],
+    )
+    def test_what_cannot_run_is_refused_before_anything_large_is_read(
+        self,
+        float32: Bundle,
+        gpu: FakeDevice,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        device: str,
+        capability: tuple[int, int],
+        version: str,
+        context: int | None,
+        error: type[Exception],
+        message: str,
+    ) -> None:
+        """So damage to files, which only reading them tells, is not what is told."""
+        copy = with_engines(float32.folder, tmp_path / "b", context=300, prefill=64).folder
+        for path in (copy / "decoder.onnx.data", copy / "engines" / "tensorrt-sm87" / "decoder.engine"):
+            path.write_bytes(b"damaged")
+        gpu.compute_capability = capability
+        monkeypatch.setattr(choose, "import_tensorrt", lambda kind: FakeTensorRt(gpu, version))
+        with pytest.raises(error, match=message):
+            Owl2.load(copy, device=device, context=context)
+        if context is None:
+            with pytest.raises(error, match=message):
+                verify(copy, Placement.parse(device))
+
     @pytest.mark.parametrize("place", ["cpu", "tensorrt-rtx"])
     def test_graphs_are_run_by_onnx_runtime(self, float32: Bundle, monkeypatch: pytest.MonkeyPatch, place: Any) -> None:
         monkeypatch.setattr("owl2.runtime.backends.providers.prepare", lambda place: None)
-        assert choose.choose_backend(Placement(place), "ort", 1, None).onnxruntime
+        manifest = replace(float32.manifest, dialect="ort")
+        assert choose.choose_backend(Placement(place), float32.folder, manifest, threads=1).onnxruntime
         decoder = float32.manifest.model.decoder
         assert choose.fitting_context(OrtEngine(float32), decoder, None) == decoder.max_position_embeddings
 
     def test_the_other_dialect(self, bundle_a2: Path) -> None:
         with pytest.raises(ConfigError, match=r"device tensorrt runs engines .* dialect ort; .*--dialect onnx"):
             Owl2.load(bundle_a2, device="tensorrt")
+
+    def test_int8_keys_and_values(self, float32: Bundle) -> None:
+        with pytest.raises(ConfigError, match=r"kv_cache 'int8': this bundle offers fp32"):
+            Owl2.load(float32.folder, device="tensorrt", kv_cache="int8")
 
     def test_threads(self, float32: Bundle) -> None:
         with pytest.raises(ConfigError, match="threads 2: device tensorrt has none to set"):
