@@ -31,6 +31,8 @@ Basis = Literal["computed", "measured", "assumed"]
 Way = Literal["onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"]
 
 MIB = 1 << 20
+FOR_CUDA = "--activations fp16 --vision fp16"
+"""Options of ``owl2-export`` for ONNX Runtime on a GPU."""
 WEIGHT_BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "int4": 0.5}
 
 # Measured; see above.
@@ -225,6 +227,12 @@ def problems(case: Case) -> tuple[str, ...]:
         found.append(
             f"TensorRT takes no int4 weights on {device.product} (SM{device.compute}); export with --dialect ort "
             "--activations fp16"
+        )
+    elif way(case) == "onnxruntime-cuda" and (bundle.activations == "fp32" or bundle.weights.vision == "int8"):
+        # No GroupQueryAttention in float32, no DynamicQuantizeMatMul: the load would be refused.
+        found.append(
+            "ONNX Runtime's CUDA provider lacks operators of this bundle, whose activations are fp32; export with "
+            f"{FOR_CUDA}, or run it on the CPU"
         )
     if kind not in bundle.kv_caches:
         export = "--activations fp16" if kind == "fp16" else "--dialect ort"

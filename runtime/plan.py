@@ -19,6 +19,7 @@ from owl2.runtime.config import require
 from owl2.runtime.devices import DEVICES, GIB, Device
 from owl2.runtime.errors import InsufficientMemoryError
 from owl2.runtime.footprint import (
+    FOR_CUDA,
     WEIGHT_BYTES,
     Building,
     Case,
@@ -153,8 +154,10 @@ def check_memory(manifest: Manifest, context: int, kv_cache: KvType, *, places: 
 
 
 def _nothing_helps(case: Case) -> str:
+    if case.target.device.family == "cpu":
+        return f"a machine with {_gib(needed(case))} of memory available"
     device = _elsewhere(case)
-    return f"a machine with more memory ({device.product} would do)" if device else "a smaller model"
+    return f"a GPU with more memory ({device.product} would do)" if device else "a smaller model"
 
 
 def _gib(count: int) -> str:
@@ -243,12 +246,12 @@ def _other_dialect(case: Case) -> Step | None:
 
 
 def _half_activations(case: Case) -> Step | None:
-    """float16 throughout, on GPUs, which are fast in it; what was int8 on the vision side grows to float16 with it."""
-    if way(case) != "onnxruntime-cuda" or case.bundle.activations != "fp32":
+    """float16 throughout, without which CUDA does not take a bundle; an int8 vision side grows to float16 with it."""
+    if way(case) != "onnxruntime-cuda" or not problems(case):
         return None
     if case.bundle.weights.decoder == "fp32":
-        return _exported(case, "--weights fp16 --activations fp16", weights="fp16", activations="fp16")
-    return _exported(case, "--activations fp16", activations="fp16")
+        return _exported(case, f"--weights fp16 {FOR_CUDA}", weights="fp16", activations="fp16", vision="fp16")
+    return _exported(case, FOR_CUDA, activations="fp16", vision="fp16")
 
 
 def _int8_cache(case: Case) -> Step | None:
@@ -292,14 +295,14 @@ def _shorter_context(case: Case) -> Step | None:
 
 STEPS: tuple[MakeStep, ...] = (
     _other_dialect,
-    _close_programs,
     _half_activations,
+    _close_programs,
     _int8_cache,
     _int8_vision,
     _fewer_bits,
     _shorter_context,
 )
-"""What may be changed, the least loss first; each answers None where there is nothing to change."""
+"""What may be changed: what has to be first, then the least loss first; each answers None where there is nothing to change."""
 RUN_STEPS: tuple[MakeStep, ...] = (_close_programs, _int8_cache, _shorter_context)
 """Of these, what needs no new export."""
 

@@ -82,7 +82,8 @@ def plan_command(
     plan = make_plan(_case(manifest, device, context, kv_cache, pictures))
     click.echo(json.dumps(_record(plan), indent=2) if as_json else _table(bundle, plan))
     if not plan.fits:
-        notice(f"error: {bundle} does not fit {plan.case.target.device.product}")
+        verdict = "cannot run on" if plan.problems else "does not fit"
+        notice(f"error: {bundle} {verdict} {plan.case.target.device.product}")
         sys.exit(1)
 
 
@@ -169,7 +170,7 @@ def _record(plan: Plan) -> dict[str, Any]:
 
 def _table(folder: Path, plan: Plan) -> str:
     settings, target = plan.case.settings, plan.case.target
-    verdict = "fits" if plan.fits else "DOES NOT FIT"
+    verdict = "fits" if plan.fits else "CANNOT RUN" if plan.problems else "DOES NOT FIT"
     title = [
         f"{folder} on {_named(target.device)}: {verdict}",
         f"run by {WAYS[plan.way]}, {settings.context} positions, {settings.kv_cache} K/V cache, "
@@ -180,7 +181,7 @@ def _table(folder: Path, plan: Plan) -> str:
         ("building the engine", [] if plan.building is None else _building_rows(plan.building, target)),
         ("speed", _speed_rows(plan.ceiling, settings.context, measured=target.device.family == "cpu")),
         ("cannot run there", [("", "", problem) for problem in plan.problems]),
-        ("what would fit", [] if plan.fits else _change_rows(plan)),
+        ("what would do" if plan.problems else "what would fit", [] if plan.fits else _change_rows(plan)),
     ]
     return "\n\n".join(["\n".join(title), *(_section(name, rows) for name, rows in sections if rows)])
 

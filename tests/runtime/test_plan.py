@@ -72,17 +72,17 @@ def can_be_exported(weights: str, dialect: str, activations: str) -> bool:
     return True
 
 
-def manifest() -> Manifest:
-    """The same as a manifest: int4, float32 activations."""
-    bundle = stored()
+def manifest(bundle: Stored | None = None) -> Manifest:
+    """The same as a manifest: int4 and float32 activations, if no other is given."""
+    bundle = bundle or stored()
     files = {"decoder.onnx.data": bundle.decoder, "vision.onnx.data": bundle.vision, "embeddings.bin": 32000 * 4096 * 2}
     return Manifest(
         format=spec.FORMAT_VERSION,
         producer="owl2 test",
-        dialect="ort",
-        activations="fp32",
+        dialect=bundle.dialect,
+        activations=bundle.activations,
         minimum_onnxruntime="1.22",
-        kv_cache={"fp32": "1.22", "int8": "1.27"},
+        kv_cache={kind: "1.27" if kind == "int8" else "1.22" for kind in bundle.kv_caches},
         template="mplug_owl2",
         weights=bundle.weights,
         model=bundle.model,
@@ -95,6 +95,13 @@ def manifest() -> Manifest:
 def folder(tmp_path: Path) -> Path:
     """A bundle of 7B shapes that is nothing but its manifest."""
     (tmp_path / spec.MANIFEST).write_text(json.dumps(manifest().to_json()))
+    return tmp_path
+
+
+@pytest.fixture
+def gpu_folder(tmp_path: Path) -> Path:
+    """The same for ONNX Runtime on a GPU."""
+    (tmp_path / spec.MANIFEST).write_text(json.dumps(manifest(stored("int4", "ort", "fp16")).to_json()))
     return tmp_path
 
 
@@ -219,6 +226,8 @@ class TestFootprint:
             (stored("int4", "onnx", "fp16"), "t4", "fp16", r"no int4 weights on NVIDIA T4 \(SM75\); export with"),
             (stored(), "rtx3060", "fp16", "has no fp16 K/V cache, only fp32, int8; export with --activations fp16"),
             (stored("int4", "onnx", "fp16"), "rtx3060", "int8", "has no int8 K/V cache, only fp16; export with"),
+            (stored(), "rtx4090", "fp32", "fp32; export with --activations fp16 --vision fp16, or run it on the CPU"),
+            (stored("fp16"), "orin-nx-16gb", "int8", "export with --activations fp16 --vision fp16"),
         ],
     )
     def test_what_memory_does_not_mend(self, bundle: Stored, device: str, kind: str, words: str) -> None:
@@ -230,6 +239,16 @@ class TestFootprint:
         plan = make_plan(Case(stored("int4", "onnx", "fp16"), cpu(32), Settings(2048, "fp16")))
         assert "which CPU of this machine" in plan.problems[0]
         assert [change.words for change in plan.changes] == ["export with --dialect ort --activations fp32"]
+
+    def test_float32_activations_on_a_gpu(self) -> None:
+        """CUDA has no float32 GroupQueryAttention, so every one of the table refuses them; the CPU takes them."""
+        for device in DEVICES.values():
+            for weights in WEIGHTS:
+                assert problems(Case(stored(weights), Target.of_table(device), Settings(512, "fp32")))
+        assert not problems(Case(stored(), cpu(8), Settings(512, "fp32")))
+        plan = make_plan(Case(stored(), Target.of_table(find_device("rtx4090")), Settings(2048, "fp32")))
+        assert [change.words for change in plan.changes] == ["export with --activations fp16 --vision fp16"]
+        assert plan.changes[0].case.settings.kv_cache == "fp16"
 
     def test_weights_of_an_unknown_kind(self) -> None:
         bundle = stored()
@@ -270,7 +289,7 @@ class TestChanges:
     def test_closing_the_desktop_is_enough_or_it_is_not_suggested_alone(self) -> None:
         for available in range(7 * GIB, 10 * GIB, GIB // 8):
             target = replace(Target.of_table(find_device("orin-nx-16gb")), available=available)
-            plan = make_plan(Case(stored(), target, Settings(2048, "fp32")))
+            plan = make_plan(Case(stored("int4", "ort", "fp16"), target, Settings(4096, "fp16")))
             alone = any(change.words.startswith("close") and " and " not in change.words for change in plan.changes)
             assert alone == (not plan.fits and plan.needed <= available + target.closable)
 
@@ -281,7 +300,8 @@ class TestChanges:
         ]
 
     def test_nothing_helps(self) -> None:
-        plan = make_plan(Case(stored(), cpu(3.0), Settings(2048, "fp32")))
+        target = Target.of_table(find_device("orin-nano-4gb"))
+        plan = make_plan(Case(stored("int4", "ort", "fp16"), target, Settings(2048, "fp16")))
         assert plan.changes == ()
         assert plan.elsewhere is not None
         assert fits(replace(plan.case, target=Target.of_table(plan.elsewhere)))
@@ -337,7 +357,8 @@ class TestBeforeALoad:
         assert message.startswith("not enough memory: at least 6.")
         for words in ("decoder weights 4.08 GiB", "K/V cache 2.00 GiB", "3.07 GiB are available", "--no-memory-check"):
             assert words in message
-        assert "a machine with more memory (NVIDIA Jetson" in message
+        needs = needed(Case(stored(), cpu(32), Settings(2048, "fp32", pictures=0)))
+        assert f"what would fit: a machine with {needs / GIB:.2f} GiB of memory available" in message
         assert caught.value.needed > 6 * GIB
         assert caught.value.available == 3221225 * 1024
 
@@ -388,27 +409,34 @@ class TestBeforeALoad:
 
 
 class TestCommand:
-    def test_table(self, folder: Path) -> None:
-        result = run(folder, "--device", "rtx4090")
+    def test_table(self, gpu_folder: Path) -> None:
+        result = run(gpu_folder, "--device", "rtx4090")
         assert result.exit_code == 0, result.output
-        for words in ("NVIDIA GeForce RTX 4090 (SM89): fits", "K/V cache", "2.0 GiB", "tokens/s", "assumed"):
+        for words in ("NVIDIA GeForce RTX 4090 (SM89): fits", "K/V cache", "1.0 GiB", "tokens/s", "assumed"):
             assert words in result.stdout
 
-    def test_what_does_not_fit_exits_with_1_and_tells_what_would(self, folder: Path) -> None:
-        result = run(folder, "--device", "orin-nx-8gb")
+    def test_what_cannot_run_there_exits_with_1(self, folder: Path) -> None:
+        result = run(folder, "--device", "rtx4090")
+        assert result.exit_code == 1
+        assert "RTX 4090 (SM89): CANNOT RUN" in result.stdout
+        assert "what would do\n  export with --activations fp16 --vision fp16 " in result.stdout
+        assert "cannot run on NVIDIA GeForce RTX 4090" in result.stderr
+
+    def test_what_does_not_fit_exits_with_1_and_tells_what_would(self, gpu_folder: Path) -> None:
+        result = run(gpu_folder, "--device", "orin-nx-8gb")
         assert result.exit_code == 1
         assert "DOES NOT FIT" in result.stdout
         assert "what would fit" in result.stdout
         assert "does not fit NVIDIA Jetson Orin NX 8GB" in result.stderr
 
-    def test_json_and_its_suggestions_as_options(self, folder: Path) -> None:
-        record = json.loads(run(folder, "--device", "rtx3070", "--json").stdout)
+    def test_json_and_its_suggestions_as_options(self, gpu_folder: Path) -> None:
+        record = json.loads(run(gpu_folder, "--device", "rtx2060", "--json").stdout)
         assert record["needed"] == sum(part["size"] for part in record["parts"])
         assert not record["fits"]
         options = [change for change in record["changes"] if change["words"].startswith("--")]
         assert options
         for change in options:
-            again = run(folder, "--device", "rtx3070", "--json", *change["words"].split())
+            again = run(gpu_folder, "--device", "rtx2060", "--json", *change["words"].split())
             assert again.exit_code == 0
             assert json.loads(again.stdout)["needed"] == change["needed"]
 
