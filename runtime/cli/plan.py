@@ -216,7 +216,7 @@ def _memory_rows(plan: Plan) -> list[Row]:
 
 def _building_rows(made: Building, target: Target) -> list[Row]:
     rows: list[Row] = [
-        ("CPU memory", size(made.needed), "an estimate: 3.3 times the engine, as seen in one build of 7B shapes")
+        ("CPU memory", size(made.needed), "an estimate: 3.9 times the engine, as seen in one build of 7B shapes")
     ]
     if made.available is None:
         return rows
