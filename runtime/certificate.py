@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from owl2.runtime import spec
+from owl2.runtime import plan, spec
 from owl2.runtime.backends.choose import choose_backend
 from owl2.runtime.bundle import Bundle, check_files, check_onnxruntime, read_manifest
 from owl2.runtime.config import ModelConfig, from_json, require
@@ -124,19 +124,23 @@ class Verdict:
         return not self.problems and bool(self.replays) and all(replay.passed for replay in self.replays)
 
 
-def verify(folder: Path, place: Placement, threads: int | None = None) -> Verdict:
+def verify(folder: Path, place: Placement, threads: int | None = None, *, check_memory: bool = True) -> Verdict:
     """Check every file of a bundle and replay its goldens on this device.
 
     Args:
         folder: of the bundle.
         place: what shall run it.
         threads: of the CPU; None lets ONNX Runtime choose.
+        check_memory: refuse before anything is read if the weights cannot fit the device's free memory.
 
     Raises:
         BundleError: there is no bundle, or its certificate cannot be read though the hashes hold.
         BackendError: the graphs cannot be loaded or fail.
+        InsufficientMemoryError: they cannot fit.
     """
     manifest = read_manifest(folder)
+    if check_memory:
+        plan.check_memory(manifest, None, manifest.kv_type(None), place)
     problems = check_files(folder, manifest)
     if problems:
         return Verdict(tuple(problems), (), 0.0, 0.0)

@@ -44,9 +44,9 @@ VISION_ARENA = 1.5
 # Assumed.
 CUDA_CONTEXT = 400 * MIB  # on the GPU: context, kernels, cuBLAS
 CUDA_LIBRARIES = 500 * MIB  # beside it, where the CPU has the same memory
-# One int4 engine of 7B shapes was built, with TensorRT for RTX 1.7: 4.14 GiB of 3.87 GiB of weights, of which the head in
-# float16 has 0.24; the process took 16.2 GiB at the peak, for prefills of 1024 and a context of 2048. In a small engine
-# of float16 throughout 10.35 MB of weights took 27.99 MB.
+# One int4 engine of 7B shapes was built, with TensorRT for RTX 1.7: 4.14 GiB of 3.87 GiB of weights, of which the head
+# in float16 has 0.24; the process took 16.2 GiB at the peak, for prefills of 1024 and a context of 2048. In a small
+# engine of float16 throughout 10.35 MB of weights took 27.99 MB.
 ENGINE_PER_FILE = 1.01
 ENGINE_PROFILES = 2  # of the decoder; each has floating-point matrices of its own, integer ones lie there once
 BUILD_PER_ENGINE = 3.9
@@ -154,7 +154,8 @@ class Part:
     Attributes:
         name: what it is.
         size: estimate of the most it takes.
-        least: what it takes in any case; refusing to load goes by this one.
+        least: what it takes in any case once the context is full; refusing to load goes by this one, with the whole
+            context only where the user asked for that.
         basis: where ``size`` comes from.
     """
 

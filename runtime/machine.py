@@ -42,6 +42,7 @@ class Places:
         cgroups: where they are mounted.
         model: name of the board, on those with a device tree.
         driver: what NVIDIA's kernel driver says of itself.
+        firmware: where the device tree is too, for ``/proc/device-tree`` is a link to it.
     """
 
     meminfo: Path = Path("/proc/meminfo")
@@ -50,6 +51,7 @@ class Places:
     cgroups: Path = Path("/sys/fs/cgroup")
     model: Path = Path("/proc/device-tree/model")
     driver: Path = Path("/proc/driver/nvidia/version")
+    firmware: Path = Path("/sys/firmware/devicetree/base/model")
 
 
 HERE = Places()
@@ -192,18 +194,26 @@ def this_cpu(places: Places = HERE) -> Found | None:
 
 
 def this_gpu(places: Places = HERE) -> Found | None:
-    """The GPU of this machine: a Jetson's by its device tree, another's by nvidia-smi; None if none is found."""
-    model, memory = _read(places.model), host_memory(places)
+    """The GPU of this machine, of several number 0; None if none is found."""
+    return next(iter(gpus(places)), None)
+
+
+def gpus(places: Places = HERE) -> list[Found]:
+    """The GPUs of this machine: a Jetson's by its device tree, others by nvidia-smi and in its order.
+
+    CUDA_VISIBLE_DEVICES has no part in it.
+    """
+    # Containers hide the one and not always the other.
+    model, memory = _read(places.model) or _read(places.firmware), host_memory(places)
     if model is not None and memory is not None:
         jetson = parse_jetson_model(model, memory.total)
         if jetson is not None:
-            return Found(jetson, memory.available)
+            return [Found(jetson, memory.available)]
     try:
         listing = subprocess.run(NVIDIA_SMI, capture_output=True, text=True, check=True, timeout=SMI_SECONDS).stdout
     except (OSError, subprocess.SubprocessError):
-        return None
-    gpus = parse_nvidia_smi(listing)
-    return max(gpus, key=lambda found: found.available, default=None)
+        return []
+    return parse_nvidia_smi(listing)
 
 
 def driver_version(places: Places = HERE) -> str | None:

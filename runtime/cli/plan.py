@@ -12,11 +12,11 @@ import click
 
 from owl2.runtime.bundle import Manifest, read_manifest
 from owl2.runtime.cli.console import notice, reports_errors, size
-from owl2.runtime.config import resolve_context
-from owl2.runtime.devices import DEVICES, GIB, Device, find_device
+from owl2.runtime.config import require, resolve_context
+from owl2.runtime.devices import DEVICES, GIB, Device
 from owl2.runtime.errors import BackendUnavailableError
 from owl2.runtime.footprint import Building, Case, Ceiling, Settings, Stored, Target
-from owl2.runtime.machine import host_memory, read_bandwidth, this_cpu, this_gpu
+from owl2.runtime.machine import gpus, host_memory, read_bandwidth, this_cpu
 from owl2.runtime.plan import Plan, make_plan
 from owl2.runtime.spec import KvType
 
@@ -34,7 +34,7 @@ WAYS = {
 @click.command("plan")
 @click.argument("bundle", type=click.Path(path_type=Path), required=False)
 @click.option(
-    "--device", default=THIS, show_default=True, help="A name of --list; this: this machine's GPU or else CPU."
+    "--device", default=THIS, show_default=True, help="A name of --list; this: this machine's GPU or else CPU; cpu."
 )
 @click.option("--context", type=int, help="Positions of a conversation; the model's own limit if not given.")
 @click.option(
@@ -94,15 +94,21 @@ def _case(manifest: Manifest, device: str, context: int | None, kv_cache: KvType
 
 
 def _target(name: str) -> Target:
-    """The device of that name, or what this machine has.
+    """The device of that name, or what this machine has; says which of several GPUs, or that there is none.
 
     Raises:
         ConfigError: no such device.
         BackendUnavailableError: this machine does not tell what it has.
     """
-    if name not in (THIS, CPU):
-        return Target.of_table(find_device(name))
-    found = (this_gpu() if name == THIS else None) or this_cpu()
+    if name in DEVICES:
+        return Target.of_table(DEVICES[name])
+    require(name in (THIS, CPU), f"device {name!r} is not known; known: {', '.join((THIS, CPU, *DEVICES))}")
+    here = gpus() if name == THIS else []
+    if len(here) > 1:
+        notice(f"{len(here)} GPUs are found; planning for number 0, {here[0].device.product}")
+    elif name == THIS and not here:
+        notice("no GPU is found (no Jetson's device tree, no answer of nvidia-smi); planning for the CPU")
+    found = here[0] if here else this_cpu()
     if found is None:
         raise BackendUnavailableError(
             "this system does not tell how much memory it has (no /proc/meminfo); name a device of owl2 plan --list"
@@ -113,7 +119,7 @@ def _target(name: str) -> Target:
 
 
 def _device_records() -> list[dict[str, Any]]:
-    here = [found for found in (this_gpu(), this_cpu()) if found is not None]
+    here = [found for found in (*gpus(), this_cpu()) if found is not None]
     return [
         *({**_device(found.device), "here": True, "available": found.available} for found in here),
         *({**_device(device), "here": False} for device in DEVICES.values()),
@@ -126,7 +132,7 @@ def _device(device: Device) -> dict[str, Any]:
 
 def _device_table() -> str:
     rows = [("name", "product", "SM", "memory", "bandwidth", "engines")]
-    here = [found.device for found in (this_gpu(), this_cpu()) if found is not None]
+    here = [found.device for found in (*gpus(), this_cpu()) if found is not None]
     for device in (*here, *DEVICES.values()):
         sm, speed = device.compute, device.bandwidth
         bandwidth = "" if speed is None else f"{speed / 1e9:.0f} GB/s"

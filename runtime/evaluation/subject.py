@@ -144,9 +144,7 @@ def open_reference(
         BundleError, BackendError, CheckpointError, ConfigError: it is neither, or cannot be loaded.
     """
     if is_bundle(path):
-        owl = Owl2.load(
-            path, threads=threads, device=device, context=subject.context, check_memory=check_memory
-        )
+        owl = Owl2.load(path, threads=threads, device=device, context=subject.context, check_memory=check_memory)
         model, config = owl._model, owl.config
     else:
         model, config = _open_checkpoint(path)

@@ -177,6 +177,15 @@ def test_a_jetson_shares_its_memory_with_the_cpu(places: Places) -> None:
     assert (found.device.name, found.available) == ("orin-nano-4gb", memory.available)
 
 
+def test_a_jetson_in_a_container_without_proc_device_tree(places: Places, tmp_path: Path) -> None:
+    hidden = replace(places, firmware=tmp_path / "firmware")
+    assert this_gpu(hidden) is None
+    hidden.firmware.write_text("NVIDIA Jetson Orin Nano Developer Kit\0")
+    found = this_gpu(hidden)
+    assert found is not None
+    assert found.device.name == "orin-nano-4gb"
+
+
 SMI = """NVIDIA GeForce RTX 3060, 12288, 11200, 8.6
 NVIDIA GeForce RTX 4060 Ti, 16380, 15900, 8.9
 NVIDIA A100-SXM4-80GB, 81920, 81000, 8.0

@@ -43,7 +43,9 @@ from owl2.runtime.footprint import (
     vision_weights,
     way,
 )
+from owl2.runtime.kv_cache import GROWTH
 from owl2.runtime.machine import Found, Memory, Places, this_cpu
+from owl2.runtime.placement import Placement
 from owl2.runtime.plan import CONTEXT_STEP, check_memory, make_plan
 
 MODEL = ModelConfig(VisionConfig(), AbstractorConfig(), DecoderConfig(), PreprocessConfig())
@@ -115,6 +117,13 @@ def machine(folder: Path, total: int, available: int) -> Places:
     meminfo = folder / "meminfo"
     meminfo.write_text(MEMINFO.format(total=total, available=available))
     return Places(meminfo, *(folder / "none" for _ in range(4)))
+
+
+def nvidia_smi(folder: Path, *lines: str) -> None:
+    """A program of that name that answers what the real one answered."""
+    program = folder / "nvidia-smi"
+    program.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines))
+    program.chmod(0o755)
 
 
 def cpu(gibibytes: float) -> Target:
@@ -224,7 +233,9 @@ class TestFootprint:
 
     def test_floating_matrices_lie_in_an_engine_once_per_profile(self) -> None:
         """All of a float16 decoder, and of an int4 one the head; a token still reads them once."""
-        case = Case(stored("fp16", "onnx", "fp16"), Target.of_table(find_device("agx-orin-64gb")), Settings(512, "fp16"))
+        case = Case(
+            stored("fp16", "onnx", "fp16"), Target.of_table(find_device("agx-orin-64gb")), Settings(512, "fp16")
+        )
         found = {part.name: part for part in parts(case)}
         # The small engine that was measured, with little beside its matrices: 27.99 MB of 10.35 MB.
         assert 2 <= found["decoder weights"].size / case.bundle.decoder <= 27.99 / 10.35
@@ -407,6 +418,51 @@ class TestBeforeALoad:
         assert not fits(Case(bundle, target, Settings(2048, "fp32")))
         check_memory(manifest(), 2048, "fp32", places=places)
 
+    def test_without_a_context_the_first_positions_have_to_fit(self, tmp_path: Path) -> None:
+        """A conversation may never reach the model's own context; one that was asked for is meant."""
+        weights = sum(part.least for part in parts(Case(Stored.of(manifest()), cpu(32), Settings(1, "fp32", 0))))
+        first = GROWTH * kv_bytes(stored(), "fp32")
+        enough = (weights + first) // 1024 + (64 << 10)
+        places = machine(tmp_path, enough, enough)
+        check_memory(manifest(), None, "fp32", places=places)
+        check_memory(manifest(), GROWTH, "fp32", places=places)
+        with pytest.raises(InsufficientMemoryError, match=r"K/V cache 2\.00 GiB"):
+            check_memory(manifest(), 2048, "fp32", places=places)
+        with pytest.raises(InsufficientMemoryError, match=r"K/V cache 0\.25 GiB"):
+            check_memory(manifest(), None, "fp32", places=machine(tmp_path, enough, weights // 1024))
+
+    @pytest.mark.parametrize("kind", ["cuda", "tensorrt"])
+    def test_on_a_jetson_the_gpu_has_the_cpus_memory(self, small_machine: Places, kind: Any) -> None:
+        bundle = manifest(stored("int4", "onnx" if kind == "tensorrt" else "ort", "fp16"))
+        model, swaps = (small_machine.meminfo.with_name(name) for name in ("model", "swaps"))
+        model.write_text("NVIDIA Jetson Orin Nano Developer Kit\0")
+        # A GPU cannot use it.
+        swaps.write_text("Filename Type Size Used Priority\n/swapfile file 8388604 0 -2\n")
+        places = replace(small_machine, model=model, swaps=swaps)
+        with pytest.raises(InsufficientMemoryError) as caught:
+            check_memory(bundle, None, "fp16", Placement(kind), places=places)
+        assert caught.value.available == 3221225 * 1024
+        for words in (
+            f"decoder weights {bundle.files['decoder.onnx.data'].size / GIB:.2f}",
+            "; owl2 plan BUNDLE tells",
+        ):
+            assert words in str(caught.value)
+        machine(small_machine.meminfo.parent, 8_000_000, 7_000_000)
+        check_memory(bundle, None, "fp16", Placement(kind), places=places)
+
+    def test_other_gpus_by_their_free_memory(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_machine: Places
+    ) -> None:
+        bundle, gpu = manifest(stored("int4", "onnx", "fp16")), Placement("tensorrt-rtx")
+        monkeypatch.setenv("PATH", str(tmp_path))
+        check_memory(bundle, None, "fp16", gpu, places=small_machine)  # none is found: the backend tells
+        nvidia_smi(tmp_path, "NVIDIA GeForce RTX 3060, 12288, 3000, 8.6")
+        with pytest.raises(InsufficientMemoryError, match="close other programs") as caught:
+            check_memory(bundle, None, "fp16", gpu, places=small_machine)
+        assert caught.value.available == 3000 << 20
+        nvidia_smi(tmp_path, "NVIDIA GeForce RTX 3060, 12288, 3000, 8.6", "NVIDIA GeForce RTX 3060, 12288, 11000, 8.6")
+        check_memory(bundle, None, "fp16", gpu, places=small_machine)
+
     def test_swap_on_a_disk_is_taken_into_account(self, small_machine: Places) -> None:
         swaps = small_machine.swaps.with_name("swaps")
         swaps.write_text("Filename Type Size Used Priority\n/swapfile file 8388604 0 -2\n")
@@ -425,10 +481,12 @@ class TestBeforeALoad:
             Owl2.load(copy)
         with pytest.raises(BundleCorruptError):
             Owl2.load(copy, check_memory=False)
-        for flags, words in ((), "not enough memory"), (("--no-memory-check",), "(truncated?)"):
-            result = CliRunner().invoke(cli, ["ask", str(copy), "q", *flags], prog_name="owl2")
-            assert result.exit_code == 1
-            assert words in result.stderr
+        for command in (["ask", str(copy), "q"], ["verify", str(copy)]):
+            for flags, words in ((), "not enough memory"), (("--no-memory-check",), "(truncated?)"):
+                result = CliRunner().invoke(cli, [*command, *flags], prog_name="owl2")
+                assert result.exit_code == 1
+                assert words in result.output
+                assert ("owl2 plan BUNDLE --device cpu tells more" in result.output) == (not flags)
 
 
 class TestCommand:
@@ -471,6 +529,20 @@ class TestCommand:
         assert record["fits"]
         assert record["way"].startswith("onnxruntime")
 
+    def test_which_gpu_of_this_machine(self, gpu_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("PATH", str(tmp_path))
+        result = run(gpu_folder, "--json")
+        assert "owl2: no GPU is found" in result.stderr
+        assert json.loads(result.stdout)["device"]["name"] == "cpu"
+        nvidia_smi(tmp_path, "NVIDIA L4, 23034, 22000, 8.9")
+        result = run(gpu_folder)
+        assert (result.stderr, result.exit_code) == ("", 0)
+        # The first one, as engines are built for it and sessions use it, though the other has more memory.
+        nvidia_smi(tmp_path, "NVIDIA L4, 23034, 22000, 8.9", "NVIDIA H100 80GB HBM3, 81559, 81000, 9.0")
+        result = run(gpu_folder, "--json")
+        assert result.stderr == "owl2: 2 GPUs are found; planning for number 0, NVIDIA L4\n"
+        assert json.loads(result.stdout)["available"] == 22000 << 20
+
     def test_list(self) -> None:
         text, record = run("--list").stdout, json.loads(run("--list", "--json").stdout)
         assert all(name in text for name in DEVICES)
@@ -479,7 +551,7 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("options", "words"),
         [
-            (("--device", "rtx1"), "device 'rtx1' is not known; known: orin-nano-4gb"),
+            (("--device", "rtx1"), "device 'rtx1' is not known; known: this, cpu, orin-nano-4gb"),
             (("--context", 4096), "context 4096 exceeds the 2048 positions"),
             (("--pictures", 40), "40 pictures take 2600 positions and leave none of the context of 2048"),
             (("--pictures", -1), "pictures must not be negative"),

@@ -34,7 +34,13 @@ from owl2.runtime.backends.tensorrt import DeviceRows, TensorRtEngine, TensorRtO
 from owl2.runtime.bundle import Bundle, FileEntry, hash_file
 from owl2.runtime.certificate import verify
 from owl2.runtime.engines import EngineRecord, read_record
-from owl2.runtime.errors import BackendError, BackendUnavailableError, BundleCorruptError, BundleError
+from owl2.runtime.errors import (
+    BackendError,
+    BackendUnavailableError,
+    BundleCorruptError,
+    BundleError,
+    InsufficientMemoryError,
+)
 from owl2.runtime.kv_cache import KvCache
 from owl2.runtime.placement import Placement
 from owl2.runtime.steps import row_inputs
@@ -589,6 +595,20 @@ class TestChoice:
         verdict = verify(folder, Placement("tensorrt"))
         assert verdict.passed, verdict
         assert gpu.launches > 0
+
+    def test_what_cannot_fit_the_gpu_is_refused(
+        self, folder: Path, gpu: FakeDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Before anything is allocated there; by what nvidia-smi says."""
+        program = tmp_path / "nvidia-smi"
+        program.write_text("#!/bin/sh\necho 'NVIDIA GeForce RTX 3060, 12288, 2, 8.6'\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        with pytest.raises(InsufficientMemoryError, match="not enough memory"):
+            Owl2.load(folder, device="tensorrt")
+        with pytest.raises(InsufficientMemoryError, match="not enough memory"):
+            verify(folder, Placement("tensorrt"))
+        assert verify(folder, Placement("tensorrt"), check_memory=False).passed
 
     @pytest.mark.parametrize("place", ["cpu", "tensorrt-rtx"])
     def test_graphs_are_run_by_onnx_runtime(self, float32: Bundle, monkeypatch: pytest.MonkeyPatch, place: Any) -> None:
