@@ -19,6 +19,7 @@ from typing import Any
 import fake_tensorrt
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from fake_tensorrt import FakeDevice, FakeEngineFile, FakeTensorRt, IExecutionContext, Profile
 from PIL import Image
 
@@ -26,6 +27,7 @@ from owl2.export.config import ExportConfig
 from owl2.export.engine.profiles import Limits, decoder_profiles, vision_profile
 from owl2.export.pipeline import export_bundle
 from owl2.runtime import ConfigError, Owl2, spec
+from owl2.runtime.__main__ import cli
 from owl2.runtime.backends import choose, cuda_memory, tensorrt, tensorrt_context
 from owl2.runtime.backends.cuda_memory import CudaDevice, Strided, version_problem
 from owl2.runtime.backends.installation import driver_problem
@@ -595,6 +597,15 @@ class TestChoice:
         verdict = verify(folder, Placement("tensorrt"))
         assert verdict.passed, verdict
         assert gpu.launches > 0
+
+    def test_a_bundle_with_engines_is_whole_without_onnxruntime(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "onnxruntime", None)
+        result = CliRunner().invoke(cli, ["info", str(folder)], prog_name="owl2")
+        assert result.exit_code == 0, result.output
+        assert "none installed" in result.stdout
+        assert "TensorRT engines" in result.stdout
 
     def test_what_cannot_fit_the_gpu_is_refused(
         self, folder: Path, gpu: FakeDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
