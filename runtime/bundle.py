@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from owl2.runtime import spec
-from owl2.runtime.backends.installation import onnxruntime_version
+from owl2.runtime.backends.installation import onnxruntime_version, onnxruntime_wheels
 from owl2.runtime.config import ModelConfig, from_json, require
 from owl2.runtime.errors import (
     BackendUnavailableError,
@@ -177,8 +177,7 @@ class Bundle:
         if is_older(onnxruntime_version(), offered[kv_cache]):
             raise BackendUnavailableError(
                 f"the {kv_cache} K/V cache needs onnxruntime {offered[kv_cache]} or newer, {onnxruntime_version()} "
-                "is installed; upgrade it (pip install -U onnxruntime) or load with kv_cache "
-                f"{self.manifest.activations!r}"
+                f"is installed; upgrade it ({_upgrade()}) or load with kv_cache {self.manifest.activations!r}"
             )
         return self.path(spec.DECODER_GRAPHS[kv_cache])
 
@@ -269,8 +268,13 @@ def check_onnxruntime(minimum: str) -> None:
     if is_older(onnxruntime_version(), minimum):
         raise BackendUnavailableError(
             f"this bundle needs onnxruntime {minimum} or newer, {onnxruntime_version()} is installed; "
-            "upgrade it (pip install -U onnxruntime)"
+            f"upgrade it ({_upgrade()})"
         )
+
+
+def _upgrade() -> str:
+    """How to install a newer ONNX Runtime over the one that is there; a second wheel would overwrite its files."""
+    return f"pip install -U {' '.join(onnxruntime_wheels()) or 'onnxruntime'}"
 
 
 def is_older(version: str, minimum: str) -> bool:

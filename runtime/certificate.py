@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from owl2.runtime import spec
+from owl2.runtime import plan, spec
 from owl2.runtime.backends.choose import choose_backend
 from owl2.runtime.bundle import Bundle, check_files, check_onnxruntime, read_manifest
 from owl2.runtime.config import ModelConfig, from_json, require
@@ -125,23 +125,27 @@ class Verdict:
         return not self.problems and bool(self.replays) and all(replay.passed for replay in self.replays)
 
 
-def verify(folder: Path, place: Placement, threads: int | None = None) -> Verdict:
+def verify(folder: Path, place: Placement, threads: int | None = None, *, check_memory: bool = True) -> Verdict:
     """Check every file of a bundle, all engines among them, and replay its goldens on this device.
 
     Args:
         folder: of the bundle.
         place: what shall run it.
         threads: of the CPU; None lets ONNX Runtime choose.
+        check_memory: refuse before anything is read if the weights cannot fit the device's free memory.
 
     Raises:
         BundleError: there is no bundle, or its certificate cannot be read though the hashes hold, or it has no engines
             that the device can run.
         BackendError: the device cannot be had or cannot run the bundle, told before files are checked; or the graphs
             cannot be loaded or fail.
+        InsufficientMemoryError: they cannot fit.
     """
     manifest = read_manifest(folder)
     # Before gigabytes are hashed.
     backend = choose_backend(place, folder, manifest, threads=threads)
+    if check_memory:
+        plan.check_memory(manifest, None, manifest.kv_type(None), place)
     if backend.onnxruntime:
         check_onnxruntime(manifest.minimum_onnxruntime)
     problems = [*check_files(folder, manifest), *check_all(folder, manifest)[1]]

@@ -99,11 +99,11 @@ class InsufficientMemoryError(BackendError):
         available: bytes that are free.
     """
 
-    def __init__(self, needed: int, available: int, details: Sequence[str], hints: Sequence[str]) -> None:
+    def __init__(self, needed: int, available: int, details: Sequence[str], hints: Sequence[str], command: str) -> None:
         super().__init__(
             f"not enough memory: at least {needed / 2**30:.2f} GiB are needed ({', '.join(details)}), "
-            f"{available / 2**30:.2f} GiB are available; what would fit: {'; or '.join(hints)}; owl2 plan tells more, "
-            "and --no-memory-check (check_memory=False) loads regardless"
+            f"{available / 2**30:.2f} GiB are available; what would fit: {'; or '.join(hints)}; {command} tells "
+            "more, and --no-memory-check (check_memory=False) loads regardless"
         )
         self.needed = needed
         self.available = available

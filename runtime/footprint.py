@@ -31,6 +31,8 @@ Basis = Literal["computed", "measured", "assumed"]
 Way = Literal["onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"]
 
 MIB = 1 << 20
+FOR_CUDA = "--activations fp16 --vision fp16"
+"""Options of ``owl2-export`` for ONNX Runtime on a GPU."""
 WEIGHT_BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "int4": 0.5}
 
 # Measured; see above.
@@ -42,8 +44,12 @@ VISION_ARENA = 1.5
 # Assumed.
 CUDA_CONTEXT = 400 * MIB  # on the GPU: context, kernels, cuBLAS
 CUDA_LIBRARIES = 500 * MIB  # beside it, where the CPU has the same memory
-ENGINE_PER_FILE = 1.02  # the int4 engine of all 32 layers that was built once, for TensorRT for RTX, had 4.2 GB
-BUILD_PER_ENGINE = 3.3  # building it took 14 GB at the peak
+# One int4 engine of 7B shapes was built, with TensorRT for RTX 1.7: 4.14 GiB of 3.87 GiB of weights, of which the head
+# in float16 has 0.24; the process took 16.2 GiB at the peak, for prefills of 1024 and a context of 2048. In a small
+# engine of float16 throughout 10.35 MB of weights took 27.99 MB.
+ENGINE_PER_FILE = 1.01
+ENGINE_PROFILES = 2  # of the decoder; each has floating-point matrices of its own, integer ones lie there once
+BUILD_PER_ENGINE = 3.9
 JETSON_SYSTEM = int(1.1 * GIB)  # firmware, kernel, services
 JETSON_DESKTOP = int(0.8 * GIB)
 GEFORCE_DRIVER = int(0.3 * GIB)
@@ -148,7 +154,8 @@ class Part:
     Attributes:
         name: what it is.
         size: estimate of the most it takes.
-        least: what it takes in any case; refusing to load goes by this one.
+        least: what it takes in any case once the context is full; refusing to load goes by this one, with the whole
+            context only where the user asked for that.
         basis: where ``size`` comes from.
     """
 
@@ -226,6 +233,12 @@ def problems(case: Case) -> tuple[str, ...]:
             f"TensorRT takes no int4 weights on {device.product} (SM{device.compute}); export with --dialect ort "
             "--activations fp16"
         )
+    elif way(case) == "onnxruntime-cuda" and (bundle.activations == "fp32" or bundle.weights.vision == "int8"):
+        # No GroupQueryAttention in float32, no DynamicQuantizeMatMul: the load would be refused.
+        found.append(
+            "ONNX Runtime's CUDA provider lacks operators of this bundle, whose activations are fp32; export with "
+            f"{FOR_CUDA}, or run it on the CPU"
+        )
     if kind not in bundle.kv_caches:
         export = "--activations fp16" if kind == "fp16" else "--dialect ort"
         found.append(
@@ -254,15 +267,15 @@ def _parts(case: Case) -> Iterator[Part]:
     cpu, engine = how == "onnxruntime-cpu", how.startswith("tensorrt")
     known: Basis = "measured" if cpu and bundle.activations == "fp32" else "assumed"
     decoder, vision = _resident_decoder(case), _resident_vision(case)
-    yield Part("decoder weights", decoder, decoder, known)
+    yield Part("decoder weights", decoder, bundle.decoder if engine else decoder, known)
     yield Part("vision weights", vision, vision, known)
     position = kv_bytes(bundle, settings.kv_cache)
     kv = settings.context * position
     yield Part("K/V cache", kv, kv, "computed")
-    if not engine:
-        # A full buffer is copied into a longer one and let go of only then.
-        old = max(0, settings.context - GROWTH) * position
-        yield Part("K/V cache, growing", max(0, 2 * old - kv), 0, "computed")
+    # A full buffer is copied into a longer one and let go of only then; of a new one on the CPU, what nothing was
+    # written to takes no memory yet.
+    old = max(0, settings.context - GROWTH) * position
+    yield Part("K/V cache, growing", max(0, 2 * old - kv) if cpu else old, 0, "computed")
     stream, scores = _prefill_bytes(case)
     arena = 1 if engine else ARENA
     yield Part("prefill", int(arena * stream) + scores, scores, known)
@@ -330,7 +343,15 @@ def _resident_decoder(case: Case) -> int:
     if how == "onnxruntime-cpu":
         growth = sum(decoder_bytes(bundle, resident=True)) / sum(decoder_bytes(bundle, resident=False))
         return int(bundle.decoder * growth)
-    return int(bundle.decoder * (ENGINE_PER_FILE if how.startswith("tensorrt") else 1))
+    return _engine_bytes(bundle) if how.startswith("tensorrt") else bundle.decoder
+
+
+def _engine_bytes(bundle: Stored) -> int:
+    """The decoder's engine: integer matrices once, floating-point ones once per profile."""
+    matrices = decoder_bytes(bundle, resident=False)
+    kinds = (bundle.weights.decoder, bundle.weights.decoder, bundle.weights.head)
+    floating = sum(size for size, kind in zip(matrices, kinds) if kind.startswith("fp")) / sum(matrices)
+    return int(bundle.decoder * ENGINE_PER_FILE * (1 + (ENGINE_PROFILES - 1) * floating))
 
 
 def _resident_vision(case: Case) -> int:
@@ -373,12 +394,15 @@ def building(case: Case) -> Building | None:
     device, bundle = case.target.device, case.bundle
     if bundle.dialect != "onnx" or not device.engines:
         return None
-    return Building(device.engines[0], int(bundle.decoder * ENGINE_PER_FILE * BUILD_PER_ENGINE), case.target.host)
+    return Building(device.engines[0], int(BUILD_PER_ENGINE * _engine_bytes(bundle)), case.target.host)
 
 
 def ceiling(case: Case) -> Ceiling:
     """The limit that memory sets to the speed of decoding."""
-    text, image, head = decoder_bytes(case.bundle, resident=way(case) == "onnxruntime-cpu")
-    read = int(_resident_decoder(case) * (text + head) / (text + image + head))
+    cpu = way(case) == "onnxruntime-cpu"
+    text, image, head = decoder_bytes(case.bundle, resident=cpu)
+    # An engine reads the matrices of one profile.
+    held = _resident_decoder(case) if cpu else case.bundle.decoder
+    read = int(held * (text + head) / (text + image + head))
     kv = case.settings.context * kv_bytes(case.bundle, case.settings.kv_cache)
     return Ceiling(read, kv, case.target.device.bandwidth)

@@ -25,6 +25,7 @@ NVIDIA_SMI = (
     "--format=csv,noheader,nounits",
 )
 SMI_SECONDS = 10
+V1_FILES = ("memory.limit_in_bytes", "memory.usage_in_bytes")
 MIB = 1 << 20
 READ_BYTES = 256 * MIB  # beyond every cache but those of a few servers
 READ_SECONDS = 0.3
@@ -41,6 +42,7 @@ class Places:
         cgroups: where they are mounted.
         model: name of the board, on those with a device tree.
         driver: what NVIDIA's kernel driver says of itself.
+        firmware: where the device tree is too, for ``/proc/device-tree`` is a link to it.
     """
 
     meminfo: Path = Path("/proc/meminfo")
@@ -49,6 +51,7 @@ class Places:
     cgroups: Path = Path("/sys/fs/cgroup")
     model: Path = Path("/proc/device-tree/model")
     driver: Path = Path("/proc/driver/nvidia/version")
+    firmware: Path = Path("/sys/firmware/devicetree/base/model")
 
 
 HERE = Places()
@@ -103,9 +106,27 @@ def parse_meminfo(text: str) -> Memory | None:
 
 
 def free_swap(places: Places = HERE) -> int:
-    """Bytes of swap on disks that are not in use; none in a group with a limit, or where the system does not tell."""
+    """Bytes of swap on disks that are not in use; 0 where the system does not tell.
+
+    Control groups of version 2 limit swap apart from memory, and where the file for it is missing there is none. Those
+    of version 1 limit the sum, so that in one with a limit swap does not count.
+    """
     memory, text = host_memory(places), _read(places.swaps)
-    return 0 if text is None or memory is None or memory.limited else parse_swaps(text)
+    if text is None or memory is None:
+        return 0
+    limits, told = [], False
+    for folder in _v2_folders(places):
+        told = told or (folder / "memory.swap.max").exists()
+        headroom = _headroom(folder, "memory.swap.max", "memory.swap.current")
+        if headroom is not None:
+            limits.append(max(0, headroom))
+    return min([parse_swaps(text), *limits]) if told or not memory.limited else 0
+
+
+def _v2_folders(places: Places) -> Iterator[Path]:
+    for version, path in parse_cgroup(_read(places.cgroup) or ""):
+        if version == "v2":
+            yield from (places.cgroups / group.relative_to("/") for group in (path, *path.parents))
 
 
 def parse_swaps(text: str) -> int:
@@ -134,23 +155,33 @@ def _cgroup_headrooms(places: Places) -> Iterator[int]:
     text = _read(places.cgroup)
     for version, path in parse_cgroup(text) if text is not None else ():
         root = places.cgroups if version == "v2" else places.cgroups / "memory"
-        names = ("memory.max", "memory.current", "inactive_file")
-        if version == "v1":
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        names = ("memory.max", "memory.current") if version == "v2" else V1_FILES
         # Seen from inside a container the path may be the host's: then only the root is there, which is its own group.
         for group in (path, *path.parents):
-            headroom = _headroom(root / group.relative_to("/"), *names)
+            folder = root / group.relative_to("/")
+            headroom = _headroom(folder, *names)
             if headroom is not None:
-                yield headroom
+                yield headroom + parse_droppable(_read(folder / "memory.stat") or "")
 
 
-def _headroom(folder: Path, limit_file: str, usage_file: str, cache: str) -> int | None:
-    """Limit less usage; files that were read but are not in use are dropped when memory is wanted."""
-    limit, usage, stat = (_read(folder / name) for name in (limit_file, usage_file, "memory.stat"))
+def _headroom(folder: Path, limit_file: str, usage_file: str) -> int | None:
+    """Limit less usage; None where there is no limit."""
+    limit, usage = (_read(folder / name) for name in (limit_file, usage_file))
     if limit is None or usage is None or not limit.strip().isdigit() or not usage.strip().isdigit():
         return None
-    droppable = re.search(rf"^{cache} (\d+)$", stat or "", re.MULTILINE)
-    return int(limit) - int(usage) + (int(droppable[1]) if droppable else 0)
+    return int(limit) - int(usage)
+
+
+def parse_droppable(text: str) -> int:
+    """Read ``memory.stat`` of a control group: bytes that are dropped when memory is wanted.
+
+    These are pages of files, active ones too (those of a bundle that was just copied or verified are), and what the
+    kernel keeps of folders. Version 1 counts groups below only in the lines that begin with ``total``.
+    """
+    values = {name: int(size) for name, size in re.findall(r"^(\w+) (\d+)$", text, re.MULTILINE)}
+    total = "total_" if "total_inactive_file" in values else ""
+    names = (f"{total}inactive_file", f"{total}active_file", "slab_reclaimable")
+    return sum(values.get(name, 0) for name in names)
 
 
 def this_cpu(places: Places = HERE) -> Found | None:
@@ -163,18 +194,26 @@ def this_cpu(places: Places = HERE) -> Found | None:
 
 
 def this_gpu(places: Places = HERE) -> Found | None:
-    """The GPU of this machine: a Jetson's by its device tree, another's by nvidia-smi; None if none is found."""
-    model, memory = _read(places.model), host_memory(places)
+    """The GPU of this machine, of several number 0; None if none is found."""
+    return next(iter(gpus(places)), None)
+
+
+def gpus(places: Places = HERE) -> list[Found]:
+    """The GPUs of this machine: a Jetson's by its device tree, others by nvidia-smi and in its order.
+
+    CUDA_VISIBLE_DEVICES has no part in it.
+    """
+    # Containers hide the one and not always the other.
+    model, memory = _read(places.model) or _read(places.firmware), host_memory(places)
     if model is not None and memory is not None:
         jetson = parse_jetson_model(model, memory.total)
         if jetson is not None:
-            return Found(jetson, memory.available)
+            return [Found(jetson, memory.available)]
     try:
         listing = subprocess.run(NVIDIA_SMI, capture_output=True, text=True, check=True, timeout=SMI_SECONDS).stdout
     except (OSError, subprocess.SubprocessError):
-        return None
-    gpus = parse_nvidia_smi(listing)
-    return max(gpus, key=lambda found: found.available, default=None)
+        return []
+    return parse_nvidia_smi(listing)
 
 
 def driver_version(places: Places = HERE) -> str | None:

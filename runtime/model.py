@@ -98,8 +98,8 @@ class Owl2:
             context: positions a conversation may take; None for the model's own limit.
             kv_cache: None for the type of the bundle's activations (``fp32`` or ``fp16``), or ``int8`` for less memory
                 at a small loss of accuracy, which the bundle's report states.
-            check_memory: refuse before anything is loaded if the memory that is free cannot hold the weights and the
-                K/V cache of the whole context.
+            check_memory: refuse before anything is loaded if the memory that is free on the device cannot hold the
+                weights and the K/V cache: of ``context`` if it is given, or else of the first positions.
 
         Raises:
             BundleError: the folder is no bundle, or a file is missing, truncated or changed.
@@ -109,12 +109,12 @@ class Owl2:
         """
         manifest = read_manifest(Path(bundle))
         kind = manifest.kv_type(kv_cache)
-        positions = resolve_context(manifest.model.decoder, context)
+        resolve_context(manifest.model.decoder, context)
         # Before gigabytes are hashed.
         place, folder = Placement.parse(device), Path(bundle)
         backend = choose_backend(place, folder, manifest, threads=threads, kv_cache=kv_cache, context=context)
-        if check_memory and device == CPU:
-            plan.check_memory(manifest, positions, kind)
+        if check_memory:
+            plan.check_memory(manifest, context, kind, place)
         opened = Bundle.open(folder, onnxruntime=backend.onnxruntime)
         return cls(opened, backend.open(opened), context)
 

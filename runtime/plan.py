@@ -15,10 +15,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from owl2.runtime.bundle import Manifest
-from owl2.runtime.config import require
+from owl2.runtime.config import require, resolve_context
 from owl2.runtime.devices import DEVICES, GIB, Device
 from owl2.runtime.errors import InsufficientMemoryError
 from owl2.runtime.footprint import (
+    FOR_CUDA,
     WEIGHT_BYTES,
     Building,
     Case,
@@ -39,7 +40,9 @@ from owl2.runtime.footprint import (
     vision_weights,
     way,
 )
-from owl2.runtime.machine import HERE, Places, free_swap, host_memory, this_cpu
+from owl2.runtime.kv_cache import GROWTH
+from owl2.runtime.machine import HERE, Places, free_swap, gpus, host_memory, this_cpu
+from owl2.runtime.placement import Placement
 from owl2.runtime.spec import KvType
 
 SHORT_CHAT = 128
@@ -129,32 +132,50 @@ def make_plan(case: Case) -> Plan:
     )
 
 
-def check_memory(manifest: Manifest, context: int, kv_cache: KvType, *, places: Places = HERE) -> None:
-    """Refuse to load on this machine's CPU what cannot fit, before the system kills the process for it.
+def check_memory(
+    manifest: Manifest, context: int | None, kv_cache: KvType, place: Placement | None = None, *, places: Places = HERE
+) -> None:
+    """Refuse to load on this machine what cannot fit, before the system kills the process for it.
 
-    The estimate errs on the small side: weights, and keys and values of the whole context. Memory is what the kernel
-    calls available (page cache that it can drop counts), less where a control group has a limit, and swap on a disk.
-    A system that does not tell its memory is not checked.
+    The estimate errs on the small side: weights, and the keys and values that the first positions take, or all of a
+    context that was asked for. On the CPU and on a Jetson memory is what the kernel calls available (page cache that it
+    can drop counts), less where a control group has a limit; on the CPU with swap on a disk. On another GPU it is what
+    nvidia-smi calls free, of several GPUs on the one with the most, for which of them an index means is up to CUDA.
+    What tells no memory is not checked.
+
+    Args:
+        manifest: of the bundle.
+        context: positions that the user asked for; None for the model's own, which a conversation may never reach.
+        kv_cache: type of keys and values.
+        place: what shall run it; None for the CPU.
+        places: where Linux tells of memory.
 
     Raises:
         InsufficientMemoryError: with the figures and what would fit.
     """
-    found = this_cpu(places)
+    on_host = place is None or place.on_host
+    found = this_cpu(places) if on_host else max(gpus(places), key=lambda gpu: gpu.available, default=None)
     if found is None:
         return
-    host = host_memory(places)
-    case = Case(Stored.of(manifest), Target.of_machine(found, host), Settings(context, kv_cache, pictures=0))
-    listed = [part for part in parts(case) if part.least]
-    wanted, available = sum(part.least for part in listed), found.available + free_swap(places)
+    positions = resolve_context(manifest.model.decoder, context)
+    target = Target.of_machine(found, host_memory(places))
+    case = Case(Stored.of(manifest), target, Settings(positions, kv_cache, pictures=0))
+    first = min(positions, GROWTH) if context is None else positions
+    listed = [part for part in parts(replace(case, settings=replace(case.settings, context=first))) if part.least]
+    wanted = sum(part.least for part in listed)
+    available = found.available + (free_swap(places) if on_host else 0)
     if wanted > available:
         details = [f"{part.name} {_gib(part.least)}" for part in listed]
-        found_changes = [change.words for change in changes(case)]
-        raise InsufficientMemoryError(wanted, available, details, found_changes or [_nothing_helps(case)])
+        hints = [change.words for change in changes(case)] or [_nothing_helps(case)]
+        command = "owl2 plan BUNDLE --device cpu" if on_host else "owl2 plan BUNDLE"
+        raise InsufficientMemoryError(wanted, available, details, hints, command)
 
 
 def _nothing_helps(case: Case) -> str:
+    if case.target.device.family == "cpu":
+        return f"a machine with {_gib(needed(case))} of memory available"
     device = _elsewhere(case)
-    return f"a machine with more memory ({device.product} would do)" if device else "a smaller model"
+    return f"a GPU with more memory ({device.product} would do)" if device else "a smaller model"
 
 
 def _gib(count: int) -> str:
@@ -243,12 +264,12 @@ def _other_dialect(case: Case) -> Step | None:
 
 
 def _half_activations(case: Case) -> Step | None:
-    """float16 throughout, on GPUs, which are fast in it; what was int8 on the vision side grows to float16 with it."""
-    if way(case) != "onnxruntime-cuda" or case.bundle.activations != "fp32":
+    """float16 throughout, without which CUDA does not take a bundle; an int8 vision side grows to float16 with it."""
+    if way(case) != "onnxruntime-cuda" or not problems(case):
         return None
     if case.bundle.weights.decoder == "fp32":
-        return _exported(case, "--weights fp16 --activations fp16", weights="fp16", activations="fp16")
-    return _exported(case, "--activations fp16", activations="fp16")
+        return _exported(case, f"--weights fp16 {FOR_CUDA}", weights="fp16", activations="fp16", vision="fp16")
+    return _exported(case, FOR_CUDA, activations="fp16", vision="fp16")
 
 
 def _int8_cache(case: Case) -> Step | None:
@@ -292,14 +313,14 @@ def _shorter_context(case: Case) -> Step | None:
 
 STEPS: tuple[MakeStep, ...] = (
     _other_dialect,
-    _close_programs,
     _half_activations,
+    _close_programs,
     _int8_cache,
     _int8_vision,
     _fewer_bits,
     _shorter_context,
 )
-"""What may be changed, the least loss first; each answers None where there is nothing to change."""
+"""What may be changed: what has to be first, then the least loss first; each answers None where nothing changes."""
 RUN_STEPS: tuple[MakeStep, ...] = (_close_programs, _int8_cache, _shorter_context)
 """Of these, what needs no new export."""
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from owl2.export.pipeline import export_bundle
 from owl2.export.reference import TorchEngine, open_checkpoint
 from owl2.runtime import Owl2
 from owl2.runtime.__main__ import cli
-from owl2.runtime.errors import BackendError, BundleError, DataError, ReferenceModelError
+from owl2.runtime.errors import BackendError, BundleError, ConfigError, DataError, ReferenceModelError
 from owl2.runtime.evaluation import Subject, measure, open_reference, read_items, summarise
 from owl2.runtime.evaluation.divergence import log_softmax_rows
 from owl2.runtime.evaluation.measure import Answered, Likelihood, Ranked
@@ -200,6 +201,7 @@ class TestAgainst:
         for task in record["tasks"].values():
             assert task["scores"] == task["reference"]
             assert task.get("changes", {"changed": 0})["changed"] == 0
+        assert record["kv_cache"] == "fp32"
         assert [one["line"] for one in record["predictions"]] == list(range(1, 9))
         assert all(one["output"] == one["reference"] for one in record["predictions"])
         positions = [one["divergence"]["image"]["positions"] for one in record["predictions"]]
@@ -252,6 +254,12 @@ class TestAgainst:
             open_reference(bundle_a1, subject)
         with pytest.raises(BundleError, match=r"is neither a bundle \(owl2.json\) nor an official checkpoint"):
             open_reference(tmp_path, subject)
+        shorter = Path(shutil.copytree(sample_bundle, tmp_path / "shorter"))
+        manifest = json.loads((shorter / "owl2.json").read_text())
+        manifest["model"]["decoder"]["max_position_embeddings"] = 200
+        (shorter / "owl2.json").write_text(json.dumps(manifest))
+        with pytest.raises(ConfigError, match="exceeds the 200 positions"):
+            open_reference(shorter, subject)
 
     def test_a_checkpoint_needs_the_extra(self, sample_bundle: Path, sample_checkpoint: Path, data: Path) -> None:
         script = BLOCKED + (

@@ -71,13 +71,13 @@ def build_engine(trt: ModuleType, job: Job, reporter: Reporter) -> Built:
         ExportError: TensorRT does not take the graph, with its words; or building failed.
     """
     logger = _logger(trt)
-    builder = _builder(trt, logger)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    began = time.perf_counter()
-    parser = _parse(trt, network, logger, job.graph)
-    parsed = time.perf_counter()
-    config = _config(trt, builder, network, job)
     with _held_signals() as held:
+        builder = _builder(trt, logger)
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        began = time.perf_counter()
+        parser = _parse(trt, network, logger, job.graph)
+        parsed = time.perf_counter()
+        config = _config(trt, builder, network, job)
         config.progress_monitor = _monitor(trt, reporter, job.graph.name, held)
         engine = builder.build_serialized_network(network, config)
     del parser  # the network's weights are its own until here

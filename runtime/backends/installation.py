@@ -78,8 +78,8 @@ def broken(wheels: Mapping[str, str], text: str) -> str:
             "them, for their files have the same names"
         )
     return (
-        f"the files of {' and '.join(wheels)} are not complete ({text}): another wheel with files of the same names "
-        f"was removed or replaced; pip install --force-reinstall --no-deps {list(wheels)[-1]}"
+        f"the files of {' and '.join(wheels)} are not complete ({text}): perhaps another wheel with files of the same "
+        f"names was removed or replaced; pip install --force-reinstall --no-deps {list(wheels)[-1]}"
     )
 
 

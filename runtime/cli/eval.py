@@ -111,7 +111,7 @@ def eval_command(  # noqa: PLR0913 - one parameter per option
     threads: int | None,
     context: int | None,
     device: str,
-    kv_cache: KvType,
+    kv_cache: KvType | None,
     check_memory: bool,
 ) -> None:
     """Measure a bundle on your own data, alone or against the checkpoint it came from.
@@ -132,8 +132,8 @@ def eval_command(  # noqa: PLR0913 - one parameter per option
 
     --against adds the other model's scores, how many answers changed, and the KL divergence and the agreement of the
     two models' next-token distributions, over the prompts with their right answers. Answers are greedy: the same
-    every time. The other model always has a float32 K/V cache. Ctrl-C ends the run and shows what was measured until
-    then.
+    every time. The other model has the K/V cache of its own activations, never int8. Ctrl-C ends the run and shows
+    what was measured until then.
 
     \b
     Examples:
@@ -168,7 +168,7 @@ def eval_command(  # noqa: PLR0913 - one parameter per option
             "bundle": str(bundle),
             "data": str(data),
             "against": str(against or "") or None,
-            "kv_cache": kv_cache,
+            "kv_cache": owl.manifest.kv_type(kv_cache),
             "preprocess": preprocess or owl.config.preprocess.mode,
             "context": owl.context,
             "max_new_tokens": max_new_tokens,

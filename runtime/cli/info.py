@@ -39,6 +39,7 @@ class Findings:
         kv_int8: the same of the int8 K/V cache, which it compares with the float32 one.
         goldens: what the exporting machine reached on each golden prompt, and the limit for a device.
         engines: what is recorded of the TensorRT engines, by the name of their folder.
+        onnxruntime: version of the installed one; None if there is none that can be imported.
         problems: a sentence each; empty if the bundle can be used.
     """
 
@@ -48,6 +49,7 @@ class Findings:
     kv_int8: dict[str, Any]
     goldens: list[dict[str, Any]]
     engines: dict[str, EngineRecord]
+    onnxruntime: str | None
     problems: list[str]
 
 
@@ -58,7 +60,8 @@ class Findings:
 def info(bundle: Path, as_json: bool) -> None:
     """Show what is in a bundle and check every file's hash.
 
-    The exit code is 1 if a file is missing or damaged, or if the installed ONNX Runtime is too old.
+    The exit code is 1 if a file is missing or damaged, or if ONNX Runtime is too old or, for a bundle without engines,
+    not installed.
 
     \b
     Examples:
@@ -80,15 +83,29 @@ def _inspect(folder: Path) -> Findings:
     """
     manifest = read_manifest(folder)
     problems = check_files(folder, manifest)
-    try:
-        check_onnxruntime(manifest.minimum_onnxruntime)
-    except BackendUnavailableError as error:
-        problems.append(str(error))
+    installed = _installed(manifest, problems)
     report = _report(folder / spec.REPORT)
     accuracy, calibration, kv_int8 = (_plain(report.get(part)) for part in ("accuracy", "calibration", "kv_int8"))
     entries = report.get("goldens")
     goldens = [_plain(entry) for entry in entries] if isinstance(entries, list) else []
-    return Findings(manifest, accuracy, calibration, kv_int8, goldens, _engines(folder, manifest, problems), problems)
+    engines = _engines(folder, manifest, problems)
+    return Findings(manifest, accuracy, calibration, kv_int8, goldens, engines, installed, problems)
+
+
+def _installed(manifest: Manifest, problems: list[str]) -> str | None:
+    """The installed ONNX Runtime; adds to ``problems`` if the bundle cannot run without another."""
+    try:
+        version = onnxruntime_version()
+    except BackendUnavailableError as error:
+        # Engines do without it.
+        if not manifest.engines:
+            problems.append(str(error))
+        return None
+    try:
+        check_onnxruntime(manifest.minimum_onnxruntime)
+    except BackendUnavailableError as error:
+        problems.append(str(error))
+    return version
 
 
 def _engines(folder: Path, manifest: Manifest, problems: list[str]) -> dict[str, EngineRecord]:
@@ -113,15 +130,16 @@ def _plain(entry: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
     return {name: value for name, value in items if isinstance(value, str | int | float)}
 
 
-def _kv_caches(manifest: Manifest) -> dict[str, dict[str, Any]]:
+def _kv_caches(findings: Findings) -> dict[str, dict[str, Any]]:
     """Memory and needs of every type of K/V cache that the bundle offers, by its name."""
+    manifest, installed = findings.manifest, findings.onnxruntime
     decoder = manifest.model.decoder
     return {
         kind: {
             "bytes_per_position": (per_position := manifest.kv_bytes(kind)),
             "bytes_full_context": per_position * decoder.max_position_embeddings,
             "minimum_onnxruntime": manifest.kv_cache[kind],
-            "usable": not is_older(onnxruntime_version(), manifest.kv_cache[kind]),
+            "usable": installed is not None and not is_older(installed, manifest.kv_cache[kind]),
         }
         for kind in spec.KV_WIDTHS
         if kind in manifest.kv_cache
@@ -131,7 +149,7 @@ def _kv_caches(manifest: Manifest) -> dict[str, dict[str, Any]]:
 def _record(findings: Findings) -> dict[str, Any]:
     manifest = findings.manifest
     decoder = manifest.model.decoder
-    caches = _kv_caches(manifest)
+    caches = _kv_caches(findings)
     default = caches[manifest.activations]
     return {
         "verified": not findings.problems,
@@ -143,7 +161,7 @@ def _record(findings: Findings) -> dict[str, Any]:
         "kv_bytes_full_context": default["bytes_full_context"],
         "kv_cache": caches,
         "kv_int8": findings.kv_int8,
-        "installed_onnxruntime": onnxruntime_version(),
+        "installed_onnxruntime": findings.onnxruntime,
         "accuracy": findings.accuracy,
         "calibration": findings.calibration,
         "goldens": findings.goldens,
@@ -157,10 +175,10 @@ def _table(folder: Path, findings: Findings) -> str:
     files = [(name, size(entry.size)) for name, entry in manifest.files.items()]
     losses = {name: value for name, value in findings.kv_int8.items() if not name.startswith("bytes_")}
     sections = [
-        ("", [("bundle", str(folder)), *_origin(manifest)]),
+        ("", [("bundle", str(folder)), *_origin(findings)]),
         ("model", _model(manifest)),
         ("weights", _weights(manifest.weights)),
-        ("K/V cache", _kv_rows(manifest)),
+        ("K/V cache", _kv_rows(findings)),
         ("accuracy", _figures(findings.accuracy)),
         ("int8 K/V cache against fp32", _figures(losses)),
         ("calibration", _figures(findings.calibration)),
@@ -196,13 +214,14 @@ def _section(title: str, rows: list[Row]) -> str:
     return "\n".join([title, *lines] if title else lines)
 
 
-def _origin(manifest: Manifest) -> list[Row]:
+def _origin(findings: Findings) -> list[Row]:
+    manifest = findings.manifest
     return [
         ("format", f"version {manifest.format}, written by {manifest.producer}"),
         ("graphs", f"{manifest.dialect} operators"),
         (
             "onnxruntime",
-            f"{manifest.minimum_onnxruntime} or newer needed, {onnxruntime_version()} installed",
+            f"{manifest.minimum_onnxruntime} or newer needed, {findings.onnxruntime or 'none'} installed",
         ),
         ("template", manifest.template),
     ]
@@ -236,14 +255,15 @@ def _model(manifest: Manifest) -> list[Row]:
     ]
 
 
-def _kv_rows(manifest: Manifest) -> list[Row]:
+def _kv_rows(findings: Findings) -> list[Row]:
+    manifest = findings.manifest
     fp16 = size(manifest.kv_bytes("fp16"))
     rows = []
-    for kind, entry in _kv_caches(manifest).items():
+    for kind, entry in _kv_caches(findings).items():
         text = f"{size(entry['bytes_per_position'])} per position, {size(entry['bytes_full_context'])} at full context"
         if kind == "int8":
             text += f" (float16 would take {fp16} per position)"
-        if not entry["usable"]:
+        if findings.onnxruntime is not None and not entry["usable"]:
             text += f"; needs onnxruntime {entry['minimum_onnxruntime']} or newer"
         rows.append((kind, text))
     return rows

@@ -60,7 +60,8 @@ memory_option = click.option(
     "--memory-check/--no-memory-check",
     "check_memory",
     default=True,
-    help="Refuse to load what cannot fit the memory that is free; owl2 plan shows the estimate.  [default: check]",
+    help="Refuse to load what cannot fit the memory that is free on the device; owl2 plan shows the estimate.  "
+    "[default: check]",
 )
 
 

@@ -12,11 +12,11 @@ import click
 
 from owl2.runtime.bundle import Manifest, read_manifest
 from owl2.runtime.cli.console import notice, reports_errors, size
-from owl2.runtime.config import resolve_context
-from owl2.runtime.devices import DEVICES, GIB, Device, find_device
+from owl2.runtime.config import require, resolve_context
+from owl2.runtime.devices import DEVICES, GIB, Device
 from owl2.runtime.errors import BackendUnavailableError
 from owl2.runtime.footprint import Building, Case, Ceiling, Settings, Stored, Target
-from owl2.runtime.machine import host_memory, read_bandwidth, this_cpu, this_gpu
+from owl2.runtime.machine import gpus, host_memory, read_bandwidth, this_cpu
 from owl2.runtime.plan import Plan, make_plan
 from owl2.runtime.spec import KvType
 
@@ -34,7 +34,7 @@ WAYS = {
 @click.command("plan")
 @click.argument("bundle", type=click.Path(path_type=Path), required=False)
 @click.option(
-    "--device", default=THIS, show_default=True, help="A name of --list; this: this machine's GPU or else CPU."
+    "--device", default=THIS, show_default=True, help="A name of --list; this: this machine's GPU or else CPU; cpu."
 )
 @click.option("--context", type=int, help="Positions of a conversation; the model's own limit if not given.")
 @click.option(
@@ -82,7 +82,8 @@ def plan_command(
     plan = make_plan(_case(manifest, device, context, kv_cache, pictures))
     click.echo(json.dumps(_record(plan), indent=2) if as_json else _table(bundle, plan))
     if not plan.fits:
-        notice(f"error: {bundle} does not fit {plan.case.target.device.product}")
+        verdict = "cannot run on" if plan.problems else "does not fit"
+        notice(f"error: {bundle} {verdict} {plan.case.target.device.product}")
         sys.exit(1)
 
 
@@ -93,15 +94,21 @@ def _case(manifest: Manifest, device: str, context: int | None, kv_cache: KvType
 
 
 def _target(name: str) -> Target:
-    """The device of that name, or what this machine has.
+    """The device of that name, or what this machine has; says which of several GPUs, or that there is none.
 
     Raises:
         ConfigError: no such device.
         BackendUnavailableError: this machine does not tell what it has.
     """
-    if name not in (THIS, CPU):
-        return Target.of_table(find_device(name))
-    found = (this_gpu() if name == THIS else None) or this_cpu()
+    if name in DEVICES:
+        return Target.of_table(DEVICES[name])
+    require(name in (THIS, CPU), f"device {name!r} is not known; known: {', '.join((THIS, CPU, *DEVICES))}")
+    here = gpus() if name == THIS else []
+    if len(here) > 1:
+        notice(f"{len(here)} GPUs are found; planning for number 0, {here[0].device.product}")
+    elif name == THIS and not here:
+        notice("no GPU is found (no Jetson's device tree, no answer of nvidia-smi); planning for the CPU")
+    found = here[0] if here else this_cpu()
     if found is None:
         raise BackendUnavailableError(
             "this system does not tell how much memory it has (no /proc/meminfo); name a device of owl2 plan --list"
@@ -112,7 +119,7 @@ def _target(name: str) -> Target:
 
 
 def _device_records() -> list[dict[str, Any]]:
-    here = [found for found in (this_gpu(), this_cpu()) if found is not None]
+    here = [found for found in (*gpus(), this_cpu()) if found is not None]
     return [
         *({**_device(found.device), "here": True, "available": found.available} for found in here),
         *({**_device(device), "here": False} for device in DEVICES.values()),
@@ -125,7 +132,7 @@ def _device(device: Device) -> dict[str, Any]:
 
 def _device_table() -> str:
     rows = [("name", "product", "SM", "memory", "bandwidth", "engines")]
-    here = [found.device for found in (this_gpu(), this_cpu()) if found is not None]
+    here = [found.device for found in (*gpus(), this_cpu()) if found is not None]
     for device in (*here, *DEVICES.values()):
         sm, speed = device.compute, device.bandwidth
         bandwidth = "" if speed is None else f"{speed / 1e9:.0f} GB/s"
@@ -169,7 +176,7 @@ def _record(plan: Plan) -> dict[str, Any]:
 
 def _table(folder: Path, plan: Plan) -> str:
     settings, target = plan.case.settings, plan.case.target
-    verdict = "fits" if plan.fits else "DOES NOT FIT"
+    verdict = "fits" if plan.fits else "CANNOT RUN" if plan.problems else "DOES NOT FIT"
     title = [
         f"{folder} on {_named(target.device)}: {verdict}",
         f"run by {WAYS[plan.way]}, {settings.context} positions, {settings.kv_cache} K/V cache, "
@@ -180,7 +187,7 @@ def _table(folder: Path, plan: Plan) -> str:
         ("building the engine", [] if plan.building is None else _building_rows(plan.building, target)),
         ("speed", _speed_rows(plan.ceiling, settings.context, measured=target.device.family == "cpu")),
         ("cannot run there", [("", "", problem) for problem in plan.problems]),
-        ("what would fit", [] if plan.fits else _change_rows(plan)),
+        ("what would do" if plan.problems else "what would fit", [] if plan.fits else _change_rows(plan)),
     ]
     return "\n\n".join(["\n".join(title), *(_section(name, rows) for name, rows in sections if rows)])
 
@@ -215,7 +222,7 @@ def _memory_rows(plan: Plan) -> list[Row]:
 
 def _building_rows(made: Building, target: Target) -> list[Row]:
     rows: list[Row] = [
-        ("CPU memory", size(made.needed), "an estimate: 3.3 times the engine, as seen in one build of 7B shapes")
+        ("CPU memory", size(made.needed), "an estimate: 3.9 times the engine, as seen in one build of 7B shapes")
     ]
     if made.available is None:
         return rows

@@ -11,7 +11,7 @@ import click
 
 from owl2.runtime.certificate import Replay, Verdict, verify
 from owl2.runtime.cli.console import duration, reports_errors
-from owl2.runtime.cli.options import bundle_argument, device_option, threads_option
+from owl2.runtime.cli.options import bundle_argument, device_option, memory_option, threads_option
 from owl2.runtime.placement import Placement
 
 
@@ -19,9 +19,10 @@ from owl2.runtime.placement import Placement
 @bundle_argument
 @device_option
 @threads_option
+@memory_option
 @click.option("--json", "as_json", is_flag=True, help="Write everything as JSON.")
 @reports_errors
-def verify_command(bundle: Path, device: str, threads: int | None, as_json: bool) -> None:
+def verify_command(bundle: Path, device: str, threads: int | None, check_memory: bool, as_json: bool) -> None:
     """Check every file's hash, and replay the bundle's golden prompts on this device.
 
     A bundle holds a few prompts with the logits they must lead to: text, one picture, several. What this device
@@ -34,7 +35,7 @@ def verify_command(bundle: Path, device: str, threads: int | None, as_json: bool
       owl2 verify bundle/ --threads 2 --json
       owl2 verify bundle/ --device cuda
     """
-    verdict = verify(bundle, Placement.parse(device), threads)
+    verdict = verify(bundle, Placement.parse(device), threads, check_memory=check_memory)
     click.echo(json.dumps(_record(verdict), indent=2) if as_json else _table(bundle, verdict))
     sys.exit(0 if verdict.passed else 1)
 

@@ -137,14 +137,14 @@ def open_reference(
     Args:
         path: folder of the one or the other.
         subject: gives the context and how pictures are squared.
-        threads, device, check_memory: of another bundle, as in :meth:`Owl2.load`.
+        threads, device, check_memory: of another bundle, as in :meth:`Owl2.load`; it gets the subject's context too.
 
     Raises:
         ReferenceModelError: torch is not installed, or it is a model of other shape.
         BundleError, BackendError, CheckpointError, ConfigError: it is neither, or cannot be loaded.
     """
     if is_bundle(path):
-        owl = Owl2.load(path, threads=threads, device=device, check_memory=check_memory)
+        owl = Owl2.load(path, threads=threads, device=device, context=subject.context, check_memory=check_memory)
         model, config = owl._model, owl.config
     else:
         model, config = _open_checkpoint(path)

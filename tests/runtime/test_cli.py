@@ -485,6 +485,17 @@ class TestInfo:
         assert result.exit_code == 1
         assert "1 problem:\n  this bundle needs onnxruntime 99.1 or newer" in result.stdout
 
+    def test_without_onnxruntime_all_else_is_shown(self, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "onnxruntime", None)
+        result = run("info", copy)
+        assert result.exit_code == 1
+        assert "or newer needed, none installed\n" in result.stdout
+        assert "per position" in result.stdout
+        assert "1 problem:\n  the files of onnxruntime are not complete" in result.stdout
+        record = json.loads(run("info", copy, "--json").stdout)
+        assert record["installed_onnxruntime"] is None
+        assert not any(cache["usable"] for cache in record["kv_cache"].values())
+
     def test_weights(self, copy: Path) -> None:
         weights = {"decoder": "int4", "head": "int8", "vision": "fp16", "embeddings": "fp16"}
         _edit_manifest(copy, weights=weights | {"method": "gptq", "group_size": 32})

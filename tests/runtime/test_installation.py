@@ -80,6 +80,7 @@ class TestWheels:
         ):
             from onnxruntime import nothing_like_it  # noqa: F401
         text = broken({"onnxruntime-gpu": "1.31.1"}, "cannot import name '__version__' from 'onnxruntime'")
+        assert "perhaps another wheel with files of the same names was removed" in text
         assert text.endswith("pip install --force-reinstall --no-deps onnxruntime-gpu")
 
 

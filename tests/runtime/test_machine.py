@@ -85,6 +85,12 @@ class TestControlGroups:
         memory = host_memory(places)
         assert memory is not None
         assert (memory.available, memory.limited) == (1048 * MIB, True)
+        # Pages of a file that was read twice, as a bundle that was copied and verified, are active.
+        stat = f"anon 1\ninactive_file {500 * MIB}\nactive_file {700 * MIB}\nslab_reclaimable {20 * MIB}\nslab 3"
+        group(places, "box", stat=stat)
+        memory = host_memory(places)
+        assert memory is not None
+        assert memory.available == (2048 - 1500 + 500 + 700 + 20) * MIB
 
     def test_the_parent_limits_too(self, places: Places) -> None:
         places.cgroup.write_text("0::/box/inner\n")
@@ -103,12 +109,12 @@ class TestControlGroups:
 
     def test_version_1(self, places: Places) -> None:
         places.cgroup.write_text("4:memory:/docker/abc\n")
-        stat = f"inactive_file 0\ntotal_inactive_file {MIB}"
+        stat = f"inactive_file 7\nactive_file 7\ntotal_inactive_file {MIB}\ntotal_active_file {2 * MIB}"
         group(places, "memory/docker/abc", limit_in_bytes=64 * MIB, usage_in_bytes=60 * MIB, stat=stat)
         group(places, "memory", limit_in_bytes=2**63 - 4096, usage_in_bytes=9 * GIB)
         memory = host_memory(places)
         assert memory is not None
-        assert memory.available == 5 * MIB
+        assert memory.available == 7 * MIB
 
     @pytest.mark.parametrize("limit", ["max", "", str(64 * GIB)])
     def test_no_limit_or_a_wide_one(self, places: Places, limit: str) -> None:
@@ -133,6 +139,14 @@ def test_swap_on_a_disk_counts_and_zram_does_not(places: Places) -> None:
     assert free_swap(places) == parse_swaps(SWAPS)
     places.cgroup.write_text("0::/\n")
     group(places, "", max=MIB, current=0)
+    assert free_swap(places) == 0
+    # Version 2 limits swap apart from memory, in the group and in every one above it.
+    places.cgroup.write_text("0::/box/inner\n")
+    group(places, "box/inner", **{"swap.max": "max", "swap.current": 0})
+    assert free_swap(places) == parse_swaps(SWAPS)
+    group(places, "box", **{"swap.max": 600 * MIB, "swap.current": 100 * MIB})
+    assert free_swap(places) == 500 * MIB
+    group(places, "box/inner", **{"swap.max": 0, "swap.current": 0})
     assert free_swap(places) == 0
 
 
@@ -161,6 +175,15 @@ def test_a_jetson_shares_its_memory_with_the_cpu(places: Places) -> None:
     assert found is not None
     assert memory is not None
     assert (found.device.name, found.available) == ("orin-nano-4gb", memory.available)
+
+
+def test_a_jetson_in_a_container_without_proc_device_tree(places: Places, tmp_path: Path) -> None:
+    hidden = replace(places, firmware=tmp_path / "firmware")
+    assert this_gpu(hidden) is None
+    hidden.firmware.write_text("NVIDIA Jetson Orin Nano Developer Kit\0")
+    found = this_gpu(hidden)
+    assert found is not None
+    assert found.device.name == "orin-nano-4gb"
 
 
 SMI = """NVIDIA GeForce RTX 3060, 12288, 11200, 8.6

@@ -36,7 +36,13 @@ from owl2.runtime.backends.tensorrt import DeviceRows, TensorRtEngine, TensorRtO
 from owl2.runtime.bundle import Bundle, FileEntry, hash_file
 from owl2.runtime.certificate import verify
 from owl2.runtime.engines import EngineRecord, read_record
-from owl2.runtime.errors import BackendError, BackendUnavailableError, BundleCorruptError, BundleError
+from owl2.runtime.errors import (
+    BackendError,
+    BackendUnavailableError,
+    BundleCorruptError,
+    BundleError,
+    InsufficientMemoryError,
+)
 from owl2.runtime.kv_cache import KvCache
 from owl2.runtime.placement import Placement
 from owl2.runtime.steps import row_inputs
@@ -764,6 +770,29 @@ class TestChoice:
         if context is None:
             with pytest.raises(error, match=message):
                 verify(copy, Placement.parse(device))
+
+    def test_a_bundle_with_engines_is_whole_without_onnxruntime(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "onnxruntime", None)
+        result = CliRunner().invoke(cli, ["info", str(folder)], prog_name="owl2")
+        assert result.exit_code == 0, result.output
+        assert "none installed" in result.stdout
+        assert "TensorRT engines" in result.stdout
+
+    def test_what_cannot_fit_the_gpu_is_refused(
+        self, folder: Path, gpu: FakeDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Before anything is allocated there; by what nvidia-smi says."""
+        program = tmp_path / "nvidia-smi"
+        program.write_text("#!/bin/sh\necho 'NVIDIA GeForce RTX 3060, 12288, 2, 8.6'\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        with pytest.raises(InsufficientMemoryError, match="not enough memory"):
+            Owl2.load(folder, device="tensorrt")
+        with pytest.raises(InsufficientMemoryError, match="not enough memory"):
+            verify(folder, Placement("tensorrt"))
+        assert verify(folder, Placement("tensorrt"), check_memory=False).passed
 
     @pytest.mark.parametrize("place", ["cpu", "tensorrt-rtx"])
     def test_graphs_are_run_by_onnx_runtime(self, float32: Bundle, monkeypatch: pytest.MonkeyPatch, place: Any) -> None:
