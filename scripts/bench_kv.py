@@ -20,9 +20,11 @@ import numpy as np
 
 from owl2.runtime.backends.ort import OrtBuffers, OrtDecoder, OrtOptions
 from owl2.runtime.bundle import Bundle
-from owl2.runtime.spec import DECODER_GRAPHS, KvType
+from owl2.runtime.spec import KvType
 
 WARM_UP = 3
+
+KINDS: tuple[KvType, ...] = ("fp32", "int8")
 
 
 @dataclass
@@ -54,7 +56,7 @@ def contender(bundle: Bundle, kind: KvType, length: int, threads: int | None) ->
 def rounds(bundle: Bundle, length: int, options: argparse.Namespace) -> Iterator[tuple[KvType, float]]:
     """Types with the seconds of one step each, in turn."""
     if options.one_at_a_time:
-        for kind in (*DECODER_GRAPHS, *reversed(DECODER_GRAPHS)):
+        for kind in (*KINDS, *reversed(KINDS)):
             one = contender(bundle, kind, length, options.threads)
             for number in range(WARM_UP + options.rounds // 2):
                 seconds = one.step(length)
@@ -62,7 +64,7 @@ def rounds(bundle: Bundle, length: int, options: argparse.Namespace) -> Iterator
                     yield kind, seconds
             del one
         return
-    both = {kind: contender(bundle, kind, length, options.threads) for kind in DECODER_GRAPHS}
+    both = {kind: contender(bundle, kind, length, options.threads) for kind in KINDS}
     for number in range(WARM_UP + options.rounds):
         for kind, each in both.items():
             seconds = each.step(length)
@@ -84,7 +86,7 @@ def main() -> int:
     most = bundle.manifest.model.decoder.max_position_embeddings - 1
     records = []
     for length in options.lengths or sorted({most // part for part in (64, 16, 8, 4, 2, 1)}):
-        seconds: dict[KvType, list[float]] = {kind: [] for kind in DECODER_GRAPHS}
+        seconds: dict[KvType, list[float]] = {kind: [] for kind in KINDS}
         for kind, taken in rounds(bundle, length, options):
             seconds[kind].append(taken)
         medians = {kind: statistics.median(times) for kind, times in seconds.items()}
