@@ -192,6 +192,7 @@ def test_int4_is_packed_as_onnx_reads_it(tmp_path: Path) -> None:
             "zero points",
         ),
         (QuantizedWeight(torch.ones(4, 32, dtype=torch.int8), -torch.ones(4, 1), 4, 32), "not positive"),
+        (QuantizedWeight(torch.ones(4, 40, dtype=torch.int8), torch.ones(4, 2), 4, 32), "40 columns, no multiple"),
         (ChannelInt8Weight(torch.ones(4, 32, dtype=torch.int8), torch.ones(4)), "int8 activations"),
     ],
 )

@@ -134,6 +134,12 @@ def _int4(graph: GraphBuilder, linear: Linear, weight: QuantizedWeight) -> str:
             f"{', scales that are not positive' if not bool((weight.scales > 0).all()) else ''}; use the dialect ort "
             "for it, or convert the original checkpoint"
         )
+    columns = weight.codes.shape[1]
+    if columns % weight.group_size:
+        raise ExportError(
+            f"{name} has {columns} columns, no multiple of its groups of {weight.group_size}, which TensorRT wants; "
+            "choose another --group-size, or the dialect ort"
+        )
     codes = graph.int4(name + ".codes", np.ascontiguousarray(weight.codes.numpy().T))
     scales = graph.floats(name + ".scales", np.ascontiguousarray(weight.scales.numpy().T))
     return graph.op("DequantizeLinear", codes, scales, axis=0, block_size=weight.group_size)
