@@ -183,11 +183,14 @@ def planted(folder: Path, target: Path, change: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), [("unknown operator", "QuickGelu"), ("routing by NonZero", "other inputs|NonZero|planted")]
+    ("change", "message"),
+    [("unknown operator", "QuickGelu"), ("routing by NonZero", r"does not take .*node planted \(NonZero\)")],
 )
 def test_a_graph_that_tensorrt_does_not_take_is_named(folder: Path, tmp_path: Path, change: str, message: str) -> None:
     graph = planted(folder, tmp_path / "planted", change)
-    profiles = decoder_profiles(Bundle.open(folder).manifest.model, Limits(512, 128, 1))
+    inputs = {value.name for value in onnx.load(graph, load_external_data=False).graph.input}
+    whole = decoder_profiles(Bundle.open(folder).manifest.model, Limits(512, 128, 1))
+    profiles = [{name: shape for name, shape in shapes.items() if name in inputs} for shapes in whole]
     with pytest.raises(ExportError, match=message):
         build_engine(trt, Job(graph, tmp_path / "engine", profiles, 86, None), Silent())
     assert not (tmp_path / "engine").exists()
