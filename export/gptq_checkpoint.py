@@ -18,13 +18,13 @@ from owl2.export.device import check_device, device_memory_errors
 from owl2.export.gptq_layout import CONFIG_FILE, CONFIG_KEY, GptqFormat, GptqTensors, pack
 from owl2.export.graph.dialect import Linear
 from owl2.export.model import Owl2Model
-from owl2.export.pipeline import begin_streams, calibration_record, load_prompts, recipe_of, write_json
+from owl2.export.pipeline import begin_streams, calibration_record, load_prompts, recipe_of
 from owl2.export.progress import Reporter, Silent
 from owl2.export.prompts import Prompts
 from owl2.export.report import Accuracy, Report
 from owl2.export.safetensors_writer import SHARD_BYTES, SafetensorsWriter, TensorEntry
 from owl2.export.source import check_settings
-from owl2.export.staging import Staging, check_space, disk_errors
+from owl2.export.staging import Staging, check_space, disk_errors, write_json
 from owl2.export.usage import Usage
 from owl2.export.vision import reference_rows
 from owl2.export.weights import LinearWeight

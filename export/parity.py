@@ -141,7 +141,7 @@ def _widen(graph: onnx.GraphProto) -> None:
         value.type.tensor_type.elem_type = TensorProto.FLOAT
     for attribute in casts:
         attribute.i = TensorProto.FLOAT
-    halves = [tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT16]
+    halves = {tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT16}
     for node in graph.node:
         for index, name in enumerate(node.input):
             if name in halves:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -29,7 +28,7 @@ from owl2.export.progress import Reporter, Silent
 from owl2.export.prompts import Prompts, fingerprint, pictures_of, prepare
 from owl2.export.report import CalibrationRecord, Report
 from owl2.export.source import KEPT, check_settings, needs_calibration, remaining, source_record
-from owl2.export.staging import Staging, check_space, disk_errors
+from owl2.export.staging import Staging, check_space, disk_errors, write_json
 from owl2.export.usage import Usage
 from owl2.export.vision import ExportedVision, export_vision
 from owl2.quant.calibration import CalibrationSet, load_calibration
@@ -289,8 +288,3 @@ def _write_manifest(folder: Path, manifest: Manifest) -> None:
         if path.is_file()
     }
     write_json(folder / spec.MANIFEST, manifest.to_json() | {"files": {n: asdict(f) for n, f in files.items()}})
-
-
-def write_json(path: Path, content: Mapping[str, object]) -> None:
-    """Write a JSON file for people to read."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

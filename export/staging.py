@@ -14,9 +14,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -278,3 +279,8 @@ def _no_space(staging: Staging, needed: int) -> str:
         f"not enough space in {staging.target.parent}: the export takes about {needed / 1e6:.0f} MB, "
         f"{free / 1e6:.0f} MB are free; make room or write to another disk. {staging.left}"
     )
+
+
+def write_json(path: Path, content: Mapping[str, object]) -> None:
+    """Write a JSON file for people to read."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

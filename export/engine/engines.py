@@ -13,7 +13,7 @@ from owl2.export.engine.build import Built, Job, build_engine
 from owl2.export.engine.profiles import Limits, decoder_profiles, vision_profile
 from owl2.export.engine.target import Target
 from owl2.export.progress import Reporter
-from owl2.export.staging import sync
+from owl2.export.staging import sync, write_json
 from owl2.runtime import engines, spec
 from owl2.runtime.bundle import Bundle, FileEntry, Manifest, hash_file
 from owl2.runtime.engines import DECODER_ENGINE, VISION_ENGINE, EngineRecord, folder_name
@@ -146,5 +146,5 @@ def _entered(bundle: Path, name: str, sha256: str) -> dict[str, object]:
 
 def write_synced(path: Path, content: Mapping[str, object]) -> None:
     """Write a JSON file that is on the disk when this returns."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(path, content)
     sync(path)

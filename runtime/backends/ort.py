@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from owl2.runtime import spec
 from owl2.runtime.backends import providers
 from owl2.runtime.backends.memory import Buffer, Feeds, memory_of
-from owl2.runtime.backends.standard import StandardDecoder, first_line
+from owl2.runtime.backends.standard import StandardDecoder, first_line, run_bound
 from owl2.runtime.bundle import Bundle, Manifest
 from owl2.runtime.config import DecoderConfig, require
 from owl2.runtime.engine import Floats, Ints, KvBuffers
@@ -184,14 +184,7 @@ class OrtDecoder:
         binding = buffers.binding
         for name, array in feeds.items():
             buffers.feeds.put(name, array)
-        binding.bind_output(spec.LOGITS, "cpu")
-        try:
-            self._session.run_with_iobinding(binding, self._run_options)
-        except Exception as error:
-            raise BackendError(f"the decoder failed: {first_line(error)}") from error
-        # Outputs come in the order of binding: the buffers first, the logits last.
-        logits: Floats = binding.get_outputs()[-1].numpy()
-        return logits
+        return run_bound(self._session, binding, self._run_options)
 
 
 def open_decoder(path: Path, manifest: Manifest, options: OrtOptions) -> OrtDecoder | StandardDecoder:

@@ -77,20 +77,29 @@ class StandardDecoder:
                 before = rows[:past] if past else self._no_rows
                 binding.bind_ortvalue_input(read, ort.OrtValue.ortvalue_from_numpy(before))
                 binding.bind_ortvalue_output(written, ort.OrtValue.ortvalue_from_numpy(rows[past:total]))
-        binding.bind_output(spec.LOGITS, "cpu")
-        try:
-            self._session.run_with_iobinding(binding, self._run_options)
-        except Exception as error:
-            raise BackendError(f"the decoder failed: {first_line(error)}") from error
-        # Outputs come in the order of binding.
-        logits: Floats = binding.get_outputs()[-1].numpy()
-        return logits
+        return run_bound(self._session, binding, self._run_options)
 
     def decode(self, embeds: Floats, past: int, buffers: KvBuffers) -> Floats:
         """Run one text position after ``past`` cached ones: embeds [1, C] -> logits [V]."""
         zero = np.zeros(1, dtype=np.int64)
         logits: Floats = self.prefill(embeds, zero, past, buffers, zero)[0]
         return logits
+
+
+def run_bound(session: ort.InferenceSession, binding: ort.IOBinding, options: ort.RunOptions) -> Floats:
+    """Run a decoder whose inputs and K/V outputs are bound -> logits [R, V].
+
+    Raises:
+        BackendError: the step failed.
+    """
+    binding.bind_output(spec.LOGITS, "cpu")
+    try:
+        session.run_with_iobinding(binding, options)
+    except Exception as error:
+        raise BackendError(f"the decoder failed: {first_line(error)}") from error
+    # Outputs come in the order of binding: keys and values first, the logits last.
+    logits: Floats = binding.get_outputs()[-1].numpy()
+    return logits
 
 
 def first_line(error: Exception) -> str:
