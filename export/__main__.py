@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, get_args
 import click
 
 from owl2.export.config import ExportConfig, Layout, VisionType, WeightType
-from owl2.export.engine.cli import Request, build, engine, gpu_option, summary
+from owl2.export.tensorrt.cli import Request, build, engine, gpu_option, summary
 from owl2.quant.config import GROUP_SIZES, Method
 from owl2.runtime.cli.console import duration, notice, reports_errors, size
 from owl2.runtime.config import require
-from owl2.runtime.devices import EngineKind
+from owl2.runtime.fit.devices import EngineKind
 from owl2.runtime.spec import DialectName, FloatType
 from owl2.runtime.version import __version__
 
 if TYPE_CHECKING:
-    from owl2.export.engine.engines import EngineReport
-    from owl2.export.progress import Reporter
+    from owl2.export.job.progress import Reporter
     from owl2.export.report import Report
+    from owl2.export.tensorrt.folder import EngineReport
 
 DEFAULTS = {
     name: ExportConfig.__dataclass_fields__[name].default
@@ -161,12 +161,12 @@ def export(  # noqa: PLR0913 - one parameter per option
       owl2-export MAGAer13/mplug-owl2-llama2-7b owl2-int4/ --download
     """
     # Not before: these need what only the extra brings, and take a while to import.
+    from owl2.export.checkpoint.hub import local_checkpoint
+    from owl2.export.checkpoint.source import default_settings
     from owl2.export.gptq_checkpoint import export_gptq
-    from owl2.export.hub import local_checkpoint
+    from owl2.export.job.progress import Notes, Terminal
+    from owl2.export.job.staging import Staging
     from owl2.export.pipeline import export_bundle
-    from owl2.export.progress import Notes, Terminal
-    from owl2.export.source import default_settings
-    from owl2.export.staging import Staging
 
     require(not (kind or gpu) or layout == "bundle", "engines are built from a bundle; leave --layout gptq out")
     require(not (kind or gpu) or dialect != "ort", "engines are built from graphs of --dialect onnx, not of ort")

@@ -12,21 +12,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from owl2.export.checkpoint import Checkpoint
+from owl2.export.checkpoint.checkpoint import Checkpoint
+from owl2.export.checkpoint.source import remaining
 from owl2.export.config import ExportConfig
 from owl2.export.graph.builder import GraphBuilder
 from owl2.export.graph.decoder import DecoderGraph
 from owl2.export.graph.dialect import Linear
 from owl2.export.graph.dialects import DIALECTS
-from owl2.export.journal import Journal
-from owl2.export.model import DecoderLayer, RmsNorm
-from owl2.export.progress import Reporter
-from owl2.export.source import remaining
-from owl2.export.weights import DenseWeight, LinearWeight, PermutedWeight, dequantized_blocks
+from owl2.export.graph.weights import DenseWeight, LinearWeight, PermutedWeight, dequantized_blocks
+from owl2.export.job.journal import Journal
+from owl2.export.job.progress import Reporter
 from owl2.quant.config import QuantConfig
 from owl2.quant.grid import QuantizedWeight, rtn
 from owl2.quant.kv import RoundedStream, watched
 from owl2.quant.layer import LINEARS, ModuleReport, quantize_layer
+from owl2.quant.models.mplug_owl2 import DecoderLayer, RmsNorm
 from owl2.quant.stream import Calibration, Sequence, Stream
 from owl2.runtime import spec
 from owl2.runtime.engine import Floats

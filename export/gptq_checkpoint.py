@@ -11,26 +11,26 @@ import torch
 from torch import Tensor
 
 from owl2.export import __version__
-from owl2.export.checkpoint import DECODER_LAYERS, REQUIRED_FILES, Checkpoint
+from owl2.export.checkpoint.checkpoint import DECODER_LAYERS, REQUIRED_FILES, Checkpoint
+from owl2.export.checkpoint.gptq_layout import CONFIG_FILE, CONFIG_KEY, GptqFormat, GptqTensors, pack
+from owl2.export.checkpoint.source import check_settings
 from owl2.export.config import ExportConfig
 from owl2.export.decoder import ExportedDecoder, Streams, export_layer, finish_decoder, stage_name
-from owl2.export.device import check_device, device_memory_errors
-from owl2.export.gptq_layout import CONFIG_FILE, CONFIG_KEY, GptqFormat, GptqTensors, pack
 from owl2.export.graph.dialect import Linear
-from owl2.export.model import Owl2Model
+from owl2.export.graph.weights import LinearWeight
+from owl2.export.job.device import check_device, device_memory_errors
+from owl2.export.job.progress import Reporter, Silent
+from owl2.export.job.staging import Staging, check_space, disk_errors, write_json
+from owl2.export.job.usage import Usage
 from owl2.export.pipeline import begin_streams, calibration_record, load_prompts, recipe_of
-from owl2.export.progress import Reporter, Silent
 from owl2.export.prompts import Prompts
 from owl2.export.report import Accuracy, Report
 from owl2.export.safetensors_writer import SHARD_BYTES, SafetensorsWriter, TensorEntry
-from owl2.export.source import check_settings
-from owl2.export.staging import Staging, check_space, disk_errors, write_json
-from owl2.export.usage import Usage
 from owl2.export.vision import reference_rows
-from owl2.export.weights import LinearWeight
 from owl2.quant.config import QuantConfig
 from owl2.quant.grid import QuantizedWeight
 from owl2.quant.layer import LINEARS, ModuleReport
+from owl2.quant.models.mplug_owl2 import Owl2Model
 from owl2.runtime import spec
 from owl2.runtime.config import DecoderConfig
 from owl2.runtime.errors import ConfigError, ExportError

@@ -13,35 +13,35 @@ import torch
 from numpy.typing import NDArray
 
 from owl2.export import __version__
-from owl2.export.checkpoint import Checkpoint
-from owl2.export.checks import Embedded, Made, check_bundle
+from owl2.export.checkpoint.checkpoint import Checkpoint
+from owl2.export.checkpoint.source import KEPT, check_settings, needs_calibration, remaining, source_record
+from owl2.export.checks.bundle import Embedded, Made, check_bundle
+from owl2.export.checks.kv_int8 import can_be_checked
 from owl2.export.config import BYTES, ExportConfig
 from owl2.export.decoder import Streams, export_decoder
-from owl2.export.device import check_device, device_memory_errors
 from owl2.export.graph.dialects import MINIMUM_ONNXRUNTIME
 from owl2.export.graph.kv_int8 import MINIMUM_ONNXRUNTIME as KV_INT8_ONNXRUNTIME
 from owl2.export.graph.kv_int8 import write_int8_kv_graph
-from owl2.export.journal import Journal, journal_size, resume_key
-from owl2.export.kv_int8 import can_be_checked
-from owl2.export.model import Owl2Model
-from owl2.export.progress import Reporter, Silent
+from owl2.export.job.device import check_device, device_memory_errors
+from owl2.export.job.journal import Journal, journal_size, resume_key
+from owl2.export.job.progress import Reporter, Silent
+from owl2.export.job.staging import Staging, check_space, disk_errors, write_json
+from owl2.export.job.usage import Usage
 from owl2.export.prompts import Prompts, fingerprint, pictures_of, prepare
 from owl2.export.report import CalibrationRecord, Report
-from owl2.export.source import KEPT, check_settings, needs_calibration, remaining, source_record
-from owl2.export.staging import Staging, check_space, disk_errors, write_json
-from owl2.export.usage import Usage
 from owl2.export.vision import ExportedVision, export_vision
-from owl2.quant.calibration import CalibrationSet, load_calibration
+from owl2.quant.calibration.samples import CalibrationSet, load_calibration
 from owl2.quant.kv import RoundedStream
+from owl2.quant.models.mplug_owl2 import Owl2Model
 from owl2.quant.stream import Calibration, Sequence, Stream
 from owl2.runtime import spec
 from owl2.runtime.bundle import Bundle, FileEntry, Manifest, WeightFormat, hash_file
 from owl2.runtime.config import ModelConfig
 from owl2.runtime.engine import Floats
 from owl2.runtime.errors import BundleError, CheckpointError, ExportError
-from owl2.runtime.multimodal import embed
+from owl2.runtime.families.mplug_owl2.positions import embed
+from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
 from owl2.runtime.spec import KvType
-from owl2.runtime.tokenizer import Tokenizer
 
 
 def export_bundle(config: ExportConfig, reporter: Reporter | None = None) -> Report:

@@ -6,11 +6,11 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from owl2.quant.calibration import CalibrationSet, Sample, probe_samples
+from owl2.quant.calibration.samples import CalibrationSet, Sample, probe_samples
 from owl2.runtime.config import ModelConfig
-from owl2.runtime.multimodal import Prompt, encode_prompt
+from owl2.runtime.families.mplug_owl2.positions import Prompt, encode_prompt
+from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
 from owl2.runtime.pictures import Picture, open_pictures
-from owl2.runtime.tokenizer import Tokenizer
 
 # Rows of the calibration prompts: 32768 positions of a width of 4096. They are in memory twice.
 MOST_ROW_BYTES = 512 << 20

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from owl2.export.parity import Parity
+from owl2.export.checks.parity import Parity
 from owl2.export.vision import PartReport
 from owl2.quant.layer import ModuleReport
-from owl2.runtime.certificate import Reached
+from owl2.runtime.evaluation.certificate import Reached
 from owl2.runtime.evaluation.divergence import Divergence
 
 

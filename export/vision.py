@@ -11,18 +11,18 @@ import onnxruntime as ort
 import torch
 from torch import Tensor, nn
 
-from owl2.export.checkpoint import Checkpoint
+from owl2.export.checkpoint.checkpoint import Checkpoint
+from owl2.export.checks.parity import Parity, compare, with_float_activations
+from owl2.export.checks.sensitivity import Part, choose_kept, measure_parts
 from owl2.export.config import ExportConfig, VisionType
 from owl2.export.graph.builder import GraphBuilder
 from owl2.export.graph.dialects import DIALECTS
 from owl2.export.graph.vision import VisionGraph
-from owl2.export.model import VisionModel, VisualAbstractor
-from owl2.export.parity import Parity, compare, with_float_activations
-from owl2.export.progress import Reporter
-from owl2.export.sensitivity import Part, choose_kept, measure_parts
-from owl2.export.weights import ChannelInt8Weight, DenseWeight, LinearWeight
+from owl2.export.graph.weights import ChannelInt8Weight, DenseWeight, LinearWeight
+from owl2.export.job.progress import Reporter
+from owl2.quant.models.mplug_owl2 import VisionModel, VisualAbstractor
 from owl2.runtime import spec
-from owl2.runtime.backends.ort import DEFAULT_OPTIONS, OrtOptions, open_session
+from owl2.runtime.backends.ort.engine import DEFAULT_OPTIONS, OrtOptions, open_session
 from owl2.runtime.engine import Floats
 from owl2.runtime.pictures import Picture
 from owl2.runtime.spec import FloatType

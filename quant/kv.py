@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from owl2.export.model import DecoderLayer
-from owl2.export.model.decoder import KeyValue
+from owl2.quant.models.mplug_owl2 import DecoderLayer
+from owl2.quant.models.mplug_owl2.decoder import KeyValue
 from owl2.quant.stream import Stream
 
 LARGEST_CODE = 127

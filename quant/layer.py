@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from owl2.export.model import DecoderLayer
 from owl2.quant.asymmetric import asymmetric_target
 from owl2.quant.config import QuantConfig
 from owl2.quant.gptq import gptq, relative_error, sampled_rows
 from owl2.quant.grid import QuantizedWeight, rtn
 from owl2.quant.hessian import HessianAccumulator
+from owl2.quant.models.mplug_owl2 import DecoderLayer
 from owl2.quant.stream import Calibration, Sequence, Stream
 from owl2.runtime.errors import CalibrationError, QuantizationError
 

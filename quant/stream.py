@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from owl2.export.model import DecoderLayer, Routing, rotary_tables
+from owl2.quant.models.mplug_owl2 import DecoderLayer, Routing, rotary_tables
 from owl2.runtime.config import DecoderConfig
 
 

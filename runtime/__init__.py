@@ -22,7 +22,7 @@ from owl2.runtime.errors import (
     PromptError,
 )
 from owl2.runtime.generate import Chunk, Stats
-from owl2.runtime.model import Chat, Owl2
+from owl2.runtime.owl import Chat, Owl2
 from owl2.runtime.sampling import GenerationConfig
 from owl2.runtime.version import __version__
 

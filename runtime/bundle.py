@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from owl2.runtime import spec
-from owl2.runtime.backends.installation import onnxruntime_version, onnxruntime_wheels
+from owl2.runtime.backends.ort.installation import onnxruntime_version, onnxruntime_wheels
 from owl2.runtime.config import ModelConfig, from_json, require
 from owl2.runtime.errors import (
     BackendUnavailableError,
@@ -76,7 +76,8 @@ class Manifest:
         weights: how the weights are stored.
         model: architecture and image preprocessing.
         files: every other file of the bundle, engines aside.
-        engines: sha256 of the record in each folder of TensorRT engines, by its name; see :mod:`owl2.runtime.engines`.
+        engines: sha256 of the record in each folder of TensorRT engines, by name; see
+            :mod:`owl2.runtime.backends.tensorrt.records`.
     """
 
     format: int

@@ -1,7 +1,7 @@
 """Frozen configuration of a model: what a bundle's manifest stores and what every part of owl2 reads.
 
 The foreign ``config.json`` of a PyTorch checkpoint is translated to these classes by
-:mod:`owl2.export.hf_config`; nothing else reads it.
+:mod:`owl2.export.checkpoint.hf_config`; nothing else reads it.
 """
 
 from __future__ import annotations

@@ -12,14 +12,14 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from owl2.runtime import multimodal
 from owl2.runtime.engine import Engine, Floats
 from owl2.runtime.errors import ContextOverflowError
+from owl2.runtime.families.mplug_owl2 import positions
+from owl2.runtime.families.mplug_owl2.positions import Prompt
+from owl2.runtime.families.mplug_owl2.tokenizer import StreamDecoder, Tokenizer
 from owl2.runtime.kv_cache import KvCache
-from owl2.runtime.multimodal import Prompt
 from owl2.runtime.pictures import PictureEncoder
 from owl2.runtime.sampling import GenerationConfig, StopFilter, log_softmax, sample
-from owl2.runtime.tokenizer import StreamDecoder, Tokenizer
 
 PREFILL_BLOCK = 256
 FinishReason = Literal["stop", "length", "context"]
@@ -142,7 +142,7 @@ def prefill(model: Model, cache: KvCache, prompt: Prompt, run: Run) -> Floats | 
     reused = reusable(model, cache, prompt)
     stats.prompt_tokens, stats.reused_tokens = len(keys), reused
     start = time.perf_counter()
-    pictures = [prompt.pictures[digest] for digest in multimodal.digests_of(keys[reused:])]
+    pictures = [prompt.pictures[digest] for digest in positions.digests_of(keys[reused:])]
     rows, stats.images_encoded = model.encoder.rows(pictures)
     encoded = time.perf_counter()
     stats.vision_seconds = encoded - start
@@ -155,7 +155,7 @@ def prefill(model: Model, cache: KvCache, prompt: Prompt, run: Run) -> Floats | 
         if run.cancelled:
             return None
         new = keys[cache.length : cache.length + block]
-        embeds, modality = multimodal.embed(new, model.table, rows)
+        embeds, modality = positions.embed(new, model.table, rows)
         last = np.array([len(new) - 1], dtype=np.int64)
         logits = model.engine.prefill(embeds, modality, cache.length, cache.reserve(len(new)), last)[0]
         cache.commit(new)
@@ -193,7 +193,7 @@ def generate(model: Model, cache: KvCache, prompt: Prompt, config: GenerationCon
 
 def decode(model: Model, cache: KvCache, token: int) -> Floats:
     """Feed one generated id: -> logits [V]."""
-    embeds, _ = multimodal.embed([token], model.table, {})
+    embeds, _ = positions.embed([token], model.table, {})
     logits = model.engine.decode(embeds, cache.length, cache.reserve(1))
     cache.commit([token])
     return logits

@@ -13,7 +13,7 @@ from PIL import Image
 
 from owl2.runtime.config import PreprocessConfig, PreprocessMode
 from owl2.runtime.engine import Engine, Floats
-from owl2.runtime.image import ImageInput, digest, load_image, preprocess
+from owl2.runtime.preprocess import ImageInput, digest, load_image, preprocess
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs

@@ -10,7 +10,7 @@ import torch
 from encoder import Encoder
 from safetensors.torch import save_file
 
-from owl2.export.model import Owl2Model
+from owl2.quant.models.mplug_owl2 import Owl2Model
 from owl2.runtime.config import ModelConfig
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from world import GRID
 
-from owl2.export.model import Owl2Model
-from owl2.export.model.abstractor import grid_positions
+from owl2.quant.models.mplug_owl2 import Owl2Model
+from owl2.quant.models.mplug_owl2.abstractor import grid_positions
 
 # Writes of each layer to the residual stream are damped, so that the depth does not add up.
 DAMPED = ("self_attn.dense.weight", "mlp.fc2.weight", "self_attn.o_proj.weight", "mlp.down_proj.weight")

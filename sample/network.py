@@ -16,8 +16,8 @@ from encoder import VOCAB_SIZE
 from torch import Tensor
 from world import GRID, SIDE
 
-from owl2.export.model import Owl2Model
-from owl2.export.model.decoder import rotary_tables
+from owl2.quant.models.mplug_owl2 import Owl2Model
+from owl2.quant.models.mplug_owl2.decoder import rotary_tables
 from owl2.runtime.config import AbstractorConfig, DecoderConfig, ModelConfig, PreprocessConfig, VisionConfig
 
 PATCH = 14

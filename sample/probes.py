@@ -16,8 +16,8 @@ from quality import PROMPT, degraded, photo_crop
 from questions import ASK, Turn, caption, follow_up, in_words
 from world import MAX_THINGS, Scene, draw, random_scene
 
-from owl2.export.model import Owl2Model
-from owl2.runtime.prompt import Message, render, with_images
+from owl2.quant.models.mplug_owl2 import Owl2Model
+from owl2.runtime.families.mplug_owl2.template import Message, render, with_images
 
 MAIN_KINDS = ("colour", "shape", "count", "relation")
 KINDS = (*ASK, "caption", "second", "told", "fact", "quality")

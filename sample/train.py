@@ -35,8 +35,8 @@ from probes import KINDS, exact_share, probes
 from torch.multiprocessing.spawn import spawn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from owl2.export.checkpoint import Checkpoint
-from owl2.export.model import Owl2Model
+from owl2.export.checkpoint.checkpoint import Checkpoint
+from owl2.quant.models.mplug_owl2 import Owl2Model
 
 ALL_KINDS = {
     "colour": 1.5,

@@ -29,19 +29,19 @@ from evaluate import evaluate, torch_answers
 from make_calibration import write_calibration
 from probes import MAIN_KINDS
 
-from owl2.export.checkpoint import Checkpoint
-from owl2.export.model import DecoderLayer, Owl2Model, rotary_tables
+from owl2.export.checkpoint.checkpoint import Checkpoint
 from owl2.export.prompts import encode_samples
-from owl2.quant.calibration import load_calibration
+from owl2.quant.calibration.samples import load_calibration
 from owl2.quant.config import QuantConfig
 from owl2.quant.gptq import gptq
 from owl2.quant.grid import rtn
 from owl2.quant.hessian import HessianAccumulator
 from owl2.quant.layer import IMAGE_BRANCH, LINEARS, SITES, quantize_layer, site_inputs
+from owl2.quant.models.mplug_owl2 import DecoderLayer, Owl2Model, rotary_tables
 from owl2.quant.stream import Calibration, Sequence, Stream
 from owl2.runtime.evaluation.divergence import Divergence, divergence
-from owl2.runtime.multimodal import embed
-from owl2.runtime.tokenizer import Tokenizer
+from owl2.runtime.families.mplug_owl2.positions import embed
+from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
 
 CHECKPOINT = Path(__file__).parents[1] / "sample" / "checkpoint"
 CALIBRATION_SEEDS = (0, 1)

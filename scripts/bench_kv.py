@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from owl2.runtime.backends.ort import OrtBuffers, OrtDecoder, OrtOptions
+from owl2.runtime.backends.ort.engine import OrtBuffers, OrtDecoder, OrtOptions
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.spec import KvType
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from owl2.runtime import Answer, Owl2, Stats
-from owl2.runtime.prompt import Message, render
+from owl2.runtime.families.mplug_owl2.template import Message, render
 
 FIRST, SECOND = "What shapes are there?", "Which of them is the largest?"
 

@@ -29,14 +29,14 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from owl2.export.checkpoint import Checkpoint
+from owl2.export.checkpoint.checkpoint import Checkpoint
 from owl2.export.config import ExportConfig
 from owl2.export.gptq_checkpoint import export_gptq
-from owl2.export.model import Owl2Model
+from owl2.export.graph.weights import PermutedWeight
 from owl2.export.pipeline import export_bundle
-from owl2.export.weights import PermutedWeight
 from owl2.quant.grid import QuantizedWeight
 from owl2.quant.layer import LINEARS
+from owl2.quant.models.mplug_owl2 import Owl2Model
 from owl2.runtime.config import DecoderConfig
 
 BRANCHES = (0, 1)

@@ -18,16 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from owl2.export.checkpoint import Checkpoint
-from owl2.export.model import DecoderLayer, Owl2Model
-from owl2.export.model.decoder import KeyValue
-from owl2.export.model.owl2 import rotary_slice
+from owl2.export.checkpoint.checkpoint import Checkpoint
 from owl2.export.prompts import pictures_of, prepare
-from owl2.quant.calibration import load_calibration
+from owl2.quant.calibration.samples import load_calibration
+from owl2.quant.models.mplug_owl2 import DecoderLayer, Owl2Model
+from owl2.quant.models.mplug_owl2.decoder import KeyValue
+from owl2.quant.models.mplug_owl2.owl2 import rotary_slice
 from owl2.quant.stream import Sequence
 from owl2.runtime.evaluation.divergence import Divergence, divergence
-from owl2.runtime.multimodal import embed
-from owl2.runtime.tokenizer import Tokenizer
+from owl2.runtime.families.mplug_owl2.positions import embed
+from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
 
 FACTORS = (1.0, 1.1, 1.25, 1.5, 2.0)
 KEYS, VALUES, KEY_PAIRS = range(3)

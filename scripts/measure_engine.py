@@ -17,21 +17,21 @@ import torch
 from random_checkpoint import CONFIG, PREPROCESSOR
 from torch import Tensor, nn
 
-from owl2.export.engine.build import Job, build_engine
-from owl2.export.engine.cli import PREFILL
-from owl2.export.engine.profiles import Limits, decoder_profiles, vision_profile
-from owl2.export.engine.target import choose, find_gpu
+from owl2.export.checkpoint.hf_config import model_config
 from owl2.export.graph.builder import GraphBuilder
 from owl2.export.graph.decoder import DecoderGraph
 from owl2.export.graph.dialect import Linear
 from owl2.export.graph.standard import StandardDialect
 from owl2.export.graph.vision import VisionGraph
-from owl2.export.hf_config import model_config
-from owl2.export.model import DecoderLayer, VisionModel, VisualAbstractor
-from owl2.export.progress import Terminal
-from owl2.export.weights import DenseWeight, LinearWeight
+from owl2.export.graph.weights import DenseWeight, LinearWeight
+from owl2.export.job.progress import Terminal
+from owl2.export.tensorrt.build import Job, build_engine
+from owl2.export.tensorrt.cli import PREFILL
+from owl2.export.tensorrt.profiles import Limits, decoder_profiles, vision_profile
+from owl2.export.tensorrt.target import choose, find_gpu
 from owl2.quant.grid import QuantizedWeight
 from owl2.quant.layer import LINEARS
+from owl2.quant.models.mplug_owl2 import DecoderLayer, VisionModel, VisualAbstractor
 from owl2.runtime import spec
 from owl2.runtime.config import ModelConfig
 

@@ -26,7 +26,7 @@ from typing import Any
 from measure_layers import TOKENIZER, anonymous_memory
 from random_checkpoint import write_checkpoint
 
-from owl2.quant.calibration import probe_samples
+from owl2.quant.calibration.samples import probe_samples
 from owl2.quant.config import QuantConfig
 from owl2.quant.gptq import MOST_SAMPLED
 

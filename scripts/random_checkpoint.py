@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from owl2.export.hf_config import model_config
-from owl2.export.model import Owl2Model
+from owl2.export.checkpoint.hf_config import model_config
+from owl2.quant.models.mplug_owl2 import Owl2Model
 
 CONFIG = {
     "model_type": "mplug_owl2",

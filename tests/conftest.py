@@ -10,16 +10,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from owl2.export.checkpoint.hf_config import model_config
 from owl2.export.config import ExportConfig
-from owl2.export.hf_config import model_config
-from owl2.export.model import Owl2Model
 from owl2.export.pipeline import export_bundle
+from owl2.quant.models.mplug_owl2 import Owl2Model
 from owl2.runtime.spec import TOKENIZER_FILES
 
 # The matrices here are tiny; threads that wait for each other only cost time on a busy machine.
 torch.set_num_threads(1)
 
-GOLDEN = Path(__file__).parent / "golden"
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "golden"
 MakeCheckpoint = Callable[..., Path]
 
 

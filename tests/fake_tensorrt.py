@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from owl2.runtime.backends.cuda_memory import ALIGNMENT, Strided
+from owl2.runtime.backends.tensorrt.cuda import ALIGNMENT, Strided
 from owl2.runtime.errors import BackendError
 
 POISON = 0xFF  # NaN as float16 and as float32
@@ -40,7 +40,7 @@ class Copy:
 
 @dataclass
 class FakeDevice:
-    """See :class:`owl2.runtime.backends.cuda_memory.Device`.
+    """See :class:`owl2.runtime.backends.tensorrt.cuda.Device`.
 
     Attributes:
         copies: all that were asked for.

@@ -11,10 +11,10 @@ from PIL import Image
 from owl2.export.config import ExportConfig
 from owl2.export.pipeline import export_bundle
 from owl2.runtime import Chat, ConfigError, ContextOverflowError, Owl2, PromptError
-from owl2.runtime.backends.ort import OrtEngine
+from owl2.runtime.backends.ort.engine import OrtEngine
 from owl2.runtime.bundle import Bundle
-from owl2.runtime.multimodal import embed
-from owl2.runtime.prompt import Message, render
+from owl2.runtime.families.mplug_owl2.positions import embed
+from owl2.runtime.families.mplug_owl2.template import Message, render
 
 TOLERANCE = 1e-3
 CASES = {

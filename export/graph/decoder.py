@@ -16,7 +16,7 @@ from torch import Tensor
 
 from owl2.export.graph.builder import BuilderState, GraphBuilder
 from owl2.export.graph.dialect import Dialect, Linear
-from owl2.export.weights import LinearWeight
+from owl2.export.graph.weights import LinearWeight
 from owl2.runtime import spec
 from owl2.runtime.config import DecoderConfig
 

@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from owl2.export.graph.builder import GraphBuilder
-from owl2.export.weights import LinearWeight
+from owl2.export.graph.weights import LinearWeight
 from owl2.runtime.config import DecoderConfig
 from owl2.runtime.spec import DialectName
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 from onnx import TensorProto
 
+from owl2.export.graph import matmul_nbits
 from owl2.export.graph.builder import CONTRIB, GraphBuilder
 from owl2.export.graph.dialect import Linear
 from owl2.export.graph.parts import biased, dense, gathered
-from owl2.export.weights import ChannelInt8Weight, DenseWeight, PermutedWeight
+from owl2.export.graph.weights import ChannelInt8Weight, DenseWeight, PermutedWeight
 from owl2.quant.grid import QuantizedWeight
-from owl2.runtime import int4, spec
+from owl2.runtime import spec
 from owl2.runtime.config import DecoderConfig
 from owl2.runtime.spec import DialectName
 
@@ -40,7 +41,7 @@ class OrtDialect:
         return biased(graph, y, linear)
 
     def _n_bits(self, graph: GraphBuilder, x: str, name: str, weight: QuantizedWeight) -> str:
-        packed = int4.pack(weight.codes.numpy(), weight.bits, weight.group_size)
+        packed = matmul_nbits.pack(weight.codes.numpy(), weight.bits, weight.group_size)
         rows, columns = weight.codes.shape
         inputs = [
             x,
@@ -48,7 +49,7 @@ class OrtDialect:
             graph.floats(name + ".scales", weight.scales.numpy()),
         ]
         if weight.zero_points is not None:
-            zeros = int4.pack_zero_points(weight.zero_points.numpy(), weight.bits)
+            zeros = matmul_nbits.pack_zero_points(weight.zero_points.numpy(), weight.bits)
             inputs.append(graph.constant(name + ".zero_points", zeros.reshape(-1)))
         return graph.op(
             "MatMulNBits",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from owl2.export.graph.builder import ELEMENTS, GraphBuilder
 from owl2.export.graph.dialect import Linear
-from owl2.export.weights import DenseWeight
+from owl2.export.graph.weights import DenseWeight
 
 
 def dense(graph: GraphBuilder, name: str, weight: DenseWeight) -> str:

@@ -15,7 +15,7 @@ from onnx import TensorProto
 from owl2.export.graph.builder import GraphBuilder
 from owl2.export.graph.dialect import Linear
 from owl2.export.graph.parts import biased, dense, gathered
-from owl2.export.weights import ChannelInt8Weight, DenseWeight, PermutedWeight
+from owl2.export.graph.weights import ChannelInt8Weight, DenseWeight, PermutedWeight
 from owl2.quant.grid import QuantizedWeight
 from owl2.runtime import spec
 from owl2.runtime.config import DecoderConfig

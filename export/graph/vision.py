@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from owl2.export.graph.builder import GraphBuilder
 from owl2.export.graph.dialect import Dialect, Linear
-from owl2.export.model import VisionModel, VisualAbstractor
-from owl2.export.model.abstractor import CrossAttentionBlock
-from owl2.export.model.vision import Layer
-from owl2.export.weights import LinearWeight
+from owl2.export.graph.weights import LinearWeight
+from owl2.quant.models.mplug_owl2 import VisionModel, VisualAbstractor
+from owl2.quant.models.mplug_owl2.abstractor import CrossAttentionBlock
+from owl2.quant.models.mplug_owl2.vision import Layer
 from owl2.runtime import spec
 from owl2.runtime.config import ModelConfig
 

@@ -6,15 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from owl2.runtime.backends.cuda_memory import open_device
-from owl2.runtime.backends.installation import needs_onnxruntime
-from owl2.runtime.backends.tensorrt import TensorRtEngine, TensorRtOptions
-from owl2.runtime.backends.tensorrt_context import import_tensorrt
+from owl2.runtime.backends.ort.installation import needs_onnxruntime
+from owl2.runtime.backends.tensorrt.context import import_tensorrt
+from owl2.runtime.backends.tensorrt.cuda import open_device
+from owl2.runtime.backends.tensorrt.engine import TensorRtEngine, TensorRtOptions
+from owl2.runtime.backends.tensorrt.records import find_record
 from owl2.runtime.bundle import Bundle, Manifest
 from owl2.runtime.config import DecoderConfig, require, resolve_context
-from owl2.runtime.devices import EngineKind
 from owl2.runtime.engine import Engine
-from owl2.runtime.engines import find_record
+from owl2.runtime.fit.devices import EngineKind
 from owl2.runtime.placement import Placement
 from owl2.runtime.spec import KvType
 
@@ -65,8 +65,8 @@ def choose_backend(
         require(threads is None, f"threads {threads}: device {place} has none to set; leave them out")
         return _native(place.kind, place.index, folder, manifest, context)
     with needs_onnxruntime():
-        from owl2.runtime.backends.ort import OrtEngine, OrtOptions, check_dialect
-        from owl2.runtime.backends.providers import prepare
+        from owl2.runtime.backends.ort.engine import OrtEngine, OrtOptions, check_dialect
+        from owl2.runtime.backends.ort.session import prepare
     check_dialect(folder, dialect, place)
     options = OrtOptions(str(place), threads, kv_cache)
     prepare(place)

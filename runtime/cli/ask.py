@@ -14,7 +14,7 @@ import click
 from owl2.runtime.answer import Answer
 from owl2.runtime.cli.console import describe, duration, notice_context, reports_errors, stream
 from owl2.runtime.cli.options import Options, bundle_argument, model_options
-from owl2.runtime.image import load_image
+from owl2.runtime.preprocess import load_image
 
 
 @click.command()

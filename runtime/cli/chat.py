@@ -25,8 +25,8 @@ from owl2.runtime.cli.console import (
 from owl2.runtime.cli.options import Options, bundle_argument, model_options
 from owl2.runtime.config import PreprocessConfig
 from owl2.runtime.errors import ContextOverflowError, ImageError, Owl2Error
-from owl2.runtime.image import load_image, preprocess
-from owl2.runtime.model import Chat
+from owl2.runtime.owl import Chat
+from owl2.runtime.preprocess import load_image, preprocess
 from owl2.runtime.version import __version__
 
 PROMPT = "> "

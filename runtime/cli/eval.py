@@ -29,7 +29,7 @@ from owl2.runtime.evaluation.divergence import Divergence
 from owl2.runtime.evaluation.measure import MAX_NEW_TOKENS, Measured, measure
 from owl2.runtime.evaluation.subject import Subject, is_bundle, open_reference
 from owl2.runtime.evaluation.summary import Figure, Group, Summary, item_json, summarise
-from owl2.runtime.model import Owl2
+from owl2.runtime.owl import Owl2
 from owl2.runtime.spec import KvType
 from owl2.runtime.version import __version__
 

@@ -11,7 +11,8 @@ from typing import Any
 import click
 
 from owl2.runtime import spec
-from owl2.runtime.backends.installation import onnxruntime_version
+from owl2.runtime.backends.ort.installation import onnxruntime_version
+from owl2.runtime.backends.tensorrt.records import EngineRecord, check_all
 from owl2.runtime.bundle import (
     Manifest,
     WeightFormat,
@@ -23,7 +24,6 @@ from owl2.runtime.bundle import (
 from owl2.runtime.cli.console import notice, reports_errors, size
 from owl2.runtime.cli.options import bundle_argument
 from owl2.runtime.config import DecoderConfig
-from owl2.runtime.engines import EngineRecord, check_all
 from owl2.runtime.errors import BackendUnavailableError
 
 Row = tuple[str, str]

@@ -14,7 +14,7 @@ from PIL import Image
 from owl2.runtime.answer import Answer
 from owl2.runtime.config import PreprocessMode
 from owl2.runtime.errors import ConfigError
-from owl2.runtime.model import Chat, GenerationOptions, Owl2
+from owl2.runtime.owl import Chat, GenerationOptions, Owl2
 from owl2.runtime.placement import CPU, KINDS, Placement
 from owl2.runtime.sampling import GenerationConfig
 from owl2.runtime.spec import KvType

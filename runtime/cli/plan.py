@@ -13,11 +13,11 @@ import click
 from owl2.runtime.bundle import Manifest, read_manifest
 from owl2.runtime.cli.console import notice, reports_errors, size
 from owl2.runtime.config import require, resolve_context
-from owl2.runtime.devices import DEVICES, GIB, Device
 from owl2.runtime.errors import BackendUnavailableError
-from owl2.runtime.footprint import Building, Case, Ceiling, Settings, Stored, Target
-from owl2.runtime.machine import gpus, host_memory, read_bandwidth, this_cpu
-from owl2.runtime.plan import Plan, make_plan
+from owl2.runtime.fit.devices import DEVICES, GIB, Device
+from owl2.runtime.fit.footprint import Building, Case, Ceiling, Settings, Stored, Target
+from owl2.runtime.fit.machine import gpus, host_memory, read_bandwidth, this_cpu
+from owl2.runtime.fit.plan import Plan, make_plan
 from owl2.runtime.spec import KvType
 
 THIS, CPU = "this", "cpu"

@@ -23,8 +23,8 @@ from typing import Any
 
 from owl2.runtime.config import IMAGE_TOKEN, require
 from owl2.runtime.errors import DataError, ImageError
-from owl2.runtime.image import load_image
-from owl2.runtime.prompt import Message, Role, check_placeholders, render, with_images
+from owl2.runtime.families.mplug_owl2.template import Message, Role, check_placeholders, render, with_images
+from owl2.runtime.preprocess import load_image
 
 CAPTION_QUESTION = "Provide a one-sentence caption for the provided image."
 LISTED_PROBLEMS = 100

@@ -23,11 +23,11 @@ from owl2.runtime.evaluation.data import (
 )
 from owl2.runtime.evaluation.divergence import Divergence, divergence, token_logprobs
 from owl2.runtime.evaluation.subject import Subject, modality_of
-from owl2.runtime.image import load_image
+from owl2.runtime.families.mplug_owl2.positions import Prompt
+from owl2.runtime.families.mplug_owl2.template import Message, render
 from owl2.runtime.kv_cache import Key
-from owl2.runtime.multimodal import Prompt
 from owl2.runtime.pictures import Picture
-from owl2.runtime.prompt import Message, render
+from owl2.runtime.preprocess import load_image
 
 MAX_NEW_TOKENS = 64
 

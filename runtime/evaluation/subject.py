@@ -10,17 +10,18 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from owl2.runtime import multimodal, spec
+from owl2.runtime import spec
 from owl2.runtime.config import ModelConfig, PreprocessMode
 from owl2.runtime.engine import Floats, Ints
 from owl2.runtime.errors import BackendError, BundleError, ReferenceModelError
+from owl2.runtime.families.mplug_owl2 import positions
+from owl2.runtime.families.mplug_owl2.positions import Prompt
+from owl2.runtime.families.mplug_owl2.template import Message, render
 from owl2.runtime.generate import PREFILL_BLOCK, Model, Run, generate, reusable
 from owl2.runtime.kv_cache import KvCache
-from owl2.runtime.model import Owl2
-from owl2.runtime.multimodal import Prompt
+from owl2.runtime.owl import Owl2
 from owl2.runtime.pictures import Picture, open_pictures
 from owl2.runtime.placement import CPU
-from owl2.runtime.prompt import Message, render
 from owl2.runtime.sampling import GenerationConfig
 
 REFERENCES = "owl2.references"
@@ -69,7 +70,7 @@ class Subject:
         """
         ids = self.model.tokenizer.encode_prompt(render(messages))
         digests = [picture.digest for picture in pictures]
-        return Prompt(multimodal.merge(ids, digests, self.config.rows_per_image), dict(zip(digests, pictures)))
+        return Prompt(positions.merge(ids, digests, self.config.rows_per_image), dict(zip(digests, pictures)))
 
     def windows(self, text: str) -> list[Prompt]:
         """Plain text in windows that fill the context, each behind a start-of-sequence token."""
@@ -91,7 +92,7 @@ class Subject:
         """
         model, cache, keys = self.model, self.cache, prompt.keys
         cache.truncate(min(reusable(model, cache, prompt), first))
-        pictures = [prompt.pictures[digest] for digest in multimodal.digests_of(keys[cache.length :])]
+        pictures = [prompt.pictures[digest] for digest in positions.digests_of(keys[cache.length :])]
         rows, _ = model.encoder.rows(pictures)
         # The rotary angles may depend on the whole length, so a prompt that changes them runs as one block.
         whole = model.steady_limit is not None and len(keys) > model.steady_limit
@@ -99,7 +100,7 @@ class Subject:
         while cache.length < len(keys):
             start = cache.length
             new = keys[start : start + block]
-            embeds, modality = multimodal.embed(new, model.table, rows)
+            embeds, modality = positions.embed(new, model.table, rows)
             skipped = min(max(first - start, 0), len(new) - 1)  # an engine is always asked for a row
             wanted = np.arange(skipped, len(new), dtype=np.int64)
             logits = model.engine.prefill(embeds, modality, start, cache.reserve(len(new)), wanted)

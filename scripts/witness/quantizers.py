@@ -41,13 +41,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from windows import token_windows
 
-from owl2.export.model import DecoderLayer, RmsNorm
 from owl2.quant.asymmetric import asymmetric_target
 from owl2.quant.config import QuantConfig
 from owl2.quant.gptq import gptq
 from owl2.quant.grid import rtn
 from owl2.quant.hessian import HessianAccumulator
 from owl2.quant.layer import IMAGE_BRANCH, SITES, site_inputs
+from owl2.quant.models.mplug_owl2 import DecoderLayer, RmsNorm
 from owl2.quant.stream import Calibration, Sequence, Stream
 from owl2.runtime.config import DecoderConfig
 

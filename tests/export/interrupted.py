@@ -21,8 +21,8 @@ import torch
 import torch._dynamo  # which torch would import in every process, when first needed
 
 from owl2.export.config import ExportConfig
+from owl2.export.job.progress import Silent
 from owl2.export.pipeline import export_bundle
-from owl2.export.progress import Silent
 
 
 class Written(Silent):

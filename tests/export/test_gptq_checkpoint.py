@@ -19,20 +19,20 @@ from torch import Tensor
 
 from owl2.export import gptq_checkpoint
 from owl2.export.__main__ import export
-from owl2.export.checkpoint import Checkpoint
+from owl2.export.checkpoint.checkpoint import Checkpoint
+from owl2.export.checks.parity import with_float_activations
 from owl2.export.config import ExportConfig
 from owl2.export.gptq_checkpoint import export_gptq
+from owl2.export.graph import matmul_nbits
 from owl2.export.graph.builder import GraphBuilder
 from owl2.export.graph.dialect import Linear
 from owl2.export.graph.ort import OrtDialect
-from owl2.export.parity import with_float_activations
+from owl2.export.graph.weights import PermutedWeight
 from owl2.export.pipeline import export_bundle
 from owl2.export.report import Report
-from owl2.export.weights import PermutedWeight
 from owl2.quant.config import QuantConfig
 from owl2.quant.grid import QuantizedWeight, rtn
 from owl2.quant.layer import LINEARS
-from owl2.runtime import int4
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.errors import CheckpointError, ConfigError, ExportError, QuantizationError
 
@@ -85,7 +85,11 @@ def bundle_weight(bundle: Path, name: str, width: int) -> tuple[np.ndarray, np.n
     packed, scales = (numpy_helper.to_array(stored[f"{name}.{part}"]) for part in ("codes", "scales"))
     group_size = packed.shape[2] * 2
     zeros = stored.get(f"{name}.zero_points")
-    return int4.unpack(packed, 4, group_size, width), scales, None if zeros is None else numpy_helper.to_array(zeros)
+    return (
+        matmul_nbits.unpack(packed, 4, group_size, width),
+        scales,
+        None if zeros is None else numpy_helper.to_array(zeros),
+    )
 
 
 def recorded(variant: str) -> tuple[dict[str, Tensor], Tensor, dict[str, object]]:
@@ -121,7 +125,7 @@ class TestReading:
                 codes, scales, zeros = bundle_weight(tmp_path / "bundle", name.removeprefix("model."), 64)
                 np.testing.assert_array_equal(codes, weight.weight.codes.numpy())
                 np.testing.assert_array_equal(scales, weight.weight.scales.numpy())
-                unpacked = int4.unpack_zero_points(zeros.reshape(64, -1), 4, 4)
+                unpacked = matmul_nbits.unpack_zero_points(zeros.reshape(64, -1), 4, 4)
                 np.testing.assert_array_equal(unpacked, weight.weight.zero_points.numpy())
         assert report.parity[1].exact < 1e-4
         source = report.recipe["source"]

@@ -19,19 +19,19 @@ from conftest import MakeCheckpoint
 from PIL import Image
 
 from owl2.export import decoder
-from owl2.export.checkpoint import Checkpoint
+from owl2.export.checkpoint.checkpoint import Checkpoint
 from owl2.export.config import ExportConfig
 from owl2.export.graph.ort import OrtDialect
-from owl2.export.model import DecoderLayer, Owl2Model
+from owl2.export.job.staging import Staging, check_space
 from owl2.export.pipeline import estimate_size, export_bundle
-from owl2.export.staging import Staging, check_space
 from owl2.quant.config import QuantConfig
 from owl2.quant.layer import LINEARS, QuantizedLinear
+from owl2.quant.models.mplug_owl2 import DecoderLayer, Owl2Model
 from owl2.quant.stream import Calibration, Stream
 from owl2.runtime import Owl2
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.errors import CalibrationError, ConfigError, ExportError, ParityError
-from owl2.runtime.image import load_image, preprocess
+from owl2.runtime.preprocess import load_image, preprocess
 
 COMMAND = (sys.executable, "-m", "owl2.export")
 
@@ -193,7 +193,7 @@ class TestFaults:
         self.planted(a1, tmp_path, "decoder.onnx does not compute")
 
     def test_a_wrong_position_in_cached_steps(self, a1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        from owl2.runtime.backends.ort import OrtDecoder
+        from owl2.runtime.backends.ort.engine import OrtDecoder
 
         original = OrtDecoder.decode
         monkeypatch.setattr(OrtDecoder, "decode", lambda self, rows, past, kv: original(self, rows, past - 1, kv))

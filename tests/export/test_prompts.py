@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from owl2.export import prompts
-from owl2.export.checkpoint import Checkpoint
-from owl2.quant.calibration import builtin_set
-from owl2.runtime.tokenizer import Tokenizer
+from owl2.export.checkpoint.checkpoint import Checkpoint
+from owl2.quant.calibration.samples import builtin_set
+from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
 
 
 def test_calibration_is_cut_evenly_and_the_report_says_so(

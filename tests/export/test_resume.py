@@ -14,14 +14,14 @@ import pytest
 
 from owl2.export import decoder
 from owl2.export.config import ExportConfig
+from owl2.export.job.progress import Silent
+from owl2.export.job.staging import Staging
 from owl2.export.pipeline import export_bundle
-from owl2.export.progress import Silent
-from owl2.export.staging import Staging
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.errors import ExportError, ParityError
 
 KILLED = -signal.SIGKILL
-JOURNAL = "owl2.export.journal:Journal"
+JOURNAL = "owl2.export.job.journal:Journal"
 # (where the process is killed, what the next one says)
 POINTS = [
     (["owl2.export.graph.vision:VisionGraph", "write", 1, "after"], None),
@@ -35,11 +35,11 @@ POINTS = [
         "continuing an interrupted export at layer 4 of 5",
     ),
     (
-        ["owl2.export.checks", "_probe_logits", 1, "before"],
+        ["owl2.export.checks.bundle", "_probe_logits", 1, "before"],
         "continuing an interrupted export behind the last of 5 layers",
     ),
     (["pathlib:Path", "rename", 1, "before"], "continuing an interrupted export behind the last of 5 layers"),
-    (["owl2.export.staging:Staging", "publish", 1, "after"], None),
+    (["owl2.export.job.staging:Staging", "publish", 1, "after"], None),
 ]
 
 

@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from owl2.export.model import DecoderLayer, Routing, rotary_tables
-from owl2.export.model.decoder import rotate
 from owl2.quant.config import QuantConfig
 from owl2.quant.gptq import gptq
 from owl2.quant.grid import rtn
 from owl2.quant.layer import LINEARS, quantize_layer
+from owl2.quant.models.mplug_owl2 import DecoderLayer, Routing, rotary_tables
+from owl2.quant.models.mplug_owl2.decoder import rotate
 from owl2.quant.stream import Calibration, Sequence, Stream
 from owl2.runtime.config import DecoderConfig
 from owl2.runtime.errors import CalibrationError, QuantizationError

@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from owl2.runtime import ContextOverflowError
-from owl2.runtime.backends.ort import OrtEngine
+from owl2.runtime.backends.ort.engine import OrtEngine
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.config import IMAGE_TOKEN_ID
+from owl2.runtime.families.mplug_owl2.positions import digests_of, embed, merge
 from owl2.runtime.kv_cache import GROWTH, KvCache
-from owl2.runtime.multimodal import digests_of, embed, merge
 
 
 @pytest.fixture(scope="module")

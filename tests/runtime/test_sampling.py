@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from owl2.runtime.errors import BackendError, ConfigError
+from owl2.runtime.families.mplug_owl2.tokenizer import StreamDecoder, Tokenizer
 from owl2.runtime.sampling import (
     GenerationConfig,
     StopFilter,
@@ -20,7 +21,6 @@ from owl2.runtime.sampling import (
     log_softmax,
     sample,
 )
-from owl2.runtime.tokenizer import StreamDecoder, Tokenizer
 
 # Probabilities 0.1, 0.2, 0.3, 0.4.
 LOGITS = np.log(np.array([1, 2, 3, 4], np.float32))

@@ -12,9 +12,9 @@ from probes import KINDS, as_example, probes
 from quality import WORDS
 from questions import ASK
 
-from owl2.export.model import Owl2Model
+from owl2.quant.models.mplug_owl2 import Owl2Model
 from owl2.runtime.config import IMAGE_TOKEN_ID
-from owl2.runtime.tokenizer import Tokenizer
+from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
 
 CHECKPOINT = "sample/checkpoint"
 MIX = Mix(0.6, 0.1, 0.1, 0.2, (1, 1, 1, 1), dict.fromkeys((*ASK, "second", "caption"), 1.0), 3)

@@ -1,0 +1,99 @@
+"""What a checkpoint that is quantized already decides of an export, and what remains to be done."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+from owl2.export.checkpoint.checkpoint import DECODER_LAYERS, Checkpoint
+from owl2.export.checkpoint.gptq_layout import read_format
+from owl2.export.config import DEFAULT_GROUP_SIZE, DEFAULT_WEIGHTS, ExportConfig, WeightType
+from owl2.quant.layer import LINEARS
+from owl2.runtime.config import require
+
+KEPT = "gptq checkpoint"
+"""The method in the manifest where the checkpoint's own integers were kept."""
+
+
+def default_settings(folder: Path) -> tuple[WeightType, int]:
+    """Weights and group size where the user says nothing: those of a quantized checkpoint, else the usual ones.
+
+    Raises:
+        CheckpointError: the checkpoint is quantized in a way that is not supported.
+    """
+    usual = DEFAULT_WEIGHTS, DEFAULT_GROUP_SIZE
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return usual  # opening the checkpoint says what is wrong with it
+    form = read_format(folder, config) if isinstance(config, dict) else None
+    return usual if form is None else (_weights(form.bits), form.block)
+
+
+def check_settings(config: ExportConfig, checkpoint: Checkpoint) -> None:
+    """Refuse settings that contradict a quantized checkpoint.
+
+    Raises:
+        ConfigError: other weights or another group size than its own.
+    """
+    form = checkpoint.gptq
+    if form is None:
+        return
+    own, group = _weights(form.bits), "whole rows" if form.group_size == -1 else f"groups of {form.group_size}"
+    require(
+        config.layout == "bundle",
+        f"{config.checkpoint} is in the GPTQ layout already; copy it, or convert the original checkpoint",
+    )
+    require(
+        config.weights == own,
+        f"weights {config.weights} were asked for, but {config.checkpoint} holds {own} weights, which are kept as they "
+        f"are; leave --weights out or give {own}, or convert the original checkpoint",
+    )
+    require(
+        config.group_size == form.block,
+        f"group size {config.group_size} was asked for, but {config.checkpoint} has {group}, stored in a bundle as "
+        f"{form.block}; leave --group-size out or give {form.block}, or convert the original checkpoint",
+    )
+
+    require(
+        config.dialect == "ort" or form.symmetric is not False,
+        f"{config.checkpoint} has zero points (sym false), which TensorRT does not take; leave --dialect onnx out, or "
+        "convert the original checkpoint",
+    )
+
+
+def remaining(checkpoint: Checkpoint) -> list[str]:
+    """Linear layers of the decoder that the checkpoint holds as floating-point numbers."""
+    names = (
+        f"{DECODER_LAYERS}{index}.{linear}"
+        for index in range(checkpoint.config.decoder.num_hidden_layers)
+        for linear in LINEARS
+    )
+    return [name for name in names if name not in checkpoint.quantized]
+
+
+def needs_calibration(config: ExportConfig, checkpoint: Checkpoint) -> bool:
+    """Whether any layer is quantized here, by GPTQ."""
+    return config.quant is not None and config.method == "gptq" and bool(remaining(checkpoint))
+
+
+def source_record(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The checkpoint's part of the report."""
+    form = checkpoint.gptq
+    if form is None:
+        return {"kind": "checkpoint"}
+    return {
+        "kind": KEPT,
+        "quantizer": form.producer,
+        "bits": form.bits,
+        "group_size": form.group_size,
+        "desc_act": form.desc_act,
+        "sym": form.symmetric,
+        "kept": len(checkpoint.quantized),
+        "quantized_here": remaining(checkpoint),
+    }
+
+
+def _weights(bits: int) -> WeightType:
+    return next(kind for kind in get_args(WeightType) if kind == f"int{bits}")

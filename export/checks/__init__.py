@@ -1,0 +1,1 @@
+"""Checks that an export runs on its own result."""

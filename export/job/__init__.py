@@ -1,0 +1,1 @@
+"""A long, resumable job: staging, journal, progress, resources."""

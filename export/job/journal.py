@@ -1,0 +1,330 @@
+"""What an export has finished, so that one that was interrupted goes on there.
+
+Beside the unfinished files of the bundle lies a folder with::
+
+    journal.json     what is finished, and the SHA-256 of everything that it relies on
+    vision.rows      the rows of all pictures
+    layer-K.graph    nodes of the decoder graph after K layers; its weights lie in decoder.onnx.data
+    layer-K.rows     hidden rows of all prompts behind K layers, and what else the layers to come depend on
+
+A step counts once ``journal.json`` names it, and that file is replaced as a whole: what it names is on the disk
+before, what it no longer names is removed after. So a kill at any moment leaves one consistent state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+
+from owl2.export import __version__
+from owl2.export.checkpoint.checkpoint import Checkpoint
+from owl2.export.checks.parity import Parity
+from owl2.export.config import ExportConfig
+from owl2.export.graph.builder import BuilderState, data_path
+from owl2.export.graph.decoder import DecoderGraph, DecoderState
+from owl2.export.job.staging import Staging, sync
+from owl2.export.job.usage import Usage
+from owl2.export.prompts import Prompts, fingerprint
+from owl2.export.vision import ExportedVision, PartReport
+from owl2.quant.layer import ModuleReport
+from owl2.runtime import spec
+from owl2.runtime.bundle import HASH_BLOCK, hash_file
+from owl2.runtime.config import ModelConfig, from_json
+
+Array = NDArray[Any]
+FORMAT = 1
+INDEX = "journal.json"
+VISION_ROWS = "vision.rows"
+# These say where things lie; what lies there is in the key by its content or its file times.
+NO_SETTINGS = ("checkpoint", "bundle", "calibration", "overwrite", "fresh")
+
+
+class _UnusableError(Exception):
+    """The journal cannot be continued; the message says why."""
+
+
+class Journal:
+    """Keeps what is finished in ``staging.journal`` and gives it back to the next run.
+
+    Attributes:
+        layers: finished decoder layers.
+        usage: time and memory, those of earlier runs included.
+    """
+
+    def __init__(self, staging: Staging, key: Mapping[str, str], total: int, usage: Usage) -> None:
+        """Begin an empty journal.
+
+        Args:
+            staging: entered.
+            key: everything that decides about the files, by name; see :func:`resume_key`.
+            total: decoder layers of the model.
+            usage: entered.
+        """
+        self.layers = 0
+        self.usage = usage
+        self._staging, self._key, self._total = staging, dict(key), total
+        self._vision: dict[str, Any] | None = None
+        self._decoder: dict[str, Any] | None = None
+
+    def resume(self, *, fresh: bool) -> str:
+        """Take up what an earlier run left, or clear it away.
+
+        Args:
+            fresh: clear it away in any case.
+
+        Returns:
+            What the user should know; empty when nothing was there.
+        """
+        left = (self._staging.journal / INDEX).exists()
+        try:
+            if fresh or not left:
+                self._staging.clear()
+                return "starting over; what an earlier export had finished is removed" if left else ""
+            content = self._read()
+        except _UnusableError as error:
+            self._staging.clear()
+            return f"what an interrupted export left cannot be continued: {error}; starting over"
+        vision = content["vision"]  # the first that is committed
+        self._vision, self._decoder = vision, content["decoder"]
+        self.usage.restore(content["usage"])
+        self._remove_others()
+        # What came after the last commit is made again; what was there for a moment only must not stay.
+        weights = data_path(Path(spec.DECODER_GRAPH)).name
+        _remove_all_but({*vision["files"], weights}, self._staging.folder)
+        if self._decoder is None:
+            return "continuing an interrupted export behind the vision tower"
+        self.layers = self._decoder["layers"]
+        self._keep()
+        if self.layers == self._total:
+            return f"continuing an interrupted export behind the last of {self._total} layers"
+        return f"continuing an interrupted export at layer {self.layers + 1} of {self._total}"
+
+    def keep_vision(self, vision: ExportedVision) -> None:
+        """The vision side is finished and its files are closed."""
+        named = [*vision.reference.items(), *vision.rows.items()]
+        graph = self._staging.folder / spec.VISION_GRAPH
+        for path in (graph, data_path(graph)):
+            sync(path)
+        self._vision = {
+            "files": {path.name: hash_file(path) for path in (graph, data_path(graph))},
+            "rows": self._write_arrays(VISION_ROWS, [rows for _, rows in named]),
+            "digests": [digest for digest, _ in named],
+            "references": len(vision.reference),
+            "parity": asdict(vision.parity),
+            "sensitivity": [asdict(part) for part in vision.sensitivity],
+        }
+        self._commit()
+
+    def vision(self) -> ExportedVision | None:
+        """The vision side as an earlier run left it; None where it is still to be exported."""
+        if self._vision is None:
+            return None
+        arrays = self._read_arrays(self._vision["rows"])
+        named, first = list(zip(self._vision["digests"], arrays)), self._vision["references"]
+        parity = from_json(Parity, self._vision["parity"], INDEX)
+        parts = tuple(from_json(PartReport, part, INDEX) for part in self._vision["sensitivity"])
+        return ExportedVision(dict(named[:first]), dict(named[first:]), parity, parts)
+
+    def keep_layer(self, writer: DecoderGraph, arrays: Sequence[Array], modules: Mapping[str, ModuleReport]) -> None:
+        """The next layer is finished.
+
+        Args:
+            writer: has it.
+            arrays: everything else that the layers to come depend on, in an order that :meth:`restore_layers` keeps.
+            modules: the reports of all linear layers so far.
+        """
+        state = writer.state()
+        name, builder = f"layer-{state.layers}", state.builder
+        earlier = self._decoder["segments"] if self._decoder is not None else []
+        self.usage.end_layer()
+        self._decoder = {
+            "layers": state.layers,
+            "segments": [*earlier, [builder.length, builder.sha256]],
+            "graph": self._write_bytes(f"{name}.graph", builder.graph),
+            "names": builder.names,
+            "residual": state.residual,
+            "pending": state.pending,
+            "rows": self._write_arrays(f"{name}.rows", arrays),
+            "modules": {module: asdict(report) for module, report in modules.items()},
+        }
+        self._commit()
+        self.layers = state.layers
+        self._keep()
+
+    def restore_layers(self, writer: DecoderGraph, restore: Callable[[list[Array]], None]) -> dict[str, ModuleReport]:
+        """Bring a fresh writer to where the finished layers end; there must be some.
+
+        Args:
+            writer: without any layer.
+            restore: takes the arrays that were kept with the last layer; nothing here holds on to them.
+
+        Returns:
+            The reports that were kept with them.
+        """
+        record = self._decoder
+        if record is None:
+            raise ValueError("no layer is finished")
+        nodes = (self._staging.journal / record["graph"]["file"]).read_bytes()
+        builder = BuilderState(nodes, record["names"], *record["segments"][-1])
+        writer.restore(DecoderState(builder, record["residual"], record["pending"], record["layers"]))
+        restore(self._read_arrays(record["rows"]))
+        return {name: from_json(ModuleReport, report, INDEX) for name, report in record["modules"].items()}
+
+    def _keep(self) -> None:
+        self._staging.keep(f"{self.layers} of {self._total} decoder layers")
+
+    def _commit(self) -> None:
+        sync(self._staging.folder)
+        content = {
+            "format": FORMAT,
+            "key": self._key,
+            "usage": self.usage.to_json(),
+            "vision": self._vision,
+            "decoder": self._decoder,
+        }
+        text = json.dumps(content)
+        complete = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "content": text}
+        written = self._write_bytes(INDEX + ".new", json.dumps(complete).encode())
+        (self._staging.journal / written["file"]).rename(self._staging.journal / INDEX)
+        sync(self._staging.journal)
+        self._remove_others()
+
+    def _remove_others(self) -> None:
+        """Remove what the journal no longer names."""
+        records = [record for record in (self._vision, self._decoder) if record is not None]
+        named = {record[part]["file"] for record in records for part in ("graph", "rows") if part in record}
+        _remove_all_but(named | {INDEX}, self._staging.journal)
+
+    def _read(self) -> dict[str, Any]:
+        """The content of the journal, once everything it relies on was found unchanged."""
+        try:
+            complete = json.loads((self._staging.journal / INDEX).read_text(encoding="utf-8"))
+            text = complete["content"]
+            whole = hashlib.sha256(text.encode()).hexdigest() == complete["sha256"]
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            whole, text = False, ""
+        if not whole:
+            raise _UnusableError(f"{INDEX} is damaged")
+        content: dict[str, Any] = json.loads(text)
+        if content.get("format") != FORMAT:
+            raise _UnusableError(f"it is of format {content.get('format')}, this version writes {FORMAT}")
+        different = _differences(content["key"], self._key)
+        if different:
+            raise _UnusableError(different)
+        for record in (content["vision"], content["decoder"]):
+            self._check(record or {})
+        return content
+
+    def _check(self, record: Mapping[str, Any]) -> None:
+        """Compare the files that one part of the journal names with their hashes."""
+        files, journal = self._staging.folder, self._staging.journal
+        hashes = {files / name: sha256 for name, sha256 in record.get("files", {}).items()}
+        hashes |= {
+            journal / record[part]["file"]: record[part]["sha256"] for part in ("graph", "rows") if part in record
+        }
+        for path, sha256 in hashes.items():
+            if not path.is_file() or hash_file(path) != sha256:
+                raise _UnusableError(f"{path.name} is missing or damaged")
+        if "segments" in record:
+            _check_segments(data_path(files / spec.DECODER_GRAPH), record["segments"])
+
+    def _write_bytes(self, name: str, data: bytes) -> dict[str, Any]:
+        with (self._staging.journal / name).open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        return {"file": name, "sha256": hashlib.sha256(data).hexdigest()}
+
+    def _write_arrays(self, name: str, arrays: Sequence[Array]) -> dict[str, Any]:
+        """Write arrays of any type one behind the other."""
+        written = hashlib.sha256()
+        with (self._staging.journal / name).open("wb") as file:
+            for array in arrays:
+                data = np.ascontiguousarray(array).data
+                file.write(data)
+                written.update(data)
+            file.flush()
+            os.fsync(file.fileno())
+        kinds = [[array.dtype.str, array.shape] for array in arrays]
+        return {"file": name, "sha256": written.hexdigest(), "arrays": kinds}
+
+    def _read_arrays(self, record: Mapping[str, Any]) -> list[Array]:
+        with (self._staging.journal / record["file"]).open("rb") as file:
+            return [
+                np.fromfile(file, dtype=dtype, count=math.prod(shape)).reshape(shape)
+                for dtype, shape in record["arrays"]
+            ]
+
+
+def resume_key(config: ExportConfig, checkpoint: Checkpoint, prompts: Prompts) -> dict[str, str]:
+    """Everything that decides about the files of a bundle, by a name for messages.
+
+    Weight files stand in it by size and time of change: hashing a full-size checkpoint takes a minute.
+    """
+    versions = {"owl2": __version__}
+    versions |= {module.__name__: module.__version__ for module in (torch, onnx, onnxruntime)}
+    settings = {name: value for name, value in asdict(config).items() if name not in NO_SETTINGS}
+    settings["quantization"] = config.quant
+    small = [
+        path for path in checkpoint.folder.iterdir() if path.suffix == ".json" or path.name in spec.TOKENIZER_FILES
+    ]
+    stats = {name: (checkpoint.folder / name).stat() for name in checkpoint.weight_files}
+    return (
+        {name: str(value) for name, value in (versions | settings).items()}
+        | {"calibration data": fingerprint(prompts.calibration), "measured prompts": fingerprint(prompts.measured)}
+        | {f"the checkpoint's {path.name}": hash_file(path) for path in sorted(small)}
+        | {f"the checkpoint's {name}": f"{stat.st_size} bytes of {stat.st_mtime_ns}" for name, stat in stats.items()}
+    )
+
+
+def journal_size(prompts: Prompts, model: ModelConfig) -> int:
+    """Most bytes that the journal takes at a time: the rows behind two layers and those of the pictures."""
+    measured = sum(len(prompt.keys) for prompt in prompts.measured)
+    calibration = sum(len(prompt.keys) for prompt in prompts.calibration)
+    pictures = 2 * len(prompts.pictures) * model.rows_per_image
+    return 4 * model.decoder.hidden_size * (4 * (measured + calibration) + pictures)
+
+
+def _differences(old: Mapping[str, str], new: Mapping[str, str]) -> str:
+    """What changed, with the values where these are short enough to mean something; empty when nothing did."""
+    changed = sorted(name for name in set(old) | set(new) if old.get(name) != new.get(name))
+    described = [
+        f"{name} was {old[name]}, now {new[name]}"
+        if max(len(old.get(name, "-" * 99)), len(new.get(name, "-" * 99))) < 20
+        else f"{name} changed"
+        for name in changed
+    ]
+    return ", ".join(described)
+
+
+def _remove_all_but(names: Collection[str], folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.name not in names:
+            path.unlink()
+
+
+def _check_segments(path: Path, segments: Sequence[Sequence[Any]]) -> None:
+    """Compare each layer's part of a graph's external data with its hash."""
+    if not path.is_file():
+        raise _UnusableError(f"{path.name} is missing")
+    with path.open("rb") as file:
+        start = 0
+        for number, (stop, sha256) in enumerate(segments, 1):
+            found = hashlib.sha256()
+            while start < stop and (block := file.read(min(HASH_BLOCK, stop - start))):
+                found.update(block)
+                start += len(block)
+            if start < stop or found.hexdigest() != sha256:
+                raise _UnusableError(f"layer {number} in {path.name} is incomplete or damaged")

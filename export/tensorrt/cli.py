@@ -1,0 +1,193 @@
+"""Command ``owl2-export engine``: TensorRT engines for a bundle that is there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+import click
+
+from owl2.runtime.cli.console import duration, reports_errors, size
+from owl2.runtime.config import resolve_context
+from owl2.runtime.fit.devices import Device, EngineKind
+from owl2.runtime.fit.footprint import Case, Settings, Stored, building
+from owl2.runtime.fit.footprint import Target as MemoryTarget
+from owl2.runtime.fit.machine import Found, host_memory
+from owl2.runtime.spec import DialectName
+
+if TYPE_CHECKING:
+    from owl2.export.job.progress import Reporter
+    from owl2.export.tensorrt.folder import EngineReport
+    from owl2.export.tensorrt.target import Target
+    from owl2.runtime.bundle import Bundle, Manifest
+
+PREFILL = 256
+"""As many as the runtime computes at a time, unless the logits of a whole prompt are asked for."""
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options as given; None where the default is to be found."""
+
+    kind: EngineKind | None
+    gpu: str | None
+    context: int | None = None
+    prefill: int | None = None
+    pictures: int = 1
+    workspace: int | None = None
+
+    def target(self, dialect: DialectName, weights: str) -> Target:
+        """What to build with and for.
+
+        Raises:
+            ConfigError, BackendUnavailableError: as :func:`.target.choose`, or there is no GPU here.
+        """
+        from owl2.export.tensorrt.target import choose, find_gpu
+
+        device, here = find_gpu(self.gpu)
+        # Only one kind can be built elsewhere, and it comes last.
+        usual: EngineKind = (device.engines or ("tensorrt",))[0 if here else -1]
+        return choose(self.kind or usual, device, dialect, weights, here=here)
+
+
+def _show_gpus(context: click.Context, _option: click.Parameter, value: str | None) -> str | None:
+    """List the GPUs and end where the user asks for that."""
+    if value == "list":
+        from owl2.export.tensorrt.target import table
+
+        click.echo(table())
+        context.exit()
+    return value
+
+
+gpu_option = click.option(
+    "--gpu",
+    metavar="NAME|smNN|this|list",
+    is_eager=True,
+    callback=_show_gpus,
+    help="GPU that engines are for: a name such as rtx3060, a compute capability such as sm86, or the one of this "
+    "machine (the default); list shows all.",
+)
+
+
+def limit_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Options that say what engines can be asked for."""
+    for option in (
+        click.option(
+            "--workspace", type=click.IntRange(min=1), metavar="MIB", help="Most scratch memory on the GPU; all of it."
+        ),
+        click.option(
+            "--pictures", type=int, default=1, show_default=True, help="Pictures that the engine encodes at a time."
+        ),
+        click.option(
+            "--prefill",
+            type=int,
+            show_default=f"{PREFILL}, or the context",
+            help="New positions of one step; longer prompts take several.",
+        ),
+        click.option(
+            "--context",
+            type=int,
+            help="Most positions of a conversation; the model's own if not given.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--kind",
+    type=click.Choice(get_args(EngineKind)),
+    help="tensorrt for the GPU of this machine, with the TensorRT that is installed (Jetson, servers); tensorrt-rtx "
+    "for GeForce and RTX cards, built anywhere. The first that the GPU can have if not given.",
+)
+@gpu_option
+@limit_options
+@click.option("--json", "as_json", is_flag=True, help="Write what was built as JSON; no progress is shown.")
+@reports_errors
+def engine(
+    *,
+    bundle: Path,
+    kind: EngineKind | None,
+    gpu: str | None,
+    context: int | None,
+    prefill: int | None,
+    pictures: int,
+    workspace: int | None,
+    as_json: bool,
+) -> None:
+    """Build TensorRT engines from the graphs of BUNDLE, which was exported with --dialect onnx.
+
+    They are written into the bundle (engines/), stamped with TensorRT's version and the GPU they are for; engines for
+    several GPUs may lie in one bundle. A 7B decoder takes minutes, and about three and a half times the engine's size
+    in memory. On a Jetson: export on a workstation, copy the bundle, and run this there; it needs no torch.
+
+    \b
+    Examples:
+      owl2-export engine owl2-trt/                                    # for the GPU of this machine
+      owl2-export engine owl2-trt/ --kind tensorrt-rtx --gpu rtx4060
+      owl2-export engine owl2-trt/ --context 1024 --workspace 1024    # less memory
+      owl2-export engine owl2-trt/ --gpu list
+    """
+    from owl2.export.job.progress import Notes, Terminal
+    from owl2.runtime.bundle import Bundle
+
+    with ExitStack() as stack:
+        reporter: Reporter = Notes() if as_json else stack.enter_context(Terminal())
+        request = Request(kind, gpu, context, prefill, pictures, workspace)
+        report = build(Bundle.open(bundle, onnxruntime=False), request, reporter)
+    if as_json:
+        click.echo(json.dumps(report.to_json(), indent=2))
+    else:
+        click.echo(summary(report))
+
+
+def build(bundle: Bundle, request: Request, reporter: Reporter) -> EngineReport:
+    """Build the engines that were asked for.
+
+    Raises:
+        ConfigError, BackendUnavailableError, ExportError: as what it calls.
+    """
+    from owl2.export.tensorrt.folder import build_engines
+    from owl2.export.tensorrt.profiles import Limits
+
+    target = request.target(bundle.manifest.dialect, bundle.manifest.weights.decoder)
+    context = resolve_context(bundle.manifest.model.decoder, request.context)
+    prefill = min(PREFILL, context) if request.prefill is None else request.prefill
+    limits = Limits(context, prefill, request.pictures)
+    reporter.note(memory_note(bundle.manifest, target.device))
+    workspace = None if request.workspace is None else request.workspace * MIB
+    return build_engines(bundle, target, limits, workspace, reporter)
+
+
+def memory_note(manifest: Manifest, device: Device) -> str:
+    """What building takes of the CPU's memory, an estimate, and what is there."""
+    found, host = Found(device, device.memory), host_memory()
+    settings = Settings(manifest.model.decoder.max_position_embeddings, manifest.activations, pictures=1)
+    needs = building(Case(Stored.of(manifest), MemoryTarget.of_machine(found, host), settings))
+    if needs is None:
+        return "how much memory building takes is not known"
+    there = "" if needs.available is None else f", {size(needs.available)} are available"
+    fits = "; that may not be enough: build elsewhere, or add swap" if needs.fits is False else ""
+    return f"building the decoder's engine takes about {size(needs.needed)} of this machine's memory{there}{fits}"
+
+
+def summary(report: EngineReport) -> str:
+    """What was built, for people."""
+    record = report.record
+    capability = ".".join(map(str, record.compute_capability))
+    lines = [
+        f"{report.folder}: {record.kind} {record.tensorrt} for compute capability {capability}, {record.context} "
+        f"positions, {record.prefill} of them in a step"
+    ]
+    for name, made in report.built.items():
+        parsed, built = duration(made.parse_seconds), duration(made.build_seconds)
+        lines.append(f"  {name}: {size(made.size)}, parsed in {parsed}, built in {built}")
+    return "\n".join(lines)

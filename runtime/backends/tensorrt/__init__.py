@@ -1,0 +1,1 @@
+"""Native TensorRT as a backend."""

@@ -1,0 +1,1 @@
+"""mPLUG-Owl2 and the models of its architecture."""

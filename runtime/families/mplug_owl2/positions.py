@@ -1,0 +1,98 @@
+"""Merging text and pictures into one sequence of decoder positions.
+
+A merged position is named by a key: a token id, or (digest, row) for a row of a picture. Keys decide everything
+about a position but its place, so they also tell what a KV cache holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from owl2.runtime.config import IMAGE_TOKEN_ID
+from owl2.runtime.engine import Floats, Ints
+from owl2.runtime.errors import PromptError
+from owl2.runtime.families.mplug_owl2.template import check_placeholders
+from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
+from owl2.runtime.kv_cache import Key
+from owl2.runtime.pictures import Picture
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A merged prompt.
+
+    Attributes:
+        keys: what each position holds.
+        pictures: by digest, all that ``keys`` refer to.
+    """
+
+    keys: list[Key]
+    pictures: Mapping[str, Picture]
+
+
+def encode_prompt(text: str, pictures: Sequence[Picture], tokenizer: Tokenizer, rows_per_image: int) -> Prompt:
+    """Tokenize a prompt and put its pictures' rows in place of the placeholders.
+
+    Raises:
+        PromptError: the prompt is empty, or placeholders and pictures do not agree.
+    """
+    check_placeholders(text, len(pictures))
+    ids = tokenizer.encode_prompt(text)
+    if not ids:
+        raise PromptError("the prompt is empty; give at least one character or picture")
+    digests = [picture.digest for picture in pictures]
+    return Prompt(merge(ids, digests, rows_per_image), dict(zip(digests, pictures)))
+
+
+def merge(ids: Sequence[int], digests: Sequence[str], rows_per_image: int) -> list[Key]:
+    """Replace each placeholder id by its picture's rows, in order of appearance.
+
+    Args:
+        ids: token ids with -200 per picture.
+        digests: one per placeholder.
+        rows_per_image: decoder positions of one picture.
+    """
+    pictures = iter(digests)
+    keys: list[Key] = []
+    for token in ids:
+        if token == IMAGE_TOKEN_ID:
+            digest = next(pictures)
+            keys.extend((digest, row) for row in range(rows_per_image))
+        else:
+            keys.append(token)
+    return keys
+
+
+def digests_of(keys: Sequence[Key]) -> list[str]:
+    """The pictures that ``keys`` need, each once, in order of appearance."""
+    return list(dict.fromkeys(key[0] for key in keys if isinstance(key, tuple)))
+
+
+def embed(
+    keys: Sequence[Key], table: NDArray[np.floating[Any]], image_rows: Mapping[str, Floats]
+) -> tuple[Floats, Ints]:
+    """Embeddings and modality of merged positions.
+
+    Args:
+        keys: T positions.
+        table: token embeddings [V, C], any float type; only the rows in use are read.
+        image_rows: per digest, float32 [rows_per_image, C].
+
+    Returns:
+        float32 [T, C], and int64 [T] that is 1 at image rows (the end-of-image row included).
+    """
+    embeds = np.empty((len(keys), table.shape[1]), dtype=np.float32)
+    modality = np.zeros(len(keys), dtype=np.int64)
+    for position, key in enumerate(keys):
+        if isinstance(key, tuple):
+            digest, row = key
+            embeds[position] = image_rows[digest][row]
+            modality[position] = 1
+        else:
+            embeds[position] = table[key]
+    return embeds, modality

@@ -1,0 +1,258 @@
+"""The two dialects and both types of activations against each other and the original implementation."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from owl2.export.checks.parity import with_float_activations
+from owl2.export.config import ExportConfig
+from owl2.export.gptq_checkpoint import export_gptq
+from owl2.export.graph.builder import GraphBuilder
+from owl2.export.graph.dialect import Linear
+from owl2.export.graph.standard import StandardDialect
+from owl2.export.graph.weights import ChannelInt8Weight
+from owl2.export.pipeline import export_bundle
+from owl2.quant.config import QuantConfig
+from owl2.quant.grid import QuantizedWeight, rtn
+from owl2.runtime import ConfigError, Owl2, spec
+from owl2.runtime.backends.ort.engine import OrtOptions, open_decoder
+from owl2.runtime.backends.steps import attention_mask, standard_inputs
+from owl2.runtime.bundle import Bundle
+from owl2.runtime.errors import ExportError
+from owl2.runtime.evaluation.divergence import divergence
+from owl2.runtime.rope import rotary_tables
+
+MODELS = {"a1": "a1_base_bin", "a2": "a2_fp16_safetensors"}
+
+
+def bundle(folder: Path, checkpoint: Path, **settings: object) -> Path:
+    export_bundle(ExportConfig(checkpoint, folder, **settings))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gptq_checkpoint(tmp_path_factory: pytest.TempPathFactory, sample_checkpoint: Path) -> Path:
+    target = tmp_path_factory.mktemp("gptq") / "checkpoint"
+    export_gptq(ExportConfig(sample_checkpoint, target, method="rtn", layout="gptq"))
+    return target
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory, gptq_checkpoint: Path) -> dict[str, Bundle]:
+    folder = tmp_path_factory.mktemp("int4")
+    settings = {"weights": "int4", "activations": "fp32", "vision": "fp16"}
+    return {
+        dialect: Bundle.open(bundle(folder / dialect, gptq_checkpoint, dialect=dialect, **settings))
+        for dialect in ("ort", "onnx")
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, sample_checkpoint: Path) -> Path:
+    return bundle(tmp_path_factory.mktemp("int4") / "b", sample_checkpoint, method="rtn", dialect="onnx")
+
+
+def golden_logits(owl: Owl2, case: Path, images: Path) -> tuple[np.ndarray, np.ndarray]:
+    """What ``owl`` and what the original made of all golden prompts, [positions, V] each."""
+    prompts = {entry["id"]: entry["prompt"] for entry in json.loads((case / "prompts.json").read_text())}
+    recorded, made, expected = np.load(case / "forward.npz"), [], []
+    for entry in json.loads((case / "forward_index.json").read_text()):
+        pictures = [images / name for name in entry["images"]]
+        made.append(owl.logits(prompts[entry["prompt_id"]], images=pictures, preprocess="resize"))
+        expected.append(recorded[f"{entry['name']}/logits"])
+    return np.concatenate(made), np.concatenate(expected)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("dialect", ["ort", "onnx"])
+def test_float16_puts_the_same_token_first(tmp_path: Path, golden: Path, model: str, dialect: str) -> None:
+    case = golden / MODELS[model]
+    made, expected = golden_logits(
+        Owl2.load(bundle(tmp_path / "fp16", case / "model", weights="fp16", dialect=dialect, activations="fp16")),
+        case,
+        golden / "images",
+    )
+    ahead = np.sort(expected, axis=1)[:, -1] - np.sort(expected, axis=1)[:, -2]
+    same = made.argmax(1) == expected.argmax(1)
+    assert same.mean() >= 0.995, f"{(~same).sum()} of {len(same)} differ, where the original led by {ahead[~same]}"
+    assert np.abs(made - expected).max() < 0.02 * expected.std()
+
+
+class TestInt4:
+    """The same integers in both dialects, kept from a GPTQ checkpoint: their own grids differ by the sign of scales."""
+
+    def logits(self, bundle: Bundle, *, exact: bool) -> np.ndarray:
+        """Of 40 rows with 20 image rows in their midst, the last 8 of them step by step."""
+        config, generator = bundle.manifest.model.decoder, np.random.default_rng(3)
+        embeds = generator.standard_normal((40, config.hidden_size), dtype=np.float32)
+        modality = np.r_[np.zeros(10, np.int64), np.ones(20, np.int64), np.zeros(10, np.int64)]
+        path = bundle.decoder_graph()
+        if not exact:
+            decoder = open_decoder(path, bundle.manifest, OrtOptions())
+        else:
+            with with_float_activations(path) as variant:
+                decoder = open_decoder(variant, bundle.manifest, OrtOptions(exact=True))
+        buffers = decoder.allocate(64, None)
+        made = [decoder.prefill(embeds[:32], modality[:32], 0, buffers, np.arange(32))]
+        made += [decoder.decode(embeds[i : i + 1], i, buffers)[None] for i in range(32, 40)]
+        return np.concatenate(made)
+
+    def test_with_float_activations_both_compute_the_same(self, bundles: dict[str, Bundle]) -> None:
+        ort, onnx_ = (self.logits(bundles[dialect], exact=True) for dialect in ("ort", "onnx"))
+        # The head differs: int8 in one, float16 in the other.
+        assert np.abs(ort - onnx_).max() < 0.05 * ort.std()
+        assert divergence(ort, onnx_, np.zeros(40, np.int64)).mean_kl(0) < 1e-4
+
+    def test_as_they_run_they_differ_by_what_int8_activations_cost(self, bundles: dict[str, Bundle]) -> None:
+        text = np.zeros(40, np.int64)
+        cost = divergence(self.logits(bundles["ort"], exact=True), self.logits(bundles["ort"], exact=False), text)
+        apart = divergence(self.logits(bundles["ort"], exact=False), self.logits(bundles["onnx"], exact=False), text)
+        assert apart.mean_kl(0) < 4 * cost.mean_kl(0)
+
+
+@pytest.mark.parametrize("dialect", ["ort", "onnx"])
+def test_kept_scales_of_float32_are_rounded_where_the_graph_computes_in_float16(
+    tmp_path: Path, gptq_checkpoint: Path, dialect: str
+) -> None:
+    shutil.copytree(gptq_checkpoint, tmp_path / "checkpoint")
+    for path in (tmp_path / "checkpoint").glob("*.safetensors"):
+        generator = torch.Generator().manual_seed(0)
+        tensors = load_file(path)
+        for name, tensor in tensors.items():
+            if name.endswith(".scales"):
+                jitter = 1 + 1e-3 * torch.rand(tensor.shape, generator=generator)
+                tensors[name] = tensor.float() * jitter
+        save_file(tensors, path, metadata={"format": "pt"})
+    made = bundle(tmp_path / "bundle", tmp_path / "checkpoint", dialect=dialect, activations="fp16", vision="fp16")
+    assert Bundle.open(made).manifest.activations == "fp16"
+
+
+class TestGraphs:
+    @pytest.mark.parametrize("name", [spec.VISION_GRAPH, spec.DECODER_GRAPH])
+    def test_only_standard_operators_of_opset_21(self, folder: Path, name: str) -> None:
+        model = onnx.load(folder / name, load_external_data=False)
+        onnx.checker.check_model(str(folder / name), full_check=True)
+        assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 21)]
+        newer = {"Attention", "RMSNormalization", "RotaryEmbedding", "TensorScatter", "NonZero", "If", "Loop"}
+        assert not newer & {node.op_type for node in model.graph.node}
+
+    def test_every_int4_weight_is_one_that_tensorrt_takes(self, folder: Path) -> None:
+        graph = onnx.load(folder / spec.DECODER_GRAPH, load_external_data=False).graph
+        tensors = {tensor.name: tensor for tensor in graph.initializer}
+        nodes = [node for node in graph.node if node.op_type == "DequantizeLinear"]
+        config = Bundle.open(folder).manifest.model.decoder
+        assert len(nodes) == 9 * config.num_hidden_layers
+        for node in nodes:
+            codes, scales = (tensors[name] for name in node.input)  # so there is no zero point
+            assert codes.data_type == onnx.TensorProto.INT4
+            assert scales.data_type == onnx.TensorProto.FLOAT16
+            assert [-(-codes.dims[0] // 128), codes.dims[1]] == list(scales.dims)
+        types = Counter(tensor.data_type for tensor in graph.initializer)
+        assert set(types) <= {onnx.TensorProto.INT4, onnx.TensorProto.FLOAT16, onnx.TensorProto.INT64, 1}
+
+    def test_the_manifest_says_so(self, folder: Path) -> None:
+        manifest = Bundle.open(folder).manifest
+        assert (manifest.dialect, manifest.activations, list(manifest.kv_cache)) == ("onnx", "fp16", ["fp16"])
+        assert (manifest.weights.vision, manifest.weights.head) == ("fp16", "fp16")
+
+
+def test_int4_is_packed_as_onnx_reads_it(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight = rtn(torch.randn(6, 64, generator=generator), QuantConfig(group_size=32, method="rtn", scale_dtype="fp16"))
+    with GraphBuilder(tmp_path / "w.onnx", "fp16") as graph:
+        graph.input("x", onnx.TensorProto.FLOAT16, ["M", 64])
+        y = StandardDialect().linear(graph, "x", Linear("w", weight))
+        graph.node("Identity", [y], outputs=["y"])
+        graph.output("y", onnx.TensorProto.FLOAT16, ["M", 6])
+        graph.save()
+    model = onnx.load(tmp_path / "w.onnx")
+    tensors = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    np.testing.assert_array_equal(tensors["w.codes"].astype(np.int8), weight.codes.numpy().T)
+    np.testing.assert_array_equal(tensors["w.scales"].astype(np.float32), weight.scales.numpy().T)
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (QuantizedWeight(torch.ones(4, 32, dtype=torch.int8), torch.ones(4, 1), 8, 32), "8 bits"),
+        (
+            QuantizedWeight(
+                torch.ones(4, 32, dtype=torch.int8), torch.ones(4, 1), 4, 32, torch.ones(4, 1, dtype=torch.int8)
+            ),
+            "zero points",
+        ),
+        (QuantizedWeight(torch.ones(4, 32, dtype=torch.int8), -torch.ones(4, 1), 4, 32), "not positive"),
+        (QuantizedWeight(torch.ones(4, 40, dtype=torch.int8), torch.ones(4, 2), 4, 32), "40 columns, no multiple"),
+        (ChannelInt8Weight(torch.ones(4, 32, dtype=torch.int8), torch.ones(4)), "int8 activations"),
+    ],
+)
+def test_integers_that_tensorrt_does_not_take_are_refused(tmp_path: Path, weight: object, message: str) -> None:
+    with GraphBuilder(tmp_path / "w.onnx") as graph, pytest.raises(ExportError, match=message):
+        StandardDialect().linear(graph, "x", Linear("w", weight))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dialect": "onnx", "weights": "int8"}, "int4, fp16 or fp32"),
+        ({"dialect": "onnx", "vision": "int8"}, "int8"),
+        ({"activations": "fp16", "weights": "fp32"}, "fp32 weights need fp32 activations"),
+        ({"activations": "fp16", "vision": "int8"}, "--vision fp16"),
+        ({"activations": "bf16"}, "fp32, fp16"),
+        ({"dialect": "tflite"}, "ort, onnx"),
+    ],
+)
+def test_settings_that_cannot_be_had_are_refused(tmp_path: Path, settings: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ExportConfig(tmp_path, tmp_path / "b", **settings)
+
+
+class TestInputs:
+    def test_a_position_sees_what_is_cached_itself_and_what_is_before_it(self) -> None:
+        mask = attention_mask(tokens=3, past=2, cached=4)
+        expected = [[1, 1, 0, 0, 1, 0, 0], [1, 1, 0, 0, 1, 1, 0], [1, 1, 0, 0, 1, 1, 1]]
+        np.testing.assert_array_equal(mask == 0, np.array(expected, dtype=bool))
+        assert set(np.unique(mask)) == {0.0, spec.MASKED}
+
+    def test_tables_are_those_of_the_new_positions(self, bundle_a1_onnx: Path) -> None:
+        config = Bundle.open(bundle_a1_onnx).manifest.model.decoder
+        made = standard_inputs(config, np.zeros(3, np.int64), 5, 8, np.array([2]), np.float16)
+        cos, _ = rotary_tables(config, 8, config.head_dim, np.float16)
+        assert made[spec.ROTARY_COS].dtype == np.float16
+        np.testing.assert_array_equal(made[spec.ROTARY_COS], cos[5:8])
+
+    def test_more_cached_rows_than_positions_change_nothing(self, bundle_a2_onnx: Path) -> None:
+        """What a backend with fixed sizes relies on."""
+        opened = Bundle.open(bundle_a2_onnx)
+        decoder = open_decoder(opened.decoder_graph(), opened.manifest, OrtOptions())
+        embeds = np.random.default_rng(0).standard_normal((6, opened.manifest.model.decoder.hidden_size), np.float32)
+        text, buffers = np.zeros(5, np.int64), decoder.allocate(16, None)
+        decoder.prefill(embeds[:5], text, 0, buffers, np.array([4]))
+        expected = decoder.decode(embeds[5:], 5, buffers)
+        for rows in buffers.rows:
+            rows[5:] = np.random.default_rng(1).standard_normal(rows[5:].shape)
+        inputs = standard_inputs(opened.manifest.model.decoder, text[:1], 5, 16, np.array([0]), np.float32)
+        cached = dict(zip(_past(opened), buffers.rows))
+        made = decoder._session.run([spec.LOGITS], {spec.EMBEDS: embeds[None, 5:], **inputs, **cached})[0][0]
+        np.testing.assert_allclose(made, expected, atol=1e-5)
+
+
+def _past(bundle: Bundle) -> list[str]:
+    return [name for i in range(bundle.manifest.model.decoder.num_hidden_layers) for name in spec.past_names(i)]
+
+
+def test_group_sizes_follow_the_weights(tmp_path: Path) -> None:
+    settings = ExportConfig(tmp_path, tmp_path / "b", dialect="onnx").quant
+    assert settings is not None
+    assert replace(settings, signed_scales=True) != settings
+    assert settings.scale_dtype == "fp16"

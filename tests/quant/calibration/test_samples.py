@@ -1,0 +1,182 @@
+"""Where calibration data comes from, and what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from owl2.quant.calibration.samples import BUILT_IN, builtin_set, load_calibration, probe_samples
+from owl2.runtime.config import IMAGE_TOKEN
+from owl2.runtime.errors import CalibrationError, ConfigError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("b.png", "a.jpg", "deep/c.webp"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (20, 10), (200, 30, 30)).save(tmp_path / name)
+    (tmp_path / "a.txt").write_text("  A red rectangle.\n")
+    (tmp_path / "notes.md").write_text("no picture")
+    return tmp_path
+
+
+def write_lines(path: Path, *records: object) -> Path:
+    path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in records) + "\n")
+    return path
+
+
+def talk(*texts: str, image: object = None) -> dict[str, object]:
+    turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+    return {"conversations": turns} | ({} if image is None else {"image": image})
+
+
+class TestBuiltIn:
+    def test_it_has_pictures_and_texts_and_says_what_it_is(self) -> None:
+        data = load_calibration(None, 1000)
+        assert data.source == BUILT_IN
+        assert data.pictures == 72
+        assert sum(not sample.images for sample in data.samples) == 24
+        assert "built-in calibration set" in data.notes[0]
+
+    def test_it_is_the_same_every_time(self) -> None:
+        one, two = builtin_set(), builtin_set()
+        for left, right in zip(one.samples, two.samples):
+            assert left.prompt == right.prompt
+            assert [i.tobytes() for i in left.images] == [i.tobytes() for i in right.images]
+
+    def test_every_prompt_has_its_placeholders_and_ends_an_answer(self) -> None:
+        for sample in builtin_set().samples:
+            assert sample.prompt.count(IMAGE_TOKEN) == len(sample.images)
+            assert sample.prompt.endswith("</s>")
+
+    def test_probes_cover_no_one_and_several_pictures(self) -> None:
+        assert sorted(len(sample.images) for sample in probe_samples()) == [0, 1, 2]
+
+    def test_the_limit_is_spread_over_the_set(self) -> None:
+        few = load_calibration(None, 12)
+        assert len(few.samples) == 12
+        assert 0 < few.pictures < 12
+
+
+class TestFolder:
+    def test_pictures_with_and_without_texts(self, folder: Path) -> None:
+        data = load_calibration(folder, 100)
+        assert [Path(str(s.images[0])).name for s in data.samples if s.images] == ["a.jpg", "b.png", "c.webp"]
+        assert data.samples[0].prompt == f"USER: {IMAGE_TOKEN}Describe the image. ASSISTANT: A red rectangle.</s>"
+        assert data.samples[1].prompt.endswith("ASSISTANT:")
+        assert data.notes == ("2 of 3 pictures have no text beside them; 24 built-in conversations were added",)
+
+    def test_only_texts_of_its_own_where_every_picture_has_one(self, folder: Path) -> None:
+        for name in ("b", "deep/c"):
+            (folder / f"{name}.txt").write_text("Red.")
+        data = load_calibration(folder, 100)
+        assert len(data.samples) == 3
+        assert data.notes == ()
+
+    def test_no_pictures(self, tmp_path: Path) -> None:
+        with pytest.raises(CalibrationError, match=r"holds no pictures; expected files ending in \.bmp"):
+            load_calibration(tmp_path, 10)
+
+    def test_all_broken_pictures_are_named(self, folder: Path) -> None:
+        (folder / "x.png").write_bytes(b"no picture")
+        (folder / "y.png").write_bytes(b"")
+        with pytest.raises(CalibrationError, match=r"(?s)2 problems:.*x\.png.*y\.png"):
+            load_calibration(folder, 100)
+
+    def test_missing(self, tmp_path: Path) -> None:
+        with pytest.raises(CalibrationError, match="nowhere does not exist; give a folder of pictures or a JSONL"):
+            load_calibration(tmp_path / "nowhere", 10)
+
+
+class TestConversations:
+    def test_pictures_and_turns(self, folder: Path) -> None:
+        path = write_lines(
+            folder / "talks.jsonl",
+            talk(f"{IMAGE_TOKEN}What?", "Red.", "Sure?", "Yes.", image="b.png"),
+            "",
+            talk("Which is larger?", "The first.", image=["a.jpg", "b.png"]),
+            talk("Hello", "Hi"),
+        )
+        prompts = [sample.prompt for sample in load_calibration(path, 10).samples]
+        assert prompts == [
+            f"USER: {IMAGE_TOKEN}What? ASSISTANT: Red.</s>USER: Sure? ASSISTANT: Yes.</s>",
+            f"USER: {IMAGE_TOKEN}{IMAGE_TOKEN}Which is larger? ASSISTANT: The first.</s>",
+            "USER: Hello ASSISTANT: Hi</s>",
+        ]
+
+    def test_all_bad_lines_are_named(self, folder: Path) -> None:
+        path = write_lines(
+            folder / "talks.jsonl",
+            talk("good", "yes", image="a.jpg"),
+            "{no json",
+            [],
+            {"conversations": "text"},
+            {"conversations": [{"from": ["human"], "value": "x"}]},
+            talk(image="a.jpg"),
+            {"conversations": [{"from": "system", "value": "x"}]},
+            talk(f"{IMAGE_TOKEN}{IMAGE_TOKEN}", "x", image="a.jpg"),
+            talk("q", "a", image=3),
+        )
+        with pytest.raises(CalibrationError) as caught:
+            load_calibration(path, 10)
+        message = str(caught.value)
+        assert "8 problems" in message
+        for part in (
+            "line 2: Expecting property name",
+            'line 4: expected an object with "conversations"',
+            "line 5: a turn must be",
+            'line 6: "conversations" is empty',
+            "line 7: a turn must be",
+            "line 8: the prompt has 2",
+            'line 9: "image" must be',
+        ):
+            assert part in message
+
+    def test_pictures_that_cannot_be_read_are_named(self, folder: Path) -> None:
+        path = write_lines(folder / "talks.jsonl", talk("q", "a", image="missing.png"), talk("q", "a", image="a.jpg"))
+        with pytest.raises(CalibrationError, match=r"(?s)1 problems:.*cannot read .*missing\.png"):
+            load_calibration(path, 10)
+
+    def test_only_the_chosen_pictures_are_opened(self, folder: Path) -> None:
+        lines = [talk("q", "a", image="a.jpg" if i % 4 == 0 else "missing.png") for i in range(12)]
+        assert load_calibration(write_lines(folder / "talks.jsonl", *lines), 3).pictures == 3
+
+    def test_one_json_array_is_no_jsonl(self, folder: Path) -> None:
+        path = folder / "talks.json"
+        path.write_text(json.dumps([talk("q", "a")], indent=2))
+        with pytest.raises(CalibrationError, match="is one JSON array; expected one JSON object per line"):
+            load_calibration(path, 10)
+
+    def test_unicode_line_separators_and_a_byte_order_mark_are_text(self, folder: Path) -> None:
+        line = json.dumps(talk("one\u2028two\x85", "a", image="a.jpg"), ensure_ascii=False)
+        path = folder / "talks.jsonl"
+        path.write_bytes(b"\xef\xbb\xbf" + line.encode())
+        assert "one\u2028two\x85" in load_calibration(path, 10).samples[0].prompt
+
+    def test_a_small_choice_still_has_a_picture(self, folder: Path) -> None:
+        lines = [talk("q", "a")] * 20
+        path = write_lines(folder / "talks.jsonl", *lines, talk("q", "a", image="a.jpg"))
+        assert load_calibration(path, 3).pictures == 1
+        assert load_calibration(None, 1).pictures == 1
+
+    def test_pictures_are_not_needed_where_nothing_is_calibrated(self, folder: Path) -> None:
+        path = write_lines(folder / "talks.jsonl", talk("q", "a"))
+        assert load_calibration(path, 3, need_pictures=False).pictures == 0
+
+    def test_no_pictures_says_why_they_are_needed(self, tmp_path: Path) -> None:
+        path = write_lines(tmp_path / "talks.jsonl", talk("Hello", "Hi"), talk("What?", "That."))
+        with pytest.raises(CalibrationError, match=r"none of its 2 samples has a picture.*would be rounded blindly"):
+            load_calibration(path, 10)
+
+    def test_empty_and_unreadable_files(self, tmp_path: Path) -> None:
+        with pytest.raises(CalibrationError, match="holds no conversations"):
+            load_calibration(write_lines(tmp_path / "empty.jsonl", ""), 10)
+        (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
+        with pytest.raises(CalibrationError, match="cannot be read"):
+            load_calibration(tmp_path / "binary.jsonl", 10)
+
+
+def test_the_limit_must_be_positive() -> None:
+    with pytest.raises(ConfigError, match="0 calibration samples were asked for"):
+        load_calibration(None, 0)
