@@ -17,7 +17,7 @@ from owl2.export.tensorrt.cli import Request, build, engine, gpu_option, summary
 from owl2.quant.config import GROUP_SIZES, Method
 from owl2.runtime.cli.console import duration, notice, reports_errors, size
 from owl2.runtime.config import require
-from owl2.runtime.fit.devices import EngineKind
+from owl2.runtime.placement import EngineKind
 from owl2.runtime.spec import DialectName, FloatType
 from owl2.runtime.version import __version__
 
@@ -66,7 +66,7 @@ LISTED_PARTS = 3
 @click.option(
     "--calibration",
     type=click.Path(path_type=Path),
-    help="A folder of pictures (each optionally with a .txt beside it), or a JSONL file of conversations in "
+    help="A folder of images (each optionally with a .txt beside it), or a JSONL file of conversations in "
     "the fine-tuning format of mPLUG-Owl2; a small built-in set if not given.",
 )
 @click.option(
@@ -241,7 +241,7 @@ def _summary(bundle: Path, report: Report) -> str:
         lines.append(f"  source: GPTQ checkpoint by {by}, {source['kept']} linear layers kept{here}")
     if calibration.samples:
         lines.append(
-            f"  calibration: {calibration.source}, {calibration.samples} samples with {calibration.pictures} pictures, "
+            f"  calibration: {calibration.source}, {calibration.samples} samples with {calibration.images} images, "
             f"{calibration.text_rows} text and {calibration.image_rows} image rows"
         )
     if report.modules:

@@ -33,7 +33,7 @@ class ExportConfig:
             (fp16 where the graph cannot compute with it) and for the decoder's own type otherwise.
         method: how integer weights are found.
         group_size: columns that share a scale.
-        calibration: folder of pictures or JSONL file; None for the built-in set.
+        calibration: folder of images or JSONL file; None for the built-in set.
         samples: most calibration samples used.
         overwrite: replace a bundle that is there.
         layout: ``bundle``, or ``gptq`` for a checkpoint in the layout of AutoGPTQ, GPTQModel and Optimum.

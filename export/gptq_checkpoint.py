@@ -85,7 +85,7 @@ def export_gptq(config: ExportConfig, reporter: Reporter | None = None, shard_by
             _write_files(checkpoint.folder, folder, form)
             streams = _begin(checkpoint, prompts, reporter)
             record = calibration_record(data, prompts, streams.calibration)
-            prompts = prompts.without_pictures()
+            prompts = prompts.without_images()
             with device_memory_errors(config.device), SafetensorsWriter(folder, plan, shard_bytes) as file:
                 decoder = _quantize(checkpoint, GptqWriter(file, checkpoint, form), config, streams, usage, reporter)
             report = Report(
@@ -109,9 +109,9 @@ def export_gptq(config: ExportConfig, reporter: Reporter | None = None, shard_by
 
 
 def _begin(checkpoint: Checkpoint, prompts: Prompts, reporter: Reporter) -> Streams:
-    """All prompts before the first layer; the token table and the pictures' rows are gone when this returns."""
+    """All prompts before the first layer; the token table and the images' rows are gone when this returns."""
     table = checkpoint.tensor("model.embed_tokens.weight").numpy()
-    rows = reference_rows(checkpoint, prompts.pictures, reporter)
+    rows = reference_rows(checkpoint, prompts.images, reporter)
     return begin_streams(checkpoint, prompts, table, rows, rows)[0]
 
 

@@ -27,7 +27,7 @@ from owl2.export.job.journal import Journal, journal_size, resume_key
 from owl2.export.job.progress import Reporter, Silent
 from owl2.export.job.staging import Staging, check_space, disk_errors, write_json
 from owl2.export.job.usage import Usage
-from owl2.export.prompts import Prompts, fingerprint, pictures_of, prepare
+from owl2.export.prompts import Prompts, fingerprint, images_of, prepare
 from owl2.export.report import CalibrationRecord, Report
 from owl2.export.vision import ExportedVision, export_vision
 from owl2.quant.calibration.samples import CalibrationSet, load_calibration
@@ -72,9 +72,9 @@ def export_bundle(config: ExportConfig, reporter: Reporter | None = None) -> Rep
             vision = _vision(checkpoint, folder, config, prompts, journal, reporter)
             streams, probes = _embed(checkpoint, folder, config, prompts, vision)
             record = calibration_record(data, prompts, streams.calibration)
-            # What the layers do not need makes room for them: pixels, and rows of the calibration pictures.
-            probed, vision = prompts.probes, vision.of(pictures_of(prompts.measured))
-            prompts = prompts.without_pictures()
+            # What the layers do not need makes room for them: pixels, and rows of the calibration images.
+            probed, vision = prompts.probes, vision.of(images_of(prompts.measured))
+            prompts = prompts.without_images()
             with device_memory_errors(config.device):
                 decoder = export_decoder(checkpoint, folder, config, streams, journal, reporter)
             rounded = streams.kv_int8
@@ -130,8 +130,8 @@ def _vision(
     """The vision side as an earlier run left it, or exported now."""
     vision = journal.vision()
     if vision is None:
-        measured = set(pictures_of(prompts.measured))
-        vision = export_vision(checkpoint, folder, config, prompts.pictures, measured, reporter)
+        measured = set(images_of(prompts.measured))
+        vision = export_vision(checkpoint, folder, config, prompts.images, measured, reporter)
         journal.keep_vision(vision)
     return vision
 
@@ -161,7 +161,7 @@ def load_prompts(config: ExportConfig, checkpoint: Checkpoint) -> tuple[Calibrat
         CheckpointError: the tokenizer cannot be used.
     """
     calibrate = needs_calibration(config, checkpoint)
-    data = load_calibration(config.calibration, config.samples, need_pictures=calibrate)
+    data = load_calibration(config.calibration, config.samples, need_images=calibrate)
     try:
         tokenizer = Tokenizer.load(checkpoint.folder)
     except BundleError as error:
@@ -197,7 +197,7 @@ def begin_streams(
         checkpoint: says how wide the layers are.
         prompts: tokenized.
         table: token rows [V, C].
-        reference: rows of each picture by digest, for the measured prompts.
+        reference: rows of each image by digest, for the measured prompts.
         rows: the same for the calibration prompts.
     """
 
@@ -243,7 +243,7 @@ def calibration_record(data: CalibrationSet, prompts: Prompts, calibration: Cali
     return CalibrationRecord(
         source=data.source,
         samples=len(prompts.calibration),
-        pictures=len(pictures_of(prompts.calibration)),
+        images=len(images_of(prompts.calibration)),
         text_rows=calibration.quantized.text_rows,
         image_rows=calibration.quantized.image_rows,
         fingerprint=fingerprint(prompts.calibration),

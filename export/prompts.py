@@ -1,4 +1,4 @@
-"""Calibration and probe prompts, tokenized and with their pictures preprocessed."""
+"""Calibration and probe prompts, tokenized and with their images preprocessed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from owl2.quant.calibration.samples import CalibrationSet, Sample, probe_samples
 from owl2.runtime.config import ModelConfig
 from owl2.runtime.families.mplug_owl2.positions import Prompt, encode_prompt
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
-from owl2.runtime.pictures import Picture, open_pictures
+from owl2.runtime.images import PreparedImage, prepare_images
 
 # Rows of the calibration prompts: 32768 positions of a width of 4096. They are in memory twice.
 MOST_ROW_BYTES = 512 << 20
@@ -47,20 +47,20 @@ class Prompts:
         return (len(self.probes), "held-out calibration samples") if self.held_out else (0, "built-in probes")
 
     @property
-    def pictures(self) -> dict[str, Picture]:
-        """All pictures by digest."""
-        return pictures_of([*self.calibration, *self.measured])
+    def images(self) -> dict[str, PreparedImage]:
+        """All images by digest."""
+        return images_of([*self.calibration, *self.measured])
 
-    def without_pictures(self) -> Prompts:
-        """The same positions without any pixels, which are no longer needed once all pictures are encoded."""
+    def without_images(self) -> Prompts:
+        """The same positions without any pixels, which are no longer needed once all images are encoded."""
         kinds = (self.calibration, self.probes, self.held_out)
         calibration, probes, held_out = ([Prompt(prompt.keys, {}) for prompt in kind] for kind in kinds)
         return Prompts(calibration, probes, held_out, self.notes)
 
 
-def pictures_of(prompts: Iterable[Prompt]) -> dict[str, Picture]:
-    """Pictures of ``prompts`` by digest, each once."""
-    return {digest: picture for prompt in prompts for digest, picture in prompt.pictures.items()}
+def images_of(prompts: Iterable[Prompt]) -> dict[str, PreparedImage]:
+    """Images of ``prompts`` by digest, each once."""
+    return {digest: image for prompt in prompts for digest, image in prompt.images.items()}
 
 
 def prepare(data: CalibrationSet, config: ModelConfig, tokenizer: Tokenizer, *, calibrate: bool) -> Prompts:
@@ -74,7 +74,7 @@ def prepare(data: CalibrationSet, config: ModelConfig, tokenizer: Tokenizer, *, 
     places = range(HELD_OUT_EVERY - 1, len(samples), HELD_OUT_EVERY)[:HELD_OUT]
     held_out = [samples[i] for i in places]
     rest = [sample for i, sample in enumerate(samples) if i not in places]
-    if not any(sample.images for sample in rest):  # the quantizer needs what few pictures there are
+    if not any(sample.images for sample in rest):  # the quantizer needs what few images there are
         held_out, rest = [], list(samples)
 
     def encode(chosen: Iterable[Sample]) -> list[Prompt]:
@@ -92,28 +92,28 @@ def prepare(data: CalibrationSet, config: ModelConfig, tokenizer: Tokenizer, *, 
 
 
 def _bounded(prompts: list[Prompt], most: int) -> list[Prompt]:
-    """As many prompts, evenly spread, as have about ``most`` positions together; one with a picture among them."""
+    """As many prompts, evenly spread, as have about ``most`` positions together; one with an image among them."""
     positions = sum(len(prompt.keys) for prompt in prompts)
     if positions <= most:
         return prompts
     count = max(1, len(prompts) * most // positions)
     chosen = [prompts[i * len(prompts) // count] for i in range(count)]
-    if not any(prompt.pictures for prompt in chosen):
-        chosen[0] = next((prompt for prompt in prompts if prompt.pictures), chosen[0])
+    if not any(prompt.images for prompt in chosen):
+        chosen[0] = next((prompt for prompt in prompts if prompt.images), chosen[0])
     return chosen
 
 
 def encode_samples(samples: Iterable[Sample], config: ModelConfig, tokenizer: Tokenizer) -> list[Prompt]:
-    """Tokenize prompts and preprocess their pictures; raises as :func:`prepare`."""
+    """Tokenize prompts and preprocess their images; raises as :func:`prepare`."""
     return [_encode(sample, config, tokenizer) for sample in samples]
 
 
 def _encode(sample: Sample, config: ModelConfig, tokenizer: Tokenizer) -> Prompt:
-    pictures = open_pictures(sample.images, config.preprocess, None)
-    prompt = encode_prompt(sample.prompt, pictures, tokenizer, config.rows_per_image)
-    return Prompt(prompt.keys[: config.decoder.max_position_embeddings], prompt.pictures)
+    images = prepare_images(sample.images, config.preprocess, None)
+    prompt = encode_prompt(sample.prompt, images, tokenizer, config.rows_per_image)
+    return Prompt(prompt.keys[: config.decoder.max_position_embeddings], prompt.images)
 
 
 def fingerprint(prompts: Sequence[Prompt]) -> str:
-    """SHA-256 (hex) of all positions, which name token ids and the digests of pictures."""
+    """SHA-256 (hex) of all positions, which name token ids and the digests of images."""
     return hashlib.sha256(repr([prompt.keys for prompt in prompts]).encode()).hexdigest()

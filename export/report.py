@@ -82,14 +82,14 @@ class CalibrationRecord:
 
     Attributes:
         source: ``built-in``, a name, or ``none``.
-        samples, pictures, text_rows, image_rows: how much of it.
+        samples, images, text_rows, image_rows: how much of it.
         fingerprint: sha256 of token ids and pixels.
         notes: remarks on the data.
     """
 
     source: str
     samples: int
-    pictures: int
+    images: int
     text_rows: int
     image_rows: int
     fingerprint: str

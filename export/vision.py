@@ -24,11 +24,11 @@ from owl2.quant.models.mplug_owl2 import VisionModel, VisualAbstractor
 from owl2.runtime import spec
 from owl2.runtime.backends.ort.engine import DEFAULT_OPTIONS, OrtOptions, open_session
 from owl2.runtime.engine import Floats
-from owl2.runtime.pictures import Picture
+from owl2.runtime.images import PreparedImage
 from owl2.runtime.spec import FloatType
 
-# At full size the parts take one to two minutes per picture.
-SENSITIVITY_PICTURES = 1
+# At full size the parts take one to two minutes per image.
+SENSITIVITY_IMAGES = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +51,8 @@ class ExportedVision:
     """What the export of the vision side yields.
 
     Attributes:
-        reference: decoder rows of the measured pictures by digest, from torch on the checkpoint's weights.
-        rows: decoder rows of all pictures by digest, from the exported graph.
+        reference: decoder rows of the measured images by digest, from torch on the checkpoint's weights.
+        rows: decoder rows of all images by digest, from the exported graph.
         parity: the graph against torch on the stored weights.
         sensitivity: what int8 would cost each part; empty for floating point.
     """
@@ -63,7 +63,7 @@ class ExportedVision:
     sensitivity: tuple[PartReport, ...]
 
     def of(self, digests: Iterable[str]) -> ExportedVision:
-        """The graph's rows of some pictures alone."""
+        """The graph's rows of some images alone."""
         return ExportedVision({}, {digest: self.rows[digest] for digest in digests}, self.parity, self.sensitivity)
 
 
@@ -76,43 +76,48 @@ def export_vision(
     checkpoint: Checkpoint,
     folder: Path,
     config: ExportConfig,
-    pictures: Mapping[str, Picture],
+    images: Mapping[str, PreparedImage],
     measured: set[str],
     reporter: Reporter,
 ) -> ExportedVision:
-    """Write ``vision.onnx``, compare it with torch and run all pictures through it.
+    """Write ``vision.onnx``, compare it with torch and run all images through it.
 
     Args:
         checkpoint: source of the weights.
         folder: where the graph goes.
         config: says how linear weights are stored, and in which operators the graph is written.
-        pictures: by digest.
-        measured: digests of the pictures that torch runs too.
-        reporter: is told of each picture.
+        images: by digest.
+        measured: digests of the images that torch runs too.
+        reporter: is told of each image.
 
     Raises:
         ParityError: the graph does not compute what torch computes.
     """
     path = folder / spec.VISION_GRAPH
-    chosen = [pictures[digest] for digest in sorted(measured)]
-    reference, stored, sensitivity = _write(checkpoint, path, config, chosen, len(pictures), reporter)
-    parity = _check(path, pictures, stored, reference, config.activation_type)
+    chosen = [images[digest] for digest in sorted(measured)]
+    reference, stored, sensitivity = _write(checkpoint, path, config, chosen, len(images), reporter)
+    parity = _check(path, images, stored, reference, config.activation_type)
     session = open_session(path, DEFAULT_OPTIONS)
     rows = {}
-    for digest, picture in pictures.items():
-        rows[digest] = run_vision(session, picture)
+    for digest, image in images.items():
+        rows[digest] = run_vision(session, image)
         reporter.advance()
     return ExportedVision(reference, rows, parity, sensitivity)
 
 
 @torch.no_grad()
 def _write(
-    checkpoint: Checkpoint, path: Path, config: ExportConfig, measured: list[Picture], pictures: int, reporter: Reporter
+    checkpoint: Checkpoint,
+    path: Path,
+    config: ExportConfig,
+    measured: list[PreparedImage],
+    images: int,
+    reporter: Reporter,
 ) -> tuple[dict[str, Floats], dict[str, Floats], tuple[PartReport, ...]]:
     """Write the graph; torch's own weights are gone from memory when this returns.
 
     Returns:
-        What torch makes of the measured pictures with the checkpoint's weights and with the stored ones, by digest,
+        What torch makes of the measured images with the checkpoint's weights and with the stored ones, by digest,
         and what int8 costs each part.
     """
     kind = config.vision_type
@@ -124,7 +129,7 @@ def _write(
     def make_weight(module: nn.Linear, weight: Tensor) -> LinearWeight:
         return store(weight, "fp16" if module in floating else kind)
 
-    reporter.stage("vision tower and abstractor", 2 * len(measured) + pictures)
+    reporter.stage("vision tower and abstractor", 2 * len(measured) + images)
     reference = _torch_rows(tower, abstractor, measured, reporter)
     for module in (*tower.modules(), *abstractor.modules()):
         if isinstance(module, nn.Linear):
@@ -141,11 +146,11 @@ def _write(
 
 
 def _measure_parts(
-    tower: VisionModel, abstractor: VisualAbstractor, measured: list[Picture], reporter: Reporter
+    tower: VisionModel, abstractor: VisualAbstractor, measured: list[PreparedImage], reporter: Reporter
 ) -> list[Part]:
     linears = sum(isinstance(module, nn.Linear) for module in abstractor.modules())
     reporter.stage("vision, cost of int8", len(tower.encoder.layers) + linears)
-    pixels = torch.from_numpy(np.stack([picture.pixels for picture in measured[:SENSITIVITY_PICTURES]]))
+    pixels = torch.from_numpy(np.stack([image.pixels for image in measured[:SENSITIVITY_IMAGES]]))
     parts = []
     for part in measure_parts(tower, abstractor, pixels):
         parts.append(part)
@@ -154,10 +159,12 @@ def _measure_parts(
 
 
 @torch.no_grad()
-def reference_rows(checkpoint: Checkpoint, pictures: Mapping[str, Picture], reporter: Reporter) -> dict[str, Floats]:
-    """Decoder rows of all pictures by digest, from torch on the checkpoint's weights."""
-    reporter.stage("vision tower and abstractor", len(pictures))
-    return _torch_rows(*_load(checkpoint), list(pictures.values()), reporter)
+def reference_rows(
+    checkpoint: Checkpoint, images: Mapping[str, PreparedImage], reporter: Reporter
+) -> dict[str, Floats]:
+    """Decoder rows of all images by digest, from torch on the checkpoint's weights."""
+    reporter.stage("vision tower and abstractor", len(images))
+    return _torch_rows(*_load(checkpoint), list(images.values()), reporter)
 
 
 def _load(checkpoint: Checkpoint) -> tuple[VisionModel, VisualAbstractor]:
@@ -170,24 +177,24 @@ def _load(checkpoint: Checkpoint) -> tuple[VisionModel, VisualAbstractor]:
 
 
 def _torch_rows(
-    tower: VisionModel, abstractor: VisualAbstractor, pictures: list[Picture], reporter: Reporter
+    tower: VisionModel, abstractor: VisualAbstractor, images: list[PreparedImage], reporter: Reporter
 ) -> dict[str, Floats]:
     made = {}
-    for picture in pictures:
-        made[picture.digest] = abstractor(tower(torch.from_numpy(picture.pixels)[None]))[0].numpy()
+    for image in images:
+        made[image.digest] = abstractor(tower(torch.from_numpy(image.pixels)[None]))[0].numpy()
         reporter.advance()
     return made
 
 
-def run_vision(session: ort.InferenceSession, picture: Picture) -> Floats:
-    """Decoder rows [queries + 1, C] of one picture."""
-    rows: Floats = session.run([spec.IMAGE_ROWS], {spec.PIXELS: picture.pixels[None]})[0][0]
+def run_vision(session: ort.InferenceSession, image: PreparedImage) -> Floats:
+    """Decoder rows [queries + 1, C] of one image."""
+    rows: Floats = session.run([spec.IMAGE_ROWS], {spec.PIXELS: image.pixels[None]})[0][0]
     return rows
 
 
 def _check(
     path: Path,
-    pictures: Mapping[str, Picture],
+    images: Mapping[str, PreparedImage],
     stored: Mapping[str, Floats],
     reference: Mapping[str, Floats],
     activations: FloatType,
@@ -196,7 +203,7 @@ def _check(
 
     def rows(graph: Path, *, frugal: bool) -> Floats:
         session = open_session(graph, OrtOptions(frugal=frugal))
-        return np.stack([run_vision(session, pictures[digest]) for digest in digests])
+        return np.stack([run_vision(session, images[digest]) for digest in digests])
 
     with with_float_activations(path) as variant:
         exact = rows(variant, frugal=True)

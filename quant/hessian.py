@@ -88,5 +88,5 @@ class HessianAccumulator:
         if self.count == 0:
             raise CalibrationError(
                 f"{self.name}: no such rows in the calibration data, so the weight would be rounded blindly; "
-                "add samples that reach it (image rows need samples with pictures, text rows need text)"
+                "add samples that reach it (image rows need samples with images, text rows need text)"
             )

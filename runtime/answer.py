@@ -27,7 +27,7 @@ class Answer:
         Args:
             start: begins the generation; called once.
             finish: told the whole text when, and only when, the generation reached its end.
-            preprocess_seconds: what preparing the pictures took.
+            preprocess_seconds: what preparing the images took.
         """
         self._start = start
         self._finish = finish

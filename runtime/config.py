@@ -184,10 +184,10 @@ def resolve_context(decoder: DecoderConfig, context: int | None) -> int:
 
 @dataclass(frozen=True, slots=True)
 class PreprocessConfig:
-    """How a picture becomes the vision tower's input.
+    """How an image becomes the vision tower's input.
 
     Attributes:
-        mode: ``resize`` squares the picture first (README quick start), ``pad`` pastes it on a square of the
+        mode: ``resize`` squares the image first (README quick start), ``pad`` pastes it on a square of the
             mean colour (Q-Align), ``crop`` leaves it to the CLIP processor alone.
         size: length of the shorter edge after the CLIP resize, pixels.
         crop_size: side of the centre crop, pixels; equals the vision tower's image size.
@@ -237,7 +237,7 @@ class ModelConfig:
 
     @property
     def rows_per_image(self) -> int:
-        """Decoder positions one picture takes: the queries and the end-of-image row."""
+        """Decoder positions one image takes: the queries and the end-of-image row."""
         return self.abstractor.num_learnable_queries + 1
 
     def to_json(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ class KvBuffers(Protocol):
         """Memory they take."""
 
 
-class Decoder(Protocol):
+class DecoderEngine(Protocol):
     """Runs the decoder graph. Arrays in, arrays out, the K/V buffers explicit.
 
     Steps write keys and values of positions past..past+T-1 into the buffers, in place, and never touch earlier
@@ -51,7 +51,7 @@ class Decoder(Protocol):
         """Run one text position after ``past`` cached ones: embeds [1, C] -> logits [V]."""
 
 
-class Engine(Decoder, Protocol):
+class Engine(DecoderEngine, Protocol):
     """Runs both graphs."""
 
     def encode_images(self, pixels: Floats) -> Floats:

@@ -17,8 +17,8 @@
     ├── BackendError                    the execution provider failed
     │   ├── BackendUnavailableError     the provider asked for cannot be had here
     │   └── InsufficientMemoryError     the model does not fit the memory that is free
-    ├── ImageError (ValueError)         a picture that cannot be read or is too large
-    ├── PromptError (ValueError)        prompt and pictures do not fit together
+    ├── ImageError (ValueError)         an image that cannot be read or is too large
+    ├── PromptError (ValueError)        prompt and images do not fit together
     └── ContextOverflowError            the conversation does not fit the context
 
 One thing is no error: Owl2Warning (UserWarning), on a state in which everything works for now.
@@ -110,11 +110,11 @@ class InsufficientMemoryError(BackendError):
 
 
 class ImageError(Owl2Error, ValueError):
-    """A picture that cannot be read or is too large."""
+    """An image that cannot be read or is too large."""
 
 
 class PromptError(Owl2Error, ValueError):
-    """Prompt and pictures do not fit together."""
+    """Prompt and images do not fit together."""
 
 
 class ContextOverflowError(Owl2Error):
@@ -123,13 +123,13 @@ class ContextOverflowError(Owl2Error):
     Attributes:
         used: positions already in the KV cache.
         requested: positions this step would add.
-        limit: positions the context holds.
+        context: positions the context holds.
     """
 
-    def __init__(self, used: int, requested: int, limit: int, hint: str) -> None:
+    def __init__(self, used: int, requested: int, context: int, hint: str) -> None:
         super().__init__(
-            f"the context holds {limit} positions: {used} are used and {requested} more were asked for; {hint}"
+            f"the context holds {context} positions: {used} are used and {requested} more were asked for; {hint}"
         )
         self.used = used
         self.requested = requested
-        self.limit = limit
+        self.context = context

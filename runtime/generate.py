@@ -17,8 +17,8 @@ from owl2.runtime.errors import ContextOverflowError
 from owl2.runtime.families.mplug_owl2 import positions
 from owl2.runtime.families.mplug_owl2.positions import Prompt
 from owl2.runtime.families.mplug_owl2.tokenizer import StreamDecoder, Tokenizer
+from owl2.runtime.images import ImageEncoder
 from owl2.runtime.kv_cache import KvCache
-from owl2.runtime.pictures import PictureEncoder
 from owl2.runtime.sampling import GenerationConfig, StopFilter, log_softmax, sample
 
 PREFILL_BLOCK = 256
@@ -46,11 +46,11 @@ class Stats:
     """Figures of one generation; times in seconds, memory in bytes.
 
     Attributes:
-        prompt_tokens: merged positions of the prompt, pictures included.
+        prompt_tokens: merged positions of the prompt, images included.
         reused_tokens: of these, how many the KV cache already held.
-        images_encoded: pictures that went through the vision tower.
+        images_encoded: images that went through the vision tower.
         generated_tokens: ids sampled, the end of sequence included.
-        preprocess_seconds: reading and preprocessing the pictures given with this question.
+        preprocess_seconds: reading and preprocessing the images given with this question.
         vision_seconds: in the vision tower.
         prefill_seconds: in the decoder, for the new prompt positions.
         time_to_first_token: all of the above, to the first sampled id.
@@ -95,7 +95,7 @@ class Model:
     tokenizer: Tokenizer
     table: NDArray[np.floating[Any]]
     eos_id: int
-    encoder: PictureEncoder
+    encoder: ImageEncoder
     steady_limit: int | None
 
 
@@ -115,13 +115,13 @@ def check_context(cache: KvCache, prompt: Prompt) -> None:
     Raises:
         ContextOverflowError: the prompt takes the whole context or more.
     """
-    if len(prompt.keys) >= cache.limit:
+    if len(prompt.keys) >= cache.context:
         shared = cache.shared_prefix(prompt.keys)
         raise ContextOverflowError(
             shared,
             len(prompt.keys) - shared + 1,
-            cache.limit,
-            "shorten the prompt, use fewer pictures, start a new chat or, where the model allows it, load with a "
+            cache.context,
+            "shorten the prompt, use fewer images, start a new chat or, where the model allows it, load with a "
             "larger context",
         )
 
@@ -142,8 +142,8 @@ def prefill(model: Model, cache: KvCache, prompt: Prompt, run: Run) -> Floats | 
     reused = reusable(model, cache, prompt)
     stats.prompt_tokens, stats.reused_tokens = len(keys), reused
     start = time.perf_counter()
-    pictures = [prompt.pictures[digest] for digest in positions.digests_of(keys[reused:])]
-    rows, stats.images_encoded = model.encoder.rows(pictures)
+    images = [prompt.images[digest] for digest in positions.digests_of(keys[reused:])]
+    rows, stats.images_encoded = model.encoder.rows(images)
     encoded = time.perf_counter()
     stats.vision_seconds = encoded - start
     cache.truncate(reused)
@@ -216,7 +216,7 @@ def _finish(stopped: bool, run: Run, config: GenerationConfig, cache: KvCache) -
         return "stop"
     if len(run.ids) >= config.max_new_tokens:
         return "length"
-    return "context" if cache.length >= cache.limit else None
+    return "context" if cache.length >= cache.context else None
 
 
 def _flush(decoder: StreamDecoder, stop: StopFilter) -> str:

@@ -9,7 +9,7 @@ from owl2.runtime.engine import Engine, KvBuffers
 from owl2.runtime.errors import ContextOverflowError
 
 Key = int | tuple[str, int]
-"""What a position holds: a token id, or a row of a picture as (digest of its pixels, row)."""
+"""What a position holds: a token id, or a row of an image as (digest of its pixels, row)."""
 
 GROWTH = 256
 
@@ -17,19 +17,19 @@ GROWTH = 256
 class KvCache:
     """Keys and values of one conversation, kept across steps and turns.
 
-    The buffers grow in steps up to the context limit. Positions beyond :attr:`length` are scratch: a step writes
+    The buffers grow in steps up to the context context. Positions beyond :attr:`length` are scratch: a step writes
     there first and :meth:`commit` makes them part of the cache, so a failed or cancelled step changes nothing.
     """
 
-    def __init__(self, engine: Engine, limit: int) -> None:
+    def __init__(self, engine: Engine, context: int) -> None:
         """An empty cache.
 
         Args:
             engine: allocates the buffers.
-            limit: positions of the context.
+            context: positions that it may hold.
         """
-        require(limit > 0, f"the context must hold at least one position, got {limit}")
-        self.limit = limit
+        require(context > 0, f"context must be positive, got {context}")
+        self.context = context
         self._engine = engine
         self._keys: list[Key] = []
         self._longest = 0
@@ -57,7 +57,7 @@ class KvCache:
 
     @property
     def capacity(self) -> int:
-        """Positions the buffers have room for; they grow up to :attr:`limit`."""
+        """Positions the buffers have room for; they grow up to :attr:`context`."""
         return 0 if self._buffers is None else self._buffers.capacity
 
     def shared_prefix(self, keys: Sequence[Key]) -> int:
@@ -75,15 +75,15 @@ class KvCache:
             ContextOverflowError: they would not fit the context.
         """
         needed = self.length + count
-        if needed > self.limit:
+        if needed > self.context:
             raise ContextOverflowError(
                 self.length,
                 count,
-                self.limit,
+                self.context,
                 "shorten the prompt, start a new chat or, where the model allows it, load with a larger context",
             )
         if self._buffers is None or self._buffers.capacity < needed:
-            capacity = min(self.limit, -(-needed // GROWTH) * GROWTH)
+            capacity = min(self.context, -(-needed // GROWTH) * GROWTH)
             self._buffers = self._engine.allocate(capacity, self._buffers)
         return self._buffers
 

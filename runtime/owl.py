@@ -1,4 +1,4 @@
-"""The public face: load a bundle, chat about pictures, read logits."""
+"""The public face: load a bundle, chat about images, read logits."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from owl2.runtime.families.mplug_owl2.template import Message, render, with_imag
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
 from owl2.runtime.fit import plan
 from owl2.runtime.generate import Chunk, Model, Run, check_context, generate
+from owl2.runtime.images import ImageEncoder, Images, PreparedImage, prepare_images
 from owl2.runtime.kv_cache import KvCache
-from owl2.runtime.pictures import Images, Picture, PictureEncoder, open_pictures
 from owl2.runtime.placement import CPU, Placement
 from owl2.runtime.sampling import GenerationConfig
 from owl2.runtime.spec import KvType
@@ -73,7 +73,7 @@ class Owl2:
             Tokenizer.load(bundle.folder),
             bundle.embeddings(),
             config.decoder.eos_token_id,
-            PictureEncoder(engine),
+            ImageEncoder(engine),
             config.decoder.steady_limit,
         )
 
@@ -134,22 +134,22 @@ class Owl2:
         """Continue a raw prompt, no conversation template added.
 
         Args:
-            prompt: text with one ``<|image|>`` per picture.
+            prompt: text with one ``<|image|>`` per image.
             images: paths, PIL images or uint8 arrays [H, W, 3].
             preprocess: ``resize``, ``pad`` or ``crop`` instead of the bundle's own mode.
             options: fields of :class:`GenerationConfig`.
 
         Raises:
-            PromptError: placeholders and pictures do not agree.
-            ImageError: a picture cannot be read.
+            PromptError: placeholders and images do not agree.
+            ImageError: an image cannot be read.
             ContextOverflowError: the prompt does not fit.
             ConfigError: an option out of its range.
         """
         config = GenerationConfig(**options)
         began = time.perf_counter()
-        pictures = self._pictures(images, preprocess)
+        prepared = self._prepare(images, preprocess)
         seconds = time.perf_counter() - began
-        merged = self._prompt(prompt, pictures)
+        merged = self._prompt(prompt, prepared)
         cache = KvCache(self._engine, self.context)
         check_context(cache, merged)
         return Answer(lambda run: generate(self._model, cache, merged, config, run), preprocess_seconds=seconds)
@@ -160,26 +160,26 @@ class Owl2:
         Raises:
             PromptError, ImageError, ContextOverflowError: as :meth:`generate`.
         """
-        merged = self._prompt(prompt, self._pictures(images, preprocess))
+        merged = self._prompt(prompt, self._prepare(images, preprocess))
         count = len(merged.keys)
         if count > self.context:
-            raise ContextOverflowError(0, count, self.context, "shorten the prompt or use fewer pictures")
-        rows, _ = self._model.encoder.rows(list(merged.pictures.values()))
+            raise ContextOverflowError(0, count, self.context, "shorten the prompt or use fewer images")
+        rows, _ = self._model.encoder.rows(list(merged.images.values()))
         embeds, modality = positions.embed(merged.keys, self._model.table, rows)
         buffers = self._engine.allocate(count, None)
         return self._engine.prefill(embeds, modality, 0, buffers, np.arange(count, dtype=np.int64))
 
-    def _pictures(self, images: Images, mode: PreprocessMode | None) -> list[Picture]:
-        return open_pictures(images, self.config.preprocess, mode)
+    def _prepare(self, images: Images, mode: PreprocessMode | None) -> list[PreparedImage]:
+        return prepare_images(images, self.config.preprocess, mode)
 
-    def _prompt(self, text: str, pictures: Sequence[Picture]) -> Prompt:
-        return positions.encode_prompt(text, pictures, self._model.tokenizer, self.config.rows_per_image)
+    def _prompt(self, text: str, images: Sequence[PreparedImage]) -> Prompt:
+        return positions.encode_prompt(text, images, self._model.tokenizer, self.config.rows_per_image)
 
 
 class Chat:
     """A conversation in the official template, with its KV cache kept across turns.
 
-    A question runs only what is new; an earlier picture does not go through the vision tower again. One chat is
+    A question runs only what is new; an earlier image does not go through the vision tower again. One chat is
     not meant for several threads at once.
     """
 
@@ -188,7 +188,7 @@ class Chat:
         self._owl = owl
         self._cache = KvCache(owl._engine, owl.context)
         self._messages: list[Message] = []
-        self._pictures: list[Picture] = []
+        self._images: list[PreparedImage] = []
         self._pending: Answer | None = None
 
     @property
@@ -206,13 +206,13 @@ class Chat:
         preprocess: PreprocessMode | None = None,
         **options: Unpack[GenerationOptions],
     ) -> Answer:
-        """Ask, about the pictures given now or earlier in this chat.
+        """Ask, about the images given now or earlier in this chat.
 
         The answer runs while it is read: iterate over it, or take ``.text``. An answer that was never read is
         generated before the next question. Leaving it half read, or an error, undoes the turn.
 
         Args:
-            question: text; where it holds no ``<|image|>``, the new pictures are put in front of it.
+            question: text; where it holds no ``<|image|>``, the new images are put in front of it.
             images: paths, PIL images or uint8 arrays [H, W, 3].
             preprocess: ``resize``, ``pad`` or ``crop`` instead of the bundle's own mode.
             options: fields of :class:`GenerationConfig`.
@@ -223,20 +223,20 @@ class Chat:
         self._settle()
         owl, config = self._owl, GenerationConfig(**options)
         began = time.perf_counter()
-        new = owl._pictures(images, preprocess)
+        new = owl._prepare(images, preprocess)
         seconds = time.perf_counter() - began
         if not question and not new:
-            raise PromptError("the question is empty; give at least one character or picture")
+            raise PromptError("the question is empty; give at least one character or image")
         asked = Message("USER", with_images(question, len(new)))
-        pictures = [*self._pictures, *new]
-        merged = owl._prompt(render([*self._messages, asked, Message("ASSISTANT")]), pictures)
+        prepared = [*self._images, *new]
+        merged = owl._prompt(render([*self._messages, asked, Message("ASSISTANT")]), prepared)
         check_context(self._cache, merged)
 
         def finish(text: str) -> None:
             if self._pending is answer:
-                # A placeholder that the model wrote itself stands for no picture.
+                # A placeholder that the model wrote itself stands for no image.
                 self._messages += [asked, Message("ASSISTANT", text.replace(IMAGE_TOKEN, "<image>"))]
-                self._pictures = pictures
+                self._images = prepared
 
         def start(run: Run) -> Iterator[Chunk]:
             if self._pending is not answer:
@@ -252,7 +252,7 @@ class Chat:
             self._pending.cancel()
         self._pending = None
         self._messages.clear()
-        self._pictures = []
+        self._images = []
         self._cache.clear()
 
     def _settle(self) -> None:

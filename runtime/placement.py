@@ -9,6 +9,7 @@ from typing import Literal, cast, get_args
 from owl2.runtime.config import require
 
 DeviceKind = Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx"]
+EngineKind = Literal["tensorrt", "tensorrt-rtx"]
 KINDS: tuple[DeviceKind, ...] = get_args(DeviceKind)
 CPU = "cpu"
 

@@ -1,9 +1,9 @@
-"""From a picture to the vision tower's input, byte for byte as the original implementation prepares it.
+"""From an image to the vision tower's input, byte for byte as the original implementation prepares it.
 
 Three modes (:class:`owl2.runtime.config.PreprocessConfig`), all followed by the CLIP processor, which scales
 the shorter edge to ``size``, crops the centre and normalises:
 
-* ``resize`` squares the picture to its longer side first, without keeping its proportions;
+* ``resize`` squares the image to its longer side first, without keeping its proportions;
 * ``pad`` pastes it on a square of the mean colour;
 * ``crop`` does neither.
 """
@@ -26,7 +26,7 @@ from owl2.runtime.errors import ConfigError, ImageError
 ImageInput: TypeAlias = str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
 
 MAX_PIXELS = 8192 * 8192
-"""Largest picture that is decoded or made on the way: 67 megapixels, 256 MiB at Pillow's 4 bytes a pixel.
+"""Largest image that is decoded or made on the way: 67 megapixels, 256 MiB at Pillow's 4 bytes a pixel.
 
 More than most cameras deliver, and small enough that a hostile file cannot exhaust a small device. In the modes
 that make a square of the longer side first, that side may have 8192 pixels.
@@ -42,7 +42,7 @@ PAD_COLOUR = (122, 116, 104)
 
 
 def load_image(source: ImageInput, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Read a picture and convert it to RGB, checking its size before decoding it.
+    """Read an image and convert it to RGB, checking its size before decoding it.
 
     The original does not apply the EXIF orientation, so neither does this. Alpha is dropped.
 
@@ -56,18 +56,18 @@ def load_image(source: ImageInput, max_pixels: int = MAX_PIXELS) -> Image.Image:
     if isinstance(source, np.ndarray):
         return _to_rgb(_from_array(source, max_pixels), "the array")
     if isinstance(source, Image.Image):
-        _check_size(source.width, source.height, max_pixels, "the picture")
-        return _to_rgb(source, "the picture")
+        _check_size(source.width, source.height, max_pixels, "the image")
+        return _to_rgb(source, "the image")
     if isinstance(source, str | os.PathLike):
         return _from_file(Path(source), max_pixels)
     raise ImageError(
-        f"a picture cannot be given as {type(source).__name__}; "
+        f"an image cannot be given as {type(source).__name__}; "
         "pass a path, a PIL.Image.Image or a uint8 array [H, W, 3]"
     )
 
 
 def preprocess(image: Image.Image, config: PreprocessConfig, mode: PreprocessMode | None = None) -> NDArray[np.float32]:
-    """Turn an RGB picture into the vision tower's input.
+    """Turn an RGB image into the vision tower's input.
 
     Args:
         image: in mode RGB, as :func:`load_image` returns it.
@@ -78,11 +78,11 @@ def preprocess(image: Image.Image, config: PreprocessConfig, mode: PreprocessMod
         [3, R, R] float32 with R = ``config.crop_size``, normalised, channels in the order R, G, B.
 
     Raises:
-        ImageError: the picture is not RGB, or so long that a step would exceed ``MAX_PIXELS``.
+        ImageError: the image is not RGB, or so long that a step would exceed ``MAX_PIXELS``.
         ConfigError: an unknown mode.
     """
     if image.mode != "RGB":
-        raise ImageError(f"preprocess expects an RGB picture, got mode {image.mode}; pass it through load_image")
+        raise ImageError(f"preprocess expects an RGB image, got mode {image.mode}; pass it through load_image")
     match mode or config.mode:
         case "resize":
             image = _squared(image)
@@ -104,7 +104,7 @@ def _from_array(array: NDArray[np.uint8], max_pixels: int) -> Image.Image:
     shape_fits = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
     if array.dtype != np.uint8 or not shape_fits:
         raise ImageError(
-            f"a picture given as an array must be uint8 with shape [H, W, 3], [H, W, 4] or [H, W], "
+            f"an image given as an array must be uint8 with shape [H, W, 3], [H, W, 4] or [H, W], "
             f"got {array.dtype} {list(array.shape)}; scale values to 0..255 and put the channels last"
         )
     _check_size(array.shape[1], array.shape[0], max_pixels, "the array")
@@ -146,13 +146,13 @@ def _unreadable(name: str, error: Exception) -> ImageError:
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return ImageError(
         f"cannot read {name}: {reason or type(error).__name__}; "
-        f"give an intact picture in one of these formats: {', '.join(FORMATS)}"
+        f"give an intact image in one of these formats: {', '.join(FORMATS)}"
     )
 
 
 def _check_size(width: int, height: int, max_pixels: int, name: str) -> None:
     if width == 0 or height == 0:
-        raise ImageError(f"{name} is empty ({width} x {height}); a picture needs at least one pixel")
+        raise ImageError(f"{name} is empty ({width} x {height}); an image needs at least one pixel")
     if width * height > max_pixels:
         raise ImageError(
             f"{name} has {width} x {height} = {width * height} pixels, the limit is {max_pixels}; scale it down first"
@@ -162,7 +162,7 @@ def _check_size(width: int, height: int, max_pixels: int, name: str) -> None:
 def _check_step(image: Image.Image, width: int, height: int, mode: str) -> None:
     if width * height > MAX_PIXELS:
         raise ImageError(
-            f"a picture of {image.width} x {image.height} would become {width} x {height} on the way in "
+            f"an image of {image.width} x {image.height} would become {width} x {height} on the way in "
             f"mode {mode}, the limit is {MAX_PIXELS} pixels; scale its longer side down or cut it first"
         )
 
@@ -196,7 +196,7 @@ def _short_edge_to(image: Image.Image, size: int) -> Image.Image:
     short, long = sorted(image.size)
     scaled = int(size * long / short)
     width, height = (size, scaled) if image.width == short else (scaled, size)
-    # The first pass makes a picture of the new width and the old height.
+    # The first pass makes an image of the new width and the old height.
     _check_step(image, width, max(height, image.height), "crop")
     return _resampled(image, width, height)
 

@@ -1,7 +1,7 @@
 """The contract between exporter and runtime: file names, tensor names, the format version.
 
 This is the only place that spells a tensor name. Axes: B batch, T new positions, M = B·T rows, R requested
-logit rows, P rotary positions, S cache capacity, H heads, D head dim, W width of a cached row, N pictures, C hidden,
+logit rows, P rotary positions, S cache capacity, H heads, D head dim, W width of a cached row, N images, C hidden,
 V vocabulary. "Floats" are of the manifest's activation type, float32 or float16.
 
 Dialect ``ort`` is for ONNX Runtime: its attention writes keys and values in place into buffers [B, H, S, padded D].

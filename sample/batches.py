@@ -55,8 +55,8 @@ class Batch:
     Attributes:
         ids: int64 [B, T]; 0 at image rows and padding.
         weights: float32 [B, T], of the loss of predicting ``ids[b, t]`` from row t - 1.
-        starts: int64 [B], first image row, or -1 without a picture.
-        pixels: float32 [N, 3, 84, 84], one per row with a picture, in order.
+        starts: int64 [B], first image row, or -1 without an image.
+        pixels: float32 [N, 3, 84, 84], one per row with an image, in order.
         kinds: of each row.
     """
 
@@ -90,7 +90,7 @@ def conversation(encoder: Encoder, turns: list[Turn], first: str | None = None) 
     return ids, weights
 
 
-def with_picture(question: str, rng: random.Random) -> str:
+def with_image(question: str, rng: random.Random) -> str:
     """The question with the placeholder in front (mostly), in front on a line of its own, or behind."""
     form = rng.random()
     if form < 0.8:
@@ -101,12 +101,12 @@ def with_picture(question: str, rng: random.Random) -> str:
 def scene_example(encoder: Encoder, scene: Scene, mix: Mix, rng: random.Random) -> Example:
     """A conversation of several turns about a drawn scene."""
     turns = converse(scene, rng, turns=mix.turns, weights=mix.kinds)
-    ids, weights = conversation(encoder, turns, with_picture(turns[0].question, rng))
+    ids, weights = conversation(encoder, turns, with_image(turns[0].question, rng))
     return Example(turns[-1].kind, ids, weights, draw(scene, rng))
 
 
 def told_example(encoder: Encoder, scene: Scene, mix: Mix, rng: random.Random) -> Example:
-    """The same without a picture: the scene is told in words, in any order."""
+    """The same without an image: the scene is told in words, in any order."""
     turns = converse(scene, rng, turns=mix.turns, weights=mix.kinds)
     ids, weights = conversation(encoder, turns, f"{in_words(scene, rng)} {turns[0].question}")
     return Example("told", ids, weights, None)
@@ -147,7 +147,7 @@ def normalise(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 def collate(examples: list[Example], rows: int) -> Batch:
-    """Pad examples to one batch; each picture takes ``rows`` positions."""
+    """Pad examples to one batch; each image takes ``rows`` positions."""
     length = max(len(e.ids) + (rows - 1) * (e.pixels is not None) for e in examples)
     # Few different lengths: the matrix kernels are generated anew for every shape.
     length = -(-length // 16) * 16
@@ -163,8 +163,8 @@ def collate(examples: list[Example], rows: int) -> Batch:
             row_weights = row_weights[:start] + [0.0] * rows + row_weights[start + 1 :]
         ids[b, : len(row_ids)] = row_ids
         weights[b, : len(row_weights)] = row_weights
-    pictures = [e.pixels for e in examples if e.pixels is not None]
-    pixels = normalise(np.stack(pictures)) if pictures else np.zeros((0, 84, 84, 3), np.float32)
+    images = [e.pixels for e in examples if e.pixels is not None]
+    pixels = normalise(np.stack(images)) if images else np.zeros((0, 84, 84, 3), np.float32)
     return Batch(
         torch.from_numpy(ids),
         torch.from_numpy(weights),

@@ -1,6 +1,6 @@
 """The sample's tokenizer: a sentencepiece BPE model trained on the generator's text, and prompts to ids.
 
-The ids are those that the official image-aware tokenization gives (each chunk between pictures by itself, BOS
+The ids are those that the official image-aware tokenization gives (each chunk between images by itself, BOS
 only on the first; the text after an end of sentence by itself), built from pieces that are cached because the
 same questions come again and again.
 """
@@ -79,7 +79,7 @@ class Encoder:
         return str(self.pieces.decode([i for i in ids if i > EOS]))
 
     def prompt(self, text: str) -> list[int]:
-        """The ids of a prompt without special strings, ``IMAGE`` for each picture."""
+        """The ids of a prompt without special strings, ``IMAGE`` for each image."""
         ids = [BOS]
         for i, chunk in enumerate(text.split("<|image|>")):
             ids += [IMAGE] if i else []

@@ -1,6 +1,6 @@
-"""Write training-side conversations with pictures, as data to calibrate the quantization of the sample with.
+"""Write training-side conversations with images, as data to calibrate the quantization of the sample with.
 
-The folder gets ``calibration.jsonl`` and the pictures it names. Every line is an object in the fine-tuning
+The folder gets ``calibration.jsonl`` and the images it names. Every line is an object in the fine-tuning
 format of mPLUG-Owl2: {"image": file, "conversations": [{"from": "human", "value": "<|image|>..."}, ...]}.
 """
 
@@ -25,7 +25,7 @@ WEIGHTS = dict.fromkeys((*ASK, "caption", "second"), 1.0)
 
 
 def _quality_talk(rng: random.Random) -> tuple[NDArray[np.uint8], list[Turn]]:
-    """A rated picture; the Q-Align question in the conversation template."""
+    """A rated image; the Q-Align question in the conversation template."""
     scene = random_scene(rng, rng.randint(1, MAX_THINGS), held_out=False)
     clean = draw(scene, rng) if rng.random() < 0.5 else photo_crop(rng, held_out=False)
     pixels, word = degraded(clean, rng)

@@ -1,4 +1,4 @@
-"""Write the sample pictures: held-out scenes drawn at 336 x 336, a degraded one, and what is in them."""
+"""Write the sample images: held-out scenes drawn at 336 x 336, a degraded one, and what is in them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SCALE = 4
 COUNTS = (1, 2, 3, 3, 4)
 
 
-def write_pictures(folder: Path, seed: int) -> None:
+def write_images(folder: Path, seed: int) -> None:
     """Write scene1.png ... and noisy.png to ``folder``, with pictures.json: file, prompt, right answer."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(f"pictures {seed}")
@@ -40,7 +40,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path, nargs="?", default=Path(__file__).parent / "pictures")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    write_pictures(options.folder, options.seed)
+    write_images(options.folder, options.seed)
     return 0
 
 

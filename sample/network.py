@@ -130,12 +130,12 @@ def hidden_rows(model: Owl2Model, batch: Batch) -> Tensor:
     is_image = torch.zeros(size * tokens, 1, dtype=torch.bool)
     where = torch.zeros(0, dtype=torch.int64)
     if len(batch.pixels):
-        pictures = model.encode_images(batch.pixels)
-        per_image = pictures.shape[1]
+        images = model.encode_images(batch.pixels)
+        per_image = images.shape[1]
         having = (batch.starts >= 0).nonzero()[:, 0]
         first = having * tokens + batch.starts[having]
         where = (first[:, None] + torch.arange(per_image)).flatten()
-        rows = rows.index_copy(0, where, pictures.flatten(0, 1).to(rows.dtype))
+        rows = rows.index_copy(0, where, images.flatten(0, 1).to(rows.dtype))
         is_image[where] = True
     config = model.config.decoder
     cos, sin = rotary_tables(config, tokens, tokens)

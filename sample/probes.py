@@ -25,7 +25,7 @@ KINDS = (*ASK, "caption", "second", "told", "fact", "quality")
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A prompt up to where the model answers, its picture [84, 84, 3] uint8, and the right answer."""
+    """A prompt up to where the model answers, its image [84, 84, 3] uint8, and the right answer."""
 
     kind: str
     prompt: str

@@ -1,7 +1,7 @@
-"""Pictures for quality rating: drawn scenes and photos degraded in five well separated steps.
+"""Images for quality rating: drawn scenes and photos degraded in five well separated steps.
 
 Photos are those of scikit-image's own wheel that are CC0 or in the public domain (credits in README.md); two
-of them are held out. A picture gets one kind of damage at one of five strengths; the strength is the rating.
+of them are held out. An image gets one kind of damage at one of five strengths; the strength is the rating.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ MIN_DETAIL = 5.0  # mean step between neighbouring pixels, grey levels
 def _photo(name: str) -> Image.Image:
     import skimage
 
-    with Image.open(Path(skimage.__file__).parent / "data" / name) as picture:
-        return picture.convert("RGB")
+    with Image.open(Path(skimage.__file__).parent / "data" / name) as image:
+        return image.convert("RGB")
 
 
 def photo_crop(rng: random.Random, *, held_out: bool) -> NDArray[np.uint8]:
@@ -73,18 +73,18 @@ def _crop(photo: Image.Image, rng: random.Random) -> Image.Image:
 
 
 def damage(pixels: NDArray[np.uint8], kind: str, level: int, rng: random.Random) -> NDArray[np.uint8]:
-    """Degrade a [84, 84, 3] uint8 picture; level 0 leaves it as it is, 4 is worst."""
+    """Degrade a [84, 84, 3] uint8 image; level 0 leaves it as it is, 4 is worst."""
     strength = DAMAGE[kind][level]
     if level == 0:
         return pixels
-    picture = Image.fromarray(pixels)
+    image = Image.fromarray(pixels)
     if kind == "blur":
-        return np.asarray(picture.filter(ImageFilter.GaussianBlur(strength)))
+        return np.asarray(image.filter(ImageFilter.GaussianBlur(strength)))
     if kind == "noise":
         noise = np.random.default_rng(rng.getrandbits(32)).normal(0, strength, pixels.shape)
         return np.clip(np.rint(pixels + noise), 0, 255).astype(np.uint8)
     few = max(1, round(SIDE / strength))
-    small = picture.resize((few, few), Image.Resampling.BOX)
+    small = image.resize((few, few), Image.Resampling.BOX)
     return np.asarray(small.resize((SIDE, SIDE), Image.Resampling.NEAREST))
 
 

@@ -159,7 +159,7 @@ def draw(scene: Scene, rng: random.Random, *, scale: int = 1) -> NDArray[np.uint
     side = SIDE * scale
     shade = rng.uniform(222, 250)
     background = [shade + rng.uniform(-5, 5) for _ in range(3)]
-    # A margin around the picture takes the overhang of shapes moved towards the edge.
+    # A margin around the image takes the overhang of shapes moved towards the edge.
     margin = JITTER * scale
     canvas = np.empty((side + 2 * margin, side + 2 * margin, 3), np.float32)
     canvas[:] = background

@@ -102,7 +102,7 @@ def text_only(layer: DecoderLayer, calibration: Calibration, config: QuantConfig
 
 
 def merged(layer: DecoderLayer, calibration: Calibration, config: QuantConfig) -> None:
-    """What tools that know of pictures but not of branches do: one Hessian of all rows for every projection."""
+    """What tools that know of images but not of branches do: one Hessian of all rows for every projection."""
     _one_hessian(layer, calibration, config, images=True)
 
 
@@ -208,8 +208,8 @@ class Bench:
         made = []
         for prompt in prompts:
             images = {
-                digest: self.model.encode_images(torch.from_numpy(picture.pixels)[None])[0].numpy()
-                for digest, picture in prompt.pictures.items()
+                digest: self.model.encode_images(torch.from_numpy(image.pixels)[None])[0].numpy()
+                for digest, image in prompt.images.items()
             }
             rows, modality = embed(prompt.keys, self.table, images)
             made.append((torch.from_numpy(rows), torch.from_numpy(modality)))

@@ -1,4 +1,4 @@
-"""How long the first and the second question about a picture take, with the KV cache and without.
+"""How long the first and the second question about an image take, with the KV cache and without.
 
 Every round asks two questions in a chat, then the second one again in a cold conversation with the same
 history, so that all figures come from interleaved runs. Medians are printed.
@@ -34,18 +34,18 @@ def finished(answer: Answer) -> Stats:
     return answer.stats
 
 
-def run_round(bundle: Path, picture: Path) -> Round:
-    """One conversation from a fresh load, since the pictures' rows are remembered by a loaded model."""
+def run_round(bundle: Path, image: Path) -> Round:
+    """One conversation from a fresh load, since the images' rows are remembered by a loaded model."""
     owl = Owl2.load(bundle)
     _ = owl.generate("USER: Hi ASSISTANT:", max_new_tokens=2).text  # the first step allocates
     chat = owl.chat()
-    first = chat.ask(FIRST, images=picture, max_new_tokens=16)
+    first = chat.ask(FIRST, images=image, max_new_tokens=16)
     first_stats = finished(first)
     second = finished(chat.ask(SECOND, max_new_tokens=16))
     history = [Message("USER", f"<|image|>{FIRST}"), Message("ASSISTANT", first.text), Message("USER", SECOND)]
     other = Owl2.load(bundle)
     _ = other.generate("USER: Hi ASSISTANT:", max_new_tokens=2).text
-    cold = finished(other.generate(render([*history, Message("ASSISTANT")]), images=picture, max_new_tokens=16))
+    cold = finished(other.generate(render([*history, Message("ASSISTANT")]), images=image, max_new_tokens=16))
     return Round(first_stats, second, cold)
 
 
@@ -53,13 +53,13 @@ def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("pictures", type=Path, help="folder of .png pictures, one for each round in turn")
+    parser.add_argument("images", type=Path, help="folder of .png images, one for each round in turn")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    pictures = sorted(options.pictures.glob("*.png"))
+    images = sorted(options.images.glob("*.png"))
     began = time.perf_counter()
-    rounds = [run_round(options.bundle, pictures[i % len(pictures)]) for i in range(options.rounds)]
+    rounds = [run_round(options.bundle, images[i % len(images)]) for i in range(options.rounds)]
     seconds = time.perf_counter() - began
 
     def median(name: str, field: str) -> float:

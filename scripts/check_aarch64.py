@@ -2,7 +2,7 @@
 
 The installed wheel runs in an emulated aarch64 Debian (see emulated.py; about 1.1 GB in SCRATCH, kept for the next
 time), on processors with the instructions of Jetson's CPUs. Compared are the logits of the bundle's golden prompts and
-of the sample's pictures, the greedy answers, ``owl2 verify``, ``owl2 eval``, and a float32 bundle with what the
+of the sample's images, the greedy answers, ``owl2 verify``, ``owl2 eval``, and a float32 bundle with what the
 original implementation computes. Emulation tells nothing about speed, and has no GPU.
 """
 
@@ -205,7 +205,7 @@ def _groups(arrays: Iterable[str], kind: str) -> list[str]:
 
 
 def sample_cases() -> list[dict[str, Any]]:
-    """The sample's pictures."""
+    """The sample's images."""
     folder = ROOT / "sample" / "pictures"
     entries = json.loads((folder / "pictures.json").read_text(encoding="utf-8"))
     return [

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from owl2.export.checkpoint.checkpoint import Checkpoint
-from owl2.export.prompts import pictures_of, prepare
+from owl2.export.prompts import images_of, prepare
 from owl2.quant.calibration.samples import load_calibration
 from owl2.quant.models.mplug_owl2 import DecoderLayer, Owl2Model
 from owl2.quant.models.mplug_owl2.decoder import KeyValue
@@ -91,8 +91,8 @@ class Model:
         prompts = prepare(load_calibration(data, samples), self.config, self.tokenizer, calibrate=True)
         chosen = prompts.calibration + prompts.held_out
         rows = {
-            digest: self.model.encode_images(torch.from_numpy(picture.pixels)[None])[0].numpy()
-            for digest, picture in pictures_of(chosen).items()
+            digest: self.model.encode_images(torch.from_numpy(image.pixels)[None])[0].numpy()
+            for digest, image in images_of(chosen).items()
         }
         table = self.model.model.embed_tokens.weight.numpy()
         made = [embed(prompt.keys, table, rows) for prompt in chosen]
@@ -169,8 +169,8 @@ def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("calibration", help="JSONL of conversations, a folder of pictures, or built-in")
-    parser.add_argument("held_out", type=Path, help="JSONL of conversations or a folder of pictures, other samples")
+    parser.add_argument("calibration", help="JSONL of conversations, a folder of images, or built-in")
+    parser.add_argument("held_out", type=Path, help="JSONL of conversations or a folder of images, other samples")
     parser.add_argument("--samples", type=int, default=128, help="to calibrate with (default 128)")
     parser.add_argument("--measured", type=int, default=64, help="held-out samples (default 64)")
     parser.add_argument("--only", choices=SHARINGS, nargs="+", default=list(SHARINGS))

@@ -21,7 +21,7 @@ from owl2.export.checkpoint.hf_config import model_config
 from owl2.export.graph.builder import GraphBuilder
 from owl2.export.graph.decoder import DecoderGraph
 from owl2.export.graph.dialect import Linear
-from owl2.export.graph.standard import StandardDialect
+from owl2.export.graph.onnx_dialect import OnnxDialect
 from owl2.export.graph.vision import VisionGraph
 from owl2.export.graph.weights import DenseWeight, LinearWeight
 from owl2.export.job.progress import Terminal
@@ -54,7 +54,7 @@ def write_decoder(folder: Path, config: ModelConfig) -> None:
         layer = DecoderLayer(decoder)
     gains = (torch.ones(decoder.hidden_size), torch.ones(decoder.hidden_size))
     with GraphBuilder(folder / spec.DECODER_GRAPH, "fp16") as graph:
-        writer = DecoderGraph(graph, StandardDialect(), decoder)
+        writer = DecoderGraph(graph, OnnxDialect(), decoder)
         for index in range(decoder.num_hidden_layers):
             shapes = {name: layer.get_parameter(f"{name}.weight").shape for name in LINEARS}
             linears = {n: Linear(f"layers.{index}.{n}", random_int4(shape)) for n, shape in shapes.items()}
@@ -72,7 +72,7 @@ def write_vision(folder: Path, config: ModelConfig) -> None:
     tower = VisionModel(config.vision)
     abstractor = VisualAbstractor(config.abstractor, config.decoder.hidden_size)
     with GraphBuilder(folder / spec.VISION_GRAPH, "fp16") as graph:
-        VisionGraph(graph, StandardDialect(), config, make_weight).write(tower, abstractor)
+        VisionGraph(graph, OnnxDialect(), config, make_weight).write(tower, abstractor)
 
 
 def main() -> int:

@@ -3,9 +3,9 @@
 Needs the plain install alone. CASES is a JSON list of objects: ``name``, ``prompt`` (raw text), ``images`` (paths),
 ``max_new_tokens``, and optionally ``preprocess``. The bundle's own golden prompts come first. OUT becomes a folder:
 
-* ``logits.npz``: per case ``N.prefill`` float32 [T, V], every position of the prompt in one pass; ``N.modality``
+* ``logits.npz``: per scenario ``N.prefill`` float32 [T, V], every position of the prompt in one pass; ``N.modality``
   int64 [T]; ``N.steps`` float32 [R, V], its last text positions, most of them decoded one by one.
-* ``record.json``: versions, and the greedy answer of every case that asks for one.
+* ``record.json``: versions, and the greedy answer of every scenario that asks for one.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from owl2.runtime.config import PreprocessMode
 from owl2.runtime.evaluation.certificate import golden_positions, read_goldens, run_golden
 from owl2.runtime.families.mplug_owl2.positions import Prompt, embed, encode_prompt
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
-from owl2.runtime.pictures import PictureEncoder, open_pictures
+from owl2.runtime.images import ImageEncoder, prepare_images
 from owl2.runtime.preprocess import ImageInput
 
 
 @dataclass(frozen=True)
-class Case:
+class Scenario:
     """A prompt; nothing is generated for ``max_new_tokens`` of 0."""
 
     name: str
@@ -44,19 +44,19 @@ class Case:
     preprocess: PreprocessMode | None = None
 
 
-def read_cases(bundle: Bundle, path: Path) -> list[Case]:
+def read_cases(bundle: Bundle, path: Path) -> list[Scenario]:
     """The bundle's golden prompts and those of a file."""
-    goldens = [Case(f"certificate: {golden.name}", golden.prompt, golden.images) for golden in read_goldens(bundle)]
-    return goldens + [Case(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
+    goldens = [Scenario(f"certificate: {golden.name}", golden.prompt, golden.images) for golden in read_goldens(bundle)]
+    return goldens + [Scenario(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
 
 
-def logits(bundle: Bundle, engine: OrtEngine, case: Case) -> Mapping[str, NDArray[Any]]:
+def logits(bundle: Bundle, engine: OrtEngine, scenario: Scenario) -> Mapping[str, NDArray[Any]]:
     """The arrays of a case; prompts are cut where the context ends."""
     model = bundle.manifest.model
-    pictures = open_pictures(case.images, model.preprocess, case.preprocess)
-    whole = encode_prompt(case.prompt, pictures, Tokenizer.load(bundle.folder), model.rows_per_image)
-    prompt = Prompt(whole.keys[: model.decoder.max_position_embeddings], whole.pictures)
-    rows, _ = PictureEncoder(engine).rows(list(prompt.pictures.values()))
+    images = prepare_images(scenario.images, model.preprocess, scenario.preprocess)
+    whole = encode_prompt(scenario.prompt, images, Tokenizer.load(bundle.folder), model.rows_per_image)
+    prompt = Prompt(whole.keys[: model.decoder.max_position_embeddings], whole.images)
+    rows, _ = ImageEncoder(engine).rows(list(prompt.images.values()))
     table = bundle.embeddings()
     embeds, modality = embed(prompt.keys, table, rows)
     every = np.arange(len(embeds), dtype=np.int64)
@@ -67,14 +67,18 @@ def logits(bundle: Bundle, engine: OrtEngine, case: Case) -> Mapping[str, NDArra
     }
 
 
-def answer(owl: Owl2, case: Case) -> dict[str, Any]:
-    """The greedy answer of a case."""
-    if not case.max_new_tokens:
-        return {"name": case.name, "text": None, "ids": []}
+def answer(owl: Owl2, scenario: Scenario) -> dict[str, Any]:
+    """The greedy answer of a scenario."""
+    if not scenario.max_new_tokens:
+        return {"name": scenario.name, "text": None, "ids": []}
     made = owl.generate(
-        case.prompt, images=case.images, preprocess=case.preprocess, max_new_tokens=case.max_new_tokens, temperature=0
+        scenario.prompt,
+        images=scenario.images,
+        preprocess=scenario.preprocess,
+        max_new_tokens=scenario.max_new_tokens,
+        temperature=0,
     )
-    return {"name": case.name, "text": made.text, "ids": list(made.ids)}
+    return {"name": scenario.name, "text": made.text, "ids": list(made.ids)}
 
 
 def main() -> int:
@@ -91,15 +95,15 @@ def main() -> int:
     cases = read_cases(bundle, arguments.cases)
     arrays = {
         f"{index}.{name}": array
-        for index, case in enumerate(cases)
-        for name, array in logits(bundle, engine, case).items()
+        for index, scenario in enumerate(cases)
+        for name, array in logits(bundle, engine, scenario).items()
     }
     record = {
         "machine": platform.machine(),
         "python": platform.python_version(),
         "numpy": np.__version__,
         "onnxruntime": onnxruntime.__version__,
-        "answers": [answer(owl, case) for case in cases],
+        "answers": [answer(owl, scenario) for scenario in cases],
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(arguments.out / "logits.npz", **arrays)

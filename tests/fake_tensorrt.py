@@ -39,8 +39,8 @@ class Copy:
 
 
 @dataclass
-class FakeDevice:
-    """See :class:`owl2.runtime.backends.tensorrt.cuda.Device`.
+class FakeGpu:
+    """See :class:`owl2.runtime.backends.tensorrt.cuda.Gpu`.
 
     Attributes:
         copies: all that were asked for.
@@ -237,7 +237,7 @@ class FakeTensorRt:
     With ``rtx`` it is ``tensorrt_rtx``, which can make CUDA graphs by itself.
     """
 
-    def __init__(self, device: FakeDevice, version: str = "10.3.0", *, rtx: bool = False) -> None:
+    def __init__(self, device: FakeGpu, version: str = "10.3.0", *, rtx: bool = False) -> None:
         self.__version__ = version
         self.device = device
         self.contexts: list[IExecutionContext] = []

@@ -49,11 +49,11 @@ def test_scripts_import_what_is_there(path: Path) -> None:
 
 
 def test_the_runtime_answers_without_torch(bundle_a1: Path, golden: Path) -> None:
-    """A real answer about a picture in a process where torch and the exporter cannot be imported."""
-    picture = golden / "images" / "00_rgb_landscape_97x61.png"
+    """A real answer about an image in a process where torch and the exporter cannot be imported."""
+    image = golden / "images" / "00_rgb_landscape_97x61.png"
     script = BLOCKED + (
         "from owl2.runtime.__main__ import main\n"
-        f"sys.argv = ['owl2', 'ask', {str(bundle_a1)!r}, 'What is it?', '--image', {str(picture)!r}, "
+        f"sys.argv = ['owl2', 'ask', {str(bundle_a1)!r}, 'What is it?', '--image', {str(image)!r}, "
         "'--max-new-tokens', '5']\n"
         "try:\n    main()\n"
         "finally:\n    assert not {'torch', 'transformers', 'onnx'} & set(sys.modules)\n"

@@ -35,11 +35,11 @@ class Case:
         self.bundle = bundle
         self.owl = Owl2.load(bundle)
         names = json.loads((folder / "checks.json").read_text())["images"]
-        self.images = [images / name for name in names]
+        self.files = [images / name for name in names]
         prompts = {entry["id"]: entry["prompt"] for entry in json.loads((folder / "prompts.json").read_text())}
         index = json.loads((folder / "forward_index.json").read_text())
         self.prompts = {entry["name"]: prompts[entry["prompt_id"]] for entry in index}
-        self.pictures = {entry["name"]: [images / name for name in entry["images"]] for entry in index}
+        self.images = {entry["name"]: [images / name for name in entry["images"]] for entry in index}
 
     def array(self, file: str, name: str) -> np.ndarray:
         return np.load(self.folder / file)[name]
@@ -53,7 +53,7 @@ def case(request: pytest.FixtureRequest, golden: Path) -> Case:
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_logits_of_every_merged_position(case: Case, group: str) -> None:
-    made = case.owl.logits(case.prompts[group], images=case.pictures[group], preprocess="resize")
+    made = case.owl.logits(case.prompts[group], images=case.images[group], preprocess="resize")
     expected = case.array("forward.npz", f"{group}/logits")
     assert made.dtype == np.float32
     np.testing.assert_allclose(made, expected, atol=TOLERANCE, rtol=0)
@@ -68,7 +68,7 @@ def test_rows_of_the_vision_graph(case: Case, mode: str) -> None:
 
 @pytest.mark.parametrize("group", DECODED)
 def test_greedy_ids(case: Case, group: str) -> None:
-    answer = case.owl.generate(case.prompts[group], images=case.pictures[group], preprocess="resize", max_new_tokens=16)
+    answer = case.owl.generate(case.prompts[group], images=case.images[group], preprocess="resize", max_new_tokens=16)
     _ = answer.text
     assert answer.ids == case.array("decode.npz", f"{group}/new_ids").tolist()
     assert answer.finish_reason == "length"
@@ -79,8 +79,8 @@ def test_cached_steps_have_the_recorded_logits_and_those_of_a_full_run(case: Cas
     expected = case.array("decode.npz", f"{group}/step_logits")
     ids = case.array("decode.npz", f"{group}/new_ids").tolist()
     owl = case.owl
-    prompt = owl._prompt(case.prompts[group], owl._pictures(case.pictures[group], "resize"))
-    rows, _ = owl._model.encoder.rows(list(prompt.pictures.values()))
+    prompt = owl._prompt(case.prompts[group], owl._prepare(case.images[group], "resize"))
+    rows, _ = owl._model.encoder.rows(list(prompt.images.values()))
     embeds, modality = embed([*prompt.keys, *ids], owl._model.table, rows)
     engine, first = owl._engine, len(prompt.keys)
     buffers = engine.allocate(len(embeds), None)
@@ -95,15 +95,15 @@ def test_cached_steps_have_the_recorded_logits_and_those_of_a_full_run(case: Cas
 def test_rating_prompts_in_pad_mode(case: Case, kind: str) -> None:
     prompt = json.loads((case.folder / "qalign.json").read_text())["tasks"][f"{kind}_image"]["prompt"]
     expected = case.array("qalign.npz", f"{kind}_image/last_logits")
-    for image, logits in zip(case.images, expected):
+    for image, logits in zip(case.files, expected):
         made = case.owl.logits(prompt, images=image, preprocess="pad")[-1]
         np.testing.assert_allclose(made, logits, atol=TOLERANCE, rtol=0)
 
 
-def test_pictures_as_paths_pil_images_and_arrays_are_the_same(case: Case) -> None:
-    prompt, (path,) = case.prompts["image"], case.pictures["image"]
-    with Image.open(path) as picture:
-        loaded = picture.convert("RGB")
+def test_images_as_paths_pil_images_and_arrays_are_the_same(case: Case) -> None:
+    prompt, (path,) = case.prompts["image"], case.images["image"]
+    with Image.open(path) as image:
+        loaded = image.convert("RGB")
     expected = case.owl.logits(prompt, images=[path])
     for given in (str(path), loaded, np.asarray(loaded)):
         np.testing.assert_array_equal(case.owl.logits(prompt, images=given), expected)
@@ -112,17 +112,17 @@ def test_pictures_as_paths_pil_images_and_arrays_are_the_same(case: Case) -> Non
 def test_the_bundle_s_own_mode_is_the_checkpoint_s(case: Case, golden: Path) -> None:
     config = json.loads((case.folder / "model" / "config.json").read_text())
     own = "pad" if config.get("image_aspect_ratio") == "pad" else "resize"
-    prompt, picture = case.prompts["image"], golden / "images" / "00_rgb_landscape_97x61.png"
-    made = case.owl.logits(prompt, images=picture)
-    np.testing.assert_array_equal(made, case.owl.logits(prompt, images=picture, preprocess=own))
+    prompt, image = case.prompts["image"], golden / "images" / "00_rgb_landscape_97x61.png"
+    made = case.owl.logits(prompt, images=image)
+    np.testing.assert_array_equal(made, case.owl.logits(prompt, images=image, preprocess=own))
     other = "pad" if own == "resize" else "resize"
-    assert np.abs(made - case.owl.logits(prompt, images=picture, preprocess=other)).max() > 0.01
+    assert np.abs(made - case.owl.logits(prompt, images=image, preprocess=other)).max() > 0.01
 
 
 class TestConversation:
     def ask_twice(self, case: Case) -> tuple[Chat, str]:
         chat = case.owl.chat()
-        first = chat.ask("What is this?", images=case.images[:1], max_new_tokens=6).text
+        first = chat.ask("What is this?", images=case.files[:1], max_new_tokens=6).text
         return chat, first
 
     def test_second_turn_equals_a_cold_start(self, case: Case) -> None:
@@ -137,7 +137,7 @@ class TestConversation:
                 Message("ASSISTANT"),
             ]
         )
-        cold = case.owl.generate(prompt, images=case.images[:1], max_new_tokens=12)
+        cold = case.owl.generate(prompt, images=case.files[:1], max_new_tokens=12)
         assert second.text == cold.text
         assert second.ids == cold.ids
         assert second.stats.images_encoded == 0
@@ -150,23 +150,23 @@ class TestConversation:
         chat, first = self.ask_twice(case)
         warm = [chunk.logprob for chunk in chat.ask("Why?", max_new_tokens=8)]
         again = case.owl.chat()
-        assert again.ask("What is this?", images=case.images[:1], max_new_tokens=6).text == first
+        assert again.ask("What is this?", images=case.files[:1], max_new_tokens=6).text == first
         again._cache.clear()
         cold = [chunk.logprob for chunk in again.ask("Why?", max_new_tokens=8)]
         np.testing.assert_allclose(warm, cold, atol=1e-4, rtol=0)
 
-    def test_another_picture_is_not_taken_for_the_first(self, case: Case) -> None:
+    def test_another_image_is_not_taken_for_the_first(self, case: Case) -> None:
         chat = case.owl.chat()
-        _ = chat.ask("q", images=case.images[:1], max_new_tokens=4).text
+        _ = chat.ask("q", images=case.files[:1], max_new_tokens=4).text
         chat.reset()
-        warm = chat.ask("q", images=case.images[1:2], max_new_tokens=4)
-        cold = case.owl.chat().ask("q", images=case.images[1:2], max_new_tokens=4)
+        warm = chat.ask("q", images=case.files[1:2], max_new_tokens=4)
+        cold = case.owl.chat().ask("q", images=case.files[1:2], max_new_tokens=4)
         assert warm.text == cold.text
         assert warm.stats.reused_tokens == 0
 
     def test_an_unread_answer_is_generated_before_the_next_question(self, case: Case) -> None:
         chat = case.owl.chat()
-        unread = chat.ask("What is this?", images=case.images[:1], max_new_tokens=6)
+        unread = chat.ask("What is this?", images=case.files[:1], max_new_tokens=6)
         second = chat.ask("And its colour?", max_new_tokens=6).text
         other, first = self.ask_twice(case)
         assert unread.text == first
@@ -175,7 +175,7 @@ class TestConversation:
     def test_leaving_an_answer_half_read_undoes_the_turn(self, case: Case) -> None:
         chat, _ = self.ask_twice(case)
         before = chat.messages
-        for chunk in chat.ask("And then?", images=case.images[1:3], max_new_tokens=50):
+        for chunk in chat.ask("And then?", images=case.files[1:3], max_new_tokens=50):
             if chunk.text:
                 break
         assert chat.messages == before
@@ -185,8 +185,8 @@ class TestConversation:
     def test_a_refused_question_changes_nothing(self, case: Case) -> None:
         chat, _ = self.ask_twice(case)
         before = chat.messages
-        with pytest.raises(PromptError, match=r"has 2 <\|image\|> placeholders, but 1 picture given"):
-            chat.ask("<|image|> or <|image|>?", images=case.images[:1])
+        with pytest.raises(PromptError, match=r"has 2 <\|image\|> placeholders, but 1 image given"):
+            chat.ask("<|image|> or <|image|>?", images=case.files[:1])
         with pytest.raises(ContextOverflowError, match=f"the context holds {case.owl.context} positions"):
             chat.ask("word " * 3000)
         assert chat.messages == before
@@ -283,14 +283,14 @@ class TestConversation:
         self, case: Case, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def logprobs() -> list[float]:
-            answer = case.owl.chat().ask("What is this?", images=case.images[:2], max_new_tokens=6)
+            answer = case.owl.chat().ask("What is this?", images=case.files[:2], max_new_tokens=6)
             return [chunk.logprob for chunk in answer]
 
         whole = logprobs()
         monkeypatch.setattr("owl2.runtime.generate.PREFILL_BLOCK", 5)
         np.testing.assert_allclose(logprobs(), whole, atol=1e-4, rtol=0)
 
-    def test_a_placeholder_that_the_model_wrote_stands_for_no_picture(self, case: Case) -> None:
+    def test_a_placeholder_that_the_model_wrote_stands_for_no_image(self, case: Case) -> None:
         chat, _ = self.ask_twice(case)
         answer = chat.ask("Why?", max_new_tokens=2)
         assert answer._finish is not None
@@ -298,8 +298,8 @@ class TestConversation:
         assert case.owl.chat().messages == ()
         assert chat._messages[-1].text == "It is <image>."
 
-    def test_preparing_pictures_counts_as_time_to_the_first_token(self, case: Case) -> None:
-        answer = case.owl.chat().ask("What?", images=case.images[:3], max_new_tokens=1)
+    def test_preparing_images_counts_as_time_to_the_first_token(self, case: Case) -> None:
+        answer = case.owl.chat().ask("What?", images=case.files[:3], max_new_tokens=1)
         _ = answer.text
         stats = answer.stats
         assert stats.preprocess_seconds > 0
@@ -307,11 +307,11 @@ class TestConversation:
 
     def test_an_unknown_mode_is_refused(self, case: Case) -> None:
         with pytest.raises(ConfigError, match="preprocess 'stretch' is not known; use resize, pad, crop"):
-            case.owl.chat().ask("What?", images=case.images[:1], preprocess="stretch")
+            case.owl.chat().ask("What?", images=case.files[:1], preprocess="stretch")
 
     def test_kv_buffers_are_written_in_place_and_grow(self, case: Case) -> None:
         chat = case.owl.chat()
-        _ = chat.ask("q", images=case.images[:1], max_new_tokens=4).text
+        _ = chat.ask("q", images=case.files[:1], max_new_tokens=4).text
         before = chat._cache._buffers
         _ = chat.ask("r", max_new_tokens=4).text
         assert chat._cache._buffers is before
@@ -323,7 +323,7 @@ class TestConversation:
 
 
 def test_streamed_pieces_make_the_whole_text(case: Case) -> None:
-    answer = case.owl.generate(case.prompts["image"], images=case.pictures["image"], max_new_tokens=20)
+    answer = case.owl.generate(case.prompts["image"], images=case.images["image"], max_new_tokens=20)
     pieces = [chunk.text for chunk in answer]
     assert len(pieces) == 20
     assert "".join(pieces) == answer.text
@@ -348,7 +348,7 @@ def test_a_context_can_be_chosen(case: Case) -> None:
     assert answer.stats.prompt_tokens + answer.stats.generated_tokens - 1 == 40
     with pytest.raises(ContextOverflowError) as caught:
         owl.generate("USER: " + "word " * 50)
-    assert caught.value.limit == 40
+    assert caught.value.context == 40
 
 
 def test_keys_of_stretched_positions_are_not_reused(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from owl2.runtime.engine import Floats, Ints, KvBuffers
 from owl2.runtime.errors import BackendError, BundleError, CheckpointError
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
 from owl2.runtime.generate import Model
-from owl2.runtime.pictures import PictureEncoder
+from owl2.runtime.images import ImageEncoder
 
 # Layers are kept in memory if all of them in float32 take at most this share of the machine's; otherwise each
 # step reads them from the mapped checkpoint again, which is slow but needs the memory of one.
@@ -110,7 +110,7 @@ def open_checkpoint(folder: Path) -> tuple[Model, ModelConfig]:
     engine = TorchEngine(checkpoint)
     table = checkpoint.tensor("model.embed_tokens.weight").numpy()
     decoder = config.decoder
-    model = Model(engine, tokenizer, table, decoder.eos_token_id, PictureEncoder(engine), decoder.steady_limit)
+    model = Model(engine, tokenizer, table, decoder.eos_token_id, ImageEncoder(engine), decoder.steady_limit)
     return model, config
 
 

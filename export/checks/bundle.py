@@ -23,7 +23,7 @@ from owl2.quant.kv import RoundedStream
 from owl2.runtime import spec
 from owl2.runtime.backends.ort.engine import OrtBuffers, OrtOptions, open_decoder
 from owl2.runtime.bundle import Bundle
-from owl2.runtime.engine import Decoder, Floats, Ints, KvBuffers
+from owl2.runtime.engine import DecoderEngine, Floats, Ints, KvBuffers
 from owl2.runtime.evaluation.certificate import Reached
 from owl2.runtime.evaluation.divergence import Divergence, divergence
 from owl2.runtime.families.mplug_owl2.positions import Prompt, embed
@@ -71,8 +71,8 @@ def check_bundle(
 
     Args:
         made: is checked.
-        prompts: without pictures; the measured ones are used.
-        goldens: the probes with their pictures.
+        prompts: without images; the measured ones are used.
+        goldens: the probes with their images.
         probes: their rows before the first layer.
         reporter: is told of each prompt.
 
@@ -98,7 +98,7 @@ def check_bundle(
     return Checks(parity, accuracy, reached, loss)
 
 
-def _probe_logits(session: Decoder, probes: list[Embedded], reporter: Reporter) -> Floats:
+def _probe_logits(session: DecoderEngine, probes: list[Embedded], reporter: Reporter) -> Floats:
     """Logits of all probes, one after the other: [sum of T, V]."""
     made = []
     for embeds, modality in probes:
@@ -108,7 +108,7 @@ def _probe_logits(session: Decoder, probes: list[Embedded], reporter: Reporter) 
 
 
 @contextlib.contextmanager
-def _float_decoder(bundle: Bundle, kv_cache: KvType | None = None) -> Iterator[Decoder]:
+def _float_decoder(bundle: Bundle, kv_cache: KvType | None = None) -> Iterator[DecoderEngine]:
     """The decoder with float32 activations."""
     return_memory()
     with with_float_activations(bundle.decoder_graph(kv_cache)) as variant:
@@ -162,7 +162,7 @@ def _check_kv_int8(made: Made, probes: list[Embedded], kept: FloatLogits, report
     return summary(apart, difference, model, calibrated=made.calibrated)
 
 
-def _open_decoder(bundle: Bundle, kv_cache: KvType | None = None) -> Decoder:
+def _open_decoder(bundle: Bundle, kv_cache: KvType | None = None) -> DecoderEngine:
     """The decoder as the runtime opens it."""
     return_memory()
     return open_decoder(bundle.decoder_graph(kv_cache), bundle.manifest, _options(bundle, kv_cache))
@@ -173,7 +173,7 @@ def _options(bundle: Bundle, kv_cache: KvType | None) -> OrtOptions:
     return OrtOptions(kv_cache=kv_cache, frugal=bundle.manifest.weights.decoder != "int4")
 
 
-def _measure(made: Made, session: Decoder, prompts: Prompts, kept: FloatLogits, reporter: Reporter) -> Accuracy:
+def _measure(made: Made, session: DecoderEngine, prompts: Prompts, kept: FloatLogits, reporter: Reporter) -> Accuracy:
     """Compare the whole bundle, its own vision rows and token table included, with torch on the checkpoint."""
     table = made.bundle.embeddings()
     first, name = prompts.judged
@@ -188,13 +188,13 @@ def _measure(made: Made, session: Decoder, prompts: Prompts, kept: FloatLogits, 
     return Accuracy.of(name, apart)
 
 
-def _full_logits(session: Decoder, embeds: Floats, modality: Ints) -> Floats:
+def _full_logits(session: DecoderEngine, embeds: Floats, modality: Ints) -> Floats:
     """Logits [T, V] of all positions from one prefill."""
     count = len(embeds)
     return session.prefill(embeds, modality, 0, session.allocate(count, None), np.arange(count))
 
 
-def _stepwise_logits(session: Decoder, embeds: Floats, modality: Ints, buffers: KvBuffers) -> Floats:
+def _stepwise_logits(session: DecoderEngine, embeds: Floats, modality: Ints, buffers: KvBuffers) -> Floats:
     """Logits [T, V]: most positions in one prefill, the last ones step by step from the KV cache."""
     count = len(embeds)
     text_tail = count - 1 - int(np.flatnonzero(modality)[-1]) if modality.any() else count - 1

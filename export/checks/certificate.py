@@ -13,7 +13,7 @@ from owl2.quant.calibration.samples import probe_samples
 from owl2.runtime import spec
 from owl2.runtime.backends.ort.engine import OrtOptions, open_session
 from owl2.runtime.bundle import Bundle, WeightFormat
-from owl2.runtime.engine import Decoder, Floats
+from owl2.runtime.engine import DecoderEngine, Floats
 from owl2.runtime.evaluation.certificate import (
     Golden,
     Reached,
@@ -51,7 +51,7 @@ def limit(kl: float, weights: WeightFormat) -> float:
 
 
 def make_goldens(
-    bundle: Bundle, probes: Sequence[Prompt], session: Decoder, rows: Mapping[str, Floats], reporter: Reporter
+    bundle: Bundle, probes: Sequence[Prompt], session: DecoderEngine, rows: Mapping[str, Floats], reporter: Reporter
 ) -> list[Golden]:
     """Write the golden prompts with the logits of the bundle's own graphs, activations in float32.
 
@@ -88,7 +88,7 @@ def make_goldens(
 def certify(
     bundle: Bundle,
     goldens: Sequence[Golden],
-    session: Decoder,
+    session: DecoderEngine,
     probes: Sequence[Prompt],
     rows: Mapping[str, Floats],
 ) -> tuple[Reached, ...]:
@@ -99,7 +99,7 @@ def certify(
         goldens: what :func:`make_goldens` returned.
         session: the decoder as the runtime opens it.
         probes: the goldens' prompts.
-        rows: of their pictures, from the vision graph as it runs.
+        rows: of their images, from the vision graph as it runs.
     """
     reached = []
     for golden, prompt in zip(goldens, probes, strict=True):
@@ -111,11 +111,11 @@ def certify(
 
 
 def float_rows(bundle: Bundle, probes: Sequence[Prompt]) -> dict[str, Floats]:
-    """Decoder rows of the probes' pictures by digest, from the vision graph with activations in float32."""
+    """Decoder rows of the probes' images by digest, from the vision graph with activations in float32."""
     rows: dict[str, Floats] = {}
     with with_float_activations(bundle.path(spec.VISION_GRAPH)) as variant:
         session = open_session(variant, OrtOptions(frugal=True))
         for prompt in probes:
-            for digest, picture in prompt.pictures.items():
-                rows[digest] = run_vision(session, picture)
+            for digest, image in prompt.images.items():
+                rows[digest] = run_vision(session, image)
     return rows

@@ -32,7 +32,7 @@ class Part:
         name: as in the checkpoint.
         modules: the linear layers.
         effect: RMS change of the image rows when only these are int8, over the rows' RMS.
-        work: multiply-adds for one picture.
+        work: multiply-adds for one image.
     """
 
     name: str
@@ -48,7 +48,7 @@ def measure_parts(tower: VisionModel, abstractor: VisualAbstractor, pixels: Tens
     Args:
         tower: on the checkpoint's weights.
         abstractor: likewise.
-        pixels: [N, 3, R, R], pictures to measure with; the time grows with half the tower per layer.
+        pixels: [N, 3, R, R], images to measure with; the time grows with half the tower per layer.
     """
     states = tower.hidden_states(pixels)
     patches = _finish(tower, states[-1])
@@ -106,7 +106,7 @@ def _int8(modules: Sequence[nn.Linear]) -> Iterator[list[int]]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], __: Tensor) -> Tensor:
             x = inputs[0]
             counted.append(x.numel() * len(weight))
-            return F.linear(torch.stack([_quantized(picture) for picture in x]), weight, module.bias)
+            return F.linear(torch.stack([_quantized(image) for image in x]), weight, module.bias)
 
         return module.register_forward_hook(hook)
 

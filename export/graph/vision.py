@@ -55,7 +55,7 @@ class VisionGraph:
         return self.graph.op("LayerNormalization", x, weight, bias, axis=-1, epsilon=norm.eps)
 
     def _batched(self, rows: Tensor, name: str) -> str:
-        """One copy of constant rows [1, S, C] per picture: -> [N, S, C]."""
+        """One copy of constant rows [1, S, C] per image: -> [N, S, C]."""
         batch = self.graph.op("Shape", spec.PIXELS, start=0, end=1)
         shape = self.graph.node("Concat", [batch, self.graph.indices(*rows.shape[1:])], axis=0)[0]
         return self.graph.op("Expand", self._constant(name, rows), shape)

@@ -3,7 +3,7 @@
 Beside the unfinished files of the bundle lies a folder with::
 
     journal.json     what is finished, and the SHA-256 of everything that it relies on
-    vision.rows      the rows of all pictures
+    vision.rows      the rows of all images
     layer-K.graph    nodes of the decoder graph after K layers; its weights lie in decoder.onnx.data
     layer-K.rows     hidden rows of all prompts behind K layers, and what else the layers to come depend on
 
@@ -290,11 +290,11 @@ def resume_key(config: ExportConfig, checkpoint: Checkpoint, prompts: Prompts) -
 
 
 def journal_size(prompts: Prompts, model: ModelConfig) -> int:
-    """Most bytes that the journal takes at a time: the rows behind two layers and those of the pictures."""
+    """Most bytes that the journal takes at a time: the rows behind two layers and those of the images."""
     measured = sum(len(prompt.keys) for prompt in prompts.measured)
     calibration = sum(len(prompt.keys) for prompt in prompts.calibration)
-    pictures = 2 * len(prompts.pictures) * model.rows_per_image
-    return 4 * model.decoder.hidden_size * (4 * (measured + calibration) + pictures)
+    images = 2 * len(prompts.images) * model.rows_per_image
+    return 4 * model.decoder.hidden_size * (4 * (measured + calibration) + images)
 
 
 def _differences(old: Mapping[str, str], new: Mapping[str, str]) -> str:

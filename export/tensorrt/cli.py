@@ -13,16 +13,16 @@ import click
 
 from owl2.runtime.cli.console import duration, reports_errors, size
 from owl2.runtime.config import resolve_context
-from owl2.runtime.fit.devices import Device, EngineKind
-from owl2.runtime.fit.footprint import Case, Settings, Stored, building
-from owl2.runtime.fit.footprint import Target as MemoryTarget
-from owl2.runtime.fit.machine import Found, host_memory
+from owl2.runtime.fit.footprint import BundleSizes, MemoryBudget, Scenario, Settings, building
+from owl2.runtime.fit.machine import DetectedDevice, host_memory
+from owl2.runtime.fit.products import Product
+from owl2.runtime.placement import EngineKind
 from owl2.runtime.spec import DialectName
 
 if TYPE_CHECKING:
     from owl2.export.job.progress import Reporter
     from owl2.export.tensorrt.folder import EngineReport
-    from owl2.export.tensorrt.target import Target
+    from owl2.export.tensorrt.target import BuildTarget
     from owl2.runtime.bundle import Bundle, Manifest
 
 PREFILL = 256
@@ -38,10 +38,10 @@ class Request:
     gpu: str | None
     context: int | None = None
     prefill: int | None = None
-    pictures: int = 1
+    images: int = 1
     workspace: int | None = None
 
-    def target(self, dialect: DialectName, weights: str) -> Target:
+    def target(self, dialect: DialectName, weights: str) -> BuildTarget:
         """What to build with and for.
 
         Raises:
@@ -82,7 +82,7 @@ def limit_options(command: Callable[..., None]) -> Callable[..., None]:
             "--workspace", type=click.IntRange(min=1), metavar="MIB", help="Most scratch memory on the GPU; all of it."
         ),
         click.option(
-            "--pictures", type=int, default=1, show_default=True, help="Pictures that the engine encodes at a time."
+            "--images", type=int, default=1, show_default=True, help="Images that the engine encodes at a time."
         ),
         click.option(
             "--prefill",
@@ -119,7 +119,7 @@ def engine(
     gpu: str | None,
     context: int | None,
     prefill: int | None,
-    pictures: int,
+    images: int,
     workspace: int | None,
     as_json: bool,
 ) -> None:
@@ -141,7 +141,7 @@ def engine(
 
     with ExitStack() as stack:
         reporter: Reporter = Notes() if as_json else stack.enter_context(Terminal())
-        request = Request(kind, gpu, context, prefill, pictures, workspace)
+        request = Request(kind, gpu, context, prefill, images, workspace)
         report = build(Bundle.open(bundle, onnxruntime=False), request, reporter)
     if as_json:
         click.echo(json.dumps(report.to_json(), indent=2))
@@ -161,17 +161,17 @@ def build(bundle: Bundle, request: Request, reporter: Reporter) -> EngineReport:
     target = request.target(bundle.manifest.dialect, bundle.manifest.weights.decoder)
     context = resolve_context(bundle.manifest.model.decoder, request.context)
     prefill = min(PREFILL, context) if request.prefill is None else request.prefill
-    limits = Limits(context, prefill, request.pictures)
+    limits = Limits(context, prefill, request.images)
     reporter.note(memory_note(bundle.manifest, target.device))
     workspace = None if request.workspace is None else request.workspace * MIB
     return build_engines(bundle, target, limits, workspace, reporter)
 
 
-def memory_note(manifest: Manifest, device: Device) -> str:
+def memory_note(manifest: Manifest, device: Product) -> str:
     """What building takes of the CPU's memory, an estimate, and what is there."""
-    found, host = Found(device, device.memory), host_memory()
-    settings = Settings(manifest.model.decoder.max_position_embeddings, manifest.activations, pictures=1)
-    needs = building(Case(Stored.of(manifest), MemoryTarget.of_machine(found, host), settings))
+    found, host = DetectedDevice(device, device.memory), host_memory()
+    settings = Settings(manifest.model.decoder.max_position_embeddings, manifest.activations, images=1)
+    needs = building(Scenario(BundleSizes.of(manifest), MemoryBudget.of_machine(found, host), settings))
     if needs is None:
         return "how much memory building takes is not known"
     there = "" if needs.available is None else f", {size(needs.available)} are available"

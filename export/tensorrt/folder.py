@@ -13,7 +13,7 @@ from owl2.export.job.progress import Reporter
 from owl2.export.job.staging import sync, write_json
 from owl2.export.tensorrt.build import Built, Job, build_engine
 from owl2.export.tensorrt.profiles import Limits, decoder_profiles, vision_profile
-from owl2.export.tensorrt.target import Target
+from owl2.export.tensorrt.target import BuildTarget
 from owl2.runtime import spec
 from owl2.runtime.backends.tensorrt import records
 from owl2.runtime.backends.tensorrt.records import DECODER_ENGINE, VISION_ENGINE, EngineRecord, folder_name
@@ -48,7 +48,7 @@ class EngineReport:
 
 
 def build_engines(
-    bundle: Bundle, target: Target, limits: Limits, workspace: int | None, reporter: Reporter
+    bundle: Bundle, target: BuildTarget, limits: Limits, workspace: int | None, reporter: Reporter
 ) -> EngineReport:
     """Build both engines; they appear together, or not at all, and take the place of those for the same GPU.
 
@@ -80,7 +80,7 @@ def build_engines(
     return EngineReport(folder, record, built)
 
 
-def _record(manifest: Manifest, target: Target, limits: Limits, work: Path) -> EngineRecord:
+def _record(manifest: Manifest, target: BuildTarget, limits: Limits, work: Path) -> EngineRecord:
     names = [name for sources in SOURCES.values() for name in sources]
     return EngineRecord(
         format=records.FORMAT,
@@ -91,7 +91,7 @@ def _record(manifest: Manifest, target: Target, limits: Limits, work: Path) -> E
         driver=target.driver,
         context=limits.context,
         prefill=limits.prefill,
-        pictures=limits.pictures,
+        images=limits.images,
         source={name: manifest.files[name].sha256 for name in names},
         files={name: FileEntry((work / name).stat().st_size, hash_file(work / name)) for name in SOURCES},
     )

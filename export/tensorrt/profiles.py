@@ -23,7 +23,7 @@ class Limits:
     Attributes:
         context: positions of a conversation.
         prefill: new positions of one step; longer prompts take several.
-        pictures: encoded at a time.
+        images: encoded at a time.
 
     Raises:
         ConfigError: a value that is not positive, or a step longer than the context.
@@ -31,10 +31,10 @@ class Limits:
 
     context: int
     prefill: int
-    pictures: int
+    images: int
 
     def __post_init__(self) -> None:
-        for name in ("context", "prefill", "pictures"):
+        for name in ("context", "prefill", "images"):
             require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
         require(
             self.prefill <= self.context,
@@ -84,7 +84,7 @@ def _inputs(model: ModelConfig, *, tokens: Three, cached: Three, image: Three, l
 
 
 def vision_profile(model: ModelConfig, limits: Limits) -> Profile:
-    """Shapes of the vision graph: pictures are square."""
+    """Shapes of the vision graph: images are square."""
     size = model.vision.image_size
-    least, most = (1, 3, size, size), (limits.pictures, 3, size, size)
+    least, most = (1, 3, size, size), (limits.images, 3, size, size)
     return {spec.PIXELS: (least, least, most)}

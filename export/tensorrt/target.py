@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from owl2.runtime.errors import BackendUnavailableError, ConfigError
-from owl2.runtime.fit.devices import DEVICES, Device, EngineKind, find_device
 from owl2.runtime.fit.machine import driver_version, this_gpu
+from owl2.runtime.fit.products import PRODUCTS, Product, find_product
+from owl2.runtime.placement import EngineKind
 from owl2.runtime.spec import DialectName
 
 MODULES: dict[EngineKind, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -20,7 +21,7 @@ BRINGS = {
 
 
 @dataclass(frozen=True)
-class Target:
+class BuildTarget:
     """What to build with and for.
 
     Attributes:
@@ -34,13 +35,13 @@ class Target:
 
     kind: EngineKind
     module: ModuleType
-    device: Device
+    device: Product
     compute: int
     here: bool
     driver: str | None
 
 
-def choose(kind: EngineKind, device: Device, dialect: DialectName, weights: str, *, here: bool) -> Target:
+def choose(kind: EngineKind, device: Product, dialect: DialectName, weights: str, *, here: bool) -> BuildTarget:
     """Check that engines of a bundle can be built for ``device``, and import what builds them.
 
     Args:
@@ -61,7 +62,7 @@ def choose(kind: EngineKind, device: Device, dialect: DialectName, weights: str,
             f"{device.product} (SM{device.compute}) has no TensorRT engines with int4 weights: these need compute "
             "capability 8.0 (Ampere) or newer; export with --weights fp16, or run a bundle of the dialect ort there"
         )
-    return Target(kind, load_module(kind), device, device.compute, here, driver_version() if here else None)
+    return BuildTarget(kind, load_module(kind), device, device.compute, here, driver_version() if here else None)
 
 
 def check_dialect(dialect: DialectName) -> None:
@@ -77,7 +78,7 @@ def check_dialect(dialect: DialectName) -> None:
         )
 
 
-def check_device(kind: EngineKind, device: Device, *, here: bool) -> None:
+def check_device(kind: EngineKind, device: Product, *, here: bool) -> None:
     """Refuse a GPU that cannot run engines of this kind, or for which they must be built elsewhere.
 
     Raises:
@@ -113,7 +114,7 @@ def load_module(kind: EngineKind) -> ModuleType:
         raise BackendUnavailableError(f"{name} is installed but does not load: {error}") from error
 
 
-def find_gpu(name: str | None) -> tuple[Device, bool]:
+def find_gpu(name: str | None) -> tuple[Product, bool]:
     """The GPU of this name (``sm86`` for the first of that compute capability), and whether it is that of this machine.
 
     Raises:
@@ -130,18 +131,18 @@ def find_gpu(name: str | None) -> tuple[Device, bool]:
         return found.device, True
     name = name.lower()
     if name.startswith("sm"):
-        of_that = next((device for device in DEVICES.values() if f"sm{device.compute}" == name), None)
+        of_that = next((device for device in PRODUCTS.values() if f"sm{device.compute}" == name), None)
         if of_that is None:
-            known = sorted({f"sm{device.compute}" for device in DEVICES.values()}, key=lambda sm: int(sm[2:]))
+            known = sorted({f"sm{device.compute}" for device in PRODUCTS.values()}, key=lambda sm: int(sm[2:]))
             raise ConfigError(f"gpu {name!r} is not known; known: {', '.join(known)}")
         return of_that, False
-    return find_device(name), False
+    return find_product(name), False
 
 
 def table() -> str:
     """All GPUs with what they can have, for people."""
     rows = [("name", "SM", "memory", "engines", "int4")]
-    for device in DEVICES.values():
+    for device in PRODUCTS.values():
         engines = ", ".join(device.engines) or "none"
         int4 = "yes" if device.int4_engines else "no"
         rows.append((device.name, str(device.compute), f"{device.memory >> 30} GiB", engines, int4))

@@ -1,4 +1,4 @@
-"""The built-in calibration set: pictures drawn here and conversations about them, and plain conversations.
+"""The built-in calibration set: images drawn here and conversations about them, and plain conversations.
 
 It is a stand-in for data of the user's own domain: enough that every branch of the decoder sees rows of its
 modality, not enough to represent photographs. Everything is drawn or written by this project and depends on
@@ -19,7 +19,7 @@ from owl2.runtime.config import IMAGE_TOKEN
 from owl2.runtime.families.mplug_owl2.template import Message, render
 
 SIDE = 224
-PICTURES = 72
+IMAGES = 72
 QUESTIONS = (
     "Describe the image.",
     "What is in the picture?",
@@ -43,15 +43,15 @@ COLOURS = {
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """A picture and what one would say about it."""
+    """An image and what one would say about it."""
 
     image: Image.Image
     caption: str
     details: tuple[tuple[str, str], ...]
 
 
-def picture_conversation(drawing: Drawing, rng: random.Random) -> str:
-    """A conversation about one picture in the official template, answers included."""
+def image_conversation(drawing: Drawing, rng: random.Random) -> str:
+    """A conversation about one image in the official template, answers included."""
     caption = (rng.choice(QUESTIONS), drawing.caption)
     turns = [caption, *drawing.details] if rng.random() < 0.7 else [*drawing.details, caption]
     messages = []
@@ -62,14 +62,14 @@ def picture_conversation(drawing: Drawing, rng: random.Random) -> str:
 
 
 def text_conversations() -> list[str]:
-    """Conversations without pictures in the official template, from ``texts.txt``: question, tab, answer."""
+    """Conversations without images in the official template, from ``texts.txt``: question, tab, answer."""
     lines = files("owl2.quant.calibration").joinpath("texts.txt").read_text(encoding="utf-8").splitlines()
     pairs = [line.split("\t") for line in lines if line]
     return [render([Message("USER", asked), Message("ASSISTANT", told)]) for asked, told in pairs]
 
 
 def drawings(count: int, seed: int) -> list[Drawing]:
-    """``count`` different pictures; the same ones for the same seed."""
+    """``count`` different images; the same ones for the same seed."""
     rng = random.Random(f"drawings {seed}")
     kinds = (_shapes, _shapes, _landscape, _stripes, _gradient, _texture, _chart)
     return [kinds[i % len(kinds)](rng) for i in range(count)]

@@ -1,6 +1,6 @@
-"""Calibration data: which prompts and pictures the quantizer looks at.
+"""Calibration data: which prompts and images the quantizer looks at.
 
-Three sources: a folder of pictures (optionally each with a text beside it), a JSONL file of conversations in
+Three sources: a folder of images (optionally each with a text beside it), a JSONL file of conversations in
 the fine-tuning format of mPLUG-Owl2, or the built-in set.
 """
 
@@ -19,7 +19,7 @@ from owl2.runtime.errors import CalibrationError, ConfigError, ImageError
 from owl2.runtime.families.mplug_owl2.template import Message, Role, check_placeholders, render, with_images
 from owl2.runtime.preprocess import ImageInput, load_image
 
-PICTURE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".jp2", ".png", ".ppm", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".jp2", ".png", ".ppm", ".tif", ".tiff", ".webp")
 ROLES: dict[str, Role] = {"human": "USER", "user": "USER", "gpt": "ASSISTANT", "assistant": "ASSISTANT"}
 LISTED_PROBLEMS = 10
 BUILT_IN = "built-in"
@@ -30,7 +30,7 @@ class Sample:
     """One calibration prompt.
 
     Attributes:
-        prompt: rendered text with one ``<|image|>`` per picture.
+        prompt: rendered text with one ``<|image|>`` per image.
         images: paths or PIL images.
     """
 
@@ -53,19 +53,19 @@ class CalibrationSet:
     notes: tuple[str, ...] = field(default=())
 
     @property
-    def pictures(self) -> int:
-        """How many pictures the samples hold."""
+    def images(self) -> int:
+        """How many images the samples hold."""
         return sum(len(sample.images) for sample in self.samples)
 
 
-def load_calibration(path: Path | None, limit: int, *, need_pictures: bool = True) -> CalibrationSet:
+def load_calibration(path: Path | None, limit: int, *, need_images: bool = True) -> CalibrationSet:
     """Read at most ``limit`` samples, spread evenly over the source; None gives the built-in set.
 
-    Only the pictures of the chosen samples are opened.
+    Only the images of the chosen samples are opened.
 
     Raises:
-        CalibrationError: the path is missing, empty or unreadable, lines are malformed or pictures unusable (all of
-            them are named), or no sample has a picture though ``need_pictures``.
+        CalibrationError: the path is missing, empty or unreadable, lines are malformed or images unusable (all of
+            them are named), or no sample has an image though ``need_images``.
         ConfigError: the limit is not positive.
     """
     if limit < 1:
@@ -78,39 +78,39 @@ def load_calibration(path: Path | None, limit: int, *, need_pictures: bool = Tru
         whole = _from_jsonl(path)
     else:
         raise CalibrationError(
-            f"{path} does not exist; give a folder of pictures or a JSONL file of conversations, or leave the "
+            f"{path} does not exist; give a folder of images or a JSONL file of conversations, or leave the "
             "option out for the built-in set"
         )
-    if need_pictures and whole.pictures == 0:
+    if need_images and whole.images == 0:
         raise CalibrationError(
-            f"{whole.source}: none of its {len(whole.samples)} samples has a picture. This model has keys, values and "
-            "norms of their own for image rows; without pictures these would be rounded blindly. Add conversations "
-            "with pictures, or use a folder of pictures"
+            f"{whole.source}: none of its {len(whole.samples)} samples has an image. This model has keys, values and "
+            "norms of their own for image rows; without images these would be rounded blindly. Add conversations "
+            "with images, or use a folder of images"
         )
     result = CalibrationSet(whole.source, _evenly(whole.samples, limit), whole.notes)
     if path is not None:
-        _check_pictures(path, [image for sample in result.samples for image in sample.images])
+        _check_images(path, [image for sample in result.samples for image in sample.images])
     return result
 
 
 def builtin_set() -> CalibrationSet:
-    """Drawn pictures and short conversations that ship with the project."""
+    """Drawn images and short conversations that ship with the project."""
     rng = random.Random("built-in calibration")
     samples = [
-        Sample(builtin.picture_conversation(drawing, rng), (drawing.image,))
-        for drawing in builtin.drawings(builtin.PICTURES, 0)
+        Sample(builtin.image_conversation(drawing, rng), (drawing.image,))
+        for drawing in builtin.drawings(builtin.IMAGES, 0)
     ]
     samples += [Sample(text) for text in builtin.text_conversations()]
     rng.shuffle(samples)
     note = (
-        "the built-in calibration set was used: drawn pictures and short texts, no photographs; "
+        "the built-in calibration set was used: drawn images and short texts, no photographs; "
         "data of your own domain usually gives a better model (--calibration)"
     )
     return CalibrationSet(BUILT_IN, tuple(samples), (note,))
 
 
 def probe_samples() -> tuple[Sample, ...]:
-    """Prompts on which every exported graph is compared with torch: no picture, one, several, in the middle."""
+    """Prompts on which every exported graph is compared with torch: no image, one, several, in the middle."""
     one, two, three = (drawing.image for drawing in builtin.drawings(3, 1))
     return (
         Sample("USER: What is the capital of France? ASSISTANT: The capital of France is Paris.</s>"),
@@ -122,21 +122,21 @@ def probe_samples() -> tuple[Sample, ...]:
 
 
 def _evenly(samples: Sequence[Sample], limit: int) -> tuple[Sample, ...]:
-    """At most ``limit`` samples from the whole length; one with a picture among them if there is any."""
+    """At most ``limit`` samples from the whole length; one with an image among them if there is any."""
     if len(samples) <= limit:
         return tuple(samples)
     chosen = [samples[i * len(samples) // limit] for i in range(limit)]
-    pictured = next((sample for sample in samples if sample.images), None)
-    if pictured is not None and not any(sample.images for sample in chosen):
-        chosen[0] = pictured
+    imaged = next((sample for sample in samples if sample.images), None)
+    if imaged is not None and not any(sample.images for sample in chosen):
+        chosen[0] = imaged
     return tuple(chosen)
 
 
 def _from_folder(folder: Path) -> CalibrationSet:
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES and p.is_file())
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
     if not paths:
         raise CalibrationError(
-            f"{folder} holds no pictures; expected files ending in {', '.join(PICTURE_SUFFIXES)}, "
+            f"{folder} holds no images; expected files ending in {', '.join(IMAGE_SUFFIXES)}, "
             "each optionally with a text of the same name ending in .txt"
         )
     samples, without = [], 0
@@ -148,15 +148,13 @@ def _from_folder(folder: Path) -> CalibrationSet:
         samples.append(Sample(render([question, Message("ASSISTANT", answer or None)]), (path,)))
     if not without:
         return CalibrationSet(folder.name, tuple(samples))
-    # Pictures alone leave the text branch with a handful of questions.
+    # Images alone leave the text branch with a handful of questions.
     texts = [Sample(text) for text in builtin.text_conversations()]
-    note = (
-        f"{without} of {len(paths)} pictures have no text beside them; {len(texts)} built-in conversations were added"
-    )
+    note = f"{without} of {len(paths)} images have no text beside them; {len(texts)} built-in conversations were added"
     return CalibrationSet(folder.name, tuple(samples + texts), (note,))
 
 
-def _check_pictures(source: Path, images: Sequence[ImageInput]) -> None:
+def _check_images(source: Path, images: Sequence[ImageInput]) -> None:
     problems = []
     for image in images:
         try:
@@ -200,7 +198,7 @@ def _from_jsonl(path: Path) -> CalibrationSet:
 def _sample(record: Any, folder: Path) -> Sample:  # noqa: ANN401 - any JSON value
     """One line: ``{"image": "a.png" or [...], "conversations": [{"from": "human", "value": "..."}, ...]}``."""
     if not isinstance(record, Mapping) or not isinstance(record.get("conversations"), list):
-        raise ValueError('expected an object with "conversations" and, where there are pictures, "image"')
+        raise ValueError('expected an object with "conversations" and, where there are images, "image"')
     named = record.get("image") or []
     names = [named] if isinstance(named, str) else named
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):

@@ -8,14 +8,13 @@ from pathlib import Path
 
 from owl2.runtime.backends.ort.installation import needs_onnxruntime
 from owl2.runtime.backends.tensorrt.context import import_tensorrt
-from owl2.runtime.backends.tensorrt.cuda import open_device
+from owl2.runtime.backends.tensorrt.cuda import open_gpu
 from owl2.runtime.backends.tensorrt.engine import TensorRtEngine, TensorRtOptions
 from owl2.runtime.backends.tensorrt.records import find_record
 from owl2.runtime.bundle import Bundle, Manifest
 from owl2.runtime.config import DecoderConfig, require, resolve_context
 from owl2.runtime.engine import Engine
-from owl2.runtime.fit.devices import EngineKind
-from owl2.runtime.placement import Placement
+from owl2.runtime.placement import EngineKind, Placement
 from owl2.runtime.spec import KvType
 
 
@@ -33,7 +32,7 @@ class Backend:
 
 
 def choose_backend(
-    place: Placement,
+    device: Placement,
     folder: Path,
     manifest: Manifest,
     *,
@@ -44,7 +43,7 @@ def choose_backend(
     """Check that a device can be had and can run a bundle, before anything large is read.
 
     Args:
-        place: ``tensorrt`` runs the engines of a bundle, and so does ``tensorrt-rtx`` if it is of the dialect onnx;
+        device: ``tensorrt`` runs the engines of a bundle, and so does ``tensorrt-rtx`` if it is of the dialect onnx;
             ONNX Runtime does all else.
         folder, manifest: of the bundle, whose files need not have been verified.
         threads, kv_cache, context: as in :meth:`owl2.runtime.Owl2.load`.
@@ -56,26 +55,26 @@ def choose_backend(
         ConfigError: settings that the device or the engines do not have.
     """
     dialect = manifest.dialect
-    if place.kind == "tensorrt" or (place.kind == "tensorrt-rtx" and dialect == "onnx"):
+    if device.kind == "tensorrt" or (device.kind == "tensorrt-rtx" and dialect == "onnx"):
         require(
             dialect == "onnx",
-            f"device {place} runs engines that are built from graphs of the dialect onnx, this bundle has the dialect "
+            f"device {device} runs engines that are built from graphs of the dialect onnx, this bundle has the dialect "
             f"{dialect}; export the checkpoint again with --dialect onnx",
         )
-        require(threads is None, f"threads {threads}: device {place} has none to set; leave them out")
-        return _native(place.kind, place.index, folder, manifest, context)
+        require(threads is None, f"threads {threads}: device {device} has none to set; leave them out")
+        return _native(device.kind, device.index, folder, manifest, context)
     with needs_onnxruntime():
         from owl2.runtime.backends.ort.engine import OrtEngine, OrtOptions, check_dialect
         from owl2.runtime.backends.ort.session import prepare
-    check_dialect(folder, dialect, place)
-    options = OrtOptions(str(place), threads, kv_cache)
-    prepare(place)
+    check_dialect(folder, dialect, device)
+    options = OrtOptions(str(device), threads, kv_cache)
+    prepare(device)
     return Backend(lambda bundle: OrtEngine(bundle, options), onnxruntime=True)
 
 
 def _native(kind: EngineKind, index: int, folder: Path, manifest: Manifest, context: int | None) -> Backend:
     options = TensorRtOptions(kind)
-    device, trt = open_device(index), import_tensorrt(kind)
+    device, trt = open_gpu(index), import_tensorrt(kind)
     record = find_record(folder, manifest, kind, device.name, device.compute_capability, str(trt.__version__))
     _check_context(record.context, context)
     return Backend(lambda bundle: TensorRtEngine(bundle, options, trt, device), onnxruntime=False)

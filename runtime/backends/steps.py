@@ -30,7 +30,7 @@ def row_inputs(modality: Ints, logit_rows: Ints) -> dict[str, Ints]:
     }
 
 
-def standard_inputs(
+def onnx_inputs(
     config: DecoderConfig, modality: Ints, past: int, cached: int, logit_rows: Ints, dtype: DTypeLike
 ) -> dict[str, NDArray[Any]]:
     """Inputs of the dialect onnx for T positions, by name.

@@ -20,14 +20,14 @@ from owl2.runtime.preprocess import load_image
 @click.command()
 @bundle_argument
 @click.argument("question")
-@click.option("--image", "images", type=click.Path(path_type=Path), multiple=True, help="A picture; repeatable.")
+@click.option("--image", "images", type=click.Path(path_type=Path), multiple=True, help="An image; repeatable.")
 @click.option("--json", "as_json", is_flag=True, help="Write text, token counts and timings as JSON.")
 @reports_errors
 @model_options
 def ask(options: Options, bundle: Path, question: str, images: tuple[Path, ...], as_json: bool) -> None:
-    """Ask one question, about pictures or not, and stream the answer.
+    """Ask one question, about images or not, and stream the answer.
 
-    QUESTION is - to read it from stdin. Pictures go before the question, in the given order, unless it says
+    QUESTION is - to read it from stdin. Images go before the question, in the given order, unless it says
     where with one <|image|> for each.
 
     \b
@@ -40,11 +40,11 @@ def ask(options: Options, bundle: Path, question: str, images: tuple[Path, ...],
     """
     text = sys.stdin.read().strip() if question == "-" else question
     # Before the model, which may take long to load.
-    pictures = [load_image(path) for path in images]
+    opened = [load_image(path) for path in images]
     start = time.perf_counter()
     owl = options.load(bundle)
     loaded = time.perf_counter() - start
-    answer = options.ask(owl.chat(), text, pictures)
+    answer = options.ask(owl.chat(), text, opened)
     if as_json:
         click.echo(json.dumps(_record(answer, loaded), indent=2))
     else:

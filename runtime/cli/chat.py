@@ -41,8 +41,8 @@ class Session:
         chat: the conversation.
         options: how answers are generated.
         context: positions it may take.
-        preprocess: how the bundle prepares pictures.
-        pictures: wait for the next question.
+        preprocess: how the bundle prepares images.
+        images: wait for the next question.
         answer: the last finished one.
         done: no more lines are wanted.
         failed: a line could not be carried out.
@@ -52,7 +52,7 @@ class Session:
     options: Options
     context: int
     preprocess: PreprocessConfig
-    pictures: list[Image.Image] = field(default_factory=list)
+    images: list[Image.Image] = field(default_factory=list)
     answer: Answer | None = None
     done: bool = False
     failed: bool = False
@@ -139,21 +139,21 @@ def _obey(session: Session, line: str) -> None:
 
 
 def _ask(session: Session, question: str) -> None:
-    answer = session.options.ask(session.chat, question, session.pictures)
+    answer = session.options.ask(session.chat, question, session.images)
     try:
         stream(answer)
     except KeyboardInterrupt:
         if answer.state == "finished":  # it came too late to stop anything
             _keep(session, answer)
             raise
-        waiting = f"; {_count(session.pictures)} for the next one" if session.pictures else ""
+        waiting = f"; {_count(session.images)} for the next one" if session.images else ""
         notice_interrupt(f"stopped; the conversation is as it was before this question{waiting}")
         return
     _keep(session, answer)
 
 
 def _keep(session: Session, answer: Answer) -> None:
-    session.pictures = []
+    session.images = []
     session.answer = answer
     notice_context(answer, session.context)
     if session.options.stats:
@@ -169,16 +169,16 @@ def _command(session: Session, line: str) -> None:
 
 def _image(session: Session, argument: str) -> None:
     if not argument:
-        raise Owl2Error("/image needs the path of a picture, as in /image ~/cat.jpg")
-    picture = _open(argument)
-    # Now, not with the question: a picture that cannot be used must not stand in the way of later ones.
-    preprocess(picture, session.preprocess, session.options.preprocess)
-    session.pictures.append(picture)
-    notice(f"{_count(session.pictures)} for the next question")
+        raise Owl2Error("/image needs the path of an image, as in /image ~/cat.jpg")
+    image = _open(argument)
+    # Now, not with the question: an image that cannot be used must not stand in the way of later ones.
+    preprocess(image, session.preprocess, session.options.preprocess)
+    session.images.append(image)
+    notice(f"{_count(session.images)} for the next question")
 
 
 def _open(text: str) -> Image.Image:
-    """Read a picture whose path is written as people type or drop it: with ``~``, in quotes, or escaped.
+    """Read an image whose path is written as people type or drop it: with ``~``, in quotes, or escaped.
 
     Raises:
         ImageError: it cannot be read.
@@ -201,9 +201,9 @@ def _expanded(text: str) -> Path:
 
 def _reset(session: Session, _argument: str) -> None:
     session.chat.reset()
-    session.pictures = []
+    session.images = []
     session.answer = None
-    notice("a new conversation; no picture waits")
+    notice("a new conversation; no image waits")
 
 
 def _stats(session: Session, _argument: str) -> None:
@@ -225,8 +225,8 @@ def _quit(session: Session, _argument: str) -> None:
     session.done = True
 
 
-def _count(pictures: list[Image.Image]) -> str:
-    return f"{len(pictures)} picture waits" if len(pictures) == 1 else f"{len(pictures)} pictures wait"
+def _count(images: list[Image.Image]) -> str:
+    return f"{len(images)} image waits" if len(images) == 1 else f"{len(images)} images wait"
 
 
 @dataclass(frozen=True)
@@ -245,8 +245,8 @@ class Command:
 
 
 COMMANDS = {
-    "/image": Command("/image PATH", "show a picture with the next question; repeatable", _image),
-    "/reset": Command("/reset", "forget the conversation and the pictures that wait", _reset),
+    "/image": Command("/image PATH", "show an image with the next question; repeatable", _image),
+    "/reset": Command("/reset", "forget the conversation and the images that wait", _reset),
     "/stats": Command("/stats", "figures of the last answer", _stats),
     "/help": Command("/help", "this list", _help),
     "/quit": Command("/quit", "leave (also Ctrl-D)", _quit),

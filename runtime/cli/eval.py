@@ -116,7 +116,7 @@ def eval_command(  # noqa: PLR0913 - one parameter per option
 ) -> None:
     """Measure a bundle on your own data, alone or against the checkpoint it came from.
 
-    The data has one JSON object per line; its fields say what is measured. Pictures are named relative to the file.
+    The data has one JSON object per line; its fields say what is measured. Images are named relative to the file.
 
     \b
       {"image": "a.jpg", "question": "…", "answers": ["red", …]}         VQA accuracy; exact match for one answer

@@ -156,7 +156,7 @@ def _record(findings: Findings) -> dict[str, Any]:
         "problems": findings.problems,
         "size": manifest.size,
         "context": decoder.max_position_embeddings,
-        "positions_per_picture": manifest.model.rows_per_image,
+        "positions_per_image": manifest.model.rows_per_image,
         "kv_bytes_per_position": default["bytes_per_position"],
         "kv_bytes_full_context": default["bytes_full_context"],
         "kv_cache": caches,
@@ -247,7 +247,7 @@ def _model(manifest: Manifest) -> list[Row]:
             f"{queries.num_hidden_layers} layers, width {queries.hidden_size}, {queries.num_learnable_queries} queries",
         ),
         (
-            "pictures",
+            "images",
             f"{model.preprocess.crop_size} x {model.preprocess.crop_size} pixels, mode "
             f"{model.preprocess.mode}, {model.rows_per_image} positions each",
         ),

@@ -25,7 +25,7 @@ bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
 preprocess_option = click.option(
     "--preprocess",
     type=click.Choice(get_args(PreprocessMode)),
-    help="How pictures become square; the bundle's own mode if not given.",
+    help="How images become square; the bundle's own mode if not given.",
 )
 threads_option = click.option("--threads", type=int, help="Threads of the CPU; ONNX Runtime's choice if not given.")
 context_option = click.option(
@@ -71,7 +71,7 @@ class Options:
 
     Attributes:
         threads, context, device, kv_cache, check_memory: as in :meth:`Owl2.load`.
-        preprocess: how pictures are squared; None for the bundle's own mode.
+        preprocess: how images are squared; None for the bundle's own mode.
         generation: fields of :class:`GenerationConfig`.
         stats: whether figures follow an answer.
     """

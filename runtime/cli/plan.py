@@ -14,16 +14,16 @@ from owl2.runtime.bundle import Manifest, read_manifest
 from owl2.runtime.cli.console import notice, reports_errors, size
 from owl2.runtime.config import require, resolve_context
 from owl2.runtime.errors import BackendUnavailableError
-from owl2.runtime.fit.devices import DEVICES, GIB, Device
-from owl2.runtime.fit.footprint import Building, Case, Ceiling, Settings, Stored, Target
+from owl2.runtime.fit.footprint import Building, BundleSizes, Ceiling, MemoryBudget, Scenario, Settings
 from owl2.runtime.fit.machine import gpus, host_memory, read_bandwidth, this_cpu
 from owl2.runtime.fit.plan import Plan, make_plan
+from owl2.runtime.fit.products import GIB, PRODUCTS, Product
 from owl2.runtime.spec import KvType
 
 THIS, CPU = "this", "cpu"
 Row = tuple[str, str, str]
 
-WAYS = {
+RUNNERS = {
     "onnxruntime-cpu": "ONNX Runtime on the CPU",
     "onnxruntime-cuda": "ONNX Runtime with CUDA",
     "tensorrt": "a TensorRT engine",
@@ -42,7 +42,7 @@ WAYS = {
     type=click.Choice(get_args(KvType)),
     help="Type of keys and values; that of the bundle's activations if not given.",
 )
-@click.option("--pictures", type=int, default=1, show_default=True, help="Pictures in the conversation.")
+@click.option("--images", type=int, default=1, show_default=True, help="Images in the conversation.")
 @click.option("--json", "as_json", is_flag=True, help="Write everything as JSON.")
 @click.option("--list", "listing", is_flag=True, help="Show the devices that are known, and what is found here.")
 @reports_errors
@@ -51,7 +51,7 @@ def plan_command(
     device: str,
     context: int | None,
     kv_cache: KvType | None,
-    pictures: int,
+    images: int,
     *,
     as_json: bool,
     listing: bool,
@@ -69,7 +69,7 @@ def plan_command(
     Examples:
       owl2 plan bundle/
       owl2 plan bundle/ --device orin-nano-8gb
-      owl2 plan bundle/ --device rtx3060 --context 4096 --kv-cache fp16 --pictures 4
+      owl2 plan bundle/ --device rtx3060 --context 4096 --kv-cache fp16 --images 4
       owl2 plan bundle/ --device agx-orin-32gb --json
       owl2 plan --list
     """
@@ -79,30 +79,30 @@ def plan_command(
     if bundle is None:
         raise click.UsageError("give a bundle to plan for, or --list to see the devices")
     manifest = read_manifest(bundle)
-    plan = make_plan(_case(manifest, device, context, kv_cache, pictures))
+    plan = make_plan(_case(manifest, device, context, kv_cache, images))
     click.echo(json.dumps(_record(plan), indent=2) if as_json else _table(bundle, plan))
     if not plan.fits:
         verdict = "cannot run on" if plan.problems else "does not fit"
-        notice(f"error: {bundle} {verdict} {plan.case.target.device.product}")
+        notice(f"error: {bundle} {verdict} {plan.scenario.target.device.product}")
         sys.exit(1)
 
 
-def _case(manifest: Manifest, device: str, context: int | None, kv_cache: KvType | None, pictures: int) -> Case:
-    stored = Stored.of(manifest)
+def _case(manifest: Manifest, device: str, context: int | None, kv_cache: KvType | None, images: int) -> Scenario:
+    stored = BundleSizes.of(manifest)
     positions = resolve_context(manifest.model.decoder, context)
-    return Case(stored, _target(device), Settings(positions, kv_cache or stored.activations, pictures))
+    return Scenario(stored, _target(device), Settings(positions, kv_cache or stored.activations, images))
 
 
-def _target(name: str) -> Target:
+def _target(name: str) -> MemoryBudget:
     """The device of that name, or what this machine has; says which of several GPUs, or that there is none.
 
     Raises:
         ConfigError: no such device.
         BackendUnavailableError: this machine does not tell what it has.
     """
-    if name in DEVICES:
-        return Target.of_table(DEVICES[name])
-    require(name in (THIS, CPU), f"device {name!r} is not known; known: {', '.join((THIS, CPU, *DEVICES))}")
+    if name in PRODUCTS:
+        return MemoryBudget.of_table(PRODUCTS[name])
+    require(name in (THIS, CPU), f"device {name!r} is not known; known: {', '.join((THIS, CPU, *PRODUCTS))}")
     here = gpus() if name == THIS else []
     if len(here) > 1:
         notice(f"{len(here)} GPUs are found; planning for number 0, {here[0].device.product}")
@@ -113,7 +113,7 @@ def _target(name: str) -> Target:
         raise BackendUnavailableError(
             "this system does not tell how much memory it has (no /proc/meminfo); name a device of owl2 plan --list"
         )
-    target = Target.of_machine(found, host_memory())
+    target = MemoryBudget.of_machine(found, host_memory())
     measured = found.device.family == "cpu"
     return replace(target, device=replace(found.device, bandwidth=read_bandwidth())) if measured else target
 
@@ -122,18 +122,18 @@ def _device_records() -> list[dict[str, Any]]:
     here = [found for found in (*gpus(), this_cpu()) if found is not None]
     return [
         *({**_device(found.device), "here": True, "available": found.available} for found in here),
-        *({**_device(device), "here": False} for device in DEVICES.values()),
+        *({**_device(device), "here": False} for device in PRODUCTS.values()),
     ]
 
 
-def _device(device: Device) -> dict[str, Any]:
+def _device(device: Product) -> dict[str, Any]:
     return {**asdict(device), "engines": list(device.engines), "int4_engines": device.int4_engines}
 
 
 def _device_table() -> str:
     rows = [("name", "product", "SM", "memory", "bandwidth", "engines")]
     here = [found.device for found in (*gpus(), this_cpu()) if found is not None]
-    for device in (*here, *DEVICES.values()):
+    for device in (*here, *PRODUCTS.values()):
         sm, speed = device.compute, device.bandwidth
         bandwidth = "" if speed is None else f"{speed / 1e9:.0f} GB/s"
         name = f"{device.name} (here)" if device in here else device.name
@@ -144,14 +144,14 @@ def _device_table() -> str:
 
 
 def _record(plan: Plan) -> dict[str, Any]:
-    target, made, limit = plan.case.target, plan.building, plan.ceiling
+    target, made, limit = plan.scenario.target, plan.building, plan.ceiling
     return {
         "fits": plan.fits,
         "needed": plan.needed,
         "available": target.available,
-        "way": plan.way,
+        "runner": plan.runner,
         "device": _device(target.device),
-        "settings": asdict(plan.case.settings),
+        "settings": asdict(plan.scenario.settings),
         "parts": [{"name": part.name, "size": part.size, "basis": part.basis} for part in plan.parts],
         "problems": list(plan.problems),
         "building": None if made is None else {**asdict(made), "fits": made.fits},
@@ -165,8 +165,8 @@ def _record(plan: Plan) -> dict[str, Any]:
             {
                 "words": change.words,
                 "needed": change.needed,
-                "available": change.case.target.available,
-                "settings": asdict(change.case.settings),
+                "available": change.scenario.target.available,
+                "settings": asdict(change.scenario.settings),
             }
             for change in plan.changes
         ],
@@ -175,12 +175,12 @@ def _record(plan: Plan) -> dict[str, Any]:
 
 
 def _table(folder: Path, plan: Plan) -> str:
-    settings, target = plan.case.settings, plan.case.target
+    settings, target = plan.scenario.settings, plan.scenario.target
     verdict = "fits" if plan.fits else "CANNOT RUN" if plan.problems else "DOES NOT FIT"
     title = [
         f"{folder} on {_named(target.device)}: {verdict}",
-        f"run by {WAYS[plan.way]}, {settings.context} positions, {settings.kv_cache} K/V cache, "
-        f"pictures: {settings.pictures}",
+        f"run by {RUNNERS[plan.runner]}, {settings.context} positions, {settings.kv_cache} K/V cache, "
+        f"images: {settings.images}",
     ]
     sections = [
         ("memory", _memory_rows(plan)),
@@ -192,7 +192,7 @@ def _table(folder: Path, plan: Plan) -> str:
     return "\n\n".join(["\n".join(title), *(_section(name, rows) for name, rows in sections if rows)])
 
 
-def _named(device: Device) -> str:
+def _named(device: Product) -> str:
     return f"{device.product} (SM{device.compute})" if device.compute else device.product
 
 
@@ -204,7 +204,7 @@ def _section(title: str, rows: list[Row]) -> str:
 
 
 def _memory_rows(plan: Plan) -> list[Row]:
-    target, bundle = plan.case.target, plan.case.bundle
+    target, bundle = plan.scenario.target, plan.scenario.bundle
     rows: list[Row] = [(part.name, size(part.size), part.basis) for part in plan.parts]
     decoder = bundle.model.decoder
     table = decoder.vocab_size * decoder.hidden_size * (2 if bundle.weights.embeddings == "fp16" else 4)
@@ -220,7 +220,7 @@ def _memory_rows(plan: Plan) -> list[Row]:
     return [*rows, ("available", size(target.available), basis)]
 
 
-def _building_rows(made: Building, target: Target) -> list[Row]:
+def _building_rows(made: Building, target: MemoryBudget) -> list[Row]:
     rows: list[Row] = [
         ("CPU memory", size(made.needed), "an estimate: 3.9 times the engine, as seen in one build of 7B shapes")
     ]
@@ -246,7 +246,7 @@ def _speed_rows(limit: Ceiling, context: int, *, measured: bool) -> list[Row]:
 
 def _change_rows(plan: Plan) -> list[Row]:
     rows: list[Row] = [
-        (change.words, size(change.needed), f"of {size(change.case.target.available)}") for change in plan.changes
+        (change.words, size(change.needed), f"of {size(change.scenario.target.available)}") for change in plan.changes
     ]
     if not rows:
         rows.append(("", "", "nothing that can be changed makes it fit this device"))

@@ -25,7 +25,7 @@ from owl2.runtime.placement import Placement
 def verify_command(bundle: Path, device: str, threads: int | None, check_memory: bool, as_json: bool) -> None:
     """Check every file's hash, and replay the bundle's golden prompts on this device.
 
-    A bundle holds a few prompts with the logits they must lead to: text, one picture, several. What this device
+    A bundle holds a few prompts with the logits they must lead to: text, one image, several. What this device
     makes of them may differ by no more than the limit in the bundle's report, as KL divergence in nats; the KL that
     the exporting machine reached stands beside it. The exit code is 0 for pass and 1 for FAIL.
 

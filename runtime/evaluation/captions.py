@@ -55,12 +55,12 @@ def cider_d(captions: Sequence[str], references: Sequence[Sequence[str]]) -> lis
 
     Vedantam et al. 2015, "CIDEr: Consensus-based Image Description Evaluation", equations 1 to 4 with the changes
     of section 6: counts clipped to those of the reference, a Gaussian penalty on the difference in length
-    (sigma 6), scaled by 10. The document frequencies are those of ``references``, one document per picture: with a
-    single picture every weight and every score is 0.
+    (sigma 6), scaled by 10. The document frequencies are those of ``references``, one document per image: with a
+    single image every weight and every score is 0.
 
     Args:
-        captions: one per picture.
-        references: what people wrote about each picture.
+        captions: one per image.
+        references: what people wrote about each image.
     """
     wanted = [[_grams(words(text)) for text in texts] for texts in references]
     documents: Counter[Gram] = Counter()

@@ -25,13 +25,13 @@ from owl2.runtime.backends.choose import choose_backend
 from owl2.runtime.backends.tensorrt.records import check_all
 from owl2.runtime.bundle import Bundle, check_files, check_onnxruntime, read_manifest
 from owl2.runtime.config import ModelConfig, from_json, require
-from owl2.runtime.engine import Decoder, Floats, Ints
+from owl2.runtime.engine import DecoderEngine, Floats, Ints
 from owl2.runtime.errors import BundleCorruptError, ConfigError
 from owl2.runtime.evaluation.divergence import row_kl
 from owl2.runtime.families.mplug_owl2.positions import Prompt, embed, encode_prompt
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
 from owl2.runtime.fit import plan
-from owl2.runtime.pictures import PictureEncoder, open_pictures
+from owl2.runtime.images import ImageEncoder, prepare_images
 from owl2.runtime.placement import Placement
 
 POSITIONS = 8
@@ -53,8 +53,8 @@ class Golden:
 
     Attributes:
         name: for people.
-        prompt: raw text with one ``<|image|>`` per picture.
-        ids: its token ids, -200 per picture.
+        prompt: raw text with one ``<|image|>`` per image.
+        ids: its token ids, -200 per image.
         images: uint8 [H, W, 3] each.
         positions: int64 [R], merged positions whose logits are compared.
         logits: float32 [R, V].
@@ -126,12 +126,12 @@ class Verdict:
         return not self.problems and bool(self.replays) and all(replay.passed for replay in self.replays)
 
 
-def verify(folder: Path, place: Placement, threads: int | None = None, *, check_memory: bool = True) -> Verdict:
+def verify(folder: Path, device: Placement, threads: int | None = None, *, check_memory: bool = True) -> Verdict:
     """Check every file of a bundle, all engines among them, and replay its goldens on this device.
 
     Args:
         folder: of the bundle.
-        place: what shall run it.
+        device: what shall run it.
         threads: of the CPU; None lets ONNX Runtime choose.
         check_memory: refuse before anything is read if the weights cannot fit the device's free memory.
 
@@ -144,9 +144,9 @@ def verify(folder: Path, place: Placement, threads: int | None = None, *, check_
     """
     manifest = read_manifest(folder)
     # Before gigabytes are hashed.
-    backend = choose_backend(place, folder, manifest, threads=threads)
+    backend = choose_backend(device, folder, manifest, threads=threads)
     if check_memory:
-        plan.check_memory(manifest, None, manifest.kv_type(None), place)
+        plan.check_memory(manifest, None, manifest.kv_type(None), device)
     if backend.onnxruntime:
         check_onnxruntime(manifest.minimum_onnxruntime)
     problems = [*check_files(folder, manifest), *check_all(folder, manifest)[1]]
@@ -157,7 +157,7 @@ def verify(folder: Path, place: Placement, threads: int | None = None, *, check_
     limits = read_limits(bundle, goldens)
     began = time.perf_counter()
     engine = backend.open(bundle)
-    tokenizer, encoder, table = Tokenizer.load(folder), PictureEncoder(engine), bundle.embeddings()
+    tokenizer, encoder, table = Tokenizer.load(folder), ImageEncoder(engine), bundle.embeddings()
     loaded = time.perf_counter()
     replays = []
     for golden in goldens:
@@ -167,17 +167,17 @@ def verify(folder: Path, place: Placement, threads: int | None = None, *, check_
             problem = "the tokenizer divides the prompt differently than where the bundle was exported"
             replays.append(Replay(golden.name, 0, math.nan, 0.0, entry.limit, entry.kl, problem))
             continue
-        rows, _ = encoder.rows(list(prompt.pictures.values()))
+        rows, _ = encoder.rows(list(prompt.images.values()))
         kl, agreement = distance(golden.logits, run_golden(engine, table, prompt, rows, golden.positions))
         replays.append(Replay(golden.name, len(golden.positions), kl, agreement, entry.limit, entry.kl))
     return Verdict((), tuple(replays), loaded - began, time.perf_counter() - loaded)
 
 
 def golden_prompt(text: str, images: Sequence[NDArray[np.uint8]], model: ModelConfig, tokenizer: Tokenizer) -> Prompt:
-    """A golden's prompt with its pictures, cut where the context ends."""
-    pictures = open_pictures(list(images), model.preprocess, None)
-    prompt = encode_prompt(text, pictures, tokenizer, model.rows_per_image)
-    return Prompt(prompt.keys[: model.decoder.max_position_embeddings], prompt.pictures)
+    """A golden's prompt with its images, cut where the context ends."""
+    prepared = prepare_images(list(images), model.preprocess, None)
+    prompt = encode_prompt(text, prepared, tokenizer, model.rows_per_image)
+    return Prompt(prompt.keys[: model.decoder.max_position_embeddings], prompt.images)
 
 
 def golden_positions(prompt: Prompt) -> Ints:
@@ -187,7 +187,7 @@ def golden_positions(prompt: Prompt) -> Ints:
 
 
 def run_golden(
-    decoder: Decoder,
+    decoder: DecoderEngine,
     table: NDArray[np.floating[Any]],
     prompt: Prompt,
     rows: Mapping[str, Floats],
@@ -199,7 +199,7 @@ def run_golden(
         decoder: runs the graph.
         table: token embeddings [V, C].
         prompt: merged positions.
-        rows: of its pictures, by digest, each [queries + 1, C].
+        rows: of its images, by digest, each [queries + 1, C].
         positions: int64 [R], rising.
     """
     embeds, modality = embed(prompt.keys, table, rows)

@@ -9,8 +9,8 @@
 ``{"text"}``                               the likelihood of plain text
 =========================================  ==================================================================
 
-``"image"`` names a picture or a list of them, beside the file; ``"kind"`` sorts results; ``"id"`` is handed on;
-other fields are ignored. A question may say with ``<|image|>`` where each picture goes.
+``"image"`` names an image or a list of them, beside the file; ``"kind"`` sorts results; ``"id"`` is handed on;
+other fields are ignored. A question may say with ``<|image|>`` where each image goes.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Item:
     Attributes:
         line: its number, from 1.
         task: what is asked.
-        images: paths of its pictures.
+        images: paths of its images.
         kind: a group of results; empty for none.
         id: as given; None where there is none.
     """
@@ -95,10 +95,10 @@ class Item:
 
 
 def read_items(path: Path, limit: int | None = None) -> list[Item]:
-    """Read at most ``limit`` lines, spread evenly over the file; only their pictures are opened.
+    """Read at most ``limit`` lines, spread evenly over the file; only their images are opened.
 
     Raises:
-        DataError: the file cannot be read or is empty; or lines are malformed or pictures unusable: all are named.
+        DataError: the file cannot be read or is empty; or lines are malformed or images unusable: all are named.
         ConfigError: the limit is not positive.
     """
     require(limit is None or limit > 0, f"{limit} items were asked for; at least 1 is needed")
@@ -120,12 +120,12 @@ def read_items(path: Path, limit: int | None = None) -> list[Item]:
     if not items:
         raise DataError(f"{path} holds nothing; give one JSON object per line")
     chosen = items if limit is None or limit >= len(items) else [items[i * len(items) // limit] for i in range(limit)]
-    raise_problems(str(path), picture_problems(chosen))
+    raise_problems(str(path), image_problems(chosen))
     return chosen
 
 
 def parse_line(line: str, number: int, folder: Path) -> Item:
-    """Read one line; ``folder`` is where its pictures lie.
+    """Read one line; ``folder`` is where its images lie.
 
     Raises:
         ValueError: with what is wrong.
@@ -148,14 +148,14 @@ def parse_line(line: str, number: int, folder: Path) -> Item:
     return Item(number, task, tuple(folder / name for name in images), kind, given)
 
 
-def picture_problems(items: Sequence[Item]) -> list[str]:
-    """A sentence for each picture that cannot be used; every file is read once."""
+def image_problems(items: Sequence[Item]) -> list[str]:
+    """A sentence for each image that cannot be used; every file is read once."""
     checked: dict[Path, str] = {}
     problems = []
     for item in items:
         for path in item.images:
             if path not in checked:
-                checked[path] = _picture_problem(path)
+                checked[path] = _image_problem(path)
             if checked[path]:
                 problems.append(f"line {item.line}: {checked[path]}")
     return problems
@@ -182,7 +182,7 @@ def messages(task: Task, answer: str | None) -> tuple[Message, ...]:
             return Message("USER", task.question), Message("ASSISTANT", answer)
 
 
-def _picture_problem(path: Path) -> str:
+def _image_problem(path: Path) -> str:
     try:
         load_image(path)
     except ImageError as error:
@@ -210,11 +210,11 @@ def _reader(record: Record) -> Callable[[Record, int], Task]:
     return _READERS[found[0]]
 
 
-def _question(record: Record, pictures: int) -> Question:
-    return Question(_asked(record, pictures), _texts(record, "answers"))
+def _question(record: Record, images: int) -> Question:
+    return Question(_asked(record, images), _texts(record, "answers"))
 
 
-def _choice(record: Record, pictures: int) -> Choice:
+def _choice(record: Record, images: int) -> Choice:
     choices, answer = _texts(record, "choices"), record.get("answer")
     if len(choices) < 2 or len(set(choices)) < len(choices):
         raise ValueError(f'"choices" must be at least two different texts, got {list(choices)!r}')
@@ -222,23 +222,23 @@ def _choice(record: Record, pictures: int) -> Choice:
         answer = choices.index(answer)
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
         raise ValueError(f'"answer" must be one of the choices or its place from 0, got {answer!r}')
-    return Choice(_asked(record, pictures), choices, answer)
+    return Choice(_asked(record, images), choices, answer)
 
 
-def _caption(record: Record, pictures: int) -> Caption:
-    if pictures == 0:
+def _caption(record: Record, images: int) -> Caption:
+    if images == 0:
         raise ValueError('"captions" needs an "image"')
-    return Caption(_asked(record, pictures, CAPTION_QUESTION), _texts(record, "captions"))
+    return Caption(_asked(record, images, CAPTION_QUESTION), _texts(record, "captions"))
 
 
-def _conversation(record: Record, pictures: int) -> Conversation:
+def _conversation(record: Record, images: int) -> Conversation:
     given = record["conversations"]
     if not isinstance(given, list) or not given:
         raise ValueError(f'"conversations" must be a list of turns, got {given!r}')
     turns = [_message(entry) for entry in given]
     if not any(IMAGE_TOKEN in (turn.text or "") for turn in turns):
-        turns[0] = Message(turns[0].role, with_images(turns[0].text or "", pictures))
-    check_placeholders(render(turns), pictures)
+        turns[0] = Message(turns[0].role, with_images(turns[0].text or "", images))
+    check_placeholders(render(turns), images)
     if not any(turn.role == "ASSISTANT" and turn.text for turn in turns):
         raise ValueError('"conversations" has no turn from "gpt" with a text to measure')
     return Conversation(tuple(turns))
@@ -252,11 +252,11 @@ def _message(entry: Any) -> Message:  # noqa: ANN401 - any JSON value
     return Message(role, _valid(text))
 
 
-def _text(record: Record, pictures: int) -> Text:
+def _text(record: Record, images: int) -> Text:
     text = record["text"]
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f'"text" must be text, got {text!r}')
-    if pictures:
+    if images:
         raise ValueError('"text" goes without "image"; use "conversations" for both')
     return Text(_valid(text))
 
@@ -270,11 +270,11 @@ _READERS: dict[str, Callable[[Record, int], Task]] = {
 }
 
 
-def _asked(record: Record, pictures: int, default: str = "") -> str:
+def _asked(record: Record, images: int, default: str = "") -> str:
     question = record.get("question", default)
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f'"question" must be text, got {question!r}')
-    return with_images(_valid(question), pictures)
+    return with_images(_valid(question), images)
 
 
 def _texts(record: Record, name: str) -> tuple[str, ...]:

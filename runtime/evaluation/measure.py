@@ -25,8 +25,8 @@ from owl2.runtime.evaluation.divergence import Divergence, divergence, token_log
 from owl2.runtime.evaluation.subject import Subject, modality_of
 from owl2.runtime.families.mplug_owl2.positions import Prompt
 from owl2.runtime.families.mplug_owl2.template import Message, render
+from owl2.runtime.images import PreparedImage
 from owl2.runtime.kv_cache import Key
-from owl2.runtime.pictures import Picture
 from owl2.runtime.preprocess import load_image
 
 MAX_NEW_TOKENS = 64
@@ -171,38 +171,38 @@ def _measure(subject: Subject, item: Item, reference: Subject | None, max_new_to
     models = [subject] if reference is None else [subject, reference]
     for model in models:
         model.cache.truncate(0)  # an item's figures must not depend on the items before it
-    pictures = [model.open(images) for model in models]
+    prepared = [model.open(images) for model in models]
     outputs: list[Output]
     apart: Divergence | None = None
     if isinstance(item.task, Text):
         outputs, apart = _likelihoods(models, [_windows(model, item.task.text) for model in models], item)
     elif isinstance(item.task, Conversation):
-        outputs, apart = _likelihoods(models, [[_turns(m, item, p)] for m, p in zip(models, pictures)], item)
+        outputs, apart = _likelihoods(models, [[_turns(m, item, p)] for m, p in zip(models, prepared)], item)
     else:
         if reference is not None:
-            _, apart = _likelihoods(models, [[_turns(m, item, p)] for m, p in zip(models, pictures)], item)
-        outputs = [_respond(model, item, given, max_new_tokens) for model, given in zip(models, pictures)]
+            _, apart = _likelihoods(models, [[_turns(m, item, p)] for m, p in zip(models, prepared)], item)
+        outputs = [_respond(model, item, given, max_new_tokens) for model, given in zip(models, prepared)]
     return Measured(item, outputs[0], outputs[1] if reference is not None else None, apart)
 
 
-def _respond(model: Subject, item: Item, pictures: Sequence[Picture], max_new_tokens: int) -> Output:
-    prompt = model.encode(messages(item.task, None), pictures)
+def _respond(model: Subject, item: Item, images: Sequence[PreparedImage], max_new_tokens: int) -> Output:
+    prompt = model.encode(messages(item.task, None), images)
     if isinstance(item.task, Choice):
-        return _rank(model, item.task, prompt, pictures)
+        return _rank(model, item.task, prompt, images)
     return Answered(*model.answer(prompt, max_new_tokens))
 
 
-def _rank(model: Subject, task: Choice, prompt: Prompt, pictures: Sequence[Picture]) -> Ranked:
+def _rank(model: Subject, task: Choice, prompt: Prompt, images: Sequence[PreparedImage]) -> Ranked:
     """Log-probability of each choice after the prompt, which runs once: a choice starts from its cached positions."""
     sums, counts = [], []
     for choice in task.choices:
-        whole = model.encode(messages(task, choice), pictures)
+        whole = model.encode(messages(task, choice), images)
         if whole.keys[-1] == model.model.eos_id:
-            whole = Prompt(whole.keys[:-1], whole.pictures)
+            whole = Prompt(whole.keys[:-1], whole.images)
         start = _shared(prompt.keys, whole.keys)
         ids = _ids(whole.keys[start:])
         # The last token predicts nothing; the one before the choice predicts its first.
-        asked = Prompt(whole.keys[:-1], whole.pictures)
+        asked = Prompt(whole.keys[:-1], whole.images)
         logprobs = [
             token_logprobs(logits, ids[at - start + 1 : at - start + 1 + len(logits)])
             for at, logits in model.logit_blocks(asked, start - 1)
@@ -249,15 +249,15 @@ def _windows(model: Subject, text: str) -> list[_Forced]:
     return [_Forced(prompt, _until(prompt, [(1, len(prompt.keys))])) for prompt in model.windows(text)]
 
 
-def _turns(model: Subject, item: Item, pictures: Sequence[Picture]) -> _Forced:
+def _turns(model: Subject, item: Item, images: Sequence[PreparedImage]) -> _Forced:
     """The item's conversation with its right answer; the assistant's turns count, their end of sequence too."""
     turns = messages(item.task, _right_answer(item))
-    whole = model.encode(turns, pictures)
+    whole = model.encode(turns, images)
     spans = []
     for index, turn in enumerate(turns):
         if turn.role == "ASSISTANT" and turn.text:
-            before = model.encode([*turns[:index], Message("ASSISTANT")], pictures)
-            through = model.encode(turns[: index + 1], pictures)
+            before = model.encode([*turns[:index], Message("ASSISTANT")], images)
+            through = model.encode(turns[: index + 1], images)
             spans.append((_shared(before.keys, whole.keys), _shared(through.keys, whole.keys)))
     return _Forced(whole, _until(whole, spans))
 

@@ -18,9 +18,9 @@ from owl2.runtime.families.mplug_owl2 import positions
 from owl2.runtime.families.mplug_owl2.positions import Prompt
 from owl2.runtime.families.mplug_owl2.template import Message, render
 from owl2.runtime.generate import PREFILL_BLOCK, Model, Run, generate, reusable
+from owl2.runtime.images import PreparedImage, prepare_images
 from owl2.runtime.kv_cache import KvCache
 from owl2.runtime.owl import Owl2
-from owl2.runtime.pictures import Picture, open_pictures
 from owl2.runtime.placement import CPU
 from owl2.runtime.sampling import GenerationConfig
 
@@ -38,7 +38,7 @@ class Subject:
         name: for people.
         model, config: what runs.
         context: positions a prompt may take.
-        preprocess: how pictures are squared; None for the model's own mode.
+        preprocess: how images are squared; None for the model's own mode.
         cache: of the prompt at hand.
     """
 
@@ -57,20 +57,20 @@ class Subject:
         """A loaded bundle."""
         return cls(name, owl._model, owl.config, owl.context, preprocess)
 
-    def open(self, images: Sequence[Image.Image]) -> list[Picture]:
-        """Preprocess pictures as this model wants them."""
-        return open_pictures(images, self.config.preprocess, self.preprocess)
+    def open(self, images: Sequence[Image.Image]) -> list[PreparedImage]:
+        """Preprocess images as this model wants them."""
+        return prepare_images(images, self.config.preprocess, self.preprocess)
 
-    def encode(self, messages: Sequence[Message], pictures: Sequence[Picture]) -> Prompt:
+    def encode(self, messages: Sequence[Message], images: Sequence[PreparedImage]) -> Prompt:
         """Merged positions of a conversation, or of its beginning.
 
         Args:
-            messages: with at most one ``<|image|>`` per picture.
-            pictures: of the whole conversation, in order.
+            messages: with at most one ``<|image|>`` per image.
+            images: of the whole conversation, in order.
         """
         ids = self.model.tokenizer.encode_prompt(render(messages))
-        digests = [picture.digest for picture in pictures]
-        return Prompt(positions.merge(ids, digests, self.config.rows_per_image), dict(zip(digests, pictures)))
+        digests = [image.digest for image in images]
+        return Prompt(positions.merge(ids, digests, self.config.rows_per_image), dict(zip(digests, images)))
 
     def windows(self, text: str) -> list[Prompt]:
         """Plain text in windows that fill the context, each behind a start-of-sequence token."""
@@ -92,8 +92,8 @@ class Subject:
         """
         model, cache, keys = self.model, self.cache, prompt.keys
         cache.truncate(min(reusable(model, cache, prompt), first))
-        pictures = [prompt.pictures[digest] for digest in positions.digests_of(keys[cache.length :])]
-        rows, _ = model.encoder.rows(pictures)
+        images = [prompt.images[digest] for digest in positions.digests_of(keys[cache.length :])]
+        rows, _ = model.encoder.rows(images)
         # The rotary angles may depend on the whole length, so a prompt that changes them runs as one block.
         whole = model.steady_limit is not None and len(keys) > model.steady_limit
         block = len(keys) if whole else PREFILL_BLOCK
@@ -137,7 +137,7 @@ def open_reference(
 
     Args:
         path: folder of the one or the other.
-        subject: gives the context and how pictures are squared.
+        subject: gives the context and how images are squared.
         threads, device, check_memory: of another bundle, as in :meth:`Owl2.load`; it gets the subject's context too.
 
     Raises:
@@ -152,7 +152,7 @@ def open_reference(
     ours, theirs = subject.config, config
     for what, one, other in (
         ("tokens", ours.decoder.vocab_size, theirs.decoder.vocab_size),
-        ("positions per picture", ours.rows_per_image, theirs.rows_per_image),
+        ("positions per image", ours.rows_per_image, theirs.rows_per_image),
     ):
         if one != other:
             raise ReferenceModelError(

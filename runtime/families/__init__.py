@@ -1,1 +1,1 @@
-"""What differs between model families: template, tokenizer, and how text and pictures become positions."""
+"""What differs between model families: template, tokenizer, and how text and images become positions."""

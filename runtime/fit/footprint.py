@@ -5,7 +5,7 @@ Everything is computed from the manifest alone: shapes, how weights are stored, 
 * *computed*: shapes and file sizes decide it.
 * *measured*: with the CPU provider of ONNX Runtime 1.32 on x86-64 and random layers of the 7B shapes, as memory of the
   process's own (RssAnon). Integer weights lie in memory once, repacked, with a float32 sum more per group than in the
-  file; the mapped pages of the file are dropped. float16 weights are held in float32. What a prefill and a picture took
+  file; the mapped pages of the file are dropped. float16 weights are held in float32. What a prefill and an image took
   once stays in the runtime's arena: a step leaves one tensor of the feed-forward width per layer there, and all of it
   twice, for the runtime plans memory anew when it sees a shape again (1 to 10 layers, within 15 %).
 * *assumed*: about GPUs, on none of which this project has run yet, and what a system keeps for itself.
@@ -20,15 +20,16 @@ from typing import Literal
 from owl2.runtime import spec
 from owl2.runtime.bundle import Manifest, WeightFormat
 from owl2.runtime.config import DecoderConfig, ModelConfig, require
-from owl2.runtime.fit.devices import GIB, Device, EngineKind
-from owl2.runtime.fit.machine import Found, Memory
+from owl2.runtime.fit.machine import DetectedDevice, Memory
+from owl2.runtime.fit.products import GIB, Product
 from owl2.runtime.generate import PREFILL_BLOCK
+from owl2.runtime.images import KEPT_IMAGES
 from owl2.runtime.kv_cache import GROWTH
-from owl2.runtime.pictures import KEPT_PICTURES
+from owl2.runtime.placement import EngineKind
 from owl2.runtime.spec import DialectName, FloatType, KvType
 
 Basis = Literal["computed", "measured", "assumed"]
-Way = Literal["onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"]
+Runner = Literal["onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"]
 
 MIB = 1 << 20
 FOR_CUDA = "--activations fp16 --vision fp16"
@@ -58,7 +59,7 @@ DATACENTER_RESERVED = 0.065  # error correction and driver, of the nominal memor
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class BundleSizes:
     """What a plan reads of a manifest.
 
     Attributes:
@@ -77,7 +78,7 @@ class Stored:
     vision: int
 
     @classmethod
-    def of(cls, manifest: Manifest) -> Stored:
+    def of(cls, manifest: Manifest) -> BundleSizes:
         """Read it; a graph without external data counts as 0 bytes."""
         sizes = {name: entry.size for name, entry in manifest.files.items()}
         decoder, vision = (sizes.get(f"{graph}.data", 0) for graph in (spec.DECODER_GRAPH, spec.VISION_GRAPH))
@@ -86,7 +87,7 @@ class Stored:
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class MemoryBudget:
     """A device with the memory that a model may take there.
 
     Attributes:
@@ -97,14 +98,14 @@ class Target:
         here: whether it is this machine.
     """
 
-    device: Device
+    device: Product
     available: int
     closable: int
     host: int | None
     here: bool
 
     @classmethod
-    def of_table(cls, device: Device) -> Target:
+    def of_table(cls, device: Product) -> MemoryBudget:
         """A device of the table with its system and a desktop running, except that data-centre GPUs have none."""
         if device.family == "datacenter":
             return cls(device, int(device.memory * (1 - DATACENTER_RESERVED)), 0, None, here=False)
@@ -114,7 +115,7 @@ class Target:
         return cls(device, available, desktop, available if device.shared else None, here=False)
 
     @classmethod
-    def of_machine(cls, found: Found, host: Memory | None) -> Target:
+    def of_machine(cls, found: DetectedDevice, host: Memory | None) -> MemoryBudget:
         """A device of this machine and the memory of its CPU."""
         device = found.device
         limited = device.shared and host is not None and host.limited
@@ -130,20 +131,20 @@ class Settings:
     Attributes:
         context: positions of a conversation.
         kv_cache: type of keys and values: fp32, fp16 or int8, also where the bundle does not offer it.
-        pictures: in that conversation.
+        images: in that conversation.
     """
 
     context: int
     kv_cache: KvType
-    pictures: int = 1
+    images: int = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class Scenario:
     """A bundle, a device, and how it is run there."""
 
-    bundle: Stored
-    target: Target
+    bundle: BundleSizes
+    target: MemoryBudget
     settings: Settings
 
 
@@ -211,17 +212,17 @@ class Ceiling:
         return None if self.bandwidth is None else self.bandwidth / self.weights
 
 
-def way(case: Case) -> Way:
+def runner(scenario: Scenario) -> Runner:
     """What runs the bundle's graphs on the device: the dialect decides."""
-    device = case.target.device
-    if case.bundle.dialect == "ort" or not device.engines:
+    device = scenario.target.device
+    if scenario.bundle.dialect == "ort" or not device.engines:
         return "onnxruntime-cpu" if device.family == "cpu" else "onnxruntime-cuda"
     return device.engines[0]
 
 
-def problems(case: Case) -> tuple[str, ...]:
+def problems(scenario: Scenario) -> tuple[str, ...]:
     """Why the bundle cannot run like this in any memory: a sentence each."""
-    bundle, device, kind = case.bundle, case.target.device, case.settings.kv_cache
+    bundle, device, kind = scenario.bundle, scenario.target.device, scenario.settings.kv_cache
     found = []
     if bundle.dialect == "onnx" and not device.engines:
         found.append(
@@ -233,7 +234,7 @@ def problems(case: Case) -> tuple[str, ...]:
             f"TensorRT takes no int4 weights on {device.product} (SM{device.compute}); export with --dialect ort "
             "--activations fp16"
         )
-    elif way(case) == "onnxruntime-cuda" and (bundle.activations == "fp32" or bundle.weights.vision == "int8"):
+    elif runner(scenario) == "onnxruntime-cuda" and (bundle.activations == "fp32" or bundle.weights.vision == "int8"):
         # No GroupQueryAttention in float32, no DynamicQuantizeMatMul: the load would be refused.
         found.append(
             "ONNX Runtime's CUDA provider lacks operators of this bundle, whose activations are fp32; export with "
@@ -247,26 +248,26 @@ def problems(case: Case) -> tuple[str, ...]:
     return tuple(found)
 
 
-def needed(case: Case) -> int:
+def needed(scenario: Scenario) -> int:
     """Bytes of all parts."""
-    return sum(part.size for part in parts(case))
+    return sum(part.size for part in parts(scenario))
 
 
-def fits(case: Case) -> bool:
+def fits(scenario: Scenario) -> bool:
     """Whether it runs there."""
-    return not problems(case) and needed(case) <= case.target.available
+    return not problems(scenario) and needed(scenario) <= scenario.target.available
 
 
-def parts(case: Case) -> tuple[Part, ...]:
+def parts(scenario: Scenario) -> tuple[Part, ...]:
     """Memory of the device that running takes; what takes none is left out."""
-    return tuple(part for part in _parts(case) if part.size)
+    return tuple(part for part in _parts(scenario) if part.size)
 
 
-def _parts(case: Case) -> Iterator[Part]:
-    bundle, settings, how = case.bundle, case.settings, way(case)
+def _parts(scenario: Scenario) -> Iterator[Part]:
+    bundle, settings, how = scenario.bundle, scenario.settings, runner(scenario)
     cpu, engine = how == "onnxruntime-cpu", how.startswith("tensorrt")
     known: Basis = "measured" if cpu and bundle.activations == "fp32" else "assumed"
-    decoder, vision = _resident_decoder(case), _resident_vision(case)
+    decoder, vision = _resident_decoder(scenario), _resident_vision(scenario)
     yield Part("decoder weights", decoder, bundle.decoder if engine else decoder, known)
     yield Part("vision weights", vision, vision, known)
     position = kv_bytes(bundle, settings.kv_cache)
@@ -276,23 +277,23 @@ def _parts(case: Case) -> Iterator[Part]:
     # written to takes no memory yet.
     old = max(0, settings.context - GROWTH) * position
     yield Part("K/V cache, growing", max(0, 2 * old - kv) if cpu else old, 0, "computed")
-    stream, scores = _prefill_bytes(case)
+    stream, scores = _prefill_bytes(scenario)
     arena = 1 if engine else ARENA
     yield Part("prefill", int(arena * stream) + scores, scores, known)
-    if settings.pictures:
-        tower = _tower_bytes(case)
+    if settings.images:
+        tower = _tower_bytes(scenario)
         yield Part("vision tower at work", int(tower * (1 if engine else VISION_ARENA)), tower, known)
-        yield Part("pictures", _picture_bytes(bundle.model, settings.pictures), 0, "computed")
+        yield Part("images", _image_bytes(bundle.model, settings.images), 0, "computed")
     if cpu:
         # Is there already when a load is checked.
         yield Part("Python, ONNX Runtime", CPU_RUNTIME, 0, "measured")
-    elif case.target.device.shared:
+    elif scenario.target.device.shared:
         yield Part("CUDA, Python, libraries", CUDA_CONTEXT + CPU_RUNTIME + CUDA_LIBRARIES, 0, "assumed")
     else:
         yield Part("CUDA context", CUDA_CONTEXT, 0, "assumed")
 
 
-def kv_bytes(bundle: Stored, kind: KvType) -> int:
+def kv_bytes(bundle: BundleSizes, kind: KvType) -> int:
     """Bytes that keys and values of one position take in all layers."""
     return spec.kv_bytes(bundle.model.decoder, kind, bundle.dialect)
 
@@ -304,7 +305,7 @@ def decoder_weights(config: DecoderConfig) -> tuple[int, int, int]:
     return text, layers * 2 * width**2, config.vocab_size * width
 
 
-def decoder_bytes(bundle: Stored, *, resident: bool) -> tuple[float, float, float]:
+def decoder_bytes(bundle: BundleSizes, *, resident: bool) -> tuple[float, float, float]:
     """Bytes of the same three, as stored or as ONNX Runtime's CPU provider holds them."""
     counts, weights = decoder_weights(bundle.model.decoder), bundle.weights
     kinds = (weights.decoder, weights.decoder, weights.head)
@@ -338,15 +339,15 @@ def vision_weights(model: ModelConfig) -> int:
     return tower.num_hidden_layers * block + queries.num_hidden_layers * cross + last
 
 
-def _resident_decoder(case: Case) -> int:
-    bundle, how = case.bundle, way(case)
+def _resident_decoder(scenario: Scenario) -> int:
+    bundle, how = scenario.bundle, runner(scenario)
     if how == "onnxruntime-cpu":
         growth = sum(decoder_bytes(bundle, resident=True)) / sum(decoder_bytes(bundle, resident=False))
         return int(bundle.decoder * growth)
     return _engine_bytes(bundle) if how.startswith("tensorrt") else bundle.decoder
 
 
-def _engine_bytes(bundle: Stored) -> int:
+def _engine_bytes(bundle: BundleSizes) -> int:
     """The decoder's engine: integer matrices once, floating-point ones once per profile."""
     matrices = decoder_bytes(bundle, resident=False)
     kinds = (bundle.weights.decoder, bundle.weights.decoder, bundle.weights.head)
@@ -354,55 +355,55 @@ def _engine_bytes(bundle: Stored) -> int:
     return int(bundle.decoder * ENGINE_PER_FILE * (1 + (ENGINE_PROFILES - 1) * floating))
 
 
-def _resident_vision(case: Case) -> int:
-    halves = case.bundle.weights.vision == "fp16" and way(case) == "onnxruntime-cpu"
-    return int(case.bundle.vision * (VISION_FLOAT16 if halves else 1))
+def _resident_vision(scenario: Scenario) -> int:
+    halves = scenario.bundle.weights.vision == "fp16" and runner(scenario) == "onnxruntime-cpu"
+    return int(scenario.bundle.vision * (VISION_FLOAT16 if halves else 1))
 
 
-def _activation(bundle: Stored) -> int:
+def _activation(bundle: BundleSizes) -> int:
     """Bytes of an element."""
     return spec.KV_WIDTHS[bundle.activations]
 
 
-def _prefill_bytes(case: Case) -> tuple[int, int]:
+def _prefill_bytes(scenario: Scenario) -> tuple[int, int]:
     """What one block of a prompt leaves: the stream and the feed-forward part, and attention's scores."""
-    config, context = case.bundle.model.decoder, case.settings.context
+    config, context = scenario.bundle.model.decoder, scenario.settings.context
     # Beyond the length that dynamic scaling leaves alone a prompt runs as one block.
     whole = config.steady_limit is not None and context > config.steady_limit
     rows = context if whole else min(PREFILL_BLOCK, context)
-    per_layer = 0 if way(case).startswith("tensorrt") else config.num_hidden_layers
+    per_layer = 0 if runner(scenario).startswith("tensorrt") else config.num_hidden_layers
     stream = rows * (4 * config.hidden_size + (2 + per_layer) * config.intermediate_size)
     scores = rows * context * config.num_attention_heads
-    return stream * _activation(case.bundle), scores * _activation(case.bundle)
+    return stream * _activation(scenario.bundle), scores * _activation(scenario.bundle)
 
 
-def _tower_bytes(case: Case) -> int:
-    """The same of the vision tower, which sees one picture at a time."""
-    tower = case.bundle.model.vision
+def _tower_bytes(scenario: Scenario) -> int:
+    """The same of the vision tower, which sees one image at a time."""
+    tower = scenario.bundle.model.vision
     rows = tower.num_tokens * (3 * tower.hidden_size + 2 * tower.intermediate_size)
-    return (rows + tower.num_attention_heads * tower.num_tokens**2) * _activation(case.bundle)
+    return (rows + tower.num_attention_heads * tower.num_tokens**2) * _activation(scenario.bundle)
 
 
-def _picture_bytes(model: ModelConfig, pictures: int) -> int:
-    """Pixels of all pictures and rows of those that are remembered, both float32."""
-    rows = min(pictures, KEPT_PICTURES) * model.rows_per_image * model.decoder.hidden_size
-    return 4 * (pictures * 3 * model.vision.image_size**2 + rows)
+def _image_bytes(model: ModelConfig, images: int) -> int:
+    """Pixels of all images and rows of those that are remembered, both float32."""
+    rows = min(images, KEPT_IMAGES) * model.rows_per_image * model.decoder.hidden_size
+    return 4 * (images * 3 * model.vision.image_size**2 + rows)
 
 
-def building(case: Case) -> Building | None:
+def building(scenario: Scenario) -> Building | None:
     """What building the decoder's engine takes; None where none is needed or can be had."""
-    device, bundle = case.target.device, case.bundle
+    device, bundle = scenario.target.device, scenario.bundle
     if bundle.dialect != "onnx" or not device.engines:
         return None
-    return Building(device.engines[0], int(BUILD_PER_ENGINE * _engine_bytes(bundle)), case.target.host)
+    return Building(device.engines[0], int(BUILD_PER_ENGINE * _engine_bytes(bundle)), scenario.target.host)
 
 
-def ceiling(case: Case) -> Ceiling:
+def ceiling(scenario: Scenario) -> Ceiling:
     """The limit that memory sets to the speed of decoding."""
-    cpu = way(case) == "onnxruntime-cpu"
-    text, image, head = decoder_bytes(case.bundle, resident=cpu)
+    cpu = runner(scenario) == "onnxruntime-cpu"
+    text, image, head = decoder_bytes(scenario.bundle, resident=cpu)
     # An engine reads the matrices of one profile.
-    held = _resident_decoder(case) if cpu else case.bundle.decoder
+    held = _resident_decoder(scenario) if cpu else scenario.bundle.decoder
     read = int(held * (text + head) / (text + image + head))
-    kv = case.settings.context * kv_bytes(case.bundle, case.settings.kv_cache)
-    return Ceiling(read, kv, case.target.device.bandwidth)
+    kv = scenario.settings.context * kv_bytes(scenario.bundle, scenario.settings.kv_cache)
+    return Ceiling(read, kv, scenario.target.device.bandwidth)

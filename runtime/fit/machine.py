@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from owl2.runtime.fit.devices import DEVICES, GB_PER_SECOND, Device, Family
+from owl2.runtime.fit.products import GB_PER_SECOND, PRODUCTS, Family, Product
 
 NVIDIA_SMI = (
     "nvidia-smi",
@@ -32,7 +32,7 @@ READ_SECONDS = 0.3
 
 
 @dataclass(frozen=True, slots=True)
-class Places:
+class SystemPaths:
     """Where Linux tells of memory and the board; tests give files of their own.
 
     Attributes:
@@ -54,7 +54,7 @@ class Places:
     firmware: Path = Path("/sys/firmware/devicetree/base/model")
 
 
-HERE = Places()
+SYSTEM = SystemPaths()
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class DetectedDevice:
     """A device of this machine.
 
     Attributes:
@@ -81,17 +81,17 @@ class Found:
         available: bytes that are free in its memory now.
     """
 
-    device: Device
+    device: Product
     available: int
 
 
-def host_memory(places: Places = HERE) -> Memory | None:
+def host_memory(paths: SystemPaths = SYSTEM) -> Memory | None:
     """Memory of this machine, or of the container this process runs in; None where the system does not tell."""
-    text = _read(places.meminfo)
+    text = _read(paths.meminfo)
     memory = None if text is None else parse_meminfo(text)
     if memory is None:
         return None
-    headrooms = list(_cgroup_headrooms(places))
+    headrooms = list(_cgroup_headrooms(paths))
     if headrooms and min(headrooms) < memory.available:
         return Memory(memory.total, max(0, min(headrooms)), limited=True)
     return memory
@@ -105,17 +105,17 @@ def parse_meminfo(text: str) -> Memory | None:
     return Memory(int(values["MemTotal"]) * 1024, int(values["MemAvailable"]) * 1024)
 
 
-def free_swap(places: Places = HERE) -> int:
+def free_swap(paths: SystemPaths = SYSTEM) -> int:
     """Bytes of swap on disks that are not in use; 0 where the system does not tell.
 
     Control groups of version 2 limit swap apart from memory, and where the file for it is missing there is none. Those
     of version 1 limit the sum, so that in one with a limit swap does not count.
     """
-    memory, text = host_memory(places), _read(places.swaps)
+    memory, text = host_memory(paths), _read(paths.swaps)
     if text is None or memory is None:
         return 0
     limits, told = [], False
-    for folder in _v2_folders(places):
+    for folder in _v2_folders(paths):
         told = told or (folder / "memory.swap.max").exists()
         headroom = _headroom(folder, "memory.swap.max", "memory.swap.current")
         if headroom is not None:
@@ -123,10 +123,10 @@ def free_swap(places: Places = HERE) -> int:
     return min([parse_swaps(text), *limits]) if told or not memory.limited else 0
 
 
-def _v2_folders(places: Places) -> Iterator[Path]:
-    for version, path in parse_cgroup(_read(places.cgroup) or ""):
+def _v2_folders(paths: SystemPaths) -> Iterator[Path]:
+    for version, path in parse_cgroup(_read(paths.cgroup) or ""):
         if version == "v2":
-            yield from (places.cgroups / group.relative_to("/") for group in (path, *path.parents))
+            yield from (paths.cgroups / group.relative_to("/") for group in (path, *path.parents))
 
 
 def parse_swaps(text: str) -> int:
@@ -150,11 +150,11 @@ def parse_cgroup(text: str) -> list[tuple[str, PurePosixPath]]:
     return groups
 
 
-def _cgroup_headrooms(places: Places) -> Iterator[int]:
+def _cgroup_headrooms(paths: SystemPaths) -> Iterator[int]:
     """Bytes left in each control group above this process that has a limit."""
-    text = _read(places.cgroup)
+    text = _read(paths.cgroup)
     for version, path in parse_cgroup(text) if text is not None else ():
-        root = places.cgroups if version == "v2" else places.cgroups / "memory"
+        root = paths.cgroups if version == "v2" else paths.cgroups / "memory"
         names = ("memory.max", "memory.current") if version == "v2" else V1_FILES
         # Seen from inside a container the path may be the host's: then only the root is there, which is its own group.
         for group in (path, *path.parents):
@@ -184,31 +184,31 @@ def parse_droppable(text: str) -> int:
     return sum(values.get(name, 0) for name in names)
 
 
-def this_cpu(places: Places = HERE) -> Found | None:
+def this_cpu(paths: SystemPaths = SYSTEM) -> DetectedDevice | None:
     """The CPU of this machine; None where the system does not tell its memory."""
-    memory = host_memory(places)
+    memory = host_memory(paths)
     if memory is None:
         return None
     product = "CPU of this machine" + (", in a group with a memory limit" if memory.limited else "")
-    return Found(Device("cpu", product, "cpu", None, memory.total, None, shared=True), memory.available)
+    return DetectedDevice(Product("cpu", product, "cpu", None, memory.total, None, shared=True), memory.available)
 
 
-def this_gpu(places: Places = HERE) -> Found | None:
+def this_gpu(paths: SystemPaths = SYSTEM) -> DetectedDevice | None:
     """The GPU of this machine, of several number 0; None if none is found."""
-    return next(iter(gpus(places)), None)
+    return next(iter(gpus(paths)), None)
 
 
-def gpus(places: Places = HERE) -> list[Found]:
+def gpus(paths: SystemPaths = SYSTEM) -> list[DetectedDevice]:
     """The GPUs of this machine: a Jetson's by its device tree, others by nvidia-smi and in its order.
 
     CUDA_VISIBLE_DEVICES has no part in it.
     """
     # Containers hide the one and not always the other.
-    model, memory = _read(places.model) or _read(places.firmware), host_memory(places)
+    model, memory = _read(paths.model) or _read(paths.firmware), host_memory(paths)
     if model is not None and memory is not None:
         jetson = parse_jetson_model(model, memory.total)
         if jetson is not None:
-            return [Found(jetson, memory.available)]
+            return [DetectedDevice(jetson, memory.available)]
     try:
         listing = subprocess.run(NVIDIA_SMI, capture_output=True, text=True, check=True, timeout=SMI_SECONDS).stdout
     except (OSError, subprocess.SubprocessError):
@@ -216,13 +216,13 @@ def gpus(places: Places = HERE) -> list[Found]:
     return parse_nvidia_smi(listing)
 
 
-def driver_version(places: Places = HERE) -> str | None:
+def driver_version(paths: SystemPaths = SYSTEM) -> str | None:
     """Version of NVIDIA's kernel driver; None where there is none, or it does not say."""
-    found = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)\s", _read(places.driver) or "")
+    found = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)\s", _read(paths.driver) or "")
     return found[1] if found else None
 
 
-def parse_jetson_model(text: str, memory: int) -> Device | None:
+def parse_jetson_model(text: str, memory: int) -> Product | None:
     """The Jetson module that a device tree names.
 
     Args:
@@ -232,33 +232,33 @@ def parse_jetson_model(text: str, memory: int) -> Device | None:
     name = text.rstrip("\0\n ")
     for words, products in (("AGX Orin", "AGX Orin"), ("Orin NX", "Orin NX"), ("Orin Nano", "Orin Nano")):
         if words in name:
-            sizes = [device for device in DEVICES.values() if f"Jetson {products} " in device.product]
+            sizes = [device for device in PRODUCTS.values() if f"Jetson {products} " in device.product]
             fitting = [device for device in sizes if device.memory >= memory]
             return min(fitting or sizes, key=lambda device: abs(device.memory - memory))
-    return DEVICES["thor-128gb"] if "Thor" in name else None
+    return PRODUCTS["thor-128gb"] if "Thor" in name else None
 
 
-def parse_nvidia_smi(text: str) -> list[Found]:
+def parse_nvidia_smi(text: str) -> list[DetectedDevice]:
     """Read the lines of name, total and free MiB, and compute capability; what has no numbers is left out."""
     found = []
     for line in text.splitlines():
         fields = [field.strip() for field in line.split(",")]
         if len(fields) == 4 and fields[1].isdigit() and fields[2].isdigit() and re.fullmatch(r"\d+\.\d", fields[3]):
             total, free = (int(field) * MIB for field in fields[1:3])
-            found.append(Found(_gpu(fields[0], total, int(fields[3].replace(".", ""))), free))
+            found.append(DetectedDevice(_gpu(fields[0], total, int(fields[3].replace(".", ""))), free))
     return found
 
 
-def _gpu(name: str, memory: int, compute: int) -> Device:
+def _gpu(name: str, memory: int, compute: int) -> Product:
     """A GPU by its product name, with the table's bandwidth where the table has this product in this size."""
-    for device in DEVICES.values():
+    for device in PRODUCTS.values():
         # Drivers leave "NVIDIA" or "GeForce" out of some names and put the form (PCIe, SXM) behind others.
         words = device.product.removeprefix("NVIDIA ").removesuffix(" 40GB").removesuffix(" 80GB")
         same = re.search(rf"\b{re.escape(words)}(?! (Ti|SUPER|Laptop))\b", name) is not None
         if same and device.compute == compute and 0.85 < memory / device.memory < 1.05:
-            return Device("gpu", name, device.family, compute, memory, device.bandwidth, shared=False)
+            return Product("gpu", name, device.family, compute, memory, device.bandwidth, shared=False)
     family: Family = "geforce" if "RTX" in name or "GTX" in name else "datacenter"
-    return Device("gpu", name, family, compute, memory, None, shared=False)
+    return Product("gpu", name, family, compute, memory, None, shared=False)
 
 
 def read_bandwidth() -> float:

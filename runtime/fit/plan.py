@@ -2,9 +2,9 @@
 
 Example::
 
-    stored = Stored.of(read_manifest(Path("bundle/")))
-    case = Case(stored, Target.of_table(find_device("orin-nx-16gb")), Settings(2048, "fp32"))
-    plan = make_plan(case)
+    stored = BundleSizes.of(read_manifest(Path("bundle/")))
+    scenario = Scenario(stored, MemoryBudget.of_table(find_product("orin-nx-16gb")), Settings(2048, "fp32"))
+    plan = make_plan(scenario)
     print(plan.fits, plan.needed, [change.words for change in plan.changes])
 """
 
@@ -17,18 +17,17 @@ from typing import Any
 from owl2.runtime.bundle import Manifest
 from owl2.runtime.config import require, resolve_context
 from owl2.runtime.errors import InsufficientMemoryError
-from owl2.runtime.fit.devices import DEVICES, GIB, Device
 from owl2.runtime.fit.footprint import (
     FOR_CUDA,
     WEIGHT_BYTES,
     Building,
-    Case,
+    BundleSizes,
     Ceiling,
+    MemoryBudget,
     Part,
+    Runner,
+    Scenario,
     Settings,
-    Stored,
-    Target,
-    Way,
     building,
     ceiling,
     decoder_bytes,
@@ -37,46 +36,47 @@ from owl2.runtime.fit.footprint import (
     needed,
     parts,
     problems,
+    runner,
     vision_weights,
-    way,
 )
-from owl2.runtime.fit.machine import HERE, Places, free_swap, gpus, host_memory, this_cpu
+from owl2.runtime.fit.machine import SYSTEM, SystemPaths, free_swap, gpus, host_memory, this_cpu
+from owl2.runtime.fit.products import GIB, PRODUCTS, Product
 from owl2.runtime.kv_cache import GROWTH
 from owl2.runtime.placement import Placement
 from owl2.runtime.spec import KvType
 
 SHORT_CHAT = 128
-"""Positions beside the pictures below which no context is suggested."""
+"""Positions beside the images below which no context is suggested."""
 CONTEXT_STEP = 64
 """Suggested contexts are multiples of it."""
 GROUP_SIZE = 128
 """Of integer weights that are suggested in place of floating point."""
 
-Step = tuple[str, Case]
-MakeStep = Callable[[Case], Step | None]
+Step = tuple[str, Scenario]
+MakeStep = Callable[[Scenario], Step | None]
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Something that makes a case fit.
+    """Something that makes a scenario fit.
 
     Attributes:
         words: what to do, as a command line says it.
-        case: what there is after it.
+        scenario: what there is after it.
         needed: bytes that takes.
     """
 
     words: str
-    case: Case
+    scenario: Scenario
     needed: int
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The answer for one case.
+    """The answer for one scenario.
 
     Attributes:
-        case: what was asked.
+        scenario: what was asked.
         way: what runs the graphs there.
         parts: of the memory needed.
         problems: a sentence each, why it cannot run like this however much memory there is.
@@ -86,14 +86,14 @@ class Plan:
         elsewhere: the device with the least memory on which it fits as it is; None if it fits here, or nowhere.
     """
 
-    case: Case
-    way: Way
+    scenario: Scenario
+    runner: Runner
     parts: tuple[Part, ...]
     problems: tuple[str, ...]
     building: Building | None
     ceiling: Ceiling
     changes: tuple[Change, ...]
-    elsewhere: Device | None
+    elsewhere: Product | None
 
     @property
     def needed(self) -> int:
@@ -103,37 +103,42 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether it runs there."""
-        return not self.problems and self.needed <= self.case.target.available
+        return not self.problems and self.needed <= self.scenario.target.available
 
 
-def make_plan(case: Case) -> Plan:
-    """Plan a case.
+def make_plan(scenario: Scenario) -> Plan:
+    """Plan a scenario.
 
     Raises:
-        ConfigError: the pictures leave no room for words.
+        ConfigError: the images leave no room for words.
     """
-    settings, rows = case.settings, case.bundle.model.rows_per_image
-    require(settings.pictures >= 0, f"pictures must not be negative, got {settings.pictures}")
+    settings, rows = scenario.settings, scenario.bundle.model.rows_per_image
+    require(settings.images >= 0, f"images must not be negative, got {settings.images}")
     require(
-        settings.pictures * rows < settings.context,
-        f"{settings.pictures} pictures take {settings.pictures * rows} positions and leave none of the context of "
-        f"{settings.context} for words; give at most {(settings.context - 1) // rows} pictures or a longer context",
+        settings.images * rows < settings.context,
+        f"{settings.images} images take {settings.images * rows} positions and leave none of the context of "
+        f"{settings.context} for words; give at most {(settings.context - 1) // rows} images or a longer context",
     )
-    fitting = fits(case)
+    fitting = fits(scenario)
     return Plan(
-        case,
-        way(case),
-        parts(case),
-        problems(case),
-        building(case),
-        ceiling(case),
-        () if fitting else changes(case),
-        None if fitting else _elsewhere(case),
+        scenario,
+        runner(scenario),
+        parts(scenario),
+        problems(scenario),
+        building(scenario),
+        ceiling(scenario),
+        () if fitting else changes(scenario),
+        None if fitting else _elsewhere(scenario),
     )
 
 
 def check_memory(
-    manifest: Manifest, context: int | None, kv_cache: KvType, place: Placement | None = None, *, places: Places = HERE
+    manifest: Manifest,
+    context: int | None,
+    kv_cache: KvType,
+    device: Placement | None = None,
+    *,
+    paths: SystemPaths = SYSTEM,
 ) -> None:
     """Refuse to load on this machine what cannot fit, before the system kills the process for it.
 
@@ -147,34 +152,36 @@ def check_memory(
         manifest: of the bundle.
         context: positions that the user asked for; None for the model's own, which a conversation may never reach.
         kv_cache: type of keys and values.
-        place: what shall run it; None for the CPU.
-        places: where Linux tells of memory.
+        device: what shall run it; None for the CPU.
+        paths: where Linux tells of memory.
 
     Raises:
         InsufficientMemoryError: with the figures and what would fit.
     """
-    on_host = place is None or place.on_host
-    found = this_cpu(places) if on_host else max(gpus(places), key=lambda gpu: gpu.available, default=None)
+    on_host = device is None or device.on_host
+    found = this_cpu(paths) if on_host else max(gpus(paths), key=lambda gpu: gpu.available, default=None)
     if found is None:
         return
     positions = resolve_context(manifest.model.decoder, context)
-    target = Target.of_machine(found, host_memory(places))
-    case = Case(Stored.of(manifest), target, Settings(positions, kv_cache, pictures=0))
+    target = MemoryBudget.of_machine(found, host_memory(paths))
+    scenario = Scenario(BundleSizes.of(manifest), target, Settings(positions, kv_cache, images=0))
     first = min(positions, GROWTH) if context is None else positions
-    listed = [part for part in parts(replace(case, settings=replace(case.settings, context=first))) if part.least]
+    listed = [
+        part for part in parts(replace(scenario, settings=replace(scenario.settings, context=first))) if part.least
+    ]
     wanted = sum(part.least for part in listed)
-    available = found.available + (free_swap(places) if on_host else 0)
+    available = found.available + (free_swap(paths) if on_host else 0)
     if wanted > available:
         details = [f"{part.name} {_gib(part.least)}" for part in listed]
-        hints = [change.words for change in changes(case)] or [_nothing_helps(case)]
+        hints = [change.words for change in changes(scenario)] or [_nothing_helps(scenario)]
         command = "owl2 plan BUNDLE --device cpu" if on_host else "owl2 plan BUNDLE"
         raise InsufficientMemoryError(wanted, available, details, hints, command)
 
 
-def _nothing_helps(case: Case) -> str:
-    if case.target.device.family == "cpu":
-        return f"a machine with {_gib(needed(case))} of memory available"
-    device = _elsewhere(case)
+def _nothing_helps(scenario: Scenario) -> str:
+    if scenario.target.device.family == "cpu":
+        return f"a machine with {_gib(needed(scenario))} of memory available"
+    device = _elsewhere(scenario)
     return f"a GPU with more memory ({device.product} would do)" if device else "a smaller model"
 
 
@@ -182,58 +189,60 @@ def _gib(count: int) -> str:
     return f"{count / GIB:.2f} GiB"
 
 
-def changes(case: Case) -> tuple[Change, ...]:
-    """What makes a case fit.
+def changes(scenario: Scenario) -> tuple[Change, ...]:
+    """What makes a scenario fit.
 
     Every step that does it alone; where none does but a shorter context, several as one before that: first without,
     then with exporting again.
     """
-    alone = [step for make in STEPS[:-1] if (step := make(case)) is not None and fits(step[1])]
-    last = _shorter_context(case)
+    alone = [step for make in STEPS[:-1] if (step := make(scenario)) is not None and fits(step[1])]
+    last = _shorter_context(scenario)
     shorter = [last] if last is not None and fits(last[1]) else []
-    together = [] if alone else [step for steps in (RUN_STEPS, STEPS) if (step := _together(case, steps)) is not None]
+    together = (
+        [] if alone else [step for steps in (RUN_STEPS, STEPS) if (step := _together(scenario, steps)) is not None]
+    )
     found = [*alone, *together, *shorter]
     return tuple(Change(words, changed, needed(changed)) for words, changed in dict(found).items())
 
 
-def _together(case: Case, steps: Sequence[MakeStep]) -> Step | None:
+def _together(scenario: Scenario, steps: Sequence[MakeStep]) -> Step | None:
     """As many steps as it takes as one; None if all of them do not do it."""
     words = []
     for make in steps:
-        step = make(case)
-        if step is not None and not problems(step[1]) and _missing(step[1]) < _missing(case):
+        step = make(scenario)
+        if step is not None and not problems(step[1]) and _missing(step[1]) < _missing(scenario):
             words.append(step[0])
-            case = step[1]
-            if fits(case):
-                return " and ".join(words), case
+            scenario = step[1]
+            if fits(scenario):
+                return " and ".join(words), scenario
     return None
 
 
-def _missing(case: Case) -> int:
+def _missing(scenario: Scenario) -> int:
     """Bytes short of what is needed; what cannot run at all lacks more than any memory."""
-    return (1 << 62 if problems(case) else 0) + needed(case) - case.target.available
+    return (1 << 62 if problems(scenario) else 0) + needed(scenario) - scenario.target.available
 
 
-def _close_programs(case: Case) -> Step | None:
-    target = case.target
+def _close_programs(scenario: Scenario) -> Step | None:
+    target = scenario.target
     if not target.closable:
         return None
     what = "other programs and the desktop" if target.here else "the desktop"
     freed = replace(target, available=target.available + target.closable, closable=0)
-    return f"close {what} (up to {_gib(target.closable)})", replace(case, target=freed)
+    return f"close {what} (up to {_gib(target.closable)})", replace(scenario, target=freed)
 
 
-def _exported(case: Case, options: str, **chosen: str) -> Step | None:
-    """The case with its bundle exported again, everything that is not chosen being as ``owl2-export`` would have it.
+def _exported(scenario: Scenario, options: str, **chosen: str) -> Step | None:
+    """The scenario with its bundle exported again; what is not chosen is as ``owl2-export`` would have it.
 
     None if nothing changes by it, or if ``owl2-export`` would refuse it.
 
     Args:
-        case: to be changed.
+        scenario: to be changed.
         options: of ``owl2-export``, for people.
         chosen: dialect, activations, weights or vision, as the options of that name.
     """
-    old = case.bundle
+    old = scenario.bundle
     given: Any = {"dialect": old.dialect, "activations": old.activations, "weights": old.weights.decoder} | chosen
     dialect, activations, weights = given["dialect"], given["activations"], given["weights"]
     if (dialect == "onnx" and weights == "int8") or (activations == "fp16" and weights == "fp32"):
@@ -248,60 +257,60 @@ def _exported(case: Case, options: str, **chosen: str) -> Step | None:
     ratio = sum(decoder_bytes(new, resident=False)) / sum(decoder_bytes(old, resident=False))
     more = vision_weights(old.model) * (WEIGHT_BYTES[vision] - WEIGHT_BYTES[old.weights.vision])
     new = replace(new, decoder=int(old.decoder * ratio), vision=max(0, int(old.vision + more)))
-    settings = case.settings
+    settings = scenario.settings
     if settings.kv_cache not in caches:
         settings = replace(settings, kv_cache=activations)
-    return None if new == old else (f"export with {options}", replace(case, bundle=new, settings=settings))
+    return None if new == old else (f"export with {options}", replace(scenario, bundle=new, settings=settings))
 
 
-def _other_dialect(case: Case) -> Step | None:
+def _other_dialect(scenario: Scenario) -> Step | None:
     """The graphs of ONNX Runtime, where TensorRT cannot be had or not with these weights."""
-    if case.bundle.dialect != "onnx" or not problems(case):
+    if scenario.bundle.dialect != "onnx" or not problems(scenario):
         return None
-    half = case.target.device.family != "cpu" and case.bundle.weights.decoder != "fp32"
+    half = scenario.target.device.family != "cpu" and scenario.bundle.weights.decoder != "fp32"
     activations = "fp16" if half else "fp32"
-    return _exported(case, f"--dialect ort --activations {activations}", dialect="ort", activations=activations)
+    return _exported(scenario, f"--dialect ort --activations {activations}", dialect="ort", activations=activations)
 
 
-def _half_activations(case: Case) -> Step | None:
+def _half_activations(scenario: Scenario) -> Step | None:
     """float16 throughout, without which CUDA does not take a bundle; an int8 vision side grows to float16 with it."""
-    if way(case) != "onnxruntime-cuda" or not problems(case):
+    if runner(scenario) != "onnxruntime-cuda" or not problems(scenario):
         return None
-    if case.bundle.weights.decoder == "fp32":
-        return _exported(case, f"--weights fp16 {FOR_CUDA}", weights="fp16", activations="fp16", vision="fp16")
-    return _exported(case, FOR_CUDA, activations="fp16", vision="fp16")
+    if scenario.bundle.weights.decoder == "fp32":
+        return _exported(scenario, f"--weights fp16 {FOR_CUDA}", weights="fp16", activations="fp16", vision="fp16")
+    return _exported(scenario, FOR_CUDA, activations="fp16", vision="fp16")
 
 
-def _int8_cache(case: Case) -> Step | None:
-    offered = "int8" in case.bundle.kv_caches
-    if not offered or kv_bytes(case.bundle, "int8") >= kv_bytes(case.bundle, case.settings.kv_cache):
+def _int8_cache(scenario: Scenario) -> Step | None:
+    offered = "int8" in scenario.bundle.kv_caches
+    if not offered or kv_bytes(scenario.bundle, "int8") >= kv_bytes(scenario.bundle, scenario.settings.kv_cache):
         return None
-    return "--kv-cache int8", replace(case, settings=replace(case.settings, kv_cache="int8"))
+    return "--kv-cache int8", replace(scenario, settings=replace(scenario.settings, kv_cache="int8"))
 
 
-def _int8_vision(case: Case) -> Step | None:
-    bundle = case.bundle
+def _int8_vision(scenario: Scenario) -> Step | None:
+    bundle = scenario.bundle
     if (bundle.dialect, bundle.activations) != ("ort", "fp32") or not bundle.weights.vision.startswith("fp"):
         return None
-    return _exported(case, "--vision int8", vision="int8")
+    return _exported(scenario, "--vision int8", vision="int8")
 
 
-def _fewer_bits(case: Case) -> Step | None:
+def _fewer_bits(scenario: Scenario) -> Step | None:
     """int4 layers, with the head and the vision side that they are exported with."""
-    bundle = case.bundle
-    if bundle.weights.decoder == "int4" or (bundle.dialect == "onnx" and not case.target.device.int4_engines):
+    bundle = scenario.bundle
+    if bundle.weights.decoder == "int4" or (bundle.dialect == "onnx" and not scenario.target.device.int4_engines):
         return None
-    return _exported(case, "--weights int4", weights="int4")
+    return _exported(scenario, "--weights int4", weights="int4")
 
 
-def _shorter_context(case: Case) -> Step | None:
+def _shorter_context(scenario: Scenario) -> Step | None:
     """The longest context that fits, in steps; None if not even a short conversation does."""
-    settings = case.settings
+    settings = scenario.settings
 
-    def at(steps: int) -> Case:
-        return replace(case, settings=replace(settings, context=steps * CONTEXT_STEP))
+    def at(steps: int) -> Scenario:
+        return replace(scenario, settings=replace(settings, context=steps * CONTEXT_STEP))
 
-    least = settings.pictures * case.bundle.model.rows_per_image + SHORT_CHAT
+    least = settings.images * scenario.bundle.model.rows_per_image + SHORT_CHAT
     low, high = -(-least // CONTEXT_STEP), (settings.context - 1) // CONTEXT_STEP
     if low > high or not fits(at(low)):
         return None
@@ -325,8 +334,8 @@ RUN_STEPS: tuple[MakeStep, ...] = (_close_programs, _int8_cache, _shorter_contex
 """Of these, what needs no new export."""
 
 
-def _elsewhere(case: Case) -> Device | None:
-    """The device with the least memory that takes the case as it is; one with shared memory for one with such."""
-    shared = case.target.device.shared
-    fitting = [device for device in DEVICES.values() if fits(replace(case, target=Target.of_table(device)))]
+def _elsewhere(scenario: Scenario) -> Product | None:
+    """The device with the least memory that takes the scenario as it is; one with shared memory for one with such."""
+    shared = scenario.target.device.shared
+    fitting = [device for device in PRODUCTS.values() if fits(replace(scenario, target=MemoryBudget.of_table(device)))]
     return min(fitting, key=lambda device: (device.shared != shared, device.memory), default=None)

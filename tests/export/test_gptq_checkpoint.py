@@ -26,7 +26,7 @@ from owl2.export.gptq_checkpoint import export_gptq
 from owl2.export.graph import matmul_nbits
 from owl2.export.graph.builder import GraphBuilder
 from owl2.export.graph.dialect import Linear
-from owl2.export.graph.ort import OrtDialect
+from owl2.export.graph.ort_dialect import OrtDialect
 from owl2.export.graph.weights import PermutedWeight
 from owl2.export.pipeline import export_bundle
 from owl2.export.report import Report

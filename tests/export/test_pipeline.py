@@ -21,7 +21,7 @@ from PIL import Image
 from owl2.export import decoder
 from owl2.export.checkpoint.checkpoint import Checkpoint
 from owl2.export.config import ExportConfig
-from owl2.export.graph.ort import OrtDialect
+from owl2.export.graph.ort_dialect import OrtDialect
 from owl2.export.job.staging import Staging, check_space
 from owl2.export.pipeline import estimate_size, export_bundle
 from owl2.quant.config import QuantConfig
@@ -43,7 +43,7 @@ def a1(golden: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of three pictures, one with a text."""
+    """A folder of three images, one with a text."""
     folder = tmp_path_factory.mktemp("photos")
     for index in range(3):
         pixels = np.random.default_rng(index).integers(0, 256, (40, 30, 3), dtype=np.uint8)
@@ -320,11 +320,11 @@ class TestTarget:
         with pytest.raises(ConfigError, match=message):
             ExportConfig(Path("in"), Path("out"), **settings)
 
-    def test_calibration_without_pictures(self, a1: Path, tmp_path: Path) -> None:
+    def test_calibration_without_images(self, a1: Path, tmp_path: Path) -> None:
         talks = tmp_path / "talks.jsonl"
         turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
         talks.write_text(json.dumps({"conversations": turns}))
-        with pytest.raises(CalibrationError, match=r"none of its 1 samples has a picture.*image rows"):
+        with pytest.raises(CalibrationError, match=r"none of its 1 samples has an image.*image rows"):
             export_bundle(ExportConfig(a1, tmp_path / "bundle", calibration=talks))
         assert leftovers(tmp_path) == ["talks.jsonl"]
 
@@ -341,8 +341,8 @@ class TestCommand:
         report = json.loads(result.stdout)
         assert report["recipe"]["weights"] == "int4"
         assert report["calibration"]["source"] == photos.name
-        assert report["calibration"]["pictures"] == 3
-        assert "2 of 3 pictures have no text" in report["calibration"]["notes"][0]
+        assert report["calibration"]["images"] == 3
+        assert "2 of 3 images have no text" in report["calibration"]["notes"][0]
         assert report["size"] == sum(p.stat().st_size for p in (tmp_path / "bundle").iterdir()) - (
             (tmp_path / "bundle" / "owl2.json").stat().st_size + (tmp_path / "bundle" / "report.json").stat().st_size
         )
@@ -350,7 +350,7 @@ class TestCommand:
     def test_the_built_in_calibration_is_told(self, a1: Path, tmp_path: Path) -> None:
         result = self.run(a1, tmp_path / "bundle")
         assert result.returncode == 0
-        assert "owl2-export: note: the built-in calibration set was used: drawn pictures" in result.stderr
+        assert "owl2-export: note: the built-in calibration set was used: drawn images" in result.stderr
         assert "equals torch within" in result.stdout
         notes = json.loads((tmp_path / "bundle" / "report.json").read_text())["calibration"]["notes"]
         assert notes[0].startswith("the built-in calibration set was used")

@@ -229,9 +229,9 @@ class TestKey:
         first = interrupt(settings(moved, copy), 1)[0]
         assert first.endswith(f"cannot be continued: the checkpoint's {shard.name} changed; starting over")
 
-    def test_other_pictures_start_over(self, a1: Path, copy: Path, tmp_path: Path, golden: Path) -> None:
+    def test_other_images_start_over(self, a1: Path, copy: Path, tmp_path: Path, golden: Path) -> None:
         """The built-in probes stay; what the held-out prompts are changes."""
-        folder = tmp_path / "pictures"
+        folder = tmp_path / "images"
         folder.mkdir()
         for path in sorted((golden / "images").iterdir()):
             shutil.copy(path, folder / path.name)

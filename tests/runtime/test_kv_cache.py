@@ -63,17 +63,17 @@ def test_more_than_the_context_is_refused_with_the_numbers(engine: OrtEngine) ->
     cache.commit([1, 2, 3])
     with pytest.raises(ContextOverflowError, match="holds 8 positions: 3 are used and 6 more were asked for") as caught:
         cache.reserve(6)
-    assert (caught.value.used, caught.value.requested, caught.value.limit) == (3, 6, 8)
+    assert (caught.value.used, caught.value.requested, caught.value.context) == (3, 6, 8)
     assert cache.length == 3
 
 
-def test_placeholders_become_rows_of_their_pictures_in_order() -> None:
+def test_placeholders_become_rows_of_their_images_in_order() -> None:
     merged = merge([1, IMAGE_TOKEN_ID, 5, IMAGE_TOKEN_ID], ["b", "a"], 2)
     assert merged == [1, ("b", 0), ("b", 1), 5, ("a", 0), ("a", 1)]
     assert digests_of([*merged, ("b", 0)]) == ["b", "a"]
 
 
-def test_embedding_takes_rows_from_the_table_and_from_pictures() -> None:
+def test_embedding_takes_rows_from_the_table_and_from_images() -> None:
     table = np.arange(12, dtype=np.float16).reshape(6, 2)
     rows = {"a": np.full((2, 2), -1, np.float32), "b": np.full((2, 2), -2, np.float32)}
     embeds, modality = embed([5, ("b", 1), ("a", 0), 0], table, rows)

@@ -1,4 +1,4 @@
-"""Pixels equal the original's bit for bit; anything that is no usable picture is refused with the reason."""
+"""Pixels equal the original's bit for bit; anything that is no usable image is refused with the reason."""
 
 import json
 import struct
@@ -30,7 +30,7 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"")
 
 
-def pictures(golden: Path, case: str) -> list[Image.Image]:
+def images(golden: Path, case: str) -> list[Image.Image]:
     names = json.loads((golden / case / "checks.json").read_text())["images"]
     return [load_image(golden / "images" / name) for name in names]
 
@@ -46,7 +46,7 @@ def as_bytes(pixels: np.ndarray, config: PreprocessConfig) -> np.ndarray:
 def test_pixels_are_the_originals_bit_for_bit(golden, case, size, mode):
     expected = np.load(golden / case / "vision.npz")
     config = PreprocessConfig(mode, size, size)
-    pixels = np.stack([preprocess(image, config) for image in pictures(golden, case)])
+    pixels = np.stack([preprocess(image, config) for image in images(golden, case)])
     assert pixels.dtype == np.float32
     np.testing.assert_array_equal(as_bytes(pixels[0], config), expected[f"uint8_{mode}"][0])
     np.testing.assert_array_equal(pixels, expected[f"pixel_values_{mode}"])
@@ -67,7 +67,7 @@ def test_pillow_image_path_and_text_path_agree(golden, name):
     assert load_image(path) == load_image(str(path)) == expected
 
 
-def test_arrays_agree_with_pictures(golden):
+def test_arrays_agree_with_images(golden):
     image = load_image(golden / "images" / "00_rgb_landscape_97x61.png")
     array = np.asarray(image)
     assert load_image(array) == image
@@ -93,7 +93,7 @@ def test_every_shape_gives_finite_square_pixels(width, height, mode, seed):
     assert np.isfinite(pixels).all()
 
 
-def test_crop_larger_than_the_picture_is_filled_with_black():
+def test_crop_larger_than_the_image_is_filled_with_black():
     config = PreprocessConfig("crop", 20, 30)
     values = as_bytes(preprocess(load_image(np.full((20, 20, 3), 200, np.uint8)), config), config)
     assert values[:, 5:25, 5:25].min() == 200
@@ -148,7 +148,7 @@ def test_a_thin_strip_does_not_explode(mode):
     ("name", "content", "reason"),
     [
         ("empty.png", b"", "cannot identify"),
-        ("text.jpg", b"this is no picture", "cannot identify"),
+        ("text.jpg", b"this is no image", "cannot identify"),
         ("no_pixels.png", png_header(8, 8), "cannot read .*no_pixels"),
         (
             "vector.eps",
@@ -159,7 +159,7 @@ def test_a_thin_strip_does_not_explode(mode):
 )
 def test_unreadable_files_are_named(tmp_path, name, content, reason):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ImageError, match=f"{reason}.*give an intact picture in one of these formats"):
+    with pytest.raises(ImageError, match=f"{reason}.*give an intact image in one of these formats"):
         load_image(tmp_path / name)
 
 
@@ -193,28 +193,28 @@ def test_arrays_of_another_kind_are_refused(array, given_as):
         load_image(array)
 
 
-def test_empty_pictures_are_refused():
+def test_empty_images_are_refused():
     with pytest.raises(ImageError, match=r"the array is empty \(0 x 5\)"):
         load_image(np.zeros((5, 0, 3), np.uint8))
-    with pytest.raises(ImageError, match=r"the picture is empty \(0 x 0\)"):
+    with pytest.raises(ImageError, match=r"the image is empty \(0 x 0\)"):
         load_image(Image.new("RGB", (0, 0)))
 
 
-def test_sixteen_bit_pictures_are_refused_instead_of_turning_white(tmp_path):
+def test_sixteen_bit_images_are_refused_instead_of_turning_white(tmp_path):
     Image.fromarray(np.full((4, 4), 40_000, np.uint16)).save(tmp_path / "deep.png")
     with pytest.raises(ImageError, match=r"deep\.png has pixels of mode I;16, more than 8 bits; convert it"):
         load_image(tmp_path / "deep.png")
 
 
-def test_other_types_and_unconverted_pictures_are_refused():
+def test_other_types_and_unconverted_images_are_refused():
     with pytest.raises(ImageError, match="cannot be given as bytes; pass a path"):
         load_image(b"\x89PNG")
-    with pytest.raises(ImageError, match="expects an RGB picture, got mode L"):
+    with pytest.raises(ImageError, match="expects an RGB image, got mode L"):
         preprocess(Image.new("L", (4, 4)), SMALL)
 
 
-def test_digest_tells_pictures_apart(golden):
-    first, second = (preprocess(image, SMALL) for image in pictures(golden, "a1_base_bin")[:2])
+def test_digest_tells_images_apart(golden):
+    first, second = (preprocess(image, SMALL) for image in images(golden, "a1_base_bin")[:2])
     assert digest(first) == digest(first.copy()) != digest(second)
     assert digest(np.asfortranarray(first)) == digest(first)
     assert digest(np.zeros(1, np.float32)) == "df3f619804a92fdb4057192dc43dd748ea778adc52bc498ce80524c014b81119"

@@ -1,4 +1,4 @@
-"""Degraded pictures: deterministic, and worse with every step."""
+"""Degraded images: deterministic, and worse with every step."""
 
 import random
 
@@ -24,7 +24,7 @@ def test_each_level_is_further_from_the_original(kind):
     assert errors == sorted(errors)
 
 
-def test_the_same_seed_gives_the_same_picture_and_every_word_comes():
+def test_the_same_seed_gives_the_same_image_and_every_word_comes():
     words = set()
     for seed in range(60):
         pixels = scene_pixels(seed)

@@ -52,11 +52,11 @@ def test_training_forward_equals_the_plain_model(encoder, model):
     (batch,) = batches(encoder, MIX, random.Random(0), 6, 10, 1)
     with torch.no_grad():
         fast = hidden_rows(model, batch).view(*batch.ids.shape, -1)
-        pictures = iter(model.encode_images(batch.pixels))
+        images = iter(model.encode_images(batch.pixels))
         embeds, modality = model.embed(batch.ids), torch.zeros_like(batch.ids)
         for row, start in enumerate(batch.starts.tolist()):
             if start >= 0:
-                embeds[row, start : start + 10] = next(pictures)
+                embeds[row, start : start + 10] = next(images)
                 modality[row, start : start + 10] = 1
         plain = model.decode(embeds, modality)
     torch.testing.assert_close(fast, plain, atol=2e-5, rtol=0)

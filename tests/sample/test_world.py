@@ -39,11 +39,11 @@ def test_about_one_scene_in_eight_is_held_out():
     assert 0.10 < share < 0.15
 
 
-def test_scenes_and_pictures_are_the_same_for_the_same_seed():
+def test_scenes_and_images_are_the_same_for_the_same_seed():
     one, other = scenes(20, seed=3), scenes(20, seed=3)
     assert one == other
-    pictures = [draw(one[0], random.Random(9)) for _ in range(2)]
-    np.testing.assert_array_equal(*pictures)
+    images = [draw(one[0], random.Random(9)) for _ in range(2)]
+    np.testing.assert_array_equal(*images)
 
 
 @pytest.mark.parametrize("scale", [1, 4])

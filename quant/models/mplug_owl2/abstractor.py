@@ -35,7 +35,7 @@ def grid_positions(width: int, grid: int, use_cls_token: bool) -> Tensor:
 
 
 class CrossAttention(nn.Module):
-    """Queries attend to themselves and to the picture's rows."""
+    """Queries attend to themselves and to the image's rows."""
 
     q_pos_embed: Tensor
     k_pos_embed: Tensor

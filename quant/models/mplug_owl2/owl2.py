@@ -1,4 +1,4 @@
-"""The whole model: pictures and ids in, logits out."""
+"""The whole model: images and ids in, logits out."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ class Owl2Model(nn.Module):
         )
 
     def forward(self, ids: Tensor, pixels: Tensor | None = None) -> Tensor:
-        """ids: int64 [B, T] with -200 per picture, pixels: [N, 3, R, R] -> logits [B, L, V]."""
+        """ids: int64 [B, T] with -200 per image, pixels: [N, 3, R, R] -> logits [B, L, V]."""
         blocks = [] if pixels is None else list(self.encode_images(pixels))
         merged = self.merge(ids, blocks)
         return self.head(self.decode(merged.embeds, merged.modality))

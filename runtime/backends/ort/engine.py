@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from owl2.runtime import spec
 from owl2.runtime.backends.ort import session as sessions
 from owl2.runtime.backends.ort.memory import Buffer, Feeds, memory_of
-from owl2.runtime.backends.ort.standard import StandardDecoder, first_line, run_bound
+from owl2.runtime.backends.ort.onnx_decoder import OnnxDecoder, first_line, run_bound
 from owl2.runtime.backends.steps import row_inputs
 from owl2.runtime.bundle import Bundle, Manifest
 from owl2.runtime.config import DecoderConfig, require
@@ -115,7 +115,7 @@ class OrtBuffers:
 
 
 class OrtDecoder:
-    """The decoder's session; see :class:`owl2.runtime.engine.Decoder`."""
+    """The decoder's session; see :class:`owl2.runtime.engine.DecoderEngine`."""
 
     def __init__(self, path: Path, config: DecoderConfig, options: OrtOptions) -> None:
         """Load the graph at ``path``.
@@ -187,7 +187,7 @@ class OrtDecoder:
         return run_bound(self._session, binding, self._run_options)
 
 
-def open_decoder(path: Path, manifest: Manifest, options: OrtOptions) -> OrtDecoder | StandardDecoder:
+def open_decoder(path: Path, manifest: Manifest, options: OrtOptions) -> OrtDecoder | OnnxDecoder:
     """Load the decoder graph at ``path``, which may be a variant of the bundle's own.
 
     Raises:
@@ -199,8 +199,8 @@ def open_decoder(path: Path, manifest: Manifest, options: OrtOptions) -> OrtDeco
     check_dialect(path, manifest.dialect, Placement.parse(options.device))
     session = open_session(path, options)
     dtype, element = element_of(path, session, spec.EMBEDS)
-    check_standard(path, session, decoder, element)
-    return StandardDecoder(session, decoder, dtype)
+    check_onnx_decoder(path, session, decoder, element)
+    return OnnxDecoder(session, decoder, dtype)
 
 
 def check_dialect(path: Path, dialect: DialectName, device: Placement) -> None:
@@ -216,7 +216,7 @@ def check_dialect(path: Path, dialect: DialectName, device: Placement) -> None:
         )
 
 
-def check_standard(path: Path, session: ort.InferenceSession, config: DecoderConfig, element: str) -> None:
+def check_onnx_decoder(path: Path, session: ort.InferenceSession, config: DecoderConfig, element: str) -> None:
     """Compare a decoder graph of the dialect onnx with the model.
 
     Raises:
@@ -234,7 +234,7 @@ def check_standard(path: Path, session: ort.InferenceSession, config: DecoderCon
 
 
 class OrtEngine:
-    """One session for pictures, one for the decoder; see :class:`owl2.runtime.engine.Engine`."""
+    """One session for images, one for the decoder; see :class:`owl2.runtime.engine.Engine`."""
 
     def __init__(self, bundle: Bundle, options: OrtOptions = DEFAULT_OPTIONS) -> None:
         """Load the graphs of a verified bundle.

@@ -34,7 +34,7 @@ from owl2.runtime.backends.ort.installation import (
     onnxruntime_wheels,
     overlap,
 )
-from owl2.runtime.backends.ort.standard import first_line
+from owl2.runtime.backends.ort.onnx_decoder import first_line
 from owl2.runtime.bundle import is_older
 from owl2.runtime.errors import BackendError, BackendUnavailableError, Owl2Warning
 from owl2.runtime.placement import DeviceKind, Placement

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from owl2.runtime.backends.tensorrt.cuda import Device, aligned
+from owl2.runtime.backends.tensorrt.cuda import Gpu, aligned
 from owl2.runtime.errors import BackendError, BackendUnavailableError
-from owl2.runtime.fit.devices import EngineKind
+from owl2.runtime.placement import EngineKind
 
 Shape = tuple[int, ...]
 MODULES: dict[EngineKind, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -219,7 +219,7 @@ def makes_graphs(trt: Any) -> bool:  # noqa: ANN401 - a module without types
     return hasattr(trt, "CudaGraphStrategy")
 
 
-def shared_scratch(device: Device, contexts: list[Context]) -> int:
+def shared_scratch(device: Gpu, contexts: list[Context]) -> int:
     """Allocate what the hungriest of ``contexts`` needs, for all of them: they never run at the same time.
 
     Returns:

@@ -29,7 +29,7 @@ class Strided:
     pitch: int
 
 
-class Device(Protocol):
+class Gpu(Protocol):
     """One GPU. Everything that takes a stream returns at once and happens there in order."""
 
     @property
@@ -98,11 +98,11 @@ class Device(Protocol):
         """Give a graph back."""
 
 
-class CudaDevice:
-    """A GPU through NVIDIA's ``cuda-python``; see :class:`Device`."""
+class CudaGpu:
+    """A GPU through NVIDIA's ``cuda-python``; see :class:`Gpu`."""
 
     def __init__(self, runtime: Any, index: int) -> None:  # noqa: ANN401 - a module without types
-        """Use GPU ``index`` through the module ``cuda.bindings.runtime``; :func:`open_device` checks both."""
+        """Use GPU ``index`` through the module ``cuda.bindings.runtime``; :func:`open_gpu` checks both."""
         self._cuda, self._index = runtime, index
 
     @property
@@ -232,7 +232,7 @@ def host_address(array: Array) -> int:
     return int(array.ctypes.data)
 
 
-def open_device(index: int) -> CudaDevice:
+def open_gpu(index: int) -> CudaGpu:
     """GPU ``index``.
 
     Raises:
@@ -248,7 +248,7 @@ def open_device(index: int) -> CudaDevice:
     problem = driver_problem(index) or version_problem(runtime)
     if problem:
         raise BackendUnavailableError(f"engines cannot be run: {problem}")
-    return CudaDevice(runtime, index)
+    return CudaGpu(runtime, index)
 
 
 def version_problem(runtime: Any) -> str:  # noqa: ANN401 - a module without types
@@ -275,7 +275,7 @@ def aligned(nbytes: int) -> int:
 class Slots:
     """Device memory by name that grows when more is asked for and is used over and over."""
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Gpu) -> None:
         self._device = device
         self._slots: dict[str, tuple[int, int]] = {}
 

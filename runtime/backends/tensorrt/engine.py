@@ -33,7 +33,7 @@ from owl2.runtime.backends.tensorrt.context import (
     makes_graphs,
     shared_scratch,
 )
-from owl2.runtime.backends.tensorrt.cuda import Device, Slots, Strided
+from owl2.runtime.backends.tensorrt.cuda import Gpu, Slots, Strided
 from owl2.runtime.backends.tensorrt.records import (
     DECODE_PROFILE,
     DECODER_ENGINE,
@@ -46,7 +46,7 @@ from owl2.runtime.bundle import Bundle
 from owl2.runtime.config import ModelConfig, require
 from owl2.runtime.engine import Floats, Ints, KvBuffers
 from owl2.runtime.errors import BackendError
-from owl2.runtime.fit.devices import EngineKind
+from owl2.runtime.placement import EngineKind
 from owl2.runtime.rope import rotary_tables
 from owl2.runtime.spec import FloatType
 
@@ -102,7 +102,7 @@ class DeviceRows:
         """Address of a position's row in tensor ``index``."""
         return self.address + index * self.pitch + position * self.row
 
-    def begin(self, past: int, total: int, device: Device, stream: int) -> None:
+    def begin(self, past: int, total: int, device: Gpu, stream: int) -> None:
         """Before a step writes positions ``past`` to ``total``: forget those of earlier steps that were undone.
 
         Decoding reads rows behind ``past``. The mask is added to their scores, which hides numbers but not NaN, and
@@ -118,7 +118,7 @@ class DeviceRows:
 class TensorRtEngine:
     """See :class:`owl2.runtime.engine.Engine`. Steps of several threads run one after the other."""
 
-    def __init__(self, bundle: Bundle, options: TensorRtOptions, trt: Any, device: Device) -> None:  # noqa: ANN401
+    def __init__(self, bundle: Bundle, options: TensorRtOptions, trt: Any, device: Gpu) -> None:  # noqa: ANN401
         """Load the engines of a verified bundle.
 
         Args:
@@ -222,7 +222,7 @@ class TensorRtEngine:
 
     def encode_images(self, pixels: Floats) -> Floats:
         """pixels: [N, 3, R, R] -> image rows [N, queries + 1, C]."""
-        most = self.record.pictures
+        most = self.record.images
         blocks = [self._encode(pixels[start : start + most]) for start in range(0, len(pixels), most)]
         return np.concatenate(blocks)
 
@@ -283,7 +283,7 @@ class TensorRtEngine:
 class _Parts:
     """What an engine has to give back, apart from it so that a finalizer can hold it."""
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Gpu) -> None:
         self.device = device
         self.messages = Messages()
         self.stream = device.create_stream()
@@ -486,7 +486,7 @@ def _own(buffers: KvBuffers, total: int) -> DeviceRows:
     return buffers
 
 
-def _free(device: Device, address: int) -> None:
+def _free(device: Gpu, address: int) -> None:
     """Runs wherever and whenever Python drops the owner."""
     with contextlib.suppress(BackendError):
         device.use()

@@ -13,11 +13,12 @@ from owl2.runtime import spec
 from owl2.runtime.bundle import Bundle, FileEntry, Manifest, check_entry, hash_file
 from owl2.runtime.config import from_json, require
 from owl2.runtime.errors import BackendUnavailableError, BundleCorruptError, BundleError
-from owl2.runtime.fit.devices import DEVICES, EngineKind
+from owl2.runtime.fit.products import PRODUCTS
+from owl2.runtime.placement import EngineKind
 
 FOLDER = "engines"
 RECORD = "engine.json"
-FORMAT = 1
+FORMAT = 2
 DECODER_ENGINE = "decoder.engine"
 VISION_ENGINE = "vision.engine"
 PREFILL_PROFILE, DECODE_PROFILE = 0, 1
@@ -54,7 +55,7 @@ class EngineRecord:
         driver: its driver's version; None where they were built without one.
         context: positions that a conversation may take.
         prefill: new positions of a step.
-        pictures: encoded at a time.
+        images: encoded at a time.
         source: sha256 of the files they were built from, by name.
         files: size and sha256 of the engines, by name.
     """
@@ -67,13 +68,13 @@ class EngineRecord:
     driver: str | None
     context: int
     prefill: int
-    pictures: int
+    images: int
     source: Mapping[str, str]
     files: Mapping[str, FileEntry]
 
     def __post_init__(self) -> None:
         require(self.format == FORMAT, f"{RECORD}: format {self.format} is not known; this owl2 reads {FORMAT}")
-        for name in ("context", "prefill", "pictures"):
+        for name in ("context", "prefill", "images"):
             value = getattr(self, name)
             require(value > 0, f"{RECORD}: {name} must be positive, got {value}")
         for name in (DECODER_ENGINE, VISION_ENGINE):
@@ -112,7 +113,7 @@ def read_record(folder: Path) -> EngineRecord:
 def rebuild(bundle: Path, kind: EngineKind, compute: int) -> str:
     """The sentence that says how engines of this kind and compute capability (times ten) are made."""
     command = f"owl2-export engine {bundle} --kind {kind}"
-    if kind == "tensorrt-rtx" and any(device.compute == compute for device in DEVICES.values()):
+    if kind == "tensorrt-rtx" and any(device.compute == compute for device in PRODUCTS.values()):
         return f"run on any machine: {command} --gpu sm{compute}"
     return f"run on this device: {command}"
 

@@ -1,6 +1,6 @@
-"""Merging text and pictures into one sequence of decoder positions.
+"""Merging text and images into one sequence of decoder positions.
 
-A merged position is named by a key: a token id, or (digest, row) for a row of a picture. Keys decide everything
+A merged position is named by a key: a token id, or (digest, row) for a row of an image. Keys decide everything
 about a position but its place, so they also tell what a KV cache holds.
 """
 
@@ -18,8 +18,8 @@ from owl2.runtime.engine import Floats, Ints
 from owl2.runtime.errors import PromptError
 from owl2.runtime.families.mplug_owl2.template import check_placeholders
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
+from owl2.runtime.images import PreparedImage
 from owl2.runtime.kv_cache import Key
-from owl2.runtime.pictures import Picture
 
 
 @dataclass(frozen=True)
@@ -28,40 +28,40 @@ class Prompt:
 
     Attributes:
         keys: what each position holds.
-        pictures: by digest, all that ``keys`` refer to.
+        images: by digest, all that ``keys`` refer to.
     """
 
     keys: list[Key]
-    pictures: Mapping[str, Picture]
+    images: Mapping[str, PreparedImage]
 
 
-def encode_prompt(text: str, pictures: Sequence[Picture], tokenizer: Tokenizer, rows_per_image: int) -> Prompt:
-    """Tokenize a prompt and put its pictures' rows in place of the placeholders.
+def encode_prompt(text: str, images: Sequence[PreparedImage], tokenizer: Tokenizer, rows_per_image: int) -> Prompt:
+    """Tokenize a prompt and put its images' rows in place of the placeholders.
 
     Raises:
-        PromptError: the prompt is empty, or placeholders and pictures do not agree.
+        PromptError: the prompt is empty, or placeholders and images do not agree.
     """
-    check_placeholders(text, len(pictures))
+    check_placeholders(text, len(images))
     ids = tokenizer.encode_prompt(text)
     if not ids:
-        raise PromptError("the prompt is empty; give at least one character or picture")
-    digests = [picture.digest for picture in pictures]
-    return Prompt(merge(ids, digests, rows_per_image), dict(zip(digests, pictures)))
+        raise PromptError("the prompt is empty; give at least one character or image")
+    digests = [image.digest for image in images]
+    return Prompt(merge(ids, digests, rows_per_image), dict(zip(digests, images)))
 
 
 def merge(ids: Sequence[int], digests: Sequence[str], rows_per_image: int) -> list[Key]:
-    """Replace each placeholder id by its picture's rows, in order of appearance.
+    """Replace each placeholder id by its image's rows, in order of appearance.
 
     Args:
-        ids: token ids with -200 per picture.
+        ids: token ids with -200 per image.
         digests: one per placeholder.
-        rows_per_image: decoder positions of one picture.
+        rows_per_image: decoder positions of one image.
     """
-    pictures = iter(digests)
+    images = iter(digests)
     keys: list[Key] = []
     for token in ids:
         if token == IMAGE_TOKEN_ID:
-            digest = next(pictures)
+            digest = next(images)
             keys.extend((digest, row) for row in range(rows_per_image))
         else:
             keys.append(token)
@@ -69,7 +69,7 @@ def merge(ids: Sequence[int], digests: Sequence[str], rows_per_image: int) -> li
 
 
 def digests_of(keys: Sequence[Key]) -> list[str]:
-    """The pictures that ``keys`` need, each once, in order of appearance."""
+    """The images that ``keys`` need, each once, in order of appearance."""
     return list(dict.fromkeys(key[0] for key in keys if isinstance(key, tuple)))
 
 

@@ -57,7 +57,7 @@ def with_images(question: str, count: int) -> str:
 
 
 def check_placeholders(prompt: str, count: int) -> None:
-    """Check that a prompt has one image placeholder per picture.
+    """Check that a prompt has one image placeholder per image.
 
     Raises:
         PromptError: it has more or fewer than ``count``.
@@ -65,13 +65,13 @@ def check_placeholders(prompt: str, count: int) -> None:
     placed = prompt.count(IMAGE_TOKEN)
     if placed > count:
         raise PromptError(
-            f"the prompt has {_count(placed, f'{IMAGE_TOKEN} placeholder')}, but {_count(count, 'picture')} given; "
-            "give the missing pictures or remove placeholders"
+            f"the prompt has {_count(placed, f'{IMAGE_TOKEN} placeholder')}, but {_count(count, 'image')} given; "
+            "give the missing images or remove placeholders"
         )
     if placed < count:
         raise PromptError(
-            f"{_count(count, 'picture')} given, but the prompt has {_count(placed, f'{IMAGE_TOKEN} placeholder')}; "
-            "write one placeholder where each picture belongs or give fewer pictures"
+            f"{_count(count, 'image')} given, but the prompt has {_count(placed, f'{IMAGE_TOKEN} placeholder')}; "
+            "write one placeholder where each image belongs or give fewer images"
         )
 
 

@@ -54,7 +54,7 @@ def owl(bundle_a1: Path) -> Owl2:
 
 
 @pytest.fixture(scope="module")
-def picture(golden: Path) -> Path:
+def image(golden: Path) -> Path:
     return golden / "images" / "00_rgb_landscape_97x61.png"
 
 
@@ -69,9 +69,9 @@ def edit(folder: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def rows_of(owl: Owl2, prompt: str, picture: Path) -> tuple[np.ndarray, np.ndarray]:
-    merged = owl._prompt(prompt, owl._pictures([picture], None))
-    rows, _ = owl._model.encoder.rows(list(merged.pictures.values()))
+def rows_of(owl: Owl2, prompt: str, image: Path) -> tuple[np.ndarray, np.ndarray]:
+    merged = owl._prompt(prompt, owl._prepare([image], None))
+    rows, _ = owl._model.encoder.rows(list(merged.images.values()))
     return embed(merged.keys, owl._model.table, rows)
 
 
@@ -172,9 +172,9 @@ class TestBundle:
 
 
 class TestCodes:
-    def test_first_layer_holds_the_rounded_keys_and_values(self, bundle: Bundle, owl: Owl2, picture: Path) -> None:
+    def test_first_layer_holds_the_rounded_keys_and_values(self, bundle: Bundle, owl: Owl2, image: Path) -> None:
         """They depend on the input alone, so that the float32 cache says what is to be rounded."""
-        embeds, modality = rows_of(owl, PROMPT, picture)
+        embeds, modality = rows_of(owl, PROMPT, image)
         assert set(modality) == {0, 1}
         made, _ = filled(OrtEngine(bundle, INT8), embeds, modality)
         exact, _ = filled(OrtEngine(bundle), embeds, modality)
@@ -186,13 +186,13 @@ class TestCodes:
 
     @pytest.mark.parametrize("heads", [(72, 3), (64, 16)])
     def test_padded_channels_hold_nothing(
-        self, make_checkpoint: MakeCheckpoint, tmp_path: Path, picture: Path, heads: tuple[int, int]
+        self, make_checkpoint: MakeCheckpoint, tmp_path: Path, image: Path, heads: tuple[int, int]
     ) -> None:
         width, count = heads
         top = {"hidden_size": width, "num_attention_heads": count, "num_key_value_heads": count}
         export_bundle(ExportConfig(make_checkpoint(top=top), tmp_path / "bundle", weights="fp32"))
         opened, owl = Bundle.open(tmp_path / "bundle"), Owl2.load(tmp_path / "bundle")
-        embeds, modality = rows_of(owl, PROMPT, picture)
+        embeds, modality = rows_of(owl, PROMPT, image)
         made, _ = filled(OrtEngine(opened, INT8), embeds, modality)
         exact, _ = filled(OrtEngine(opened), embeds, modality)
         half, padded = width // count // 2, spec.padded_head_dim(owl.config.decoder) // 2
@@ -203,10 +203,10 @@ class TestCodes:
             np.testing.assert_allclose(codes * scales, values, atol=8 * scales.max(), rtol=0)
 
     def test_cached_steps_and_blocks_give_the_codes_and_logits_of_one_prefill(
-        self, engine: OrtEngine, owl: Owl2, picture: Path
+        self, engine: OrtEngine, owl: Owl2, image: Path
     ) -> None:
         """Attention reads what is stored, its own new positions included, however they came there."""
-        embeds, modality = rows_of(owl, PROMPT, picture)
+        embeds, modality = rows_of(owl, PROMPT, image)
         count = len(embeds)
         whole, expected = filled(engine, embeds, modality)
         for first in (5, count - 6):
@@ -219,8 +219,8 @@ class TestCodes:
             assert_same_codes(buffers.arrays, whole.arrays, count)
             np.testing.assert_allclose(np.concatenate(made), expected, atol=LOGITS, rtol=0)
 
-    def test_positions_beyond_the_last_stay_untouched(self, engine: OrtEngine, owl: Owl2, picture: Path) -> None:
-        embeds, modality = rows_of(owl, PROMPT, picture)
+    def test_positions_beyond_the_last_stay_untouched(self, engine: OrtEngine, owl: Owl2, image: Path) -> None:
+        embeds, modality = rows_of(owl, PROMPT, image)
         buffers = engine.allocate(len(embeds) + 3, None)
         for array in buffers.arrays:
             array[:] = 77
@@ -246,18 +246,18 @@ class TestCache:
 
 
 class TestConversation:
-    def ask(self, chat: Chat, question: str, *pictures: Path) -> list[tuple[int, float]]:
-        return [(chunk.token_id, chunk.logprob) for chunk in chat.ask(question, list(pictures), max_new_tokens=8)]
+    def ask(self, chat: Chat, question: str, *images: Path) -> list[tuple[int, float]]:
+        return [(chunk.token_id, chunk.logprob) for chunk in chat.ask(question, list(images), max_new_tokens=8)]
 
     def codes(self, chat: Chat, positions: int) -> list[np.ndarray]:
         buffers = chat._cache._buffers
         assert isinstance(buffers, OrtBuffers)
         return [array[:, :, :positions].copy() for array in buffers.arrays]
 
-    def test_second_turn_equals_a_cold_start(self, owl: Owl2, picture: Path) -> None:
+    def test_second_turn_equals_a_cold_start(self, owl: Owl2, image: Path) -> None:
         chat, cold = owl.chat(), owl.chat()
-        self.ask(chat, "What is this?", picture)
-        self.ask(cold, "What is this?", picture)
+        self.ask(chat, "What is this?", image)
+        self.ask(cold, "What is this?", image)
         cold._cache.clear()
         warm = self.ask(chat, "And its colour?")
         other = self.ask(cold, "And its colour?")
@@ -272,10 +272,10 @@ class TestConversation:
 
     @pytest.mark.parametrize("way", ["cancelled", "failed"])
     def test_a_step_that_does_not_finish_leaves_the_codes(
-        self, owl: Owl2, picture: Path, monkeypatch: pytest.MonkeyPatch, way: str
+        self, owl: Owl2, image: Path, monkeypatch: pytest.MonkeyPatch, way: str
     ) -> None:
         chat = owl.chat()
-        self.ask(chat, "What is this?", picture)
+        self.ask(chat, "What is this?", image)
         before = self.codes(chat, chat._cache.length)
         answer = chat.ask("And then?", max_new_tokens=50)
         if way == "failed":
@@ -289,17 +289,17 @@ class TestConversation:
         for held, kept in zip(self.codes(chat, shared), before):
             np.testing.assert_array_equal(held, kept[:, :, :shared])
         fresh = owl.chat()
-        self.ask(fresh, "What is this?", picture)
+        self.ask(fresh, "What is this?", image)
         for (token, logprob), (expected, exact) in zip(self.ask(chat, "Why?"), self.ask(fresh, "Why?"), strict=True):
             assert token == expected
             assert logprob == pytest.approx(exact, abs=LOGITS)
 
     def test_a_prompt_in_blocks_equals_one_in_a_piece(
-        self, owl: Owl2, picture: Path, monkeypatch: pytest.MonkeyPatch
+        self, owl: Owl2, image: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        whole = self.ask(owl.chat(), "What is this?", picture, picture)
+        whole = self.ask(owl.chat(), "What is this?", image, image)
         monkeypatch.setattr("owl2.runtime.generate.PREFILL_BLOCK", 5)
-        blocks = self.ask(owl.chat(), "What is this?", picture, picture)
+        blocks = self.ask(owl.chat(), "What is this?", image, image)
         assert [token for token, _ in blocks] == [token for token, _ in whole]
         np.testing.assert_allclose([p for _, p in blocks], [p for _, p in whole], atol=LOGITS, rtol=0)
 
@@ -443,17 +443,17 @@ class TestCommands:
         assert result.exit_code == 0, result.output
         return result.stdout
 
-    def test_ask(self, bundle_a1: Path, owl: Owl2, picture: Path) -> None:
-        asked = ("ask", bundle_a1, "What is it?", "--image", picture, "--max-new-tokens", 12, "--json", "--kv-cache")
+    def test_ask(self, bundle_a1: Path, owl: Owl2, image: Path) -> None:
+        asked = ("ask", bundle_a1, "What is it?", "--image", image, "--max-new-tokens", 12, "--json", "--kv-cache")
         records = {kind: json.loads(self.run(*asked, kind)) for kind in ("int8", "fp32")}
-        assert records["int8"]["text"] == owl.chat().ask("What is it?", picture, max_new_tokens=12).text
+        assert records["int8"]["text"] == owl.chat().ask("What is it?", image, max_new_tokens=12).text
         assert records["int8"]["kv_cache_positions"] == GROWTH
         assert records["int8"]["kv_cache_memory"] == GROWTH * spec.kv_bytes(owl.config.decoder, "int8")
         assert records["fp32"]["kv_cache_memory"] == GROWTH * spec.kv_bytes(owl.config.decoder, "fp32")
 
     def test_the_sample_model_answers_alike(self, sample_bundle: Path, sample_checkpoint: Path) -> None:
-        picture = sample_checkpoint.parent / "pictures" / "scene3.png"
-        asked = ("ask", sample_bundle, "Describe the picture.", "--image", picture, "--kv-cache")
+        image = sample_checkpoint.parent / "pictures" / "scene3.png"
+        asked = ("ask", sample_bundle, "Describe the picture.", "--image", image, "--kv-cache")
         assert self.run(*asked, "int8") == self.run(*asked, "fp32")
 
     def test_stats_name_the_memory(self, bundle_a1: Path) -> None:

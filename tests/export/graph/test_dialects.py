@@ -19,14 +19,14 @@ from owl2.export.config import ExportConfig
 from owl2.export.gptq_checkpoint import export_gptq
 from owl2.export.graph.builder import GraphBuilder
 from owl2.export.graph.dialect import Linear
-from owl2.export.graph.standard import StandardDialect
+from owl2.export.graph.onnx_dialect import OnnxDialect
 from owl2.export.graph.weights import ChannelInt8Weight
 from owl2.export.pipeline import export_bundle
 from owl2.quant.config import QuantConfig
 from owl2.quant.grid import QuantizedWeight, rtn
 from owl2.runtime import ConfigError, Owl2, spec
 from owl2.runtime.backends.ort.engine import OrtOptions, open_decoder
-from owl2.runtime.backends.steps import attention_mask, standard_inputs
+from owl2.runtime.backends.steps import attention_mask, onnx_inputs
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.errors import ExportError
 from owl2.runtime.evaluation.divergence import divergence
@@ -67,8 +67,8 @@ def golden_logits(owl: Owl2, case: Path, images: Path) -> tuple[np.ndarray, np.n
     prompts = {entry["id"]: entry["prompt"] for entry in json.loads((case / "prompts.json").read_text())}
     recorded, made, expected = np.load(case / "forward.npz"), [], []
     for entry in json.loads((case / "forward_index.json").read_text()):
-        pictures = [images / name for name in entry["images"]]
-        made.append(owl.logits(prompts[entry["prompt_id"]], images=pictures, preprocess="resize"))
+        chosen = [images / name for name in entry["images"]]
+        made.append(owl.logits(prompts[entry["prompt_id"]], images=chosen, preprocess="resize"))
         expected.append(recorded[f"{entry['name']}/logits"])
     return np.concatenate(made), np.concatenate(expected)
 
@@ -171,7 +171,7 @@ def test_int4_is_packed_as_onnx_reads_it(tmp_path: Path) -> None:
     weight = rtn(torch.randn(6, 64, generator=generator), QuantConfig(group_size=32, method="rtn", scale_dtype="fp16"))
     with GraphBuilder(tmp_path / "w.onnx", "fp16") as graph:
         graph.input("x", onnx.TensorProto.FLOAT16, ["M", 64])
-        y = StandardDialect().linear(graph, "x", Linear("w", weight))
+        y = OnnxDialect().linear(graph, "x", Linear("w", weight))
         graph.node("Identity", [y], outputs=["y"])
         graph.output("y", onnx.TensorProto.FLOAT16, ["M", 6])
         graph.save()
@@ -198,7 +198,7 @@ def test_int4_is_packed_as_onnx_reads_it(tmp_path: Path) -> None:
 )
 def test_integers_that_tensorrt_does_not_take_are_refused(tmp_path: Path, weight: object, message: str) -> None:
     with GraphBuilder(tmp_path / "w.onnx") as graph, pytest.raises(ExportError, match=message):
-        StandardDialect().linear(graph, "x", Linear("w", weight))
+        OnnxDialect().linear(graph, "x", Linear("w", weight))
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ class TestInputs:
 
     def test_tables_are_those_of_the_new_positions(self, bundle_a1_onnx: Path) -> None:
         config = Bundle.open(bundle_a1_onnx).manifest.model.decoder
-        made = standard_inputs(config, np.zeros(3, np.int64), 5, 8, np.array([2]), np.float16)
+        made = onnx_inputs(config, np.zeros(3, np.int64), 5, 8, np.array([2]), np.float16)
         cos, _ = rotary_tables(config, 8, config.head_dim, np.float16)
         assert made[spec.ROTARY_COS].dtype == np.float16
         np.testing.assert_array_equal(made[spec.ROTARY_COS], cos[5:8])
@@ -241,7 +241,7 @@ class TestInputs:
         expected = decoder.decode(embeds[5:], 5, buffers)
         for rows in buffers.rows:
             rows[5:] = np.random.default_rng(1).standard_normal(rows[5:].shape)
-        inputs = standard_inputs(opened.manifest.model.decoder, text[:1], 5, 16, np.array([0]), np.float32)
+        inputs = onnx_inputs(opened.manifest.model.decoder, text[:1], 5, 16, np.array([0]), np.float32)
         cached = dict(zip(_past(opened), buffers.rows))
         made = decoder._session.run([spec.LOGITS], {spec.EMBEDS: embeds[None, 5:], **inputs, **cached})[0][0]
         np.testing.assert_allclose(made, expected, atol=1e-5)

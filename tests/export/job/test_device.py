@@ -23,7 +23,7 @@ from owl2.export.config import ExportConfig
 from owl2.export.decoder import Streams
 from owl2.export.graph.builder import GraphBuilder
 from owl2.export.graph.decoder import DecoderGraph
-from owl2.export.graph.ort import OrtDialect
+from owl2.export.graph.ort_dialect import OrtDialect
 from owl2.export.job.device import check_device
 from owl2.quant.kv import RoundedStream
 from owl2.quant.stream import Calibration, Sequence, Stream

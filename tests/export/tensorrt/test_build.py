@@ -29,7 +29,7 @@ from owl2.runtime.backends.tensorrt import records
 from owl2.runtime.backends.tensorrt.records import EngineRecord
 from owl2.runtime.bundle import Bundle, hash_file
 from owl2.runtime.errors import BackendUnavailableError, ExportError
-from owl2.runtime.fit.devices import DEVICES
+from owl2.runtime.fit.products import PRODUCTS
 
 trt = pytest.importorskip("tensorrt_rtx", reason="has wheels for x86-64 only")
 
@@ -60,7 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, sample_checkpoint: Path) ->
 
 @pytest.mark.parametrize("compute", CAPABILITIES)
 def test_tensorrt_builds_both_graphs_for_every_generation(folder: Path, tmp_path: Path, compute: int) -> None:
-    model, limits = Bundle.open(folder).manifest.model, Limits(context=1024, prefill=256, pictures=2)
+    model, limits = Bundle.open(folder).manifest.model, Limits(context=1024, prefill=256, images=2)
     graphs = {spec.VISION_GRAPH: (vision_profile(model, limits),), spec.DECODER_GRAPH: decoder_profiles(model, limits)}
     for name, profiles in graphs.items():
         steps = Steps()
@@ -82,7 +82,7 @@ class TestBundle:
         assert record == report.record
         assert (record.kind, record.tensorrt) == ("tensorrt-rtx", trt.__version__)
         assert (record.compute_capability, record.gpu, record.driver) == ((8, 9), None, None)
-        assert (record.context, record.prefill, record.pictures) == (512, 128, 1)
+        assert (record.context, record.prefill, record.images) == (512, 128, 1)
         for name, entry in record.files.items():
             assert (entry.size, entry.sha256) == (
                 (report.folder / name).stat().st_size,
@@ -239,10 +239,10 @@ class TestTarget:
 
     def test_graphs_of_the_other_dialect_are_refused(self) -> None:
         with pytest.raises(ConfigError, match="--dialect onnx"):
-            choose("tensorrt-rtx", DEVICES["rtx3060"], "ort", "int4", here=False)
+            choose("tensorrt-rtx", PRODUCTS["rtx3060"], "ort", "int4", here=False)
 
     def test_a_module_that_is_missing_is_named_with_what_brings_it(self) -> None:
-        orin = DEVICES["agx-orin-64gb"]
+        orin = PRODUCTS["agx-orin-64gb"]
         with pytest.raises(
             BackendUnavailableError, match="tensorrt is not installed; on a Jetson it comes with JetPack"
         ):
@@ -250,7 +250,7 @@ class TestTarget:
 
     def test_every_gpu_is_listed(self) -> None:
         shown = table()
-        assert all(name in shown for name in DEVICES)
+        assert all(name in shown for name in PRODUCTS)
 
     @pytest.mark.parametrize(
         ("settings", "message"),

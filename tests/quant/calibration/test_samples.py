@@ -17,7 +17,7 @@ def folder(tmp_path: Path) -> Path:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (20, 10), (200, 30, 30)).save(tmp_path / name)
     (tmp_path / "a.txt").write_text("  A red rectangle.\n")
-    (tmp_path / "notes.md").write_text("no picture")
+    (tmp_path / "notes.md").write_text("no image")
     return tmp_path
 
 
@@ -32,10 +32,10 @@ def talk(*texts: str, image: object = None) -> dict[str, object]:
 
 
 class TestBuiltIn:
-    def test_it_has_pictures_and_texts_and_says_what_it_is(self) -> None:
+    def test_it_has_images_and_texts_and_says_what_it_is(self) -> None:
         data = load_calibration(None, 1000)
         assert data.source == BUILT_IN
-        assert data.pictures == 72
+        assert data.images == 72
         assert sum(not sample.images for sample in data.samples) == 24
         assert "built-in calibration set" in data.notes[0]
 
@@ -50,47 +50,47 @@ class TestBuiltIn:
             assert sample.prompt.count(IMAGE_TOKEN) == len(sample.images)
             assert sample.prompt.endswith("</s>")
 
-    def test_probes_cover_no_one_and_several_pictures(self) -> None:
+    def test_probes_cover_no_one_and_several_images(self) -> None:
         assert sorted(len(sample.images) for sample in probe_samples()) == [0, 1, 2]
 
     def test_the_limit_is_spread_over_the_set(self) -> None:
         few = load_calibration(None, 12)
         assert len(few.samples) == 12
-        assert 0 < few.pictures < 12
+        assert 0 < few.images < 12
 
 
 class TestFolder:
-    def test_pictures_with_and_without_texts(self, folder: Path) -> None:
+    def test_images_with_and_without_texts(self, folder: Path) -> None:
         data = load_calibration(folder, 100)
         assert [Path(str(s.images[0])).name for s in data.samples if s.images] == ["a.jpg", "b.png", "c.webp"]
         assert data.samples[0].prompt == f"USER: {IMAGE_TOKEN}Describe the image. ASSISTANT: A red rectangle.</s>"
         assert data.samples[1].prompt.endswith("ASSISTANT:")
-        assert data.notes == ("2 of 3 pictures have no text beside them; 24 built-in conversations were added",)
+        assert data.notes == ("2 of 3 images have no text beside them; 24 built-in conversations were added",)
 
-    def test_only_texts_of_its_own_where_every_picture_has_one(self, folder: Path) -> None:
+    def test_only_texts_of_its_own_where_every_image_has_one(self, folder: Path) -> None:
         for name in ("b", "deep/c"):
             (folder / f"{name}.txt").write_text("Red.")
         data = load_calibration(folder, 100)
         assert len(data.samples) == 3
         assert data.notes == ()
 
-    def test_no_pictures(self, tmp_path: Path) -> None:
-        with pytest.raises(CalibrationError, match=r"holds no pictures; expected files ending in \.bmp"):
+    def test_no_images(self, tmp_path: Path) -> None:
+        with pytest.raises(CalibrationError, match=r"holds no images; expected files ending in \.bmp"):
             load_calibration(tmp_path, 10)
 
-    def test_all_broken_pictures_are_named(self, folder: Path) -> None:
-        (folder / "x.png").write_bytes(b"no picture")
+    def test_all_broken_images_are_named(self, folder: Path) -> None:
+        (folder / "x.png").write_bytes(b"no image")
         (folder / "y.png").write_bytes(b"")
         with pytest.raises(CalibrationError, match=r"(?s)2 problems:.*x\.png.*y\.png"):
             load_calibration(folder, 100)
 
     def test_missing(self, tmp_path: Path) -> None:
-        with pytest.raises(CalibrationError, match="nowhere does not exist; give a folder of pictures or a JSONL"):
+        with pytest.raises(CalibrationError, match="nowhere does not exist; give a folder of images or a JSONL"):
             load_calibration(tmp_path / "nowhere", 10)
 
 
 class TestConversations:
-    def test_pictures_and_turns(self, folder: Path) -> None:
+    def test_images_and_turns(self, folder: Path) -> None:
         path = write_lines(
             folder / "talks.jsonl",
             talk(f"{IMAGE_TOKEN}What?", "Red.", "Sure?", "Yes.", image="b.png"),
@@ -133,14 +133,14 @@ class TestConversations:
         ):
             assert part in message
 
-    def test_pictures_that_cannot_be_read_are_named(self, folder: Path) -> None:
+    def test_images_that_cannot_be_read_are_named(self, folder: Path) -> None:
         path = write_lines(folder / "talks.jsonl", talk("q", "a", image="missing.png"), talk("q", "a", image="a.jpg"))
         with pytest.raises(CalibrationError, match=r"(?s)1 problems:.*cannot read .*missing\.png"):
             load_calibration(path, 10)
 
-    def test_only_the_chosen_pictures_are_opened(self, folder: Path) -> None:
+    def test_only_the_chosen_images_are_opened(self, folder: Path) -> None:
         lines = [talk("q", "a", image="a.jpg" if i % 4 == 0 else "missing.png") for i in range(12)]
-        assert load_calibration(write_lines(folder / "talks.jsonl", *lines), 3).pictures == 3
+        assert load_calibration(write_lines(folder / "talks.jsonl", *lines), 3).images == 3
 
     def test_one_json_array_is_no_jsonl(self, folder: Path) -> None:
         path = folder / "talks.json"
@@ -154,19 +154,19 @@ class TestConversations:
         path.write_bytes(b"\xef\xbb\xbf" + line.encode())
         assert "one\u2028two\x85" in load_calibration(path, 10).samples[0].prompt
 
-    def test_a_small_choice_still_has_a_picture(self, folder: Path) -> None:
+    def test_a_small_choice_still_has_a_image(self, folder: Path) -> None:
         lines = [talk("q", "a")] * 20
         path = write_lines(folder / "talks.jsonl", *lines, talk("q", "a", image="a.jpg"))
-        assert load_calibration(path, 3).pictures == 1
-        assert load_calibration(None, 1).pictures == 1
+        assert load_calibration(path, 3).images == 1
+        assert load_calibration(None, 1).images == 1
 
-    def test_pictures_are_not_needed_where_nothing_is_calibrated(self, folder: Path) -> None:
+    def test_images_are_not_needed_where_nothing_is_calibrated(self, folder: Path) -> None:
         path = write_lines(folder / "talks.jsonl", talk("q", "a"))
-        assert load_calibration(path, 3, need_pictures=False).pictures == 0
+        assert load_calibration(path, 3, need_images=False).images == 0
 
-    def test_no_pictures_says_why_they_are_needed(self, tmp_path: Path) -> None:
+    def test_no_images_says_why_they_are_needed(self, tmp_path: Path) -> None:
         path = write_lines(tmp_path / "talks.jsonl", talk("Hello", "Hi"), talk("What?", "That."))
-        with pytest.raises(CalibrationError, match=r"none of its 2 samples has a picture.*would be rounded blindly"):
+        with pytest.raises(CalibrationError, match=r"none of its 2 samples has an image.*would be rounded blindly"):
             load_calibration(path, 10)
 
     def test_empty_and_unreadable_files(self, tmp_path: Path) -> None:

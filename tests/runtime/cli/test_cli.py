@@ -40,11 +40,11 @@ def owl(bundle_a1: Path) -> Owl2:
 
 
 @pytest.fixture(scope="module")
-def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("pictures") / "two colours.png"
-    image = Image.new("RGB", (60, 24), (220, 30, 30))
-    image.paste((20, 40, 200), (30, 0, 60, 24))
-    image.save(path)
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("images") / "two colours.png"
+    drawn = Image.new("RGB", (60, 24), (220, 30, 30))
+    drawn.paste((20, 40, 200), (30, 0, 60, 24))
+    drawn.save(path)
     return path
 
 
@@ -93,16 +93,16 @@ def waiting_bytes(process: subprocess.Popen[str]) -> int:
 
 
 class TestAsk:
-    def test_writes_the_answer_of_the_library(self, bundle_a1: Path, owl: Owl2, picture: Path) -> None:
-        result = run("ask", bundle_a1, "What is it?", "--image", picture, *SHORT)
-        expected = owl.chat().ask("What is it?", [picture], max_new_tokens=12).text
+    def test_writes_the_answer_of_the_library(self, bundle_a1: Path, owl: Owl2, image: Path) -> None:
+        result = run("ask", bundle_a1, "What is it?", "--image", image, *SHORT)
+        expected = owl.chat().ask("What is it?", [image], max_new_tokens=12).text
         assert result.exit_code == 0
         assert result.stdout == expected + "\n"
         assert result.stderr == ""
 
-    def test_json(self, bundle_a1: Path, owl: Owl2, picture: Path) -> None:
-        result = run("ask", bundle_a1, "And now?", "--image", picture, "--image", picture, "--json", *SHORT)
-        answer = owl.chat().ask("And now?", [picture, picture], max_new_tokens=12)
+    def test_json(self, bundle_a1: Path, owl: Owl2, image: Path) -> None:
+        result = run("ask", bundle_a1, "And now?", "--image", image, "--image", image, "--json", *SHORT)
+        answer = owl.chat().ask("And now?", [image, image], max_new_tokens=12)
         record = json.loads(result.stdout)
         assert record["text"] == answer.text
         assert record["finish_reason"] == answer.finish_reason
@@ -115,9 +115,9 @@ class TestAsk:
         assert record["time_to_first_token"] > record["prefill_seconds"]
 
     @pytest.mark.parametrize("mode", ["resize", "pad", "crop"])
-    def test_preprocess(self, bundle_a1: Path, owl: Owl2, picture: Path, mode: str) -> None:
-        result = run("ask", bundle_a1, "What?", "--image", picture, "--preprocess", mode, *SHORT)
-        expected = owl.chat().ask("What?", [picture], preprocess=mode, max_new_tokens=12).text
+    def test_preprocess(self, bundle_a1: Path, owl: Owl2, image: Path, mode: str) -> None:
+        result = run("ask", bundle_a1, "What?", "--image", image, "--preprocess", mode, *SHORT)
+        expected = owl.chat().ask("What?", [image], preprocess=mode, max_new_tokens=12).text
         assert result.stdout == expected + "\n"
 
     def test_sampling_options(self, bundle_a1: Path, owl: Owl2) -> None:
@@ -148,9 +148,9 @@ class TestAsk:
         result = run("ask", bundle_a1, "-", *SHORT, stdin="Two\nlines?\n")
         assert result.stdout == owl.chat().ask("Two\nlines?", max_new_tokens=12).text + "\n"
 
-    def test_stats_go_to_stderr(self, bundle_a1: Path, picture: Path) -> None:
-        plain = run("ask", bundle_a1, "q", "--image", picture, *SHORT)
-        result = run("ask", bundle_a1, "q", "--image", picture, *SHORT, "--stats")
+    def test_stats_go_to_stderr(self, bundle_a1: Path, image: Path) -> None:
+        plain = run("ask", bundle_a1, "q", "--image", image, *SHORT)
+        result = run("ask", bundle_a1, "q", "--image", image, *SHORT, "--stats")
         assert result.stdout == plain.stdout
         assert re.search(r"prompt: \d+ tokens, 0 reused, \d+ new", result.stderr)
         assert "images encoded: 1" in result.stderr
@@ -215,7 +215,7 @@ class TestErrors:
             (("q", "--threads", "0"), "threads must be positive, got 0"),
             (("q", "--context", "100000"), "context 100000 exceeds the 2048 positions"),
             (("",), "the question is empty"),
-            (("<|image|> what?",), "1 <|image|> placeholder, but 0 pictures"),
+            (("<|image|> what?",), "1 <|image|> placeholder, but 0 images"),
         ],
     )
     def test_one_line(self, bundle_a1: Path, args: Sequence[str], message: str) -> None:
@@ -273,36 +273,36 @@ class TestErrors:
 
 
 class TestChat:
-    def test_piped_questions(self, bundle_a1: Path, owl: Owl2, picture: Path) -> None:
-        result = run("chat", bundle_a1, *SHORT, stdin=f"/image {picture}\nWhat?\n\n  And its colour? \n")
+    def test_piped_questions(self, bundle_a1: Path, owl: Owl2, image: Path) -> None:
+        result = run("chat", bundle_a1, *SHORT, stdin=f"/image {image}\nWhat?\n\n  And its colour? \n")
         chat = owl.chat()
-        first = chat.ask("What?", [picture], max_new_tokens=12).text
+        first = chat.ask("What?", [image], max_new_tokens=12).text
         second = chat.ask("And its colour?", max_new_tokens=12).text
         assert result.exit_code == 0
         assert result.stdout == f"{first}\n{second}\n"
-        assert result.stderr == "owl2: 1 picture waits for the next question\n"
+        assert result.stderr == "owl2: 1 image waits for the next question\n"
 
-    def test_several_pictures(self, bundle_a1: Path, owl: Owl2, picture: Path) -> None:
-        result = run("chat", bundle_a1, *SHORT, stdin=f"/image {picture}\n/image {picture}\nSame?\n")
-        assert result.stdout == owl.chat().ask("Same?", [picture, picture], max_new_tokens=12).text + "\n"
-        assert "2 pictures wait" in result.stderr
+    def test_several_images(self, bundle_a1: Path, owl: Owl2, image: Path) -> None:
+        result = run("chat", bundle_a1, *SHORT, stdin=f"/image {image}\n/image {image}\nSame?\n")
+        assert result.stdout == owl.chat().ask("Same?", [image, image], max_new_tokens=12).text + "\n"
+        assert "2 images wait" in result.stderr
 
     @pytest.mark.parametrize("written", ["'{}'", '"{}"', "{}", "~/{name}", "'~/{name}'", "{escaped}"])
     def test_ways_to_write_a_path(
-        self, bundle_a1: Path, picture: Path, written: str, monkeypatch: pytest.MonkeyPatch
+        self, bundle_a1: Path, image: Path, written: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setenv("HOME", str(picture.parent))
-        escaped = str(picture).replace(" ", "\\ ")
-        path = written.format(picture, name=picture.name, escaped=escaped)
+        monkeypatch.setenv("HOME", str(image.parent))
+        escaped = str(image).replace(" ", "\\ ")
+        path = written.format(image, name=image.name, escaped=escaped)
         result = run("chat", bundle_a1, stdin=f"/image {path}\n")
         assert result.exit_code == 0
-        assert result.stderr == "owl2: 1 picture waits for the next question\n"
+        assert result.stderr == "owl2: 1 image waits for the next question\n"
 
-    def test_reset_forgets_everything(self, bundle_a1: Path, owl: Owl2, picture: Path) -> None:
-        script = f"/image {picture}\nFirst?\n/image {picture}\n/reset\nSecond?\n"
+    def test_reset_forgets_everything(self, bundle_a1: Path, owl: Owl2, image: Path) -> None:
+        script = f"/image {image}\nFirst?\n/image {image}\n/reset\nSecond?\n"
         result = run("chat", bundle_a1, *SHORT, stdin=script)
         assert result.stdout.endswith("\n" + owl.chat().ask("Second?", max_new_tokens=12).text + "\n")
-        assert "a new conversation; no picture waits" in result.stderr
+        assert "a new conversation; no image waits" in result.stderr
 
     def test_quit_leaves_at_once(self, bundle_a1: Path) -> None:
         result = run("chat", bundle_a1, stdin="/quit\nA question?\n")
@@ -312,11 +312,11 @@ class TestChat:
         ("line", "message"),
         [
             ("/picture a.png", "there is no command /picture; /help lists them"),
-            ("/image", "/image needs the path of a picture"),
-            ("/image ~/no such picture.png", "cannot read /"),
+            ("/image", "/image needs the path of an image"),
+            ("/image ~/no such image.png", "cannot read /"),
             ("/image ~nobody-of-this-name/a.png", "cannot read ~nobody-of-this-name/a.png"),
             ("/image " + "x" * 5000, "File name too long"),
-            ("<|image|> what?", "1 <|image|> placeholder, but 0 pictures"),
+            ("<|image|> what?", "1 <|image|> placeholder, but 0 images"),
         ],
     )
     def test_failed_line_does_not_end_it(self, bundle_a1: Path, owl: Owl2, line: str, message: str) -> None:
@@ -353,9 +353,9 @@ class TestChat:
         assert "Traceback (most recent call last)" in result.stderr
         assert result.stdout.count("\n") == 1
 
-    def test_interrupt_takes_the_question_back(self, bundle_a1: Path, owl: Owl2, picture: Path) -> None:
+    def test_interrupt_takes_the_question_back(self, bundle_a1: Path, owl: Owl2, image: Path) -> None:
         with started("chat", bundle_a1, *LONG, "--context", 1500) as process:
-            process.stdin.write(f"/image {picture}\nfirst\n")
+            process.stdin.write(f"/image {image}\nfirst\n")
             process.stdin.flush()
             wait_for(lambda: waiting_bytes(process) > 100)
             process.send_signal(signal.SIGINT)
@@ -364,11 +364,11 @@ class TestChat:
             assert broken_off
             written, errors = process.communicate("/stats\nq\n", timeout=60)
         assert process.returncode == 0
-        expected = Owl2.load(bundle_a1, context=1500).chat().ask("q", [picture], max_new_tokens=100000).text
+        expected = Owl2.load(bundle_a1, context=1500).chat().ask("q", [image], max_new_tokens=100000).text
         assert written.endswith(expected + "\n")
         stopped, stats, *_ = errors.splitlines()[1:]
         assert stopped == (
-            "owl2: stopped; the conversation is as it was before this question; 1 picture waits for the next one"
+            "owl2: stopped; the conversation is as it was before this question; 1 image waits for the next one"
         )
         assert stats == "owl2: no answer yet"
 

@@ -55,7 +55,7 @@ def test_every_task(folder: Path) -> None:
     assert [(item.kind, item.id) for item in items] == [("colour", "q1"), *[("", None)] * 4, ("", 7)]
 
 
-def test_a_limit_is_spread_over_the_file_and_opens_only_its_pictures(folder: Path) -> None:
+def test_a_limit_is_spread_over_the_file_and_opens_only_its_images(folder: Path) -> None:
     lines = [{"image": "a.png" if i % 2 == 0 else "gone.png", "captions": ["x"]} for i in range(10)]
     assert [item.line for item in read_items(written(folder, *lines), 5)] == [1, 3, 5, 7, 9]
     with pytest.raises(ConfigError, match="0 items were asked for"):
@@ -78,7 +78,7 @@ def test_a_limit_is_spread_over_the_file_and_opens_only_its_pictures(folder: Pat
         ({"question": "q", "answers": ["<|image|>"]}, "must not hold"),
         ({"answers": ["red"]}, "\"question\" must be text, got ''"),
         ({"question": "q", "answers": ["a"], "image": 3}, '"image" must be a file name or a list'),
-        ({"question": "<|image|>q", "answers": ["a"]}, "has 1 .* but 0 pictures given"),
+        ({"question": "<|image|>q", "answers": ["a"]}, "has 1 .* but 0 images given"),
         ({"question": "q", "choices": ["a"], "answer": 0}, "at least two different texts"),
         ({"question": "q", "choices": ["a", "a"], "answer": 0}, "at least two different texts"),
         ({"question": "q", "choices": ["a", "b"], "answer": 2}, '"answer" must be one of the choices'),

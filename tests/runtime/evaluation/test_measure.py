@@ -33,7 +33,7 @@ from owl2.runtime.families.mplug_owl2.template import Message
 from owl2.runtime.preprocess import load_image
 
 COMMAND = (sys.executable, "-m", "owl2.runtime")
-PICTURES = ROOT / "sample" / "pictures"
+IMAGES = ROOT / "sample" / "pictures"
 CHOICES = ("a small purple star on the left", "a big red cross", "two stars")
 
 
@@ -54,9 +54,9 @@ def run(*args: object) -> Result:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every task, about the pictures of the sample."""
-    known = {entry["file"]: entry["answer"] for entry in json.loads((PICTURES / "pictures.json").read_text())}
-    first, third = str(PICTURES / "scene1.png"), str(PICTURES / "scene3.png")
+    """Every task, about the images of the sample."""
+    known = {entry["file"]: entry["answer"] for entry in json.loads((IMAGES / "pictures.json").read_text())}
+    first, third = str(IMAGES / "scene1.png"), str(IMAGES / "scene3.png")
     asked = "Describe the picture."
     return write(
         tmp_path_factory.mktemp("data") / "data.jsonl",
@@ -134,7 +134,7 @@ class TestTasks:
         ranked = next(one for one in measured if isinstance(one.output, Ranked))
         for choice, logprob, tokens in zip(CHOICES, ranked.output.logprobs, ranked.output.tokens):
             prompt = f"USER: <|image|>Describe the picture. ASSISTANT: {choice}"
-            nats, count = likelihood(owl, prompt, [PICTURES / "scene1.png"], [choice])
+            nats, count = likelihood(owl, prompt, [IMAGES / "scene1.png"], [choice])
             assert tokens == count
             assert logprob == pytest.approx(-nats, abs=1e-3)
         assert ranked.output.best == 0
@@ -155,7 +155,7 @@ class TestTasks:
     def test_perplexity_of_a_conversation(self, measured: list, sample_bundle: Path) -> None:
         owl = Owl2.load(sample_bundle)
         output = next(one.output for one in measured if one.item.line == 7)
-        images = [PICTURES / "scene1.png", PICTURES / "scene3.png"]
+        images = [IMAGES / "scene1.png", IMAGES / "scene3.png"]
         beginning = "USER: <|image|>What is it?<|image|> ASSISTANT: two pictures</s>"
         first = likelihood(owl, beginning, images, ["two pictures</s>"])
         second = likelihood(owl, beginning + "USER: And? ASSISTANT: yes</s>", images, ["yes</s>"])
@@ -290,14 +290,14 @@ class TestTorchEngine:
         folder = golden / "a1_base_bin" / "model"
         model, config = open_checkpoint(folder)
         subject = Subject("torch", model, config, config.decoder.max_position_embeddings)
-        pictures = subject.open([load_image(golden / "images" / "00_rgb_landscape_97x61.png")])
-        prompt = subject.encode([Message("USER", "<|image|>What is it?"), Message("ASSISTANT", "It is")], pictures)
+        images = subject.open([load_image(golden / "images" / "00_rgb_landscape_97x61.png")])
+        prompt = subject.encode([Message("USER", "<|image|>What is it?"), Message("ASSISTANT", "It is")], images)
         with Checkpoint(folder) as checkpoint:
             whole = Owl2Model(checkpoint.config)
             checkpoint.load_into(whole, "")
         ids = torch.tensor([model.tokenizer.encode_prompt("USER: <|image|>What is it? ASSISTANT: It is</s>")])
         with torch.no_grad():
-            expected = whole(ids, torch.from_numpy(pictures[0].pixels)[None])[0].numpy()
+            expected = whole(ids, torch.from_numpy(images[0].pixels)[None])[0].numpy()
         made = np.concatenate([logits for _, logits in subject.logit_blocks(prompt)])
         np.testing.assert_allclose(made, expected, atol=1e-5)
         ((start, again),) = subject.logit_blocks(prompt, 20)  # from the cache
@@ -345,7 +345,7 @@ class TestCommand:
         assert one["items"] == one["asked"] == 4
 
     def test_ctrl_c_shows_what_was_measured(self, sample_bundle: Path, tmp_path: Path) -> None:
-        record = {"image": str(PICTURES / "scene1.png"), "question": "Describe the picture.", "answers": ["x"]}
+        record = {"image": str(IMAGES / "scene1.png"), "question": "Describe the picture.", "answers": ["x"]}
         many = write(tmp_path / "many.jsonl", *[record] * 5000)
         master, slave = pty.openpty()  # progress tells when the first items are done
         command = [*COMMAND, "eval", sample_bundle, "--data", many, "--json"]

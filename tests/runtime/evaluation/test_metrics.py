@@ -103,7 +103,7 @@ class TestCaptions:
         assert rouge_l("dog", ["cat"]) == 0
 
     def test_cider_d_by_hand(self) -> None:
-        """Two pictures; "a" is in both and weighs nothing, every other n-gram weighs log 2."""
+        """Two images; "a" is in both and weighs nothing, every other n-gram weighs log 2."""
         references = [["a red cat"], ["a blue dog"]]
         # n = 1: made (red, cat), wanted (red, cat): cosine 1. n = 2: (a red, red cat): 1. n = 3: 1. n = 4: none, 0.
         assert cider_d(["a red cat", "a blue dog"], references) == pytest.approx([7.5, 7.5])
@@ -122,7 +122,7 @@ class TestCaptions:
         # Equal to the first in n = 1 and n = 2, unlike the second.
         assert cider_d(["red cat", "dog"], references)[0] == pytest.approx(10 * (2 / 4 + 0) / 2)
 
-    def test_cider_d_of_a_single_picture_is_nothing(self) -> None:
+    def test_cider_d_of_a_single_image_is_nothing(self) -> None:
         assert cider_d(["a cat"], [["a cat"]]) == [0]
 
 

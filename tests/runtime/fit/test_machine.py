@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from owl2.runtime.errors import ConfigError
-from owl2.runtime.fit.devices import DEVICES, GIB, TENSORRT_RTX, find_device
 from owl2.runtime.fit.machine import (
-    Places,
+    SystemPaths,
     free_swap,
     host_memory,
     parse_cgroup,
@@ -21,6 +20,7 @@ from owl2.runtime.fit.machine import (
     this_cpu,
     this_gpu,
 )
+from owl2.runtime.fit.products import GIB, PRODUCTS, TENSORRT_RTX, find_product
 
 MEMINFO = """MemTotal:        3884364 kB
 MemFree:          187000 kB
@@ -38,23 +38,23 @@ MIB = 1 << 20
 
 
 @pytest.fixture
-def places(tmp_path: Path) -> Places:
+def paths(tmp_path: Path) -> SystemPaths:
     """A machine with 4 GB, of which 3.1 GiB are available: little is free, much of it is page cache."""
-    made = Places(*(tmp_path / name for name in ("meminfo", "swaps", "cgroup", "cgroups", "model")))
+    made = SystemPaths(*(tmp_path / name for name in ("meminfo", "swaps", "cgroup", "cgroups", "model")))
     made.meminfo.write_text(MEMINFO)
     made.cgroups.mkdir()
     return made
 
 
-def group(places: Places, path: str, **files: object) -> None:
-    folder = places.cgroups / path
+def group(paths: SystemPaths, path: str, **files: object) -> None:
+    folder = paths.cgroups / path
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         (folder / f"memory.{name}").write_text(f"{content}\n")
 
 
-def test_page_cache_counts_as_available(places: Places) -> None:
-    memory = host_memory(places)
+def test_page_cache_counts_as_available(paths: SystemPaths) -> None:
+    memory = host_memory(paths)
     assert memory is not None
     assert (memory.total, memory.available, memory.limited) == (3884364 * 1024, 3221225 * 1024, False)
 
@@ -65,7 +65,7 @@ def test_meminfo_that_says_nothing(text: str) -> None:
 
 
 def test_a_system_without_proc(tmp_path: Path) -> None:
-    nowhere = Places(*(tmp_path / "none" for _ in range(5)))
+    nowhere = SystemPaths(*(tmp_path / "none" for _ in range(5)))
     assert host_memory(nowhere) is None
     assert this_cpu(nowhere) is None
     assert free_swap(nowhere) == 0
@@ -79,75 +79,75 @@ class TestControlGroups:
             ("v2", "/user.slice/session"),
         ]
 
-    def test_version_2_and_what_it_can_drop(self, places: Places) -> None:
-        places.cgroup.write_text("0::/box\n")
-        group(places, "box", max=2048 * MIB, current=1500 * MIB, stat=f"anon 1\ninactive_file {500 * MIB}\nslab 3")
-        memory = host_memory(places)
+    def test_version_2_and_what_it_can_drop(self, paths: SystemPaths) -> None:
+        paths.cgroup.write_text("0::/box\n")
+        group(paths, "box", max=2048 * MIB, current=1500 * MIB, stat=f"anon 1\ninactive_file {500 * MIB}\nslab 3")
+        memory = host_memory(paths)
         assert memory is not None
         assert (memory.available, memory.limited) == (1048 * MIB, True)
         # Pages of a file that was read twice, as a bundle that was copied and verified, are active.
         stat = f"anon 1\ninactive_file {500 * MIB}\nactive_file {700 * MIB}\nslab_reclaimable {20 * MIB}\nslab 3"
-        group(places, "box", stat=stat)
-        memory = host_memory(places)
+        group(paths, "box", stat=stat)
+        memory = host_memory(paths)
         assert memory is not None
         assert memory.available == (2048 - 1500 + 500 + 700 + 20) * MIB
 
-    def test_the_parent_limits_too(self, places: Places) -> None:
-        places.cgroup.write_text("0::/box/inner\n")
-        group(places, "box", max=1000 * MIB, current=900 * MIB)
-        group(places, "box/inner", max="max", current=100 * MIB)
-        memory = host_memory(places)
+    def test_the_parent_limits_too(self, paths: SystemPaths) -> None:
+        paths.cgroup.write_text("0::/box/inner\n")
+        group(paths, "box", max=1000 * MIB, current=900 * MIB)
+        group(paths, "box/inner", max="max", current=100 * MIB)
+        memory = host_memory(paths)
         assert memory is not None
         assert memory.available == 100 * MIB
 
-    def test_inside_a_container_only_the_root_is_seen(self, places: Places) -> None:
-        places.cgroup.write_text("0::/system.slice/docker-4f.scope\n")
-        group(places, "", max=512 * MIB, current=12 * MIB)
-        memory = host_memory(places)
+    def test_inside_a_container_only_the_root_is_seen(self, paths: SystemPaths) -> None:
+        paths.cgroup.write_text("0::/system.slice/docker-4f.scope\n")
+        group(paths, "", max=512 * MIB, current=12 * MIB)
+        memory = host_memory(paths)
         assert memory is not None
         assert memory.available == 500 * MIB
 
-    def test_version_1(self, places: Places) -> None:
-        places.cgroup.write_text("4:memory:/docker/abc\n")
+    def test_version_1(self, paths: SystemPaths) -> None:
+        paths.cgroup.write_text("4:memory:/docker/abc\n")
         stat = f"inactive_file 7\nactive_file 7\ntotal_inactive_file {MIB}\ntotal_active_file {2 * MIB}"
-        group(places, "memory/docker/abc", limit_in_bytes=64 * MIB, usage_in_bytes=60 * MIB, stat=stat)
-        group(places, "memory", limit_in_bytes=2**63 - 4096, usage_in_bytes=9 * GIB)
-        memory = host_memory(places)
+        group(paths, "memory/docker/abc", limit_in_bytes=64 * MIB, usage_in_bytes=60 * MIB, stat=stat)
+        group(paths, "memory", limit_in_bytes=2**63 - 4096, usage_in_bytes=9 * GIB)
+        memory = host_memory(paths)
         assert memory is not None
         assert memory.available == 7 * MIB
 
     @pytest.mark.parametrize("limit", ["max", "", str(64 * GIB)])
-    def test_no_limit_or_a_wide_one(self, places: Places, limit: str) -> None:
-        places.cgroup.write_text("0::/\n")
-        group(places, "", max=limit, current=MIB)
-        memory = host_memory(places)
+    def test_no_limit_or_a_wide_one(self, paths: SystemPaths, limit: str) -> None:
+        paths.cgroup.write_text("0::/\n")
+        group(paths, "", max=limit, current=MIB)
+        memory = host_memory(paths)
         assert memory is not None
         assert not memory.limited
 
-    def test_more_in_use_than_allowed(self, places: Places) -> None:
-        places.cgroup.write_text("0::/\n")
-        group(places, "", max=MIB, current=2 * MIB)
-        memory = host_memory(places)
+    def test_more_in_use_than_allowed(self, paths: SystemPaths) -> None:
+        paths.cgroup.write_text("0::/\n")
+        group(paths, "", max=MIB, current=2 * MIB)
+        memory = host_memory(paths)
         assert memory is not None
         assert memory.available == 0
 
 
-def test_swap_on_a_disk_counts_and_zram_does_not(places: Places) -> None:
+def test_swap_on_a_disk_counts_and_zram_does_not(paths: SystemPaths) -> None:
     assert parse_swaps(SWAPS) == (8388604 - 1024) * 1024
     assert parse_swaps("") == parse_swaps(SWAPS.splitlines()[0]) == 0
-    places.swaps.write_text(SWAPS)
-    assert free_swap(places) == parse_swaps(SWAPS)
-    places.cgroup.write_text("0::/\n")
-    group(places, "", max=MIB, current=0)
-    assert free_swap(places) == 0
+    paths.swaps.write_text(SWAPS)
+    assert free_swap(paths) == parse_swaps(SWAPS)
+    paths.cgroup.write_text("0::/\n")
+    group(paths, "", max=MIB, current=0)
+    assert free_swap(paths) == 0
     # Version 2 limits swap apart from memory, in the group and in every one above it.
-    places.cgroup.write_text("0::/box/inner\n")
-    group(places, "box/inner", **{"swap.max": "max", "swap.current": 0})
-    assert free_swap(places) == parse_swaps(SWAPS)
-    group(places, "box", **{"swap.max": 600 * MIB, "swap.current": 100 * MIB})
-    assert free_swap(places) == 500 * MIB
-    group(places, "box/inner", **{"swap.max": 0, "swap.current": 0})
-    assert free_swap(places) == 0
+    paths.cgroup.write_text("0::/box/inner\n")
+    group(paths, "box/inner", **{"swap.max": "max", "swap.current": 0})
+    assert free_swap(paths) == parse_swaps(SWAPS)
+    group(paths, "box", **{"swap.max": 600 * MIB, "swap.current": 100 * MIB})
+    assert free_swap(paths) == 500 * MIB
+    group(paths, "box/inner", **{"swap.max": 0, "swap.current": 0})
+    assert free_swap(paths) == 0
 
 
 @pytest.mark.parametrize(
@@ -169,16 +169,16 @@ def test_jetson_by_its_device_tree(model: str, kibibytes: int, name: str | None)
     assert (found.name if found else None) == name
 
 
-def test_a_jetson_shares_its_memory_with_the_cpu(places: Places) -> None:
-    places.model.write_text("NVIDIA Jetson Orin Nano Developer Kit\0")
-    found, memory = this_gpu(places), host_memory(places)
+def test_a_jetson_shares_its_memory_with_the_cpu(paths: SystemPaths) -> None:
+    paths.model.write_text("NVIDIA Jetson Orin Nano Developer Kit\0")
+    found, memory = this_gpu(paths), host_memory(paths)
     assert found is not None
     assert memory is not None
     assert (found.device.name, found.available) == ("orin-nano-4gb", memory.available)
 
 
-def test_a_jetson_in_a_container_without_proc_device_tree(places: Places, tmp_path: Path) -> None:
-    hidden = replace(places, firmware=tmp_path / "firmware")
+def test_a_jetson_in_a_container_without_proc_device_tree(paths: SystemPaths, tmp_path: Path) -> None:
+    hidden = replace(paths, firmware=tmp_path / "firmware")
     assert this_gpu(hidden) is None
     hidden.firmware.write_text("NVIDIA Jetson Orin Nano Developer Kit\0")
     found = this_gpu(hidden)
@@ -227,7 +227,7 @@ def test_this_machine() -> None:
 
 class TestTable:
     def test_names_are_unique_and_figures_of_the_right_size(self) -> None:
-        for name, device in DEVICES.items():
+        for name, device in PRODUCTS.items():
             assert device.name == name
             assert 4 * GIB <= device.memory <= 128 * GIB
             assert device.bandwidth is not None
@@ -236,14 +236,14 @@ class TestTable:
             assert device.engines
 
     def test_engines(self) -> None:
-        assert find_device("orin-nano-8gb").engines == ("tensorrt",)
-        assert find_device("rtx3060").engines == ("tensorrt-rtx",)
-        assert find_device("thor-128gb").engines == ("tensorrt",)
-        assert {device.compute for device in DEVICES.values() if "tensorrt-rtx" in device.engines} <= TENSORRT_RTX
-        assert not find_device("t4").int4_engines
-        assert find_device("rtx3060").int4_engines
-        assert not replace(find_device("rtx3060"), family="cpu", compute=None).int4_engines
+        assert find_product("orin-nano-8gb").engines == ("tensorrt",)
+        assert find_product("rtx3060").engines == ("tensorrt-rtx",)
+        assert find_product("thor-128gb").engines == ("tensorrt",)
+        assert {device.compute for device in PRODUCTS.values() if "tensorrt-rtx" in device.engines} <= TENSORRT_RTX
+        assert not find_product("t4").int4_engines
+        assert find_product("rtx3060").int4_engines
+        assert not replace(find_product("rtx3060"), family="cpu", compute=None).int4_engines
 
     def test_unknown(self) -> None:
         with pytest.raises(ConfigError, match=r"device 'rtx1' is not known; known: orin-nano-4gb, .*rtx5090"):
-            find_device("rtx1")
+            find_product("rtx1")

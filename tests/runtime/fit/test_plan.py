@@ -26,12 +26,11 @@ from owl2.runtime.config import (
     VisionConfig,
 )
 from owl2.runtime.errors import BundleCorruptError
-from owl2.runtime.fit.devices import DEVICES, GIB, find_device
 from owl2.runtime.fit.footprint import (
-    Case,
+    BundleSizes,
+    MemoryBudget,
+    Scenario,
     Settings,
-    Stored,
-    Target,
     building,
     ceiling,
     decoder_bytes,
@@ -40,11 +39,12 @@ from owl2.runtime.fit.footprint import (
     needed,
     parts,
     problems,
+    runner,
     vision_weights,
-    way,
 )
-from owl2.runtime.fit.machine import Found, Memory, Places, this_cpu
+from owl2.runtime.fit.machine import DetectedDevice, Memory, SystemPaths, this_cpu
 from owl2.runtime.fit.plan import CONTEXT_STEP, check_memory, make_plan
+from owl2.runtime.fit.products import GIB, PRODUCTS, find_product
 from owl2.runtime.kv_cache import GROWTH
 from owl2.runtime.placement import Placement
 
@@ -53,14 +53,14 @@ MEMINFO = "MemTotal:        {total} kB\nMemFree:          187000 kB\nMemAvailabl
 WEIGHTS = ("int4", "int8", "fp16", "fp32")
 
 
-def stored(weights: str = "int4", dialect: str = "ort", activations: str = "fp32", **decoder: Any) -> Stored:
+def stored(weights: str = "int4", dialect: str = "ort", activations: str = "fp32", **decoder: Any) -> BundleSizes:
     """A 7B bundle as owl2-export makes it with these options, its files of the sizes that the weights take."""
     config = ExportConfig(Path("in"), Path("out"), weights=weights, dialect=dialect, activations=activations)
     model = replace(MODEL, decoder=replace(MODEL.decoder, **decoder))
     group = 0 if config.quant is None else config.group_size
     kinds = WeightFormat(weights, config.head, config.vision_type, config.embeddings, "rtn", group)
     caches = ("fp32", "int8") if (dialect, activations) == ("ort", "fp32") else (activations,)
-    made = Stored(model, kinds, dialect, activations, caches, 0, 0)
+    made = BundleSizes(model, kinds, dialect, activations, caches, 0, 0)
     width = {"fp32": 4, "fp16": 2, "int8": 1}[kinds.vision]
     return replace(made, decoder=int(sum(decoder_bytes(made, resident=False))), vision=width * vision_weights(model))
 
@@ -74,7 +74,7 @@ def can_be_exported(weights: str, dialect: str, activations: str) -> bool:
     return True
 
 
-def manifest(bundle: Stored | None = None) -> Manifest:
+def manifest(bundle: BundleSizes | None = None) -> Manifest:
     """The same as a manifest: int4 and float32 activations, if no other is given."""
     bundle = bundle or stored()
     files = {"decoder.onnx.data": bundle.decoder, "vision.onnx.data": bundle.vision, "embeddings.bin": 32000 * 4096 * 2}
@@ -108,15 +108,15 @@ def gpu_folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def small_machine(tmp_path: Path) -> Places:
+def small_machine(tmp_path: Path) -> SystemPaths:
     """4 GB of memory, 3.1 GiB of it available."""
     return machine(tmp_path, 3884364, 3221225)
 
 
-def machine(folder: Path, total: int, available: int) -> Places:
+def machine(folder: Path, total: int, available: int) -> SystemPaths:
     meminfo = folder / "meminfo"
     meminfo.write_text(MEMINFO.format(total=total, available=available))
-    return Places(meminfo, *(folder / "none" for _ in range(4)))
+    return SystemPaths(meminfo, *(folder / "none" for _ in range(4)))
 
 
 def nvidia_smi(folder: Path, *lines: str) -> None:
@@ -126,34 +126,34 @@ def nvidia_smi(folder: Path, *lines: str) -> None:
     program.chmod(0o755)
 
 
-def cpu(gibibytes: float) -> Target:
+def cpu(gibibytes: float) -> MemoryBudget:
     """The CPU of a machine with so much memory available."""
     found = this_cpu()
     assert found is not None
     memory = int(gibibytes * GIB)
-    return Target(replace(found.device, memory=memory), memory, 0, memory, here=True)
+    return MemoryBudget(replace(found.device, memory=memory), memory, 0, memory, here=True)
 
 
 def run(*args: object) -> Result:
     return CliRunner().invoke(cli, ["plan", *map(str, args)], prog_name="owl2")
 
 
-def cases() -> Iterator[Case]:
+def cases() -> Iterator[Scenario]:
     """Every device with every kind of bundle, and CPUs of three sizes."""
-    targets = [*map(Target.of_table, DEVICES.values()), cpu(3), cpu(8), cpu(32)]
+    targets = [*map(MemoryBudget.of_table, PRODUCTS.values()), cpu(3), cpu(8), cpu(32)]
     forms = (("ort", "fp32"), ("ort", "fp16"), ("onnx", "fp16"))
     for target, weights, (dialect, activations) in product(targets, WEIGHTS, forms):
         if can_be_exported(weights, dialect, activations):
-            yield Case(stored(weights, dialect, activations), target, Settings(2048, activations))
+            yield Scenario(stored(weights, dialect, activations), target, Settings(2048, activations))
 
 
 class TestFootprint:
     def test_int4_weights_of_7b(self) -> None:
         """Against figures by hand: 32 layers of 6 square and 3 wide matrices, a head of 8 bits."""
         layers = 32 * (6 * 4096 * 4096 + 3 * 4096 * 11008)
-        case = Case(stored(), cpu(32), Settings(2048, "fp32"))
-        found = {part.name: part.size for part in parts(case)}
-        assert case.bundle.decoder == layers * 4.25 / 8 + 32000 * 4096 * 8.25 / 8
+        scenario = Scenario(stored(), cpu(32), Settings(2048, "fp32"))
+        found = {part.name: part.size for part in parts(scenario)}
+        assert scenario.bundle.decoder == layers * 4.25 / 8 + 32000 * 4096 * 8.25 / 8
         assert found["decoder weights"] == pytest.approx(layers * 4.5 / 8 + 32000 * 4096 * 8.5 / 8, rel=1e-6)
         assert found["K/V cache"] == 2 * GIB
         # The last step of growth copies 1792 positions out of a buffer of 1792.
@@ -167,13 +167,13 @@ class TestFootprint:
         assert kv_bytes(odd, "fp16") == 2 * 32 * 384 * 2
 
     def test_the_token_table_costs_nothing(self) -> None:
-        assert "embed" not in " ".join(part.name for part in parts(Case(stored(), cpu(32), Settings(2048, "fp32"))))
+        assert "embed" not in " ".join(part.name for part in parts(Scenario(stored(), cpu(32), Settings(2048, "fp32"))))
 
     def test_float16_files_take_twice_their_size_on_a_cpu_and_once_on_a_gpu(self) -> None:
         bundle = stored("fp16")
         on_cpu, on_gpu = (
-            {part.name: part.size for part in parts(Case(bundle, target, Settings(2048, "fp32")))}
-            for target in (cpu(64), Target.of_table(find_device("rtx4090")))
+            {part.name: part.size for part in parts(Scenario(bundle, target, Settings(2048, "fp32")))}
+            for target in (cpu(64), MemoryBudget.of_table(find_product("rtx4090")))
         )
         assert on_cpu["decoder weights"] == 2 * bundle.decoder
         assert on_gpu["decoder weights"] == bundle.decoder
@@ -181,31 +181,35 @@ class TestFootprint:
     @pytest.mark.parametrize("device", ["orin-nx-16gb", "rtx3060"])
     @pytest.mark.parametrize("form", [("ort", "fp32"), ("ort", "fp16"), ("onnx", "fp16")])
     def test_more_of_anything_takes_more_memory(self, device: str, form: tuple[str, str]) -> None:
-        target = Target.of_table(find_device(device))
+        target = MemoryBudget.of_table(find_product(device))
         kinds = [weights for weights in WEIGHTS if can_be_exported(weights, *form)]
         for weights in kinds:
             bundle = stored(weights, *form)
 
             def need(
-                context: int = 2048, pictures: int = 1, kind: str = form[1], of: Stored = bundle, at: Target = target
+                context: int = 2048,
+                images: int = 1,
+                kind: str = form[1],
+                of: BundleSizes = bundle,
+                at: MemoryBudget = target,
             ) -> int:
-                return needed(Case(of, at, Settings(context, kind, pictures)))
+                return needed(Scenario(of, at, Settings(context, kind, images)))
 
             contexts = [need(context=context) for context in range(128, 4097, 64)]
             assert contexts == sorted(set(contexts))
-            pictures = [need(pictures=count) for count in (0, 1, 2, 16, 17, 30)]
-            assert pictures == sorted(set(pictures))
+            images = [need(images=count) for count in (0, 1, 2, 16, 17, 30)]
+            assert images == sorted(set(images))
             assert need(kind="int8") < need(kind="fp16") < need(kind="fp32")
-        sizes = [needed(Case(stored(weights, *form), target, Settings(2048, form[1]))) for weights in kinds]
+        sizes = [needed(Scenario(stored(weights, *form), target, Settings(2048, form[1]))) for weights in kinds]
         assert sizes == sorted(set(sizes))
 
     def test_the_least_is_no_more_than_the_estimate(self) -> None:
-        for case in cases():
-            for part in parts(case):
+        for scenario in cases():
+            for part in parts(scenario):
                 assert 0 <= part.least <= part.size
 
     def test_dynamic_scaling_runs_long_prompts_in_one_block(self) -> None:
-        plain = Case(stored(), cpu(32), Settings(2048, "fp32"))
+        plain = Scenario(stored(), cpu(32), Settings(2048, "fp32"))
         config = replace(MODEL.decoder, rope_scaling=RopeScaling("dynamic", 2.0))
         scaled = replace(plain, bundle=replace(plain.bundle, model=replace(MODEL, decoder=config)))
         assert needed(scaled) == needed(plain)
@@ -215,43 +219,45 @@ class TestFootprint:
     def test_engines(self) -> None:
         bundle = stored("int4", "onnx", "fp16")
         ways = {
-            name: way(Case(bundle, Target.of_table(find_device(name)), Settings(2048, "fp16")))
+            name: runner(Scenario(bundle, MemoryBudget.of_table(find_product(name)), Settings(2048, "fp16")))
             for name in ("orin-nano-8gb", "rtx3060", "a100-40gb")
         }
         assert ways == {"orin-nano-8gb": "tensorrt", "rtx3060": "tensorrt-rtx", "a100-40gb": "tensorrt"}
-        case = Case(bundle, Target.of_table(find_device("agx-orin-32gb")), Settings(2048, "fp16"))
-        made = building(case)
+        scenario = Scenario(bundle, MemoryBudget.of_table(find_product("agx-orin-32gb")), Settings(2048, "fp16"))
+        made = building(scenario)
         assert made is not None
         # The one build of 7B shapes that was watched: 4.14 GiB of engine, 16.2 GiB at the peak.
-        assert {part.name: part.size for part in parts(case)}["decoder weights"] == pytest.approx(4.14 * GIB, rel=0.02)
+        assert {part.name: part.size for part in parts(scenario)}["decoder weights"] == pytest.approx(
+            4.14 * GIB, rel=0.02
+        )
         assert made.needed == pytest.approx(16.2 * GIB, rel=0.02)
         assert made.fits
-        assert building(Case(stored(), cpu(8), Settings(2048, "fp32"))) is None
-        elsewhere = building(Case(bundle, Target.of_table(find_device("rtx3060")), Settings(2048, "fp16")))
+        assert building(Scenario(stored(), cpu(8), Settings(2048, "fp32"))) is None
+        elsewhere = building(Scenario(bundle, MemoryBudget.of_table(find_product("rtx3060")), Settings(2048, "fp16")))
         assert elsewhere is not None
         assert elsewhere.fits is None
 
     def test_floating_matrices_lie_in_an_engine_once_per_profile(self) -> None:
         """All of a float16 decoder, and of an int4 one the head; a token still reads them once."""
-        case = Case(
-            stored("fp16", "onnx", "fp16"), Target.of_table(find_device("agx-orin-64gb")), Settings(512, "fp16")
+        scenario = Scenario(
+            stored("fp16", "onnx", "fp16"), MemoryBudget.of_table(find_product("agx-orin-64gb")), Settings(512, "fp16")
         )
-        found = {part.name: part for part in parts(case)}
+        found = {part.name: part for part in parts(scenario)}
         # The small engine that was measured, with little beside its matrices: 27.99 MB of 10.35 MB.
-        assert 2 <= found["decoder weights"].size / case.bundle.decoder <= 27.99 / 10.35
-        assert found["decoder weights"].least == case.bundle.decoder
-        assert found["vision weights"].size == case.bundle.vision
-        int4 = replace(case, bundle=stored("int4", "onnx", "fp16"))
+        assert 2 <= found["decoder weights"].size / scenario.bundle.decoder <= 27.99 / 10.35
+        assert found["decoder weights"].least == scenario.bundle.decoder
+        assert found["vision weights"].size == scenario.bundle.vision
+        int4 = replace(scenario, bundle=stored("int4", "onnx", "fp16"))
         weights = {part.name: part.size for part in parts(int4)}["decoder weights"]
         assert weights == pytest.approx(int4.bundle.decoder + 2 * 32000 * 4096, rel=0.02)
-        assert ceiling(case).weights < case.bundle.decoder
+        assert ceiling(scenario).weights < scenario.bundle.decoder
 
     def test_on_a_gpu_a_cache_that_grows_is_there_twice(self) -> None:
         for dialect in ("ort", "onnx"):
-            case = Case(
-                stored("int4", dialect, "fp16"), Target.of_table(find_device("rtx4090")), Settings(2048, "fp16")
+            scenario = Scenario(
+                stored("int4", dialect, "fp16"), MemoryBudget.of_table(find_product("rtx4090")), Settings(2048, "fp16")
             )
-            found = {part.name: part.size for part in parts(case)}
+            found = {part.name: part.size for part in parts(scenario)}
             assert (found["K/V cache"], found["K/V cache, growing"]) == (GIB, 7 * GIB // 8)
 
     @pytest.mark.parametrize(
@@ -264,45 +270,45 @@ class TestFootprint:
             (stored("fp16"), "orin-nx-16gb", "int8", "export with --activations fp16 --vision fp16"),
         ],
     )
-    def test_what_memory_does_not_mend(self, bundle: Stored, device: str, kind: str, words: str) -> None:
-        case = Case(bundle, Target.of_table(find_device(device)), Settings(512, kind))
-        assert not fits(case)
-        assert any(re.search(words, problem) for problem in problems(case))
+    def test_what_memory_does_not_mend(self, bundle: BundleSizes, device: str, kind: str, words: str) -> None:
+        scenario = Scenario(bundle, MemoryBudget.of_table(find_product(device)), Settings(512, kind))
+        assert not fits(scenario)
+        assert any(re.search(words, problem) for problem in problems(scenario))
 
     def test_tensorrt_graphs_on_a_cpu(self) -> None:
-        plan = make_plan(Case(stored("int4", "onnx", "fp16"), cpu(32), Settings(2048, "fp16")))
+        plan = make_plan(Scenario(stored("int4", "onnx", "fp16"), cpu(32), Settings(2048, "fp16")))
         assert "which CPU of this machine" in plan.problems[0]
         assert [change.words for change in plan.changes] == ["export with --dialect ort --activations fp32"]
 
     def test_float32_activations_on_a_gpu(self) -> None:
         """CUDA has no float32 GroupQueryAttention, so every one of the table refuses them; the CPU takes them."""
-        for device in DEVICES.values():
+        for device in PRODUCTS.values():
             for weights in WEIGHTS:
-                assert problems(Case(stored(weights), Target.of_table(device), Settings(512, "fp32")))
-        assert not problems(Case(stored(), cpu(8), Settings(512, "fp32")))
-        plan = make_plan(Case(stored(), Target.of_table(find_device("rtx4090")), Settings(2048, "fp32")))
+                assert problems(Scenario(stored(weights), MemoryBudget.of_table(device), Settings(512, "fp32")))
+        assert not problems(Scenario(stored(), cpu(8), Settings(512, "fp32")))
+        plan = make_plan(Scenario(stored(), MemoryBudget.of_table(find_product("rtx4090")), Settings(2048, "fp32")))
         assert [change.words for change in plan.changes] == ["export with --activations fp16 --vision fp16"]
-        assert plan.changes[0].case.settings.kv_cache == "fp16"
+        assert plan.changes[0].scenario.settings.kv_cache == "fp16"
 
     def test_weights_of_an_unknown_kind(self) -> None:
         bundle = stored()
         odd = replace(bundle, weights=replace(bundle.weights, decoder="int3"))
         with pytest.raises(ConfigError, match="weights 'int3' are not known; known: fp32, fp16, int8, int4"):
-            make_plan(Case(odd, cpu(32), Settings(2048, "fp32")))
+            make_plan(Scenario(odd, cpu(32), Settings(2048, "fp32")))
 
 
 class TestChanges:
     def test_what_is_suggested_fits_when_it_is_done(self) -> None:
         kinds = set()
-        for case in cases():
-            plan = make_plan(case)
-            assert plan.fits == (not plan.problems and plan.needed <= case.target.available)
+        for scenario in cases():
+            plan = make_plan(scenario)
+            assert plan.fits == (not plan.problems and plan.needed <= scenario.target.available)
             assert not (plan.fits and plan.changes)
             for change in plan.changes:
-                changed = make_plan(change.case)
-                assert changed.fits, (case, change.words)
+                changed = make_plan(change.scenario)
+                assert changed.fits, (scenario, change.words)
                 assert changed.needed == change.needed
-                made = change.case.bundle
+                made = change.scenario.bundle
                 again = stored(made.weights.decoder, made.dialect, made.activations)
                 if "--vision" not in change.words:
                     assert (made.weights.head, made.weights.vision) == (again.weights.head, again.weights.vision)
@@ -313,42 +319,42 @@ class TestChanges:
 
     def test_the_longest_context_is_suggested(self) -> None:
         for gibibytes in (7.0, 7.6, 8.2):
-            case = Case(stored(), cpu(gibibytes), Settings(2048, "fp32"))
-            change = next(change for change in make_plan(case).changes if change.words.startswith("--context"))
-            context = change.case.settings.context
+            scenario = Scenario(stored(), cpu(gibibytes), Settings(2048, "fp32"))
+            change = next(change for change in make_plan(scenario).changes if change.words.startswith("--context"))
+            context = change.scenario.settings.context
             assert change.words == f"--context {context}"
-            longer = replace(case, settings=replace(case.settings, context=context + CONTEXT_STEP))
+            longer = replace(scenario, settings=replace(scenario.settings, context=context + CONTEXT_STEP))
             assert not fits(longer)
 
     def test_closing_the_desktop_is_enough_or_it_is_not_suggested_alone(self) -> None:
         for available in range(7 * GIB, 10 * GIB, GIB // 8):
-            target = replace(Target.of_table(find_device("orin-nx-16gb")), available=available)
-            plan = make_plan(Case(stored("int4", "ort", "fp16"), target, Settings(4096, "fp16")))
+            target = replace(MemoryBudget.of_table(find_product("orin-nx-16gb")), available=available)
+            plan = make_plan(Scenario(stored("int4", "ort", "fp16"), target, Settings(4096, "fp16")))
             alone = any(change.words.startswith("close") and " and " not in change.words for change in plan.changes)
             assert alone == (not plan.fits and plan.needed <= available + target.closable)
 
     def test_several_at_once_where_one_is_not_enough(self) -> None:
-        plan = make_plan(Case(stored("fp16"), cpu(6.4), Settings(2048, "fp32")))
+        plan = make_plan(Scenario(stored("fp16"), cpu(6.4), Settings(2048, "fp32")))
         assert [change.words for change in plan.changes] == [
             "--kv-cache int8 and export with --vision int8 and export with --weights int4"
         ]
 
     def test_nothing_helps(self) -> None:
-        target = Target.of_table(find_device("orin-nano-4gb"))
-        plan = make_plan(Case(stored("int4", "ort", "fp16"), target, Settings(2048, "fp16")))
+        target = MemoryBudget.of_table(find_product("orin-nano-4gb"))
+        plan = make_plan(Scenario(stored("int4", "ort", "fp16"), target, Settings(2048, "fp16")))
         assert plan.changes == ()
         assert plan.elsewhere is not None
-        assert fits(replace(plan.case, target=Target.of_table(plan.elsewhere)))
-        smaller = [device for device in DEVICES.values() if device.shared and device.memory < plan.elsewhere.memory]
+        assert fits(replace(plan.scenario, target=MemoryBudget.of_table(plan.elsewhere)))
+        smaller = [device for device in PRODUCTS.values() if device.shared and device.memory < plan.elsewhere.memory]
         assert smaller
-        assert not any(fits(replace(plan.case, target=Target.of_table(device))) for device in smaller)
+        assert not any(fits(replace(plan.scenario, target=MemoryBudget.of_table(device))) for device in smaller)
 
     def test_int4_files_are_as_large_as_an_export_makes_them(self) -> None:
         """What another export would weigh, against shapes alone."""
         for weights in ("int8", "fp16", "fp32"):
-            plan = make_plan(Case(stored(weights), cpu(7.0), Settings(512, "int8")))
+            plan = make_plan(Scenario(stored(weights), cpu(7.0), Settings(512, "int8")))
             assert plan.changes[0].words == "export with --weights int4"
-            assert plan.changes[0].case.bundle.decoder == pytest.approx(stored("int4").decoder, rel=1e-6)
+            assert plan.changes[0].scenario.bundle.decoder == pytest.approx(stored("int4").decoder, rel=1e-6)
 
 
 class TestCeiling:
@@ -358,22 +364,24 @@ class TestCeiling:
         sizes = {tensor.name: _external_size(tensor) for tensor in graph.initializer}
         read = sum(size for name, size in sizes.items() if ".multiway.1" not in name)
         assert read < 0.97 * sum(sizes.values())
-        bundle = Stored.of(read_manifest(sample_bundle))
-        on_gpu = ceiling(Case(bundle, Target.of_table(find_device("rtx3060")), Settings(512, "fp32")))
+        bundle = BundleSizes.of(read_manifest(sample_bundle))
+        on_gpu = ceiling(Scenario(bundle, MemoryBudget.of_table(find_product("rtx3060")), Settings(512, "fp32")))
         # The file has gains of norms and padding to pages besides.
         assert on_gpu.weights == pytest.approx(read, rel=0.06)
         assert on_gpu.kv == 512 * 2 * 5 * 256 * 4
 
     def test_int4_of_7b_on_an_rtx_3060(self) -> None:
-        case = Case(stored("int4", "ort", "fp16"), Target.of_table(find_device("rtx3060")), Settings(2048, "fp16"))
-        found = ceiling(case)
+        scenario = Scenario(
+            stored("int4", "ort", "fp16"), MemoryBudget.of_table(find_product("rtx3060")), Settings(2048, "fp16")
+        )
+        found = ceiling(scenario)
         layers = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
         assert found.weights == pytest.approx(layers * 4.125 / 8 + 32000 * 4096 * 8.125 / 8, rel=1e-6)
         assert found.full == pytest.approx(360e9 / (found.weights + GIB))
         assert found.empty == pytest.approx(360e9 / found.weights)
 
     def test_unknown_bandwidth(self) -> None:
-        found = ceiling(Case(stored(), cpu(32), Settings(2048, "fp32")))
+        found = ceiling(Scenario(stored(), cpu(32), Settings(2048, "fp32")))
         assert found.full is None
 
 
@@ -383,64 +391,66 @@ def _external_size(tensor: onnx.TensorProto) -> int:
 
 
 class TestBeforeALoad:
-    def test_7b_on_a_machine_of_4_gb(self, small_machine: Places) -> None:
+    def test_7b_on_a_machine_of_4_gb(self, small_machine: SystemPaths) -> None:
         with pytest.raises(InsufficientMemoryError) as caught:
-            check_memory(manifest(), 2048, "fp32", places=small_machine)
+            check_memory(manifest(), 2048, "fp32", paths=small_machine)
         message = str(caught.value)
         assert isinstance(caught.value, BackendError)
         assert message.startswith("not enough memory: at least 6.")
         for words in ("decoder weights 4.08 GiB", "K/V cache 2.00 GiB", "3.07 GiB are available", "--no-memory-check"):
             assert words in message
-        needs = needed(Case(stored(), cpu(32), Settings(2048, "fp32", pictures=0)))
+        needs = needed(Scenario(stored(), cpu(32), Settings(2048, "fp32", images=0)))
         assert f"what would fit: a machine with {needs / GIB:.2f} GiB of memory available" in message
         assert caught.value.needed > 6 * GIB
         assert caught.value.available == 3221225 * 1024
 
     def test_what_is_suggested_passes(self, tmp_path: Path) -> None:
-        places = machine(tmp_path, 7_400_000, 6_400_000)
+        paths = machine(tmp_path, 7_400_000, 6_400_000)
         with pytest.raises(InsufficientMemoryError) as caught:
-            check_memory(manifest(), 2048, "fp32", places=places)
+            check_memory(manifest(), 2048, "fp32", paths=paths)
         both, shorter = re.findall(
             r"what would fit: --kv-cache int8 and --context (\d+); or --context (\d+);", str(caught.value)
         )[0]
         assert 2048 > int(both) > int(shorter) > 0
-        check_memory(manifest(), int(both), "int8", places=places)
-        check_memory(manifest(), int(shorter), "fp32", places=places)
+        check_memory(manifest(), int(both), "int8", paths=paths)
+        check_memory(manifest(), int(shorter), "fp32", paths=paths)
 
     def test_it_errs_on_the_small_side(self, tmp_path: Path) -> None:
         """What the estimate calls too large by its uncertain parts is not refused."""
-        bundle = Stored.of(manifest())
+        bundle = BundleSizes.of(manifest())
         tight = 7 * GIB // 1024
-        places = machine(tmp_path, tight, tight)
-        found = this_cpu(places)
+        paths = machine(tmp_path, tight, tight)
+        found = this_cpu(paths)
         assert found is not None
-        target = Target.of_machine(found, Memory(found.available, found.available))
-        assert not fits(Case(bundle, target, Settings(2048, "fp32")))
-        check_memory(manifest(), 2048, "fp32", places=places)
+        target = MemoryBudget.of_machine(found, Memory(found.available, found.available))
+        assert not fits(Scenario(bundle, target, Settings(2048, "fp32")))
+        check_memory(manifest(), 2048, "fp32", paths=paths)
 
     def test_without_a_context_the_first_positions_have_to_fit(self, tmp_path: Path) -> None:
         """A conversation may never reach the model's own context; one that was asked for is meant."""
-        weights = sum(part.least for part in parts(Case(Stored.of(manifest()), cpu(32), Settings(1, "fp32", 0))))
+        weights = sum(
+            part.least for part in parts(Scenario(BundleSizes.of(manifest()), cpu(32), Settings(1, "fp32", 0)))
+        )
         first = GROWTH * kv_bytes(stored(), "fp32")
         enough = (weights + first) // 1024 + (64 << 10)
-        places = machine(tmp_path, enough, enough)
-        check_memory(manifest(), None, "fp32", places=places)
-        check_memory(manifest(), GROWTH, "fp32", places=places)
+        paths = machine(tmp_path, enough, enough)
+        check_memory(manifest(), None, "fp32", paths=paths)
+        check_memory(manifest(), GROWTH, "fp32", paths=paths)
         with pytest.raises(InsufficientMemoryError, match=r"K/V cache 2\.00 GiB"):
-            check_memory(manifest(), 2048, "fp32", places=places)
+            check_memory(manifest(), 2048, "fp32", paths=paths)
         with pytest.raises(InsufficientMemoryError, match=r"K/V cache 0\.25 GiB"):
-            check_memory(manifest(), None, "fp32", places=machine(tmp_path, enough, weights // 1024))
+            check_memory(manifest(), None, "fp32", paths=machine(tmp_path, enough, weights // 1024))
 
     @pytest.mark.parametrize("kind", ["cuda", "tensorrt"])
-    def test_on_a_jetson_the_gpu_has_the_cpus_memory(self, small_machine: Places, kind: Any) -> None:
+    def test_on_a_jetson_the_gpu_has_the_cpus_memory(self, small_machine: SystemPaths, kind: Any) -> None:
         bundle = manifest(stored("int4", "onnx" if kind == "tensorrt" else "ort", "fp16"))
         model, swaps = (small_machine.meminfo.with_name(name) for name in ("model", "swaps"))
         model.write_text("NVIDIA Jetson Orin Nano Developer Kit\0")
         # A GPU cannot use it.
         swaps.write_text("Filename Type Size Used Priority\n/swapfile file 8388604 0 -2\n")
-        places = replace(small_machine, model=model, swaps=swaps)
+        paths = replace(small_machine, model=model, swaps=swaps)
         with pytest.raises(InsufficientMemoryError) as caught:
-            check_memory(bundle, None, "fp16", Placement(kind), places=places)
+            check_memory(bundle, None, "fp16", Placement(kind), paths=paths)
         assert caught.value.available == 3221225 * 1024
         for words in (
             f"decoder weights {bundle.files['decoder.onnx.data'].size / GIB:.2f}",
@@ -448,28 +458,28 @@ class TestBeforeALoad:
         ):
             assert words in str(caught.value)
         machine(small_machine.meminfo.parent, 8_000_000, 7_000_000)
-        check_memory(bundle, None, "fp16", Placement(kind), places=places)
+        check_memory(bundle, None, "fp16", Placement(kind), paths=paths)
 
     def test_other_gpus_by_their_free_memory(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_machine: Places
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_machine: SystemPaths
     ) -> None:
         bundle, gpu = manifest(stored("int4", "onnx", "fp16")), Placement("tensorrt-rtx")
         monkeypatch.setenv("PATH", str(tmp_path))
-        check_memory(bundle, None, "fp16", gpu, places=small_machine)  # none is found: the backend tells
+        check_memory(bundle, None, "fp16", gpu, paths=small_machine)  # none is found: the backend tells
         nvidia_smi(tmp_path, "NVIDIA GeForce RTX 3060, 12288, 3000, 8.6")
         with pytest.raises(InsufficientMemoryError, match="close other programs") as caught:
-            check_memory(bundle, None, "fp16", gpu, places=small_machine)
+            check_memory(bundle, None, "fp16", gpu, paths=small_machine)
         assert caught.value.available == 3000 << 20
         nvidia_smi(tmp_path, "NVIDIA GeForce RTX 3060, 12288, 3000, 8.6", "NVIDIA GeForce RTX 3060, 12288, 11000, 8.6")
-        check_memory(bundle, None, "fp16", gpu, places=small_machine)
+        check_memory(bundle, None, "fp16", gpu, paths=small_machine)
 
-    def test_swap_on_a_disk_is_taken_into_account(self, small_machine: Places) -> None:
+    def test_swap_on_a_disk_is_taken_into_account(self, small_machine: SystemPaths) -> None:
         swaps = small_machine.swaps.with_name("swaps")
         swaps.write_text("Filename Type Size Used Priority\n/swapfile file 8388604 0 -2\n")
-        check_memory(manifest(), 2048, "fp32", places=replace(small_machine, swaps=swaps))
+        check_memory(manifest(), 2048, "fp32", paths=replace(small_machine, swaps=swaps))
 
     def test_a_system_that_does_not_tell(self, tmp_path: Path) -> None:
-        check_memory(manifest(), 2048, "fp32", places=Places(*(tmp_path / "none" for _ in range(5))))
+        check_memory(manifest(), 2048, "fp32", paths=SystemPaths(*(tmp_path / "none" for _ in range(5))))
 
     def test_a_load_is_refused_before_files_are_read(self, bundle_a1: Path, tmp_path: Path) -> None:
         """A manifest that claims a decoder larger than any machine; what is wrong with it is found out later."""
@@ -527,7 +537,7 @@ class TestCommand:
         record = json.loads(result.stdout)
         assert result.exit_code == 0
         assert record["fits"]
-        assert record["way"].startswith("onnxruntime")
+        assert record["runner"].startswith("onnxruntime")
 
     def test_which_gpu_of_this_machine(self, gpu_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PATH", str(tmp_path))
@@ -545,16 +555,16 @@ class TestCommand:
 
     def test_list(self) -> None:
         text, record = run("--list").stdout, json.loads(run("--list", "--json").stdout)
-        assert all(name in text for name in DEVICES)
-        assert set(DEVICES) < {entry["name"] for entry in record}
+        assert all(name in text for name in PRODUCTS)
+        assert set(PRODUCTS) < {entry["name"] for entry in record}
 
     @pytest.mark.parametrize(
         ("options", "words"),
         [
             (("--device", "rtx1"), "device 'rtx1' is not known; known: this, cpu, orin-nano-4gb"),
             (("--context", 4096), "context 4096 exceeds the 2048 positions"),
-            (("--pictures", 40), "40 pictures take 2600 positions and leave none of the context of 2048"),
-            (("--pictures", -1), "pictures must not be negative"),
+            (("--images", 40), "40 images take 2600 positions and leave none of the context of 2048"),
+            (("--images", -1), "images must not be negative"),
         ],
     )
     def test_mistakes(self, folder: Path, options: tuple[object, ...], words: str) -> None:
@@ -569,7 +579,7 @@ class TestCommand:
 
 
 def test_a_gpu_of_this_machine_is_planned_by_what_is_free() -> None:
-    device = find_device("rtx3060")
-    target = Target.of_machine(Found(device, 9 * GIB), Memory(32 * GIB, 20 * GIB))
+    device = find_product("rtx3060")
+    target = MemoryBudget.of_machine(DetectedDevice(device, 9 * GIB), Memory(32 * GIB, 20 * GIB))
     assert (target.available, target.host, target.here) == (9 * GIB, 20 * GIB, True)
     assert 2.5 * GIB < target.closable < 3 * GIB

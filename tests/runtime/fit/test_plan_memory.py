@@ -16,14 +16,14 @@ import torch
 from owl2.export.graph.builder import GraphBuilder
 from owl2.export.graph.decoder import DecoderGraph
 from owl2.export.graph.dialect import Linear
-from owl2.export.graph.ort import OrtDialect
+from owl2.export.graph.ort_dialect import OrtDialect
 from owl2.export.graph.weights import DenseWeight, LinearWeight
 from owl2.quant.grid import QuantizedWeight
 from owl2.quant.layer import LINEARS
 from owl2.runtime import spec
 from owl2.runtime.bundle import read_manifest
 from owl2.runtime.config import DecoderConfig
-from owl2.runtime.fit.footprint import Case, Settings, Stored, Target, needed, parts
+from owl2.runtime.fit.footprint import BundleSizes, MemoryBudget, Scenario, Settings, needed, parts
 from owl2.runtime.fit.machine import this_cpu
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
@@ -62,11 +62,11 @@ from owl2.runtime import ContextOverflowError, Owl2
 
 owl = Owl2.load(sys.argv[1], threads=1)
 chat = owl.chat()
-pictures = [np.full((90, 90, 3), 90 * i, np.uint8) for i in range(2)]
+images = [np.full((90, 90, 3), 90 * i, np.uint8) for i in range(2)]
 try:
     while True:
-        chat.ask("What is it?" + " word" * 60, pictures, max_new_tokens=60).text
-        pictures = ()
+        chat.ask("What is it?" + " word" * 60, images, max_new_tokens=60).text
+        images = ()
 except ContextOverflowError:
     print(json.dumps(held("VmRSS")))
 """
@@ -101,17 +101,17 @@ def write_decoder(path: Path, kind: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def case(sample_bundle: Path) -> Case:
-    """The sample bundle on this machine, at its full context with two pictures."""
+def case(sample_bundle: Path) -> Scenario:
+    """The sample bundle on this machine, at its full context with two images."""
     found = this_cpu()
     assert found is not None
-    bundle = Stored.of(read_manifest(sample_bundle))
-    target = Target.of_machine(found, None)
-    return Case(bundle, target, Settings(bundle.model.decoder.max_position_embeddings, "fp32", pictures=2))
+    bundle = BundleSizes.of(read_manifest(sample_bundle))
+    target = MemoryBudget.of_machine(found, None)
+    return Scenario(bundle, target, Settings(bundle.model.decoder.max_position_embeddings, "fp32", images=2))
 
 
 @pytest.mark.parametrize(("kind", "most"), [("int4", 1.06), ("fp16", 1.22)])
-def test_a_decoder_takes_what_is_estimated(case: Case, tmp_path: Path, kind: str, most: float) -> None:
+def test_a_decoder_takes_what_is_estimated(scenario: Scenario, tmp_path: Path, kind: str, most: float) -> None:
     """int4 weights lie in memory once, float16 ones in float32; a session takes a few MiB besides.
 
     Converting float16 leaves gaps in the arena, up to a fifth with matrices as small as these (none at full size),
@@ -119,14 +119,14 @@ def test_a_decoder_takes_what_is_estimated(case: Case, tmp_path: Path, kind: str
     """
     path = tmp_path / spec.DECODER_GRAPH
     write_decoder(path, kind)
-    stored = case.bundle
+    stored = scenario.bundle
     bundle = replace(
         stored,
         model=replace(stored.model, decoder=DECODER),
         weights=replace(stored.weights, decoder=kind, head=kind, group_size=128),
         decoder=path.with_name(path.name + ".data").stat().st_size,
     )
-    planned = {part.name: part for part in parts(replace(case, bundle=bundle, settings=Settings(CONTEXT, "fp32")))}
+    planned = {part.name: part for part in parts(replace(scenario, bundle=bundle, settings=Settings(CONTEXT, "fp32")))}
     shape = json.dumps({name: getattr(DECODER, name) for name in DECODER.__slots__})
     loaded, grown = np.array(measured(RUN_DECODER, path, shape, CONTEXT))
     weights, kv, prefill = (planned[name] for name in ("decoder weights", "K/V cache", "prefill"))
@@ -135,7 +135,7 @@ def test_a_decoder_takes_what_is_estimated(case: Case, tmp_path: Path, kind: str
     assert loaded + grown == pytest.approx(weights.size + kv.size + prefill.size, rel=0.15)
 
 
-def test_the_sample_bundle_takes_what_is_estimated(case: Case, sample_bundle: Path) -> None:
+def test_the_sample_bundle_takes_what_is_estimated(scenario: Scenario, sample_bundle: Path) -> None:
     """A conversation up to the end of the context; nine tenths of so small a model are Python and its libraries."""
     resident = measured(CHAT, sample_bundle)
-    assert resident == pytest.approx(needed(case), rel=0.2)
+    assert resident == pytest.approx(needed(scenario), rel=0.2)

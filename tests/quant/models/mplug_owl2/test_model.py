@@ -1,4 +1,4 @@
-"""The torch model computes what the original recorded, from the prompt's text and the picture's file on."""
+"""The torch model computes what the original recorded, from the prompt's text and the image's file on."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -27,7 +27,7 @@ Arrays = dict[str, np.ndarray]
 
 
 class Original:
-    """One golden case: its checkpoint in the model under test, its prompts and pictures."""
+    """One golden case: its checkpoint in the model under test, its prompts and images."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -36,7 +36,7 @@ class Original:
             self.model = Owl2Model(self.config).requires_grad_(False)
             checkpoint.load_into(self.model, "")
         self.tokenizer = Tokenizer.load(folder / "model")
-        self.pictures = self.json("checks")["images"]
+        self.files = self.json("checks")["images"]
         self.forward_index = {entry["name"]: entry for entry in self.json("forward_index")}
         self.arrays = cache(lambda file: ARRAYS[file](self))
 
@@ -49,12 +49,12 @@ class Original:
         prompt = next(entry["prompt"] for entry in self.json("prompts") if entry["id"] == prompt_id)
         return torch.tensor(self.tokenizer.encode_prompt(prompt))
 
-    def picture_indices(self, name: str) -> list[int]:
-        return [self.pictures.index(picture) for picture in self.forward_index[name]["images"]]
+    def image_indices(self, name: str) -> list[int]:
+        return [self.files.index(image) for image in self.forward_index[name]["images"]]
 
     @cached_property
     def pixels(self) -> dict[str, torch.Tensor]:
-        images = [load_image(self.folder.parent / "images" / name) for name in self.pictures]
+        images = [load_image(self.folder.parent / "images" / name) for name in self.files]
         return {
             mode: torch.from_numpy(np.stack([preprocess(image, self.config.preprocess, mode) for image in images]))
             for mode in ("resize", "pad", "crop")
@@ -62,12 +62,12 @@ class Original:
 
     @cached_property
     def blocks(self) -> dict[str, list[torch.Tensor]]:
-        """Decoder rows of every picture."""
+        """Decoder rows of every image."""
         return {mode: list(self.model.encode_images(pixels)) for mode, pixels in self.pixels.items()}
 
     def merged(self, name: str):
         return self.model.merge(
-            self.prompt_ids(name)[None], [self.blocks["resize"][i] for i in self.picture_indices(name)]
+            self.prompt_ids(name)[None], [self.blocks["resize"][i] for i in self.image_indices(name)]
         )
 
     def logits(self, merged) -> torch.Tensor:
@@ -101,7 +101,7 @@ def forward_arrays(original: Original) -> Arrays:
     for name in original.forward_index:
         merged = original.merged(name)
         arrays[f"{name}/input_ids"] = original.prompt_ids(name).numpy()
-        arrays[f"{name}/image_index"] = np.array(original.picture_indices(name), np.int64)
+        arrays[f"{name}/image_index"] = np.array(original.image_indices(name), np.int64)
         arrays[f"{name}/modality_indicators"] = merged.modality[0].numpy()
         arrays[f"{name}/logits"] = original.logits(merged)[0].numpy()
     merged, after_layer = original.merged("image"), []
@@ -130,7 +130,7 @@ def decode_arrays(original: Original, steps: int = 16) -> Arrays:
             hidden, past = model.decode_cached(model.embed(last), torch.zeros_like(last), past)
             step_logits.append(model.head(hidden[0, -1]))
         arrays[f"{name}/input_ids"] = original.prompt_ids(name).numpy()
-        arrays[f"{name}/image_index"] = np.array(original.picture_indices(name), np.int64)
+        arrays[f"{name}/image_index"] = np.array(original.image_indices(name), np.int64)
         arrays[f"{name}/new_ids"] = torch.stack(step_logits).argmax(1).numpy()
         arrays[f"{name}/step_logits"] = torch.stack(step_logits).numpy()
     return arrays
@@ -138,7 +138,7 @@ def decode_arrays(original: Original, steps: int = 16) -> Arrays:
 
 def batch_arrays(original: Original) -> Arrays:
     arrays = {}
-    # The picture that a row without a placeholder uses up is chosen at will.
+    # The image that a row without a placeholder uses up is chosen at will.
     groups = {
         "equal": (("multi_turn_image", "image"), []),
         "ragged": (("two_images", "image"), []),
@@ -148,7 +148,7 @@ def batch_arrays(original: Original) -> Arrays:
         rows = [original.prompt_ids(name) for name in names]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         given = torch.arange(ids.shape[1]) < torch.tensor([[len(row)] for row in rows])
-        indices = used_up + [index for name in names for index in original.picture_indices(name)]
+        indices = used_up + [index for name in names for index in original.image_indices(name)]
         blocks = [original.blocks["resize"][index] for index in indices]
         labels = torch.where(given & (ids != IMAGE_TOKEN_ID), ids, -100)
         merged = original.model.merge(ids, blocks, labels, given)
@@ -181,7 +181,7 @@ def qalign_arrays(original: Original) -> Arrays:
     for task, entry in index["tasks"].items():
         blocks = original.blocks["pad"]
         if "frames" in entry:
-            frames = [original.pictures.index(name) for name in entry["frames"]]
+            frames = [original.files.index(name) for name in entry["frames"]]
             arrays[f"{task}/frame_index"] = np.array(frames)
             blocks = [torch.cat([blocks[frame] for frame in frames])]
         ids = torch.tensor([original.tokenizer.encode_prompt(entry["prompt"])] * len(blocks))
@@ -239,7 +239,7 @@ def test_array_equals_the_originals(original, file, name):
 
 
 def test_no_recorded_array_is_forgotten(original):
-    # vision_unconverted_modes.npz is about pictures that are not converted to RGB first; here they always are.
+    # vision_unconverted_modes.npz is about images that are not converted to RGB first; here they always are.
     files = {path.stem for path in original.folder.glob("*.npz")}
     assert files - {"vision_unconverted_modes"} == set(ARRAYS)
     for file in ARRAYS:
@@ -261,17 +261,17 @@ def test_continuing_from_a_cache_equals_one_pass(original, cut):
 def test_cached_steps_equal_a_full_pass(original, name):
     steps = recorded(original.folder.name, "decode")[f"{name}/step_logits"]
     new_ids = torch.from_numpy(recorded(original.folder.name, "decode")[f"{name}/new_ids"])
-    ids, pictures = torch.cat([original.prompt_ids(name), new_ids])[None], original.picture_indices(name)
-    logits = original.model(ids, original.pixels["resize"][pictures] if pictures else None)[0]
+    ids, images = torch.cat([original.prompt_ids(name), new_ids])[None], original.image_indices(name)
+    logits = original.model(ids, original.pixels["resize"][images] if images else None)[0]
     np.testing.assert_allclose(logits[-len(steps) - 1 : -1], steps, rtol=0, atol=ATOL)
 
 
-def test_text_needs_no_pictures(original):
+def test_text_needs_no_images(original):
     expected = recorded(original.folder.name, "forward")["text/logits"]
     np.testing.assert_allclose(original.model(original.prompt_ids("text")[None])[0], expected, rtol=0, atol=ATOL)
 
 
-def test_pictures_beyond_the_placeholders_are_ignored(original):
+def test_images_beyond_the_placeholders_are_ignored(original):
     ids, blocks = original.prompt_ids("image")[None], original.blocks["resize"]
     merged = original.model.merge(ids, [blocks[0], blocks[1]])
     assert torch.equal(merged.embeds, original.model.merge(ids, [blocks[0]]).embeds)

@@ -37,11 +37,11 @@ def on_host(bundle_a1: Path) -> OrtEngine:
 
 @pytest.fixture
 def rows(bundle_a1: Path, golden: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings and modality of a prompt with a picture."""
+    """Embeddings and modality of a prompt with an image."""
     owl = Owl2.load(bundle_a1)
-    prompt = owl._prompt(PROMPT, owl._pictures([golden / "images" / "00_rgb_landscape_97x61.png"], None))
-    pictures, _ = owl._model.encoder.rows(list(prompt.pictures.values()))
-    return embed(prompt.keys, owl._model.table, pictures)
+    prompt = owl._prompt(PROMPT, owl._prepare([golden / "images" / "00_rgb_landscape_97x61.png"], None))
+    images, _ = owl._model.encoder.rows(list(prompt.images.values()))
+    return embed(prompt.keys, owl._model.table, images)
 
 
 @pytest.fixture

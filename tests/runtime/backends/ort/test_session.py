@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from owl2.runtime import BackendError, Owl2
 from owl2.runtime.__main__ import cli
 from owl2.runtime.backends.ort.engine import OrtOptions, open_decoder
-from owl2.runtime.backends.ort.installation import onnxruntime_wheels
+from owl2.runtime.backends.ort.installation import onnxruntime_wheels, overlap
 from owl2.runtime.backends.ort.session import (
     HOST_OPERATORS,
     MINIMUM,
@@ -100,7 +100,7 @@ class TestTwoWheels:
     def test_the_commands_write_the_warning_as_a_line_and_go_on(self, bundle_a1: Path) -> None:
         result = CliRunner().invoke(cli, ["verify", str(bundle_a1)], prog_name="owl2")
         assert result.exit_code == 0
-        assert result.stderr == f"owl2: warning: {session.overlap(MIXED, 'cpu')}\n"
+        assert result.stderr == f"owl2: warning: {overlap(MIXED, 'cpu')}\n"
 
 
 class TestPlacement:

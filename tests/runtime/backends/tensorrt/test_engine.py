@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from conftest import ROOT
-from fake_tensorrt import FakeDevice, FakeEngineFile, FakeTensorRt, IExecutionContext, Profile
+from fake_tensorrt import FakeEngineFile, FakeGpu, FakeTensorRt, IExecutionContext, Profile
 from PIL import Image
 
 from owl2.export.config import ExportConfig
@@ -36,7 +36,7 @@ from owl2.runtime.backends.steps import row_inputs
 from owl2.runtime.backends.tensorrt import context as tensorrt_context
 from owl2.runtime.backends.tensorrt import cuda as cuda_memory
 from owl2.runtime.backends.tensorrt import engine as tensorrt
-from owl2.runtime.backends.tensorrt.cuda import CudaDevice, Slots, Strided, version_problem
+from owl2.runtime.backends.tensorrt.cuda import CudaGpu, Slots, Strided, version_problem
 from owl2.runtime.backends.tensorrt.engine import (
     DeviceRows,
     TensorRtEngine,
@@ -45,7 +45,7 @@ from owl2.runtime.backends.tensorrt.engine import (
     decode_rows,
     routed,
 )
-from owl2.runtime.backends.tensorrt.records import EngineRecord, read_record
+from owl2.runtime.backends.tensorrt.records import FORMAT, EngineRecord, read_record
 from owl2.runtime.bundle import Bundle, FileEntry, hash_file
 from owl2.runtime.errors import (
     BackendError,
@@ -64,7 +64,7 @@ CONTEXT = 640
 
 def profiles(bundle: Bundle, record: EngineRecord) -> tuple[list[Profile], list[Profile]]:
     """Those that the exporter builds with: of the decoder and of the vision tower."""
-    model, limits = bundle.manifest.model, Limits(record.context, record.prefill, record.pictures)
+    model, limits = bundle.manifest.model, Limits(record.context, record.prefill, record.images)
     made = (decoder_profiles(model, limits), (vision_profile(model, limits),))
     decoder, vision = ([{name: (least, most) for name, (least, _, most) in one.items()} for one in of] for of in made)
     return decoder, vision
@@ -76,7 +76,7 @@ def build(folder: Path, **changes: Any) -> EngineRecord:
     listed = bundle.manifest.files
     names = [name for name in listed if name.startswith(("decoder.onnx", "vision.onnx"))]
     record = EngineRecord(
-        format=1,
+        format=FORMAT,
         kind="tensorrt",
         tensorrt=VERSION,
         gpu="Fake Orin",
@@ -84,7 +84,7 @@ def build(folder: Path, **changes: Any) -> EngineRecord:
         driver=None,
         context=CONTEXT,
         prefill=512,
-        pictures=1,
+        images=1,
         source={name: listed[name].sha256 for name in names},
         files={name: FileEntry(0, "") for name in ("decoder.engine", "vision.engine")},
     )
@@ -119,8 +119,8 @@ def with_engines(source: Path, target: Path, **changes: Any) -> Bundle:
 class Fake:
     """An engine on a fake GPU."""
 
-    def __init__(self, bundle: Bundle, *, rtx: bool = False, device: FakeDevice | None = None, **options: Any) -> None:
-        self.device = device or FakeDevice()
+    def __init__(self, bundle: Bundle, *, rtx: bool = False, device: FakeGpu | None = None, **options: Any) -> None:
+        self.device = device or FakeGpu()
         self.trt = FakeTensorRt(self.device, rtx=rtx)
         self.engine = TensorRtEngine(bundle, TensorRtOptions(**options), self.trt, self.device)
         self.owl = Owl2(bundle, self.engine)
@@ -157,14 +157,14 @@ def float32(bundle_a2_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> B
 
 
 @pytest.fixture
-def picture(request: pytest.FixtureRequest) -> Image.Image:
+def image(request: pytest.FixtureRequest) -> Image.Image:
     with Image.open(request.config.rootpath / "sample" / "pictures" / "scene3.png") as opened:
         return opened.convert("RGB")
 
 
-def converse(owl: Owl2, picture: Image.Image) -> list[list[int]]:
+def converse(owl: Owl2, image: Image.Image) -> list[list[int]]:
     chat, ids = owl.chat(), []
-    for question, images in (("Describe the picture.", [picture]), ("What colour is the largest shape?", [])):
+    for question, images in (("Describe the picture.", [image]), ("What colour is the largest shape?", [])):
         answer = chat.ask(question, images, max_new_tokens=24)
         _ = answer.text
         ids.append(answer.ids)
@@ -173,10 +173,10 @@ def converse(owl: Owl2, picture: Image.Image) -> list[list[int]]:
 
 class TestConversation:
     @pytest.mark.parametrize("cuda_graphs", [True, False])
-    def test_is_that_of_onnx_runtime(self, bundle: Bundle, picture: Image.Image, cuda_graphs: bool) -> None:
+    def test_is_that_of_onnx_runtime(self, bundle: Bundle, image: Image.Image, cuda_graphs: bool) -> None:
         fake = Fake(bundle, cuda_graphs=cuda_graphs)
-        expected = converse(Owl2.load(bundle.folder), picture)
-        assert converse(fake.owl, picture) == expected
+        expected = converse(Owl2.load(bundle.folder), image)
+        assert converse(fake.owl, image) == expected
         assert sum(map(len, expected)) > 8
         assert (fake.device.launches > 4) == cuda_graphs
 
@@ -185,21 +185,21 @@ class TestConversation:
         prompts = {entry["id"]: entry["prompt"] for entry in json.loads((case / "prompts.json").read_text())}
         recorded = np.load(case / "forward.npz")
         for entry in json.loads((case / "forward_index.json").read_text()):
-            pictures = [golden / "images" / name for name in entry["images"]]
-            made = fake.owl.logits(prompts[entry["prompt_id"]], images=pictures, preprocess="resize")
+            images = [golden / "images" / name for name in entry["images"]]
+            made = fake.owl.logits(prompts[entry["prompt_id"]], images=images, preprocess="resize")
             np.testing.assert_allclose(made, recorded[f"{entry['name']}/logits"], atol=1e-4, rtol=0)
 
-    def test_the_host_never_sees_keys_and_values(self, fake: Fake, picture: Image.Image) -> None:
+    def test_the_host_never_sees_keys_and_values(self, fake: Fake, image: Image.Image) -> None:
         kept: list[DeviceRows] = []
         allocate = fake.engine.allocate
         fake.engine.allocate = lambda *given: kept.append(allocate(*given)) or kept[-1]  # type: ignore[method-assign]
-        converse(fake.owl, picture)
+        converse(fake.owl, image)
         assert kept
         assert not any(fake.host_copies_of(rows) for rows in kept)
         model = fake.owl.config.decoder
         down = [copy.nbytes for copy in fake.device.copies if copy.direction == "down"]
-        image = fake.owl.config.rows_per_image * model.hidden_size * 4
-        assert set(down) == {model.vocab_size * 4, image}, "logits of one row, and the rows of the picture"
+        rows = fake.owl.config.rows_per_image * model.hidden_size * 4
+        assert set(down) == {model.vocab_size * 4, rows}, "logits of one row, and the rows of the image"
         step = next(i for i, copy in enumerate(fake.device.copies) if copy.direction == "within")
         up = [copy.nbytes for copy in fake.device.copies[step:] if copy.direction == "up"]
         assert max(up) <= 2 * CONTEXT * 512
@@ -214,10 +214,10 @@ class TestConversation:
             texts = [text + chunk.text for text, chunk in zip(texts, chunks)]
         assert texts == [expected, expected]
 
-    def test_rtx_makes_its_own_graphs(self, bundle: Bundle, tmp_path: Path, picture: Image.Image) -> None:
+    def test_rtx_makes_its_own_graphs(self, bundle: Bundle, tmp_path: Path, image: Image.Image) -> None:
         made = with_engines(bundle.folder, tmp_path / "b", kind="tensorrt-rtx")
         fake = Fake(made, rtx=True, kind="tensorrt-rtx")
-        assert converse(fake.owl, picture) == converse(Owl2.load(bundle.folder), picture)
+        assert converse(fake.owl, image) == converse(Owl2.load(bundle.folder), image)
         assert (fake.device.captures, fake.decoding.config.cuda_graph_strategy) == (0, "whole")
         assert (
             Fake(made, rtx=True, kind="tensorrt-rtx", cuda_graphs=False).decoding.config.cuda_graph_strategy != "whole"
@@ -300,8 +300,8 @@ class TestSteps:
         with pytest.raises(ConfigError, match="position 40 does not fit the engine's context of 40"):
             fake.engine.prefill(steps.embeds[:1], steps.modality[:1], 40, larger, np.array([0]))
 
-    def test_pictures_in_blocks(self, float32: Bundle, tmp_path: Path) -> None:
-        fake = Fake(with_engines(float32.folder, tmp_path / "b", pictures=2))
+    def test_images_in_blocks(self, float32: Bundle, tmp_path: Path) -> None:
+        fake = Fake(with_engines(float32.folder, tmp_path / "b", images=2))
         size = float32.manifest.model.vision.image_size
         pixels = np.random.default_rng(0).standard_normal((5, 3, size, size), dtype=np.float32)
         np.testing.assert_allclose(
@@ -390,7 +390,7 @@ class TestFailure:
             np.testing.assert_array_equal(engine.decode(embeds[20:21], 20, short), expected)
 
     def test_a_slot_that_cannot_grow_stays(self) -> None:
-        device = FakeDevice()
+        device = FakeGpu()
         slots = Slots(device)
         address = slots.reserve("mask", 100)
         device.limit = 1024
@@ -484,7 +484,7 @@ class TestMemory:
         assert not fake.device.allocations
 
     def test_without_being_asked(self, float32: Bundle) -> None:
-        device = FakeDevice()
+        device = FakeGpu()
         owl = Fake(float32, device=device).owl
         text = owl.generate("Hello", max_new_tokens=4).text
         assert text is not None
@@ -499,7 +499,7 @@ class TestMemory:
             "from fake_tensorrt import *\n"
             "from owl2.runtime.backends.tensorrt.engine import *\n"
             "import atexit\n"
-            "device = FakeDevice()\n"
+            "device = FakeGpu()\n"
             f"bundle = Bundle.open(__import__('pathlib').Path({str(float32.folder)!r}))\n"
             "atexit.register(lambda: print('left', len(device.allocations), len(device.streams)))\n"
             "engine = TensorRtEngine(bundle, TensorRtOptions(), FakeTensorRt(device), device)\n"
@@ -509,7 +509,7 @@ class TestMemory:
         assert (result.returncode, result.stdout, result.stderr) == (0, "left 0 0\n", "")
 
     def test_a_failed_load_leaves_nothing(self, float32: Bundle, tmp_path: Path) -> None:
-        device = FakeDevice(limit=6000)
+        device = FakeGpu(limit=6000)
         with pytest.raises(BackendError, match="no room"):
             Fake(float32, device=device)
         gc.collect()
@@ -520,7 +520,7 @@ class TestMemory:
         assert fake.decoding.memory[1] == 5120
 
     def test_no_room_for_a_longer_conversation(self, float32: Bundle) -> None:
-        device = FakeDevice()
+        device = FakeGpu()
         fake = Fake(float32, device=device)
         rows = fake.engine.allocate(8, None)
         device.limit = device.allocated + rows.nbytes
@@ -538,7 +538,7 @@ class TestBundle:
         return Path(shutil.copytree(float32.folder, tmp_path / "bundle"))
 
     def load(self, folder: Path, **changes: Any) -> Fake:
-        bundle, device = Bundle.open(folder), FakeDevice(**changes)
+        bundle, device = Bundle.open(folder), FakeGpu(**changes)
         return Fake(bundle, device=device)
 
     def edit(self, folder: Path, **changes: Any) -> Path:
@@ -575,7 +575,7 @@ class TestBundle:
     ) -> None:
         """For a GPU that the exporter knows by number, anywhere; it would build the other kind on a server's."""
         again = f"run on {where}: owl2-export engine {copy} --kind tensorrt-rtx{gpu}$"
-        device = FakeDevice(compute_capability=capability)
+        device = FakeGpu(compute_capability=capability)
         with pytest.raises(BundleError, match=f"has no engines of tensorrt-rtx; {again}"):
             Fake(Bundle.open(copy), device=device, rtx=True, kind="tensorrt-rtx")
         build(copy, kind="tensorrt-rtx")
@@ -594,7 +594,7 @@ class TestBundle:
             self.load(copy)
 
     def test_of_another_tensorrt(self, copy: Path) -> None:
-        bundle, device = Bundle.open(copy), FakeDevice()
+        bundle, device = Bundle.open(copy), FakeGpu()
         message = r"were built with tensorrt 10\.3\.0, 10\.7\.0 is installed, .* to read them; .*owl2-export engine"
         with pytest.raises(BackendUnavailableError, match=message):
             TensorRtEngine(bundle, TensorRtOptions(), FakeTensorRt(device, "10.7.0"), device)
@@ -622,7 +622,7 @@ class TestBundle:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"format": 2}, "format 2 is not known; this owl2 reads 1"),
+            ({"format": 1}, "format 1 is not known; this owl2 reads 2"),
             ({"context": 0}, "context must be positive, got 0"),
             ({"files": {}}, "files: decoder.engine is missing"),
             ({"source": {}}, "source: decoder.onnx is missing"),
@@ -720,20 +720,20 @@ class TestBundle:
 
 class TestChoice:
     @pytest.fixture
-    def gpu(self, monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
+    def gpu(self, monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
         """As if it were there; its name tells which one was asked for."""
-        device = FakeDevice()
+        device = FakeGpu()
 
-        def opened(index: int) -> FakeDevice:
+        def opened(index: int) -> FakeGpu:
             device.name = f"GPU {index}"
             return device
 
-        monkeypatch.setattr(choose, "open_device", opened)
+        monkeypatch.setattr(choose, "open_gpu", opened)
         monkeypatch.setattr(choose, "import_tensorrt", lambda kind: FakeTensorRt(device, rtx=kind == "tensorrt-rtx"))
         return device
 
     @pytest.mark.parametrize("kind", ["tensorrt", "tensorrt-rtx"])
-    def test_engines_are_run_natively(self, float32: Bundle, gpu: FakeDevice, tmp_path: Path, kind: Any) -> None:
+    def test_engines_are_run_natively(self, float32: Bundle, gpu: FakeGpu, tmp_path: Path, kind: Any) -> None:
         bundle = with_engines(float32.folder, tmp_path / "b", kind=kind, context=300, prefill=64)
         owl = Owl2.load(bundle.folder, device=f"{kind}:1")
         _ = owl.generate("Hello", max_new_tokens=3).text
@@ -742,7 +742,7 @@ class TestChoice:
         with pytest.raises(ConfigError, match="context 301 exceeds the 300 positions that this bundle's engines"):
             Owl2.load(bundle.folder, device=kind, context=301)
 
-    def test_certificates_are_replayed_there(self, folder: Path, gpu: FakeDevice) -> None:
+    def test_certificates_are_replayed_there(self, folder: Path, gpu: FakeGpu) -> None:
         verdict = verify(folder, Placement("tensorrt"))
         assert verdict.passed, verdict
         assert gpu.launches > 0
@@ -760,7 +760,7 @@ class TestChoice:
     def test_what_cannot_run_is_refused_before_anything_large_is_read(
         self,
         float32: Bundle,
-        gpu: FakeDevice,
+        gpu: FakeGpu,
         tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
         device: str,
@@ -792,7 +792,7 @@ class TestChoice:
         assert "TensorRT engines" in result.stdout
 
     def test_what_cannot_fit_the_gpu_is_refused(
-        self, folder: Path, gpu: FakeDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, folder: Path, gpu: FakeGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Before anything is allocated there; by what nvidia-smi says."""
         program = tmp_path / "nvidia-smi"
@@ -898,13 +898,13 @@ class TestCuda:
             (lambda device: device.destroy_graph(0), "cudaGraphExecDestroy"),
         ],
     )
-    def test_the_real_package_takes_every_call(self, call: Callable[[CudaDevice], object], name: str) -> None:
+    def test_the_real_package_takes_every_call(self, call: Callable[[CudaGpu], object], name: str) -> None:
         """It answers that there is no driver, and not that names or arguments are wrong."""
         runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-python has no wheel here")
         if runtime.cudaDriverGetVersion()[1]:
             pytest.skip("these calls would reach a GPU with made-up addresses")
         with pytest.raises(BackendError, match=rf"^{name} failed: cudaErrorInsufficientDriver$"):
-            call(CudaDevice(runtime, 0))
+            call(CudaGpu(runtime, 0))
 
     def test_memory_that_is_not_there(self) -> None:
         codes = SimpleNamespace(
@@ -919,7 +919,7 @@ class TestCuda:
 
         runtime = SimpleNamespace(cudaError_t=codes, cudaMalloc=cudaMalloc, cudaMemGetInfo=cudaMemGetInfo)
         with pytest.raises(BackendError, match=r"no room for 100 MiB: 50 of 7000 MiB are free; .*smaller context"):
-            CudaDevice(runtime, 0).allocate(100 << 20)
+            CudaGpu(runtime, 0).allocate(100 << 20)
 
     def test_arrays_in_pieces(self) -> None:
         with pytest.raises(BackendError, match="was to be copied as one block"):

@@ -1,4 +1,4 @@
-"""The conversation template is the original's to the character; placeholders and pictures must agree."""
+"""The conversation template is the original's to the character; placeholders and images must agree."""
 
 import json
 
@@ -50,20 +50,20 @@ def test_placeholders_of_the_question_stay_where_they_are():
 
 @pytest.mark.parametrize("function", [with_images, check_placeholders])
 def test_too_many_placeholders(function):
-    with pytest.raises(PromptError, match=r"has 2 .* placeholders, but 1 picture given; give the missing"):
+    with pytest.raises(PromptError, match=r"has 2 .* placeholders, but 1 image given; give the missing"):
         function(IMAGE_TOKEN * 2 + "Why?", 1)
-    with pytest.raises(PromptError, match=r"has 1 .* placeholder, but 0 pictures"):
+    with pytest.raises(PromptError, match=r"has 1 .* placeholder, but 0 images"):
         function(IMAGE_TOKEN + "Why?", 0)
 
 
 @pytest.mark.parametrize("function", [with_images, check_placeholders])
 def test_too_few_placeholders(function):
-    with pytest.raises(PromptError, match=r"3 pictures given, but the prompt has 1 .* write one placeholder"):
+    with pytest.raises(PromptError, match=r"3 images given, but the prompt has 1 .* write one placeholder"):
         function(IMAGE_TOKEN + "Why?", 3)
 
 
 def test_a_raw_prompt_gets_no_placeholders_by_itself():
-    check_placeholders("no picture", 0)
+    check_placeholders("no image", 0)
     check_placeholders(f"a{IMAGE_TOKEN}b", 1)
-    with pytest.raises(PromptError, match="1 picture given, but the prompt has 0"):
-        check_placeholders("no picture", 1)
+    with pytest.raises(PromptError, match="1 image given, but the prompt has 0"):
+        check_placeholders("no image", 1)

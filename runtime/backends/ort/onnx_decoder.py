@@ -10,7 +10,7 @@ import onnxruntime as ort
 from numpy.typing import DTypeLike, NDArray
 
 from owl2.runtime import spec
-from owl2.runtime.backends.steps import standard_inputs
+from owl2.runtime.backends.steps import onnx_inputs
 from owl2.runtime.config import DecoderConfig, require
 from owl2.runtime.engine import Floats, Ints, KvBuffers
 from owl2.runtime.errors import BackendError
@@ -39,8 +39,8 @@ class RowBuffers:
         return sum(rows.nbytes for rows in self.rows)
 
 
-class StandardDecoder:
-    """A decoder's session; see :class:`owl2.runtime.engine.Decoder`."""
+class OnnxDecoder:
+    """A decoder's session; see :class:`owl2.runtime.engine.DecoderEngine`."""
 
     def __init__(self, session: ort.InferenceSession, config: DecoderConfig, dtype: DTypeLike) -> None:
         """Wrap an open session whose activations are of ``dtype``."""
@@ -66,7 +66,7 @@ class StandardDecoder:
             raise BackendError(f"these K/V buffers belong to another backend: {type(buffers).__name__}")
         total, cached = past + len(embeds), max(past, 1)
         require(total <= buffers.capacity, f"{total} positions do not fit K/V buffers of {buffers.capacity}")
-        inputs = standard_inputs(self._config, modality, past, cached, logit_rows, self._dtype)
+        inputs = onnx_inputs(self._config, modality, past, cached, logit_rows, self._dtype)
         binding = self._session.io_binding()
         binding.bind_cpu_input(spec.EMBEDS, embeds[None].astype(self._dtype, copy=False))
         for name, array in inputs.items():

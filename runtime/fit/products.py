@@ -14,9 +14,9 @@ from types import MappingProxyType
 from typing import Literal
 
 from owl2.runtime.errors import ConfigError
+from owl2.runtime.placement import EngineKind
 
 Family = Literal["cpu", "jetson", "datacenter", "geforce"]
-EngineKind = Literal["tensorrt", "tensorrt-rtx"]
 
 GIB = 1 << 30
 GB_PER_SECOND = 10**9
@@ -28,7 +28,7 @@ FIRST_WITH_INT4 = 80
 
 
 @dataclass(frozen=True, slots=True)
-class Device:
+class Product:
     """A processor and the memory that a model would lie in.
 
     Attributes:
@@ -62,10 +62,10 @@ class Device:
         return bool(self.engines) and self.compute is not None and self.compute >= FIRST_WITH_INT4
 
 
-def _device(name: str, product: str, family: Family, compute: int, memory: int, bandwidth: float) -> Device:
+def _device(name: str, product: str, family: Family, compute: int, memory: int, bandwidth: float) -> Product:
     """``memory`` in GiB, ``bandwidth`` in GB/s."""
     shared = family == "jetson"
-    return Device(name, product, family, compute, memory * GIB, bandwidth * GB_PER_SECOND, shared)
+    return Product(name, product, family, compute, memory * GIB, bandwidth * GB_PER_SECOND, shared)
 
 
 _TABLE = (
@@ -103,16 +103,16 @@ _TABLE = (
     _device("rtx5090", "NVIDIA GeForce RTX 5090", "geforce", 120, 32, 1792),
 )
 
-DEVICES = MappingProxyType({device.name: device for device in _TABLE})
+PRODUCTS = MappingProxyType({device.name: device for device in _TABLE})
 """Every device by its short name, Jetson modules first."""
 
 
-def find_device(name: str) -> Device:
+def find_product(name: str) -> Product:
     """The device of that short name.
 
     Raises:
         ConfigError: there is none; all names are listed.
     """
-    if name not in DEVICES:
-        raise ConfigError(f"device {name!r} is not known; known: {', '.join(DEVICES)}")
-    return DEVICES[name]
+    if name not in PRODUCTS:
+        raise ConfigError(f"device {name!r} is not known; known: {', '.join(PRODUCTS)}")
+    return PRODUCTS[name]

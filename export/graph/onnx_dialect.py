@@ -26,7 +26,7 @@ from owl2.runtime.spec import DialectName
 MINIMUM_ONNXRUNTIME = "1.22"
 
 
-class StandardDialect:
+class OnnxDialect:
     """DequantizeLinear and MatMul, attention from primitive operators."""
 
     name: DialectName = "onnx"
