@@ -10,7 +10,8 @@ FOLDERS := export runtime quant sample scripts tests
 
 help:
 	@echo "make demo   set up, convert the sample model, ask about a picture"
-	@echo "make test   set up, lint, check types, run the tests, try the installed wheel"
+	@echo "make test   set up, lint, check types, run all tests, try the installed wheel"
+	@echo "make unit   the fast tests: all but those that export with GPTQ, build engines, kill and resume"
 	@echo "make bench  speed of a conversation with the sample model"
 	@echo "make full   what takes long: accuracy of every kind of bundle, each choice of the quantizer, full-size layers"
 	@echo "make full-size   a whole model of 7B shapes: 25 GB in build/, about an hour"
@@ -33,7 +34,9 @@ bundles/sample/owl2.json: $(VENV)/.export sample/checkpoint/model.safetensors
 demo: bundles/sample/owl2.json
 	$(BIN)/owl2 ask bundles/sample "Describe the picture." --image sample/pictures/scene3.png --stats
 
-test: lint types unit wheel
+test: lint types
+	$(BIN)/python -m pytest
+	$(MAKE) wheel
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check $(FOLDERS)
@@ -46,7 +49,7 @@ types: $(VENV)/.dev
 	$(BIN)/mypy -p owl2
 
 unit: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
 
 wheel: $(VENV)/.dev bundles/sample/owl2.json
 	scripts/check-wheel $(BIN)/python bundles/sample

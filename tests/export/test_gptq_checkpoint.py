@@ -36,6 +36,8 @@ from owl2.quant.layer import LINEARS
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.errors import CheckpointError, ConfigError, ExportError, QuantizationError
 
+pytestmark = pytest.mark.slow
+
 RECORDED = Path(__file__).parent / "gptqmodel"
 VARIANTS = ("int4_g16_sym_v1", "int4_g16_sym_v1_act", "int4_g16_asym_v1_act", "int4_g16_asym_v2")
 Q_PROJ = "model.layers.0.self_attn.q_proj"

@@ -56,6 +56,7 @@ def leftovers(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.slow
 class TestWeights:
     @pytest.mark.parametrize(
         ("weights", "vision", "method"),
@@ -145,6 +146,7 @@ VARIATIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(VARIATIONS))
 def test_variations_of_the_architecture(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, golden: Path, name: str
@@ -200,6 +202,7 @@ class TestFaults:
         self.planted(a1, tmp_path, "decoder.onnx does not compute")
 
 
+@pytest.mark.slow
 def test_calibration_passes_through_the_quantized_layers(
     a1: Path, tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,6 +239,7 @@ def test_calibration_passes_through_the_quantized_layers(
         assert float((given - unquantized).abs().max()) > 1e-3
 
 
+@pytest.mark.slow
 class TestTarget:
     def test_an_existing_bundle_is_kept_unless_overwritten(self, a1: Path, tmp_path: Path) -> None:
         target = tmp_path / "bundle"
@@ -329,6 +333,7 @@ class TestTarget:
         assert leftovers(tmp_path) == ["talks.jsonl"]
 
 
+@pytest.mark.slow
 class TestCommand:
     def run(self, *args: object, **options: object) -> "subprocess.CompletedProcess[str]":
         command = [*COMMAND, *map(str, args)]

@@ -20,6 +20,8 @@ from owl2.export.pipeline import export_bundle
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.errors import ExportError, ParityError
 
+pytestmark = pytest.mark.slow
+
 KILLED = -signal.SIGKILL
 JOURNAL = "owl2.export.job.journal:Journal"
 # (where the process is killed, what the next one says)

@@ -80,6 +80,7 @@ def export(hub: str, tmp_path: Path, model: str) -> "subprocess.CompletedProcess
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
 
 
+@pytest.mark.slow
 def test_download_and_export(hub: str, tmp_path: Path) -> None:
     pytest.importorskip("huggingface_hub")
     result = export(hub, tmp_path, MODEL)
@@ -90,6 +91,7 @@ def test_download_and_export(hub: str, tmp_path: Path) -> None:
     assert not {"run_me.py", "pytorch_model.bin", "checkpoint-9"} & fetched
 
 
+@pytest.mark.slow
 def test_a_model_the_hub_does_not_have(hub: str, tmp_path: Path) -> None:
     pytest.importorskip("huggingface_hub")
     result = export(hub, tmp_path, "someone/else")

@@ -373,6 +373,7 @@ class TestScales:
         assert sum(seen[-report.calibration.samples :]) == calibrated
 
 
+@pytest.mark.slow
 class TestExport:
     def planted(self, golden: Path, tmp_path: Path, message: str) -> None:
         with pytest.raises(ParityError, match=rf"decoder\.kv_int8\.onnx {message}"):

@@ -73,6 +73,7 @@ def golden_logits(owl: Owl2, case: Path, images: Path) -> tuple[np.ndarray, np.n
     return np.concatenate(made), np.concatenate(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("dialect", ["ort", "onnx"])
 def test_float16_puts_the_same_token_first(tmp_path: Path, golden: Path, model: str, dialect: str) -> None:
@@ -88,6 +89,7 @@ def test_float16_puts_the_same_token_first(tmp_path: Path, golden: Path, model: 
     assert np.abs(made - expected).max() < 0.02 * expected.std()
 
 
+@pytest.mark.slow
 class TestInt4:
     """The same integers in both dialects, kept from a GPTQ checkpoint: their own grids differ by the sign of scales."""
 
@@ -120,6 +122,7 @@ class TestInt4:
         assert apart.mean_kl(0) < 4 * cost.mean_kl(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dialect", ["ort", "onnx"])
 def test_kept_scales_of_float32_are_rounded_where_the_graph_computes_in_float16(
     tmp_path: Path, gptq_checkpoint: Path, dialect: str

@@ -29,6 +29,8 @@ from owl2.quant.kv import RoundedStream
 from owl2.quant.stream import Calibration, Sequence, Stream
 from owl2.runtime.errors import ConfigError
 
+pytestmark = pytest.mark.slow
+
 ELSEWHERE = torch.device("lazy", 0)  # a type that torch does not try to start up
 aten = torch.ops.aten
 # These take tensors of two devices on purpose; indices may lie on the CPU.

@@ -31,6 +31,8 @@ from owl2.runtime.bundle import Bundle, hash_file
 from owl2.runtime.errors import BackendUnavailableError, ExportError
 from owl2.runtime.fit.products import PRODUCTS
 
+pytestmark = pytest.mark.slow
+
 trt = pytest.importorskip("tensorrt_rtx", reason="has wheels for x86-64 only")
 
 CAPABILITIES = (80, 86, 89, 120)

@@ -110,6 +110,7 @@ def case(sample_bundle: Path) -> Scenario:
     return Scenario(bundle, target, Settings(bundle.model.decoder.max_position_embeddings, "fp32", images=2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "most"), [("int4", 1.06), ("fp16", 1.22)])
 def test_a_decoder_takes_what_is_estimated(scenario: Scenario, tmp_path: Path, kind: str, most: float) -> None:
     """int4 weights lie in memory once, float16 ones in float32; a session takes a few MiB besides.
