@@ -79,7 +79,7 @@ def plan_command(
     if bundle is None:
         raise click.UsageError("give a bundle to plan for, or --list to see the devices")
     manifest = read_manifest(bundle)
-    plan = make_plan(_case(manifest, device, context, kv_cache, images))
+    plan = make_plan(_scenario(manifest, device, context, kv_cache, images))
     click.echo(json.dumps(_record(plan), indent=2) if as_json else _table(bundle, plan))
     if not plan.fits:
         verdict = "cannot run on" if plan.problems else "does not fit"
@@ -87,7 +87,7 @@ def plan_command(
         sys.exit(1)
 
 
-def _case(manifest: Manifest, device: str, context: int | None, kv_cache: KvType | None, images: int) -> Scenario:
+def _scenario(manifest: Manifest, device: str, context: int | None, kv_cache: KvType | None, images: int) -> Scenario:
     stored = BundleSizes.of(manifest)
     positions = resolve_context(manifest.model.decoder, context)
     return Scenario(stored, _target(device), Settings(positions, kv_cache or stored.activations, images))

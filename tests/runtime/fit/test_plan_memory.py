@@ -101,7 +101,7 @@ def write_decoder(path: Path, kind: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def case(sample_bundle: Path) -> Scenario:
+def scenario(sample_bundle: Path) -> Scenario:
     """The sample bundle on this machine, at its full context with two images."""
     found = this_cpu()
     assert found is not None
