@@ -35,13 +35,14 @@ from owl2.quant.kv import RoundedStream
 from owl2.quant.models.mplug_owl2 import Owl2Model
 from owl2.quant.stream import Calibration, Sequence, Stream
 from owl2.runtime import spec
-from owl2.runtime.bundle import Bundle, FileEntry, Manifest, WeightFormat, hash_file
+from owl2.runtime.bundle import Bundle, Manifest, WeightFormat
 from owl2.runtime.config import ModelConfig
 from owl2.runtime.engine import Floats
 from owl2.runtime.errors import BundleError, CheckpointError, ExportError
 from owl2.runtime.families.mplug_owl2.positions import embed
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
 from owl2.runtime.spec import KvType
+from owl2.runtime.verification import FileEntry, hash_file
 
 
 def export_bundle(config: ExportConfig, reporter: Reporter | None = None) -> Report:
@@ -266,7 +267,7 @@ def _manifest(checkpoint: Checkpoint, config: ExportConfig, *, kv_int8: bool) ->
         activations=config.activation_type,
         minimum_onnxruntime=minimum,
         kv_cache=kv_cache,
-        template="mplug_owl2",
+        family="mplug_owl2",
         weights=WeightFormat(
             decoder=config.weights,
             head=config.head,

@@ -8,9 +8,9 @@ import pytest
 from conftest import MakeCheckpoint
 from PIL import Image
 
+from owl2 import Chat, ConfigError, ContextOverflowError, Owl2, PromptError
 from owl2.export.config import ExportConfig
 from owl2.export.pipeline import export_bundle
-from owl2.runtime import Chat, ConfigError, ContextOverflowError, Owl2, PromptError
 from owl2.runtime.backends.ort.engine import OrtEngine
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.families.mplug_owl2.positions import embed

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from owl2.runtime import Owl2
-from owl2.runtime.bundle import Bundle, Manifest, check_onnxruntime, hash_file, read_manifest
+from owl2 import Owl2
+from owl2.runtime.backends.ort.installation import check_onnxruntime
+from owl2.runtime.bundle import Bundle, Manifest, read_manifest
 from owl2.runtime.errors import (
     BackendError,
     BackendUnavailableError,
@@ -18,6 +19,7 @@ from owl2.runtime.errors import (
     BundleVersionError,
     ConfigError,
 )
+from owl2.runtime.verification import hash_file
 
 
 @pytest.fixture
@@ -84,7 +86,7 @@ def test_unknown_format_version(copy: Path, version: object) -> None:
         ({"surprise": 1}, "unknown keys surprise"),
         ({"dialect": "tflite"}, "dialect: expected one of ort, onnx, got 'tflite'"),
         ({"activations": "bf16"}, "activations: expected one of fp32, fp16, got 'bf16'"),
-        ({"template": "vicuna"}, "template: expected one of mplug_owl2, got 'vicuna'"),
+        ({"family": "vicuna"}, "family: expected one of mplug_owl2, got 'vicuna'"),
         ({"minimum_onnxruntime": "new"}, "minimum_onnxruntime 'new' is no version"),
         ({"weights": {"decoder": "int4"}}, "weights: missing keys"),
         ({"files": []}, "files: expected an object"),

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from owl2.runtime import ContextOverflowError
+from owl2 import ContextOverflowError
 from owl2.runtime.backends.ort.engine import OrtEngine
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.config import IMAGE_TOKEN_ID

@@ -2,7 +2,7 @@
 
 import pytest
 
-from owl2.runtime import ConfigError
+from owl2 import ConfigError
 from owl2.runtime.placement import Placement
 
 
