@@ -265,7 +265,8 @@ def _load_model(path: Path) -> SentencePieceProcessor:
         raise _unreadable(path, error) from error
     if not keeps_text:
         raise BundleError(
-            f"{path} is not a LLaMA tokenizer: it must keep text as it is, with byte fallback; copy it from the original checkpoint"
+            f"{path} is not a LLaMA tokenizer: it must keep text as it is, with byte fallback; copy it from the "
+            "original checkpoint"
         )
     return model
 
