@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -79,3 +81,18 @@ def gptq_by_columns(
 def output_error(weight: Array, rounded: Array, inputs: Array) -> float:
     """Squared error of the layer's output over its energy, from the inputs [n, K] themselves."""
     return float(np.sum((inputs @ (weight - rounded).T) ** 2) / np.sum((inputs @ weight.T) ** 2))
+
+
+def unpack_nbits(packed: NDArray[np.uint8], bits: int, width: int) -> NDArray[np.int8]:
+    """The first signed numbers of each row of bytes [N, ...], two in a byte if of 4 bits, the low half first."""
+    codes = np.zeros((len(packed), width), dtype=np.int8)
+    for row, stored in enumerate(packed):
+        numbers = stored.reshape(-1).tolist()
+        halves = [half for byte in numbers for half in (byte % 16, byte // 16)]
+        codes[row] = [number - 2 ** (bits - 1) for number in (halves if bits == 4 else numbers)[:width]]
+    return codes
+
+
+def by_column(values: NDArray[Any], group_size: int, width: int) -> NDArray[Any]:
+    """One value per group [N, G] -> one per column [N, width]."""
+    return np.stack([values[:, column // group_size] for column in range(width)], axis=1)

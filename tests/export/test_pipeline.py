@@ -183,7 +183,7 @@ class TestFaults:
 
     def test_a_wrong_activation(self, a1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(
-            OrtDialect, "silu", lambda _, graph, x: graph.op("QuickGelu", x, domain="com.microsoft", alpha=1.01)
+            OrtDialect, "silu", lambda ops, x: ops.graph.op("QuickGelu", x, domain="com.microsoft", alpha=1.01)
         )
         self.planted(a1, tmp_path, r"vision.onnx does not compute .* largest difference 0\.\d+ of the RMS, at most")
 
@@ -293,7 +293,7 @@ class TestTarget:
     ) -> None:
         target = tmp_path / "bundle"
         export_bundle(ExportConfig(a1, target, weights="fp32"))
-        monkeypatch.setattr(OrtDialect, "silu", lambda _, graph, x: graph.op("Neg", x))
+        monkeypatch.setattr(OrtDialect, "silu", lambda ops, x: ops.graph.op("Neg", x))
         with pytest.raises(ParityError):
             export_bundle(ExportConfig(a1, target, weights="fp16", overwrite=True))
         assert Bundle.open(target).manifest.weights.decoder == "fp32"

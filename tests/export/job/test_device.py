@@ -109,7 +109,7 @@ def exported(checkpoint: Checkpoint, folder: Path, device: str, **settings: Any)
     calibration = Calibration(stream()) if config.method == "gptq" and config.quant else None
     streams = Streams(calibration, stream(), stream(), RoundedStream(stream()))
     with GraphBuilder(folder / "graph") as graph:
-        decoder.export_layer(checkpoint, DecoderGraph(graph, OrtDialect(), shape), config, 0, streams, {})
+        decoder.export_layer(checkpoint, DecoderGraph(OrtDialect(graph), shape), config, 0, streams, {})
         graph.state()
     return (folder / "graph.data").read_bytes(), [s.rows for s in streams._sequences()]
 
