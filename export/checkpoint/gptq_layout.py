@@ -304,7 +304,7 @@ def pack(weight: QuantizedWeight, form: GptqFormat) -> GptqTensors:
     plain = weight.zero_points is None and weight.columns is None
     if not plain or not torch.equal(halves.float(), weight.scales) or bool((halves <= 0).any()):
         raise QuantizationError(
-            "this layout needs symmetric weights whose scales are positive and exact in fp16, with their columns in order"
+            "this layout needs symmetric weights whose scales are positive and exact in fp16, and columns in order"
         )
     unsigned = (weight.codes.to(torch.int16) + 2 ** (weight.bits - 1)).to(torch.uint8).numpy()
     zero = 2 ** (weight.bits - 1) - (form.version == 1)
