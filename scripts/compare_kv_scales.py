@@ -22,8 +22,7 @@ from owl2.export.checkpoint.checkpoint import Checkpoint
 from owl2.export.prompts import images_of, prepare
 from owl2.quant.calibration.samples import load_calibration
 from owl2.quant.models.mplug_owl2 import DecoderLayer, Owl2Model
-from owl2.quant.models.mplug_owl2.decoder import KeyValue
-from owl2.quant.models.mplug_owl2.owl2 import rotary_slice
+from owl2.quant.models.mplug_owl2.decoder import KeyValue, rotary_slice
 from owl2.quant.stream import Sequence
 from owl2.runtime.evaluation.divergence import Divergence, divergence
 from owl2.runtime.families.mplug_owl2.positions import embed

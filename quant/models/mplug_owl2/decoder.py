@@ -56,6 +56,12 @@ def rotary_tables(config: DecoderConfig, length: int, total: int) -> tuple[Tenso
     return angles.cos(), angles.sin()
 
 
+def rotary_slice(config: DecoderConfig, start: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of positions start..start+tokens-1, the last of a sequence: each float32 [tokens, D/2]."""
+    cos, sin = rotary_tables(config, start + tokens, start + tokens)
+    return cos[start:], sin[start:]
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions in the half layout: x [B, H, T, D], cos and sin [T, D/2] -> [B, H, T, D]."""
     first, second = x.chunk(2, dim=-1)

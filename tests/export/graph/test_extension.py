@@ -93,7 +93,7 @@ def test_a_weight_format_is_one_class(
         writer.finish(model.model.norm.weight.detach(), head)
     embeds = torch.randn(1, 20, model.config.decoder.hidden_size, generator=torch.Generator().manual_seed(0))
     modality = (torch.arange(20) % 3 == 0).long()
-    hidden, _ = model.decode_cached(embeds, modality[None], None)
+    hidden, _ = model.decode(embeds, modality[None])
     expected = (hidden[0] @ head.dequantize().T).numpy()
     decoder = open_decoder(tmp_path / "decoder.onnx", bundle.manifest, OrtOptions(exact=True))
     made = decoder.prefill(embeds[0].numpy(), modality.numpy(), 0, decoder.allocate(32, None), np.arange(20))
