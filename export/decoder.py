@@ -26,7 +26,7 @@ from owl2.quant.grid import QuantizedWeight, rtn
 from owl2.quant.kv import RoundedStream, watched
 from owl2.quant.layer import LINEARS, ModuleReport, quantize_layer
 from owl2.quant.models.mplug_owl2 import DecoderLayer, RmsNorm
-from owl2.quant.stream import Calibration, Sequence, Stream
+from owl2.quant.stream import Calibration, HiddenStates, Stream
 from owl2.runtime import spec
 from owl2.runtime.engine import Floats
 from owl2.runtime.errors import QuantizationError
@@ -63,7 +63,7 @@ class Streams:
             sequence.rows = torch.from_numpy(rows)
         self.kv_int8.restore(arrays[len(sequences) :])
 
-    def _sequences(self) -> list[Sequence]:
+    def _sequences(self) -> list[HiddenStates]:
         calibration = [] if self.calibration is None else [self.calibration.quantized, self.calibration.original]
         streams = [*calibration, self.stored, self.reference]
         return [sequence for stream in streams for sequence in stream.sequences]

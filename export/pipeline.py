@@ -33,7 +33,7 @@ from owl2.export.vision import ExportedVision, export_vision
 from owl2.quant.calibration.samples import CalibrationSet, load_calibration
 from owl2.quant.kv import RoundedStream
 from owl2.quant.models.mplug_owl2 import Owl2Model
-from owl2.quant.stream import Calibration, Sequence, Stream
+from owl2.quant.stream import Calibration, HiddenStates, Stream
 from owl2.runtime import spec
 from owl2.runtime.bundle import Bundle, FileEntry, Manifest, WeightFormat, hash_file
 from owl2.runtime.config import ModelConfig
@@ -202,7 +202,7 @@ def begin_streams(
     """
 
     def stream(embedded: list[Embedded]) -> Stream:
-        sequences = [Sequence.of(torch.from_numpy(embeds), torch.from_numpy(kinds)) for embeds, kinds in embedded]
+        sequences = [HiddenStates.of(torch.from_numpy(embeds), torch.from_numpy(kinds)) for embeds, kinds in embedded]
         return Stream(checkpoint.config.decoder, sequences)
 
     measured = [embed(prompt.keys, table, reference) for prompt in prompts.measured]

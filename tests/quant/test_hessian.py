@@ -39,7 +39,7 @@ def test_joining_with_nothing_is_an_error_that_names_it():
     text, image = HessianAccumulator(6, "text rows"), HessianAccumulator(6, "image rows")
     text.add(rows(5), rows(5))
     for pair in ((text, image), (image, text)):
-        with pytest.raises(CalibrationError, match="image rows: no such rows in the calibration data"):
+        with pytest.raises(CalibrationError, match="image rows: the calibration data has no such rows"):
             pair[0].joined(pair[1], 1.0)
 
 
@@ -58,7 +58,7 @@ def test_no_rows_is_an_error_that_names_them(batches):
     accumulator = HessianAccumulator(6, "layer 3 k_proj, image rows")
     for count in batches:
         accumulator.add(rows(count), rows(count))
-    with pytest.raises(CalibrationError, match="layer 3 k_proj, image rows: no such rows in the calibration data"):
+    with pytest.raises(CalibrationError, match="layer 3 k_proj, image rows: the calibration data has no such rows"):
         _ = accumulator.hessian
 
 

@@ -11,7 +11,7 @@ from owl2.quant.grid import rtn
 from owl2.quant.layer import LINEARS, quantize_layer
 from owl2.quant.models.mplug_owl2 import DecoderLayer, Routing, rotary_tables
 from owl2.quant.models.mplug_owl2.decoder import rotate
-from owl2.quant.stream import Calibration, Sequence, Stream
+from owl2.quant.stream import Calibration, HiddenStates, Stream
 from owl2.runtime.config import DecoderConfig
 from owl2.runtime.errors import CalibrationError, QuantizationError
 
@@ -38,7 +38,7 @@ def make_stream(modalities: tuple[list[int], ...] = MODALITIES, repeats: int = 1
         # Image rows live in other directions than text rows, as they do in the real model.
         kinds = torch.tensor(modality)
         rows[kinds == 1] *= torch.linspace(0.1, 3.0, CONFIG.hidden_size)
-        sequences.append(Sequence.of(rows, kinds))
+        sequences.append(HiddenStates.of(rows, kinds))
     return Stream(CONFIG, sequences)
 
 
@@ -171,7 +171,7 @@ def test_aiming_at_the_original_output_brings_the_layer_closer_to_it() -> None:
 
 def test_no_image_rows_is_an_error_and_not_silent_rounding() -> None:
     stream = make_stream(([0, 0, 0, 0],))
-    with pytest.raises(CalibrationError, match=r"layers\.7 keys and values, image rows: no such rows"):
+    with pytest.raises(CalibrationError, match=r"layers\.7 keys and values, image rows: the calibration data has no such rows"):
         quantize_layer(make_layer(), make_layer(), Calibration(stream), QUANT, "layers.7")
 
 
