@@ -89,7 +89,7 @@ def quantize_layer(
     calibration: Calibration | None,
     config: QuantConfig,
     name: str,
-    kept: Collection[str] = (),
+    skip: Collection[str] = (),
 ) -> dict[str, QuantizedLinear]:
     """Quantize the linear layers of ``layer`` and leave their dequantized weights in it.
 
@@ -99,7 +99,7 @@ def quantize_layer(
         calibration: rows before this layer, not moved; ``rtn`` needs none.
         config: settings of all weights.
         name: of the layer, for messages.
-        kept: names of linear layers that stay as they are.
+        skip: names of linear layers to leave as they are.
 
     Returns:
         One entry per other name of :data:`LINEARS`.
@@ -110,7 +110,7 @@ def quantize_layer(
     """
     done: dict[str, QuantizedLinear] = {}
     for site in SITES:
-        linears = [linear for linear in site if linear not in kept]
+        linears = [linear for linear in site if linear not in skip]
         if not linears:
             continue
         moments = None if config.method == "rtn" else _moments(layer, original, site, calibration, config, name)

@@ -98,7 +98,7 @@ class Multiway(nn.Module):
 class NewKeyValues(nn.Module):
     """Rotated keys and values [B, H, T, D] of new positions, as attention reads them and a cache would hold them.
 
-    A forward hook here sees them, or puts what a narrower cache makes of them in their place.
+    A forward hook here sees them, or replaces them by the values that a narrower cache holds.
     """
 
     def forward(self, keys: Tensor, values: Tensor) -> KeyValue:

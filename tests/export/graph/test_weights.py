@@ -106,7 +106,7 @@ def test_parts_are_blocks_of_outputs(form: str) -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("width", [64, 96, 80])
 def test_zero_points_and_order(tmp_path: Path, bits: int, width: int) -> None:
-    """What other programs' weights have."""
+    """Both come from other programs."""
     x = np.random.default_rng(0).normal(size=(5, width)).astype(np.float32)
     order = torch.randperm(width, generator=torch.Generator().manual_seed(1))
     layers = {

@@ -331,7 +331,7 @@ class TestCommand:
         bad.write_text('{"text": ""}\nno\n')
         result = run(tmp_path / "no bundle", "--data", bad)
         assert result.exit_code == 1
-        assert "2 problems; nothing was measured:\n  line 1: " in result.stderr
+        assert "nothing was measured; 2 problems:\n  line 1: " in result.stderr
         assert run("b", "--data", bad, "--items").exit_code == 1
         good = write(tmp_path / "good.jsonl", {"text": "x"})
         assert "is neither a bundle" in run(tmp_path / "no bundle", "--data", good, "--against", tmp_path).stderr

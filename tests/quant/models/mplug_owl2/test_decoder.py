@@ -1,4 +1,4 @@
-"""What the recorded models leave switched off follows its formula, written here as slowly and plainly as possible."""
+"""Settings that no recorded model uses follow their formula, written here as slowly and plainly as possible."""
 
 from __future__ import annotations
 
