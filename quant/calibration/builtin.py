@@ -85,25 +85,15 @@ def _canvas(colour: str) -> tuple[Image.Image, ImageDraw.ImageDraw]:
 
 
 Box = tuple[float, float, float, float]
+Colour = tuple[int, int, int]
 
 
-def _circle(pen: ImageDraw.ImageDraw, box: Box, colour: str) -> None:
-    pen.ellipse(box, fill=COLOURS[colour])
-
-
-def _square(pen: ImageDraw.ImageDraw, box: Box, colour: str) -> None:
-    pen.rectangle(box, fill=COLOURS[colour])
-
-
-def _triangle(pen: ImageDraw.ImageDraw, box: Box, colour: str) -> None:
-    left, top, right, bottom = box
-    pen.polygon([((left + right) / 2, top), (right, bottom), (left, bottom)], fill=COLOURS[colour])
-
-
-SHAPES: dict[str, Callable[[ImageDraw.ImageDraw, Box, str], None]] = {
-    "circle": _circle,
-    "square": _square,
-    "triangle": _triangle,
+SHAPES: dict[str, Callable[[ImageDraw.ImageDraw, Box, Colour], None]] = {
+    "circle": lambda pen, box, colour: pen.ellipse(box, fill=colour),
+    "square": lambda pen, box, colour: pen.rectangle(box, fill=colour),
+    "triangle": lambda pen, box, colour: pen.polygon(
+        [((box[0] + box[2]) / 2, box[1]), (box[2], box[3]), (box[0], box[3])], fill=colour
+    ),
 }
 
 
@@ -114,7 +104,7 @@ def _shapes(rng: random.Random) -> Drawing:
     for index, (name, colour) in enumerate(zip(names, colours)):
         size = rng.uniform(50, 90)
         left, top = rng.uniform(5, 15) + index * IMAGE_SIDE / 2, rng.uniform(10, IMAGE_SIDE - size - 10)
-        SHAPES[name](pen, (left, top, left + size, top + size), colour)
+        SHAPES[name](pen, (left, top, left + size, top + size), COLOURS[colour])
     left_shape, right_shape = (f"{colour} {name}" for colour, name in zip(colours, names))
     return Drawing(
         image,
