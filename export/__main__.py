@@ -213,7 +213,7 @@ def _engines(bundle: Path, request: Request, reporter: Reporter) -> EngineReport
     from owl2.runtime.bundle import Bundle
 
     try:
-        return build(Bundle.open(bundle, onnxruntime=False), request, reporter)
+        return build(Bundle.open(bundle), request, reporter)
     except BaseException:
         options = "".join(
             f" {option} {value}" for option, value in (("--kind", request.kind), ("--gpu", request.gpu)) if value

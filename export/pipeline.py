@@ -20,8 +20,7 @@ from owl2.export.checks.kv_int8 import can_be_checked
 from owl2.export.config import BYTES, ExportConfig
 from owl2.export.decoder import Streams, export_decoder
 from owl2.export.graph.dialect import DIALECTS
-from owl2.export.graph.kv_int8 import MINIMUM_ONNXRUNTIME as KV_INT8_ONNXRUNTIME
-from owl2.export.graph.kv_int8 import write_int8_kv_graph
+from owl2.export.graph.kv_int8 import MINIMUM_ONNXRUNTIME as KV_INT8_ONNXRUNTIME, write_int8_kv_graph
 from owl2.export.job.device import check_device, device_memory_errors
 from owl2.export.job.journal import Journal, journal_size, resume_key
 from owl2.export.job.progress import Reporter, Silent
@@ -35,13 +34,14 @@ from owl2.quant.kv import RoundedStream
 from owl2.quant.models.mplug_owl2 import Owl2Model
 from owl2.quant.stream import Calibration, HiddenStates, Stream
 from owl2.runtime import spec
-from owl2.runtime.bundle import Bundle, FileEntry, Manifest, WeightFormat, hash_file
+from owl2.runtime.bundle import Bundle, Manifest, WeightFormat
 from owl2.runtime.config import ModelConfig
 from owl2.runtime.engine import Floats
 from owl2.runtime.errors import BundleError, CheckpointError, ExportError
 from owl2.runtime.families.mplug_owl2.positions import embed
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
 from owl2.runtime.spec import KvType
+from owl2.runtime.verification import FileEntry, hash_file
 
 
 def export_bundle(config: ExportConfig, reporter: Reporter | None = None) -> Report:
@@ -267,7 +267,7 @@ def _manifest(checkpoint: Checkpoint, config: ExportConfig, *, kv_int8: bool) ->
         activations=config.activation_type,
         minimum_onnxruntime=minimum,
         kv_cache=kv_cache,
-        template="mplug_owl2",
+        family="mplug_owl2",
         weights=WeightFormat(
             decoder=config.weights,
             head=config.head,

@@ -14,8 +14,6 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from owl2.runtime.errors import ConfigError
 
-PreprocessMode = Literal["resize", "pad", "crop"]
-
 IMAGE_TOKEN = "<|image|>"
 LONGEST_CONTEXT = 1 << 20  # positions; tables of the whole context are kept in memory
 IMAGE_TOKEN_ID = -200
@@ -184,24 +182,22 @@ def resolve_context(decoder: DecoderConfig, context: int | None) -> int:
 
 @dataclass(frozen=True, slots=True)
 class PreprocessConfig:
-    """How an image becomes the vision tower's input.
+    """Preprocessing of an image into the vision tower's input.
 
     Attributes:
-        mode: ``resize`` squares the image first (README quick start), ``pad`` pastes it on a square of the
-            mean colour (Q-Align), ``crop`` leaves it to the CLIP processor alone.
+        mode: one of :data:`owl2.runtime.preprocess.MODES`.
         size: length of the shorter edge after the CLIP resize, pixels.
         crop_size: side of the centre crop, pixels; equals the vision tower's image size.
         mean, std: per channel, on the 0..1 scale, RGB.
     """
 
-    mode: PreprocessMode = "resize"
+    mode: str = "resize"
     size: int = 448
     crop_size: int = 448
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
     def __post_init__(self) -> None:
-        require(self.mode in get_args(PreprocessMode), f"preprocess mode {self.mode!r}: resize, pad or crop only")
         require(self.size > 0 and self.crop_size > 0, "preprocess size and crop_size must be positive")
         require(all(value > 0 for value in self.std), f"preprocess std must be positive, got {list(self.std)}")
 
@@ -254,7 +250,7 @@ def from_json(cls: type[T], data: Mapping[str, Any], where: str) -> T:
     """Build the dataclass ``cls`` from parsed JSON, refusing unknown and missing keys by name.
 
     Raises:
-        ConfigError: ``data`` is no object, or its keys are not exactly the fields of ``cls``.
+        ConfigError: ``data`` is not an object, or its keys are not exactly the fields of ``cls``.
     """
     require(isinstance(data, Mapping), f"{where}: expected an object, got {type(data).__name__}")
     names = {field.name for field in fields(cls)}  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from owl2.runtime.engine import Engine, KvBuffers
 from owl2.runtime.errors import ContextOverflowError
 
 Key = int | tuple[str, int]
-"""What a position holds: a token id, or a row of an image as (digest of its pixels, row)."""
+"""Content of a position: a token id, or a row of an image as (digest of its pixels, row)."""
 
 GROWTH = 256
 
@@ -46,11 +46,6 @@ class KvCache:
         return self._longest
 
     @property
-    def keys(self) -> tuple[Key, ...]:
-        """What each position holds."""
-        return tuple(self._keys)
-
-    @property
     def nbytes(self) -> int:
         """Memory of the buffers."""
         return 0 if self._buffers is None else self._buffers.nbytes
@@ -61,7 +56,7 @@ class KvCache:
         return 0 if self._buffers is None else self._buffers.capacity
 
     def shared_prefix(self, keys: Sequence[Key]) -> int:
-        """How many positions at the start of ``keys`` are held already."""
+        """Number of positions at the start of ``keys`` that the cache holds already."""
         pairs = zip(self._keys, keys)
         return next(
             (index for index, (held, wanted) in enumerate(pairs) if held != wanted),
@@ -97,6 +92,12 @@ class KvCache:
         del self._keys[length:]
         if not self._keys:
             self._longest = 0
+
+    def fork(self, other: KvCache) -> None:
+        """Copy the content into ``other``, an empty cache of the same engine."""
+        if self._buffers is not None:
+            other._buffers = self._engine.allocate(self._buffers.capacity, self._buffers)
+        other._keys, other._longest = list(self._keys), self._longest
 
     def clear(self) -> None:
         """Forget everything and release the buffers."""

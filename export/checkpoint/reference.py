@@ -18,11 +18,11 @@ from owl2.export.decoder import load_layer
 from owl2.quant.models.mplug_owl2 import DecoderLayer, RmsNorm, Routing, VisionModel, VisualAbstractor
 from owl2.quant.models.mplug_owl2.decoder import KeyValue, rotary_slice
 from owl2.runtime.config import DecoderConfig, ModelConfig
-from owl2.runtime.engine import Floats, Ints, KvBuffers
+from owl2.runtime.engine import PREFILL_BLOCK, Floats, Ints, KvBuffers
 from owl2.runtime.errors import BackendError, BundleError, CheckpointError
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
-from owl2.runtime.generate import Model
 from owl2.runtime.images import ImageEncoder
+from owl2.runtime.load import Loaded
 
 # Layers are kept in memory if all of them in float32 take at most this share of the machine's; otherwise each
 # step reads them from the mapped checkpoint again, which is slow but needs the memory of one.
@@ -59,6 +59,19 @@ class TorchEngine:
         self._head = checkpoint.tensor("model.embed_tokens.weight" if tied else "lm_head.weight")
         self._layer = _layers(checkpoint)
 
+    @property
+    def context(self) -> None:
+        """Only the model limits it."""
+        return None
+
+    @property
+    def block(self) -> int:
+        """New positions of a prefill step."""
+        return PREFILL_BLOCK
+
+    def close(self) -> None:
+        """Nothing to give back that the garbage collector does not."""
+
     @torch.no_grad()
     def encode_images(self, pixels: Floats) -> Floats:
         """pixels: [N, 3, R, R] -> image rows [N, queries + 1, C]."""
@@ -94,7 +107,7 @@ class TorchEngine:
         return logits
 
 
-def open_checkpoint(folder: Path) -> tuple[Model, ModelConfig]:
+def open_checkpoint(folder: Path) -> tuple[Loaded, ModelConfig]:
     """Load an official checkpoint as the runtime loads a bundle; it stays open while the model lives.
 
     Raises:
@@ -108,8 +121,8 @@ def open_checkpoint(folder: Path) -> tuple[Model, ModelConfig]:
     config = checkpoint.config
     engine = TorchEngine(checkpoint)
     table = checkpoint.tensor("model.embed_tokens.weight").numpy()
-    decoder = config.decoder
-    model = Model(engine, tokenizer, table, decoder.eos_token_id, ImageEncoder(engine), decoder.steady_limit)
+    context = config.decoder.max_position_embeddings
+    model = Loaded(str(folder), config, engine, tokenizer, table, ImageEncoder(engine), context)
     return model, config
 
 

@@ -1,4 +1,4 @@
-"""Writing a bundle's certificate, which :mod:`owl2.runtime.evaluation.certificate` replays on a device."""
+"""Writing a bundle's certificate, which :mod:`owl2.runtime.evaluation.verify` replays on a device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from owl2.runtime import spec
 from owl2.runtime.backends.ort.engine import OrtOptions, open_session
 from owl2.runtime.bundle import Bundle, WeightFormat
 from owl2.runtime.engine import DecoderEngine, Floats
-from owl2.runtime.evaluation.certificate import (
+from owl2.runtime.evaluation.verify import (
     Golden,
     Reached,
     distance,

@@ -40,8 +40,8 @@ from owl2.export.prompts import Prompts, fingerprint
 from owl2.export.vision import ExportedVision, PartReport
 from owl2.quant.layer import ModuleReport
 from owl2.runtime import spec
-from owl2.runtime.bundle import HASH_BLOCK, hash_file
 from owl2.runtime.config import ModelConfig, from_json
+from owl2.runtime.verification import HASH_BLOCK, hash_file
 
 Array = NDArray[Any]
 FORMAT = 1

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from owl2.runtime.generate import peak_memory
+from owl2.runtime.memory import peak_memory
 
 SAMPLING_SECONDS = 0.1
 

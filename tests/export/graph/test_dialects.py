@@ -15,11 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from owl2 import ConfigError, Owl2
 from owl2.export.checks.parity import with_float_activations
 from owl2.export.config import ExportConfig
 from owl2.export.gptq_checkpoint import export_gptq
 from owl2.export.pipeline import export_bundle
-from owl2.runtime import ConfigError, Owl2, spec
+from owl2.runtime import spec
 from owl2.runtime.backends.ort.engine import OrtOptions, open_decoder, open_session
 from owl2.runtime.backends.ort.onnx_decoder import RowBuffers
 from owl2.runtime.backends.steps import attention_mask, onnx_inputs

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from owl2 import ConfigError, Owl2
 from owl2.export.checkpoint.checkpoint import Checkpoint
 from owl2.export.config import ExportConfig
 from owl2.export.graph.builder import GraphBuilder
@@ -21,7 +22,6 @@ from owl2.export.graph.weights import Linear, LinearWeight, add_bias
 from owl2.export.pipeline import export_bundle
 from owl2.quant.layer import LINEARS
 from owl2.quant.models.mplug_owl2 import DecoderLayer, Owl2Model
-from owl2.runtime import ConfigError, Owl2
 from owl2.runtime.backends.ort.engine import OrtOptions, open_decoder
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.config import IMAGE_TOKEN

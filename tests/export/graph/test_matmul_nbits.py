@@ -9,8 +9,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import reference
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 

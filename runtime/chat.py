@@ -1,0 +1,190 @@
+"""A conversation, with its KV cache kept across turns."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from owl2.runtime.config import IMAGE_TOKEN
+from owl2.runtime.errors import BusyError, Owl2Error, PromptError
+from owl2.runtime.families.mplug_owl2.template import Message, render, with_images
+from owl2.runtime.generate import Answer, check_context, generate
+from owl2.runtime.images import Images, as_list
+from owl2.runtime.load import Loaded
+from owl2.runtime.messages import ChatMessage, Turn, image_part, read_turns
+from owl2.runtime.sampling import GenerationConfig, GenerationOptions
+from owl2.runtime.stream import BUSY, AnswerStream
+
+if sys.version_info >= (3, 11):
+    from typing import Unpack
+else:
+    from typing_extensions import Unpack
+
+
+class Chat:
+    """A conversation in the official template, with its KV cache kept across turns.
+
+    A question runs only what is new; an earlier image does not go through the vision tower again. Different chats of
+    one model may run in different threads; one chat may not, and says so with a :class:`BusyError`.
+    """
+
+    def __init__(self, model: Loaded, messages: Sequence[ChatMessage] = ()) -> None:
+        """Begin a conversation; :meth:`Owl2.chat` is the usual way.
+
+        Args:
+            model: answers.
+            messages: the conversation so far, user and assistant in turn.
+
+        Raises:
+            PromptError, ImageError: a message or an image in it cannot be used.
+        """
+        self._model = model
+        self._cache = model.new_cache()
+        self._lock = threading.Lock()
+        self._stream: weakref.ref[AnswerStream] | None = None
+        self._turns = read_turns(model, messages)
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The finished turns, as :meth:`Owl2.chat` takes them."""
+        return [message for turn in self._turns for message in turn.messages()]
+
+    def ask(
+        self,
+        question: str,
+        images: Images = None,
+        *,
+        preprocess: str | None = None,
+        config: GenerationConfig | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> Answer:
+        """Ask, about the images given now or earlier in this chat, and wait for the whole answer.
+
+        An error, or Ctrl-C, undoes the turn.
+
+        Args:
+            question: text; where it holds no ``<|image|>``, the new images are put in front of it.
+            images: one or several paths, PIL images or uint8 arrays [H, W, 3].
+            preprocess: ``resize``, ``pad`` or ``crop`` instead of the bundle's own mode.
+            config: how to generate.
+            options: fields of :class:`GenerationConfig`, which take precedence over ``config``.
+
+        Raises:
+            PromptError: question and images do not agree.
+            ImageError: an image cannot be read.
+            ContextOverflowError: the conversation does not fit the context.
+            ConfigError: an option that is not known or outside its range.
+            BusyError: another thread is using this chat.
+            BackendError: a step failed.
+        """
+        return self.stream(question, images, preprocess=preprocess, config=config, **options).read()
+
+    def stream(
+        self,
+        question: str,
+        images: Images = None,
+        *,
+        preprocess: str | None = None,
+        config: GenerationConfig | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> AnswerStream:
+        """Ask as :meth:`ask`, and get the answer as it is generated.
+
+        The turn counts once the last chunk has been read; before that, another question undoes it.
+        """
+        settings = (config or GenerationConfig()).with_options(options)
+        with self._exclusive():
+            began = time.perf_counter()
+            sources = as_list(images)
+            prepared = self._model.prepare(sources, preprocess)
+            seconds = time.perf_counter() - began
+            if not isinstance(question, str):
+                raise PromptError(f"a question must be a text, got {type(question).__name__}")
+            if not question and not prepared:
+                raise PromptError("the question is empty; give at least one character or image")
+            asked = with_images(question, len(prepared))
+            history = [
+                message
+                for turn in self._turns
+                for message in (Message("USER", turn.question), Message("ASSISTANT", turn.answer))
+            ]
+            conversation = render([*history, Message("USER", asked), Message("ASSISTANT")])
+            earlier = [image for turn in self._turns for image in turn.images]
+            prompt = self._model.encode(conversation, earlier + prepared)
+            check_context(self._cache, prompt)
+            parts = tuple(image_part(source, preprocess) for source in sources)
+
+            def finish(answer: Answer) -> None:
+                # A placeholder that the model wrote itself stands for no image.
+                text = answer.text.replace(IMAGE_TOKEN, "<image>")
+                self._turns.append(Turn(asked, parts, tuple(prepared), text))
+
+            cancelled = threading.Event()
+            chunks = generate(self._model, self._cache, prompt, settings, cancelled, seconds)
+            stream = AnswerStream(chunks, cancelled, self._lock, finish)
+            self._stream = weakref.ref(stream)
+            return stream
+
+    def undo(self) -> None:
+        """Take the last question and its answer back.
+
+        Raises:
+            Owl2Error: there is no turn.
+            BusyError: another thread is using this chat.
+        """
+        with self._exclusive():
+            if not self._turns:
+                raise Owl2Error("the conversation has no turn to undo")
+            self._turns.pop()
+
+    def fork(self) -> Chat:
+        """A second conversation that begins as this one; the KV cache is copied, so nothing runs again.
+
+        Raises:
+            BusyError: another thread is using this chat.
+        """
+        with self._exclusive():
+            other = Chat(self._model)
+            other._turns = list(self._turns)
+            self._cache.fork(other._cache)
+            return other
+
+    def reset(self) -> None:
+        """Forget the conversation and release its KV cache; an answer that is being read ends.
+
+        Raises:
+            BusyError: another thread is using this chat.
+        """
+        with self._exclusive():
+            self._turns.clear()
+            self._cache.clear()
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """Use the chat; an unfinished answer of this thread ends, and so does a cancelled one of another thread."""
+        stream = self._stream() if self._stream is not None else None
+        # A cancelled answer ends with its step in progress, which is worth waiting for.
+        if not self._lock.acquire(blocking=stream is not None and stream.cancelled):
+            raise BusyError(BUSY)
+        try:
+            if stream is not None:
+                stream.give_way()
+            self._stream = None
+            yield
+        finally:
+            self._lock.release()
+
+    def __repr__(self) -> str:
+        turns = f"{len(self._turns)} turn{'s' * (len(self._turns) != 1)}"
+        return f"<Chat of {self._model.name}: {turns}, {self._cache.length} of {self._cache.context} positions>"
+
+    def __reduce__(self) -> NoReturn:
+        raise Owl2Error(
+            "a chat cannot be pickled; send its messages and begin one in the other process: "
+            "Owl2.load(bundle).chat(messages=chat.messages)"
+        )
