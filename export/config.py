@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from owl2.quant.config import Method, QuantConfig
 from owl2.runtime.config import require
-from owl2.runtime.spec import DialectName, FloatType
+from owl2.runtime.spec import FloatType
 
 WeightType = Literal["int4", "int8", "fp16", "fp32"]
 VisionType = Literal["int8", "fp16", "fp32"]
@@ -37,7 +37,8 @@ class ExportConfig:
         samples: most calibration samples used.
         overwrite: replace a bundle that is there.
         layout: ``bundle``, or ``gptq`` for a checkpoint in the layout of AutoGPTQ, GPTQModel and Optimum.
-        dialect: operators of the graphs: ``ort`` for ONNX Runtime, ``onnx`` for TensorRT.
+        dialect: operators of the graphs: ``ort`` for ONNX Runtime, ``onnx`` for TensorRT, or another one of
+            :data:`owl2.export.graph.dialect.DIALECTS`.
         activations: type in which the graphs compute; None for fp32 in the dialect ort and beside fp32 weights, fp16
             in the dialect onnx.
         device: where layers are computed and quantized: ``cpu``, ``cuda`` or ``cuda:N``.
@@ -57,7 +58,7 @@ class ExportConfig:
     samples: int = 128
     overwrite: bool = False
     layout: Layout = "bundle"
-    dialect: DialectName = "ort"
+    dialect: str = "ort"
     activations: FloatType | None = None
     device: str = "cpu"
     fresh: bool = False
@@ -82,10 +83,10 @@ class ExportConfig:
             f"layout gptq has integer weights and the vision side in fp16; got weights {self.weights}, vision "
             f"{self.vision}",
         )
-        require(
-            self.dialect in get_args(DialectName),
-            f"dialect {self.dialect!r}: use one of {', '.join(get_args(DialectName))}",
-        )
+        # Not before: only an export needs what this imports.
+        from owl2.export.graph.dialect import DIALECTS
+
+        require(self.dialect in DIALECTS, f"dialect {self.dialect!r}: use one of {', '.join(DIALECTS)}")
         require(
             self.activations in (None, *get_args(FloatType)),
             f"activations {self.activations!r}: use one of {', '.join(get_args(FloatType))}",
@@ -151,7 +152,7 @@ class ExportConfig:
         if self.vision is not None:
             return self.vision
         usual = VISION_BESIDE[self.weights]
-        floating = self.layout == "gptq" or self.dialect == "onnx" or self.activation_type == "fp16"
+        floating = self.layout == "gptq" or self.dialect != "ort" or self.activation_type == "fp16"
         return "fp16" if floating and usual == "int8" else usual
 
     @property

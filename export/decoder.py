@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol
 
 import torch
 from numpy.typing import NDArray
@@ -17,9 +17,8 @@ from owl2.export.checkpoint.source import remaining
 from owl2.export.config import ExportConfig
 from owl2.export.graph.builder import GraphBuilder
 from owl2.export.graph.decoder import DecoderGraph
-from owl2.export.graph.dialect import Linear
-from owl2.export.graph.dialects import DIALECTS
-from owl2.export.graph.weights import DenseWeight, LinearWeight, PermutedWeight, dequantized_blocks
+from owl2.export.graph.dialect import DIALECTS
+from owl2.export.graph.weights import DenseWeight, IntegerWeight, Linear, LinearWeight, dequantized_blocks
 from owl2.export.job.journal import Journal
 from owl2.export.job.progress import Reporter
 from owl2.quant.config import QuantConfig
@@ -27,7 +26,7 @@ from owl2.quant.grid import QuantizedWeight, rtn
 from owl2.quant.kv import RoundedStream, watched
 from owl2.quant.layer import LINEARS, ModuleReport, quantize_layer
 from owl2.quant.models.mplug_owl2 import DecoderLayer, RmsNorm
-from owl2.quant.stream import Calibration, Sequence, Stream
+from owl2.quant.stream import Calibration, HiddenStates, Stream
 from owl2.runtime import spec
 from owl2.runtime.engine import Floats
 from owl2.runtime.errors import QuantizationError
@@ -64,7 +63,7 @@ class Streams:
             sequence.rows = torch.from_numpy(rows)
         self.kv_int8.restore(arrays[len(sequences) :])
 
-    def _sequences(self) -> list[Sequence]:
+    def _sequences(self) -> list[HiddenStates]:
         calibration = [] if self.calibration is None else [self.calibration.quantized, self.calibration.original]
         streams = [*calibration, self.stored, self.reference]
         return [sequence for stream in streams for sequence in stream.sequences]
@@ -132,7 +131,7 @@ def export_decoder(
     modules: dict[str, ModuleReport] = {}
     path, resume = folder / spec.DECODER_GRAPH, journal.layers > 0
     with GraphBuilder(path, config.activation_type, resume=resume) as graph:
-        writer = DecoderGraph(graph, DIALECTS[config.dialect], decoder)
+        writer = DecoderGraph(DIALECTS[config.dialect](graph), decoder)
         if journal.layers:
             modules = journal.restore_layers(writer, streams.restore)
         journal.usage.begin_layers()
@@ -212,7 +211,7 @@ def stage_name(config: ExportConfig, checkpoint: Checkpoint) -> str:
     return f"decoder layers, {config.weights}{method}"
 
 
-def _kept_weights(checkpoint: Checkpoint, prefix: str) -> dict[str, LinearWeight]:
+def _kept_weights(checkpoint: Checkpoint, prefix: str) -> dict[str, QuantizedWeight]:
     """Integers that the checkpoint itself holds, by name within the layer."""
     return {
         linear: checkpoint.quantized_weight(prefix + linear)
@@ -221,26 +220,22 @@ def _kept_weights(checkpoint: Checkpoint, prefix: str) -> dict[str, LinearWeight
     }
 
 
-def _with_half_scales(weight: LinearWeight, name: str) -> LinearWeight:
+def _with_half_scales(weight: QuantizedWeight, name: str) -> QuantizedWeight:
     """A kept weight with its scales as a graph with float16 activations stores them.
 
     Raises:
         QuantizationError: float16 cannot hold a scale.
     """
-    if isinstance(weight, PermutedWeight):
-        inner = _with_half_scales(weight.weight, name)
-        return replace(weight, weight=cast(QuantizedWeight, inner))
-    stored = cast(QuantizedWeight, weight)
-    scales = stored.scales.half().float()
-    if not bool(((scales != 0) == (stored.scales != 0)).all()) or not bool(scales.isfinite().all()):
+    scales = weight.scales.half().float()
+    if not bool(((scales != 0) == (weight.scales != 0)).all()) or not bool(scales.isfinite().all()):
         raise QuantizationError(f"{name}: float16 cannot hold every scale of this weight; use --activations fp32")
-    return replace(stored, scales=scales)
+    return replace(weight, scales=scales)
 
 
 def _store_layer(
     layer: DecoderLayer,
     original: DecoderLayer | None,
-    kept: dict[str, LinearWeight],
+    kept: dict[str, QuantizedWeight],
     calibration: Calibration | None,
     config: ExportConfig,
     name: str,
@@ -257,10 +252,11 @@ def _store_layer(
         return weights
     done = quantize_layer(layer, original, calibration, config.quant, name, kept)
     modules.update({f"{name}.{linear}": entry.report for linear, entry in done.items() if entry.report is not None})
-    return kept | {
+    quantized = kept | {
         linear: replace(entry.weight, codes=entry.weight.codes.cpu(), scales=entry.weight.scales.cpu())
         for linear, entry in done.items()
     }
+    return {linear: IntegerWeight(weight) for linear, weight in quantized.items()}
 
 
 @torch.no_grad()
@@ -312,5 +308,6 @@ def _store_head(weight: Tensor, config: ExportConfig) -> LinearWeight:
     if config.head == "int8":
         # Eight bits leave rounding nothing to gain from a Hessian.
         scales = config.activation_type
-        return rtn(weight, QuantConfig(bits=8, group_size=config.group_size, method="rtn", scale_dtype=scales))
+        settings = QuantConfig(bits=8, group_size=config.group_size, method="rtn", scale_dtype=scales)
+        return IntegerWeight(rtn(weight, settings))
     return DenseWeight(weight, "fp32" if config.head == "fp32" else "fp16")

@@ -16,8 +16,7 @@ from owl2.export.checkpoint.gptq_layout import CONFIG_FILE, CONFIG_KEY, GptqForm
 from owl2.export.checkpoint.source import check_settings
 from owl2.export.config import ExportConfig
 from owl2.export.decoder import ExportedDecoder, Streams, export_layer, finish_decoder, stage_name
-from owl2.export.graph.dialect import Linear
-from owl2.export.graph.weights import LinearWeight
+from owl2.export.graph.weights import IntegerWeight, Linear, LinearWeight
 from owl2.export.job.device import check_device, device_memory_errors
 from owl2.export.job.progress import Reporter, Silent
 from owl2.export.job.staging import Staging, check_space, disk_errors, write_json
@@ -28,7 +27,6 @@ from owl2.export.report import Accuracy, Report
 from owl2.export.safetensors_writer import SHARD_BYTES, SafetensorsWriter, TensorEntry
 from owl2.export.vision import reference_rows
 from owl2.quant.config import QuantConfig
-from owl2.quant.grid import QuantizedWeight
 from owl2.quant.layer import LINEARS, ModuleReport
 from owl2.quant.models.mplug_owl2 import Owl2Model
 from owl2.runtime import spec
@@ -176,8 +174,8 @@ class GptqWriter:
         """
         prefix = f"{DECODER_LAYERS}{self._index}."
         for name, linear in linears.items():
-            assert isinstance(linear.weight, QuantizedWeight)
-            for suffix, tensor in pack(linear.weight, self._form).items():
+            assert isinstance(linear.weight, IntegerWeight)
+            for suffix, tensor in pack(linear.weight.integers, self._form).items():
                 self._file.write(f"{prefix}{name}.{suffix}", tensor)
             if linear.bias is not None:
                 self._file.write(f"{prefix}{name}.bias", linear.bias)

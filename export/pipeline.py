@@ -19,7 +19,7 @@ from owl2.export.checks.bundle import Embedded, Made, check_bundle
 from owl2.export.checks.kv_int8 import can_be_checked
 from owl2.export.config import BYTES, ExportConfig
 from owl2.export.decoder import Streams, export_decoder
-from owl2.export.graph.dialects import MINIMUM_ONNXRUNTIME
+from owl2.export.graph.dialect import DIALECTS
 from owl2.export.graph.kv_int8 import MINIMUM_ONNXRUNTIME as KV_INT8_ONNXRUNTIME, write_int8_kv_graph
 from owl2.export.job.device import check_device, device_memory_errors
 from owl2.export.job.journal import Journal, journal_size, resume_key
@@ -32,7 +32,7 @@ from owl2.export.vision import ExportedVision, export_vision
 from owl2.quant.calibration.samples import CalibrationSet, load_calibration
 from owl2.quant.kv import RoundedStream
 from owl2.quant.models.mplug_owl2 import Owl2Model
-from owl2.quant.stream import Calibration, Sequence, Stream
+from owl2.quant.stream import Calibration, HiddenStates, Stream
 from owl2.runtime import spec
 from owl2.runtime.bundle import Bundle, Manifest, WeightFormat
 from owl2.runtime.config import ModelConfig
@@ -202,7 +202,7 @@ def begin_streams(
     """
 
     def stream(embedded: list[Embedded]) -> Stream:
-        sequences = [Sequence.of(torch.from_numpy(embeds), torch.from_numpy(kinds)) for embeds, kinds in embedded]
+        sequences = [HiddenStates.of(torch.from_numpy(embeds), torch.from_numpy(kinds)) for embeds, kinds in embedded]
         return Stream(checkpoint.config.decoder, sequences)
 
     measured = [embed(prompt.keys, table, reference) for prompt in prompts.measured]
@@ -255,14 +255,15 @@ def _manifest(checkpoint: Checkpoint, config: ExportConfig, *, kv_int8: bool) ->
     """The manifest without its files, which are not complete yet."""
     quant = config.quant
     method = "none" if quant is None else quant.method
-    minimum = MINIMUM_ONNXRUNTIME[config.dialect]
+    dialect = DIALECTS[config.dialect]
+    minimum = dialect.MINIMUM_ONNXRUNTIME
     kv_cache: dict[KvType, str] = {config.activation_type: minimum}
     if kv_int8:
         kv_cache["int8"] = KV_INT8_ONNXRUNTIME
     return Manifest(
         format=spec.FORMAT_VERSION,
         producer=f"owl2 {__version__}",
-        dialect=config.dialect,
+        dialect=dialect.interface,
         activations=config.activation_type,
         minimum_onnxruntime=minimum,
         kv_cache=kv_cache,

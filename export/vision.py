@@ -16,7 +16,7 @@ from owl2.export.checks.parity import Parity, compare, with_float_activations
 from owl2.export.checks.sensitivity import Part, choose_kept, measure_parts
 from owl2.export.config import ExportConfig, VisionType
 from owl2.export.graph.builder import GraphBuilder
-from owl2.export.graph.dialects import DIALECTS
+from owl2.export.graph.dialect import DIALECTS
 from owl2.export.graph.vision import VisionGraph
 from owl2.export.graph.weights import ChannelInt8Weight, DenseWeight, LinearWeight
 from owl2.export.job.progress import Reporter
@@ -141,7 +141,7 @@ def _write(
                 tensor.copy_(tensor.half().to(tensor.dtype))
     stored = _torch_rows(tower, abstractor, measured, reporter)
     with GraphBuilder(path, config.activation_type) as graph:
-        VisionGraph(graph, DIALECTS[config.dialect], checkpoint.config, make_weight).write(tower, abstractor)
+        VisionGraph(DIALECTS[config.dialect](graph), checkpoint.config, make_weight).write(tower, abstractor)
     return reference, stored, tuple(PartReport(part.name, part.effect, part in kept) for part in parts)
 
 

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from owl2.export.checkpoint.gptq_layout import GptqTensors, read_format, unpack
 from owl2.export.checkpoint.hf_config import model_config
-from owl2.export.graph.weights import PermutedWeight
 from owl2.quant.grid import QuantizedWeight
 from owl2.quant.models.mplug_owl2 import Owl2Model
 from owl2.runtime.config import ModelConfig
@@ -130,7 +129,7 @@ class Checkpoint:
             )
         return value
 
-    def quantized_weight(self, linear: str) -> QuantizedWeight | PermutedWeight:
+    def quantized_weight(self, linear: str) -> QuantizedWeight:
         """The integers of a layer named in :attr:`quantized`, as they are in the file.
 
         Raises:

@@ -16,8 +16,7 @@ from torch import Tensor
 from owl2.export.checkpoint.checkpoint import Checkpoint
 from owl2.export.decoder import load_layer
 from owl2.quant.models.mplug_owl2 import DecoderLayer, RmsNorm, Routing, VisionModel, VisualAbstractor
-from owl2.quant.models.mplug_owl2.decoder import KeyValue
-from owl2.quant.models.mplug_owl2.owl2 import rotary_slice
+from owl2.quant.models.mplug_owl2.decoder import KeyValue, rotary_slice
 from owl2.runtime.config import DecoderConfig, ModelConfig
 from owl2.runtime.engine import PREFILL_BLOCK, Floats, Ints, KvBuffers
 from owl2.runtime.errors import BackendError, BundleError, CheckpointError

@@ -8,30 +8,24 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
+import reference
 import torch
 from click.testing import CliRunner, Result
 from conftest import MakeCheckpoint
-from onnx import TensorProto, numpy_helper
+from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from owl2.export import gptq_checkpoint
 from owl2.export.__main__ import export
 from owl2.export.checkpoint.checkpoint import Checkpoint
-from owl2.export.checks.parity import with_float_activations
 from owl2.export.config import ExportConfig
 from owl2.export.gptq_checkpoint import export_gptq
-from owl2.export.graph import matmul_nbits
-from owl2.export.graph.builder import GraphBuilder
-from owl2.export.graph.dialect import Linear
-from owl2.export.graph.ort_dialect import OrtDialect
-from owl2.export.graph.weights import PermutedWeight
 from owl2.export.pipeline import export_bundle
 from owl2.export.report import Report
 from owl2.quant.config import QuantConfig
-from owl2.quant.grid import QuantizedWeight, rtn
+from owl2.quant.grid import rtn
 from owl2.quant.layer import LINEARS
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.errors import CheckpointError, ConfigError, ExportError, QuantizationError
@@ -85,10 +79,9 @@ def bundle_weight(bundle: Path, name: str, width: int) -> tuple[np.ndarray, np.n
     model = onnx.load(bundle / "decoder.onnx")
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     packed, scales = (numpy_helper.to_array(stored[f"{name}.{part}"]) for part in ("codes", "scales"))
-    group_size = packed.shape[2] * 2
     zeros = stored.get(f"{name}.zero_points")
     return (
-        matmul_nbits.unpack(packed, 4, group_size, width),
+        reference.unpack_nbits(packed, 4, width),
         scales,
         None if zeros is None else numpy_helper.to_array(zeros),
     )
@@ -109,11 +102,10 @@ class TestReading:
             weight = checkpoint.quantized_weight(Q_PROJ)
             assert torch.equal(weight.dequantize().half(), dequantized)
             assert torch.equal(checkpoint.tensor(f"{Q_PROJ}.weight"), weight.dequantize())
-            assert isinstance(weight, PermutedWeight) == variant.endswith("_act")
-            inner = weight.weight if isinstance(weight, PermutedWeight) else weight
-            assert (inner.zero_points is None) == ("asym" not in variant)
+            assert (weight.columns is not None) == variant.endswith("_act")
+            assert (weight.zero_points is None) == ("asym" not in variant)
             scales = tensors[f"{Q_PROJ}.scales"].float().T
-            assert torch.equal(inner.scales, scales)
+            assert torch.equal(weight.scales, scales)
 
     def test_a_bundle_keeps_them_and_quantizes_the_rest(self, a1: Path, tmp_path: Path) -> None:
         tensors, _, settings = recorded("int4_g16_asym_v1_act")
@@ -122,13 +114,13 @@ class TestReading:
         with Checkpoint(folder) as checkpoint:
             for name in (Q_PROJ, IMAGE_K):
                 weight = checkpoint.quantized_weight(name)
-                assert isinstance(weight, PermutedWeight)
-                assert weight.weight.zero_points is not None
+                assert weight.columns is not None
+                assert weight.zero_points is not None
                 codes, scales, zeros = bundle_weight(tmp_path / "bundle", name.removeprefix("model."), 64)
-                np.testing.assert_array_equal(codes, weight.weight.codes.numpy())
-                np.testing.assert_array_equal(scales, weight.weight.scales.numpy())
-                unpacked = matmul_nbits.unpack_zero_points(zeros.reshape(64, -1), 4, 4)
-                np.testing.assert_array_equal(unpacked, weight.weight.zero_points.numpy())
+                np.testing.assert_array_equal(codes, weight.codes.numpy())
+                np.testing.assert_array_equal(scales, weight.scales.numpy())
+                unpacked = reference.unpack_nbits(zeros.reshape(64, -1), 4, 4)
+                np.testing.assert_array_equal(unpacked, weight.zero_points.numpy())
         assert report.parity[1].exact < 1e-4
         source = report.recipe["source"]
         assert source["quantizer"] == "gptqmodel:7.7.0"
@@ -221,7 +213,7 @@ class TestWriting:
         with Checkpoint(written[0]) as checkpoint:
             for name in sorted(checkpoint.quantized):
                 weight = checkpoint.quantized_weight(name)
-                assert isinstance(weight, QuantizedWeight)
+                assert weight.columns is None
                 width = weight.codes.shape[1]
                 codes, scales, zeros = bundle_weight(tmp_path / "bundle", name.removeprefix("model."), width)
                 np.testing.assert_array_equal(codes, weight.codes.numpy())
@@ -352,63 +344,3 @@ class TestScales:
         assert not tiny.codes.any()
         with pytest.raises(QuantizationError, match="fp16 does not"):
             rtn(torch.full((1, 32), 1e6), config)
-
-
-class TestGraph:
-    """MatMulNBits with what other programs' weights have: zero points and another order of columns."""
-
-    def run(
-        self, folder: Path, weights: Mapping[str, QuantizedWeight | PermutedWeight], x: np.ndarray
-    ) -> list[np.ndarray]:
-        path = folder / "linear.onnx"
-        with GraphBuilder(path) as graph:
-            rows = graph.input("x", TensorProto.FLOAT, ["M", x.shape[1]])
-            for name, weight in weights.items():
-                made = OrtDialect().linear(graph, rows, Linear(name, weight))
-                graph.node("Identity", [made], outputs=[f"{name}.y"])
-                graph.output(f"{name}.y", TensorProto.FLOAT, ["M", len(weight.dequantize())])
-            graph.save()
-        with with_float_activations(path) as variant:
-            session = onnxruntime.InferenceSession(variant, providers=["CPUExecutionProvider"])
-            made: list[np.ndarray] = session.run(None, {"x": x})
-        return made
-
-    def weight(self, bits: int, width: int, seed: int) -> QuantizedWeight:
-        generator = torch.Generator().manual_seed(seed)
-        least, most = -(2 ** (bits - 1)), 2 ** (bits - 1)
-        groups = -(-width // 32)
-        return QuantizedWeight(
-            torch.randint(least, most, (24, width), generator=generator, dtype=torch.int8),
-            torch.rand(24, groups, generator=generator),
-            bits,
-            32,
-            torch.randint(least, most, (24, groups), generator=generator, dtype=torch.int8),
-        )
-
-    @pytest.mark.parametrize("bits", [4, 8])
-    @pytest.mark.parametrize("width", [64, 96, 80])
-    def test_zero_points_and_order(self, tmp_path: Path, bits: int, width: int) -> None:
-        x = np.random.default_rng(0).normal(size=(5, width)).astype(np.float32)
-        order = torch.randperm(width, generator=torch.Generator().manual_seed(1))
-        other = order.flip(0)
-        plain = self.weight(bits, width, 0)
-        weights = {
-            "plain": plain,
-            "one": PermutedWeight(plain, order),
-            "two": PermutedWeight(self.weight(bits, width, 1), order.clone()),
-            "three": PermutedWeight(self.weight(bits, width, 2), other),
-        }
-        made = self.run(tmp_path, weights, x)
-        for weight, y in zip(weights.values(), made):
-            expected = x.astype(np.float64) @ weight.dequantize().double().numpy().T
-            np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-3 * np.abs(expected).max())
-        nodes = onnx.load(tmp_path / "linear.onnx", load_external_data=False).graph.node
-        assert sum(node.op_type == "Gather" for node in nodes) == 2  # one for each order
-
-
-def test_permuted_weights_in_their_own_order() -> None:
-    weight = TestGraph().weight(4, 64, 3)
-    order = torch.randperm(64, generator=torch.Generator().manual_seed(2))
-    x = torch.randn(3, 64, dtype=torch.float64)
-    expected = x[:, order] @ weight.dequantize().double().T
-    torch.testing.assert_close(x @ PermutedWeight(weight, order).dequantize().double().T, expected)

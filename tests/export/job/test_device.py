@@ -26,7 +26,7 @@ from owl2.export.graph.decoder import DecoderGraph
 from owl2.export.graph.ort_dialect import OrtDialect
 from owl2.export.job.device import check_device
 from owl2.quant.kv import RoundedStream
-from owl2.quant.stream import Calibration, Sequence, Stream
+from owl2.quant.stream import Calibration, HiddenStates, Stream
 from owl2.runtime.errors import ConfigError
 
 pytestmark = pytest.mark.slow
@@ -104,12 +104,12 @@ def exported(checkpoint: Checkpoint, folder: Path, device: str, **settings: Any)
     rows = [torch.randn(len(kinds), shape.hidden_size, generator=generator) for _ in range(8)]
 
     def stream() -> Stream:
-        return Stream(shape, [Sequence.of(row, kinds) for row in rows])
+        return Stream(shape, [HiddenStates.of(row, kinds) for row in rows])
 
     calibration = Calibration(stream()) if config.method == "gptq" and config.quant else None
     streams = Streams(calibration, stream(), stream(), RoundedStream(stream()))
     with GraphBuilder(folder / "graph") as graph:
-        decoder.export_layer(checkpoint, DecoderGraph(graph, OrtDialect(), shape), config, 0, streams, {})
+        decoder.export_layer(checkpoint, DecoderGraph(OrtDialect(graph), shape), config, 0, streams, {})
         graph.state()
     return (folder / "graph.data").read_bytes(), [s.rows for s in streams._sequences()]
 
