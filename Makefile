@@ -4,7 +4,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-FOLDERS := export runtime quant sample scripts tests
+FOLDERS := package export runtime quant sample scripts tests
 
 .PHONY: help demo test lint types unit wheel bench full full-size aarch64 clean
 
@@ -46,6 +46,7 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	@mkdir -p build/typecheck/owl2
 	@for folder in export runtime quant; do ln -sfn ../../../$$folder build/typecheck/owl2/$$folder; done
+	@ln -sfn ../../../package/__init__.py build/typecheck/owl2/__init__.py
 	$(BIN)/mypy -p owl2
 
 unit: $(VENV)/.dev

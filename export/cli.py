@@ -207,7 +207,7 @@ def _build_engines(bundle: Path, request: Request, reporter: Reporter) -> Engine
     from owl2.runtime.bundle import Bundle
 
     try:
-        return build(Bundle.open(bundle, onnxruntime=False), request, reporter)
+        return build(Bundle.open(bundle), request, reporter)
     except BaseException:
         options = "".join(
             f" {option} {value}" for option, value in (("--kind", request.kind), ("--gpu", request.gpu)) if value

@@ -14,9 +14,10 @@ from owl2.export.graph.dialects import MINIMUM_ONNXRUNTIME
 from owl2.export.graph.kv_int8 import MINIMUM_ONNXRUNTIME as KV_INT8_ONNXRUNTIME
 from owl2.export.job.job import ExportJob
 from owl2.runtime import spec
-from owl2.runtime.bundle import FileEntry, Manifest, WeightFormat, hash_file, open_embeddings
+from owl2.runtime.bundle import Manifest, WeightFormat, open_embeddings
 from owl2.runtime.config import ModelConfig
 from owl2.runtime.spec import DialectName, FloatType, KvType
+from owl2.runtime.verification import FileEntry, hash_file
 from owl2.runtime.version import __version__
 
 
@@ -72,7 +73,7 @@ class WrittenBundle:
             activations=self.activations,
             minimum_onnxruntime=minimum,
             kv_cache={kv_type: KV_INT8_ONNXRUNTIME if kv_type == "int8" else minimum for kv_type in self.kv_cache},
-            template="mplug_owl2",
+            family="mplug_owl2",
             weights=self.weights,
             model=self.model,
             files={path.name: FileEntry(path.stat().st_size, hash_file(path)) for path in files},

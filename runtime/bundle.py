@@ -1,12 +1,9 @@
-"""Opening and checking a bundle folder; nothing of it is used before every file has been verified."""
+"""Reading and verifying a bundle folder; docs/bundle.md describes the format."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,27 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from owl2.runtime import spec
-from owl2.runtime.backends.ort.installation import onnxruntime_version, onnxruntime_wheels
 from owl2.runtime.config import DecoderConfig, ModelConfig, from_json, require
-from owl2.runtime.errors import (
-    BackendUnavailableError,
-    BundleCorruptError,
-    BundleError,
-    BundleVersionError,
-    ConfigError,
-)
+from owl2.runtime.errors import BundleCorruptError, BundleError, BundleVersionError, ConfigError
 from owl2.runtime.spec import DialectName, FloatType, KvType
-
-HASH_BLOCK = 1 << 22
-EXPECTED = "expected a folder written by owl2-export"
-
-
-@dataclass(frozen=True, slots=True)
-class FileEntry:
-    """What the manifest says of one file."""
-
-    size: int
-    sha256: str
+from owl2.runtime.verification import FileEntry, OnProgress, verify_files
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +42,7 @@ class WeightFormat:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The content of ``owl2.json``.
+    """Content of ``owl2.json``.
 
     Attributes:
         format: version of the bundle format.
@@ -72,7 +52,7 @@ class Manifest:
         minimum_onnxruntime: lowest version that has the operators of the graphs, int8 K/V aside.
         kv_cache: types of the K/V cache to choose from, the activations' own among them, each with the lowest ONNX
             Runtime that has its attention.
-        template: name of the conversation template; ``mplug_owl2``.
+        family: of models, which decides template, tokenizer and positions; see :mod:`owl2.runtime.families`.
         weights: how the weights are stored.
         model: architecture and image preprocessing.
         files: every other file of the bundle, engines aside.
@@ -86,7 +66,7 @@ class Manifest:
     activations: FloatType
     minimum_onnxruntime: str
     kv_cache: Mapping[KvType, str]
-    template: Literal["mplug_owl2"]
+    family: Literal["mplug_owl2"]
     weights: WeightFormat
     model: ModelConfig
     files: Mapping[str, FileEntry]
@@ -136,31 +116,27 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A verified bundle."""
+    """A bundle whose files are those that its manifest lists."""
 
     folder: Path
     manifest: Manifest
 
     @classmethod
-    def open(cls, folder: Path, *, onnxruntime: bool = True) -> Bundle:
+    def open(cls, folder: Path, *, force: bool = False, on_progress: OnProgress | None = None) -> Bundle:
         """Read the manifest and verify every file against it.
 
         Args:
             folder: written by ``owl2-export``.
-            onnxruntime: whether its graphs will run there, and not as engines.
+            force: hash files again that have not changed since they were last verified.
+            on_progress: told how many bytes have been hashed.
 
         Raises:
-            BundleError: no bundle there.
-            BundleVersionError: a format this version does not know.
-            BundleCorruptError: files are missing, truncated or changed; all of them are named.
-            BackendUnavailableError: the installed ONNX Runtime is too old for the graphs.
+            BundleError: the folder is not a bundle.
+            BundleVersionError: a format this version does not read.
+            BundleCorruptError: files are missing, truncated or changed; the message names all of them.
         """
         manifest = read_manifest(folder)
-        problems = check_files(folder, manifest)
-        if problems:
-            raise BundleCorruptError(f"{folder}: " + "; ".join(problems) + "; copy or export the bundle again")
-        if onnxruntime:
-            check_onnxruntime(manifest.minimum_onnxruntime)
+        require_whole(folder, check_files(folder, manifest, force=force, on_progress=on_progress))
         return cls(folder, manifest)
 
     def path(self, name: str) -> Path:
@@ -172,15 +148,8 @@ class Bundle:
 
         Raises:
             ConfigError: the bundle does not offer it.
-            BackendUnavailableError: the installed ONNX Runtime is too old for it.
         """
-        offered, kv_cache = self.manifest.kv_cache, self.manifest.kv_type(kv_cache)
-        if is_older(onnxruntime_version(), offered[kv_cache]):
-            raise BackendUnavailableError(
-                f"the {kv_cache} K/V cache needs onnxruntime {offered[kv_cache]} or newer, {onnxruntime_version()} "
-                f"is installed; upgrade it ({_upgrade()}) or load with kv_cache {self.manifest.activations!r}"
-            )
-        return self.path(spec.DECODER_GRAPHS[kv_cache])
+        return self.path(spec.DECODER_GRAPHS[self.manifest.kv_type(kv_cache)])
 
     def embeddings(self) -> NDArray[np.floating[Any]]:
         """The token table, memory-mapped: float16 or float32 [V, C]; only rows in use become resident."""
@@ -195,7 +164,7 @@ def open_embeddings(folder: Path, decoder: DecoderConfig, stored: FloatType) -> 
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read ``owl2.json`` alone.
+    """Read ``owl2.json`` only.
 
     Raises:
         BundleError, BundleVersionError, BundleCorruptError: as :meth:`Bundle.open`.
@@ -207,27 +176,32 @@ def read_manifest(folder: Path) -> Manifest:
         raise BundleError(f"{folder} is a file; give the folder that owl2-export wrote")
     if not path.is_file():
         is_checkpoint = (folder / "config.json").is_file()
-        hint = "it is a PyTorch checkpoint: convert it with owl2-export" if is_checkpoint else EXPECTED
-        raise BundleError(f"{folder} is no bundle: {spec.MANIFEST} is missing; {hint}")
+        converting = f"it is a PyTorch checkpoint: convert it with owl2-export {folder} BUNDLE"
+        hint = converting if is_checkpoint else "give a folder written by owl2-export"
+        raise BundleError(f"{folder} is not a bundle: {spec.MANIFEST} is missing; {hint}")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise BundleCorruptError(f"{path} is no readable JSON: {error}") from error
+        raise BundleCorruptError(f"{path} is not readable JSON: {error}; copy or export the bundle again") from error
     version = data.get("format") if isinstance(data, Mapping) else None
-    if version != spec.FORMAT_VERSION:
+    if version == 3:  # called its family by the name of the template
+        data = {"family" if key == "template" else key: value for key, value in data.items()}
+    elif version != spec.FORMAT_VERSION:
         raise BundleVersionError(
-            f"{path}: format version {version!r} is not known; this owl2 reads version {spec.FORMAT_VERSION}; "
-            "export the checkpoint again or install a matching owl2"
+            f"{path} has format version {version!r}, this owl2 reads versions 3 and {spec.FORMAT_VERSION}; export the "
+            "checkpoint again (owl2-export CHECKPOINT BUNDLE --overwrite) or install the owl2 that wrote it"
         )
     try:
         return Manifest.from_json(data)
     except ConfigError as error:
-        raise BundleCorruptError(f"{path}: {error}") from error
+        raise BundleCorruptError(f"{path}: {error}; copy or export the bundle again") from error
 
 
-def check_files(folder: Path, manifest: Manifest) -> list[str]:
-    """Compare size and hash of every file; returns one sentence per problem."""
-    graphs = [spec.DECODER_GRAPHS[kind] for kind in spec.DECODER_GRAPHS if kind in manifest.kv_cache]
+def check_files(
+    folder: Path, manifest: Manifest, *, force: bool = False, on_progress: OnProgress | None = None
+) -> list[str]:
+    """Compare size and hash of every file with the manifest; returns one sentence per problem."""
+    graphs = [spec.DECODER_GRAPHS[kv_type] for kv_type in spec.DECODER_GRAPHS if kv_type in manifest.kv_cache]
     unlisted = [name for name in dict.fromkeys((*spec.BUNDLE_FILES, *graphs)) if name not in manifest.files]
     problems = [f"{name} is not listed in {spec.MANIFEST}" for name in unlisted]
     decoder, weights = manifest.model.decoder, manifest.weights
@@ -235,64 +209,14 @@ def check_files(folder: Path, manifest: Manifest) -> list[str]:
     expected = decoder.vocab_size * decoder.hidden_size * (2 if weights.embeddings == "fp16" else 4)
     if rows is not None and rows.size != expected:
         problems.append(f"{spec.EMBEDDINGS} has {rows.size} bytes, the model's token table takes {expected}")
-    with ThreadPoolExecutor() as pool:
-        found = pool.map(lambda item: check_entry(folder, *item), manifest.files.items())
-    return problems + [problem for problem in found if problem]
+    return problems + verify_files(folder, manifest.files, force=force, on_progress=on_progress)
 
 
-def check_entry(folder: Path, name: str, entry: FileEntry) -> str:
-    """Compare size and hash of one file; returns what is wrong with it, or nothing."""
-    path = folder / name
-    if Path(name).name != name:
-        return f"{name} lies outside the bundle"
-    if not path.is_file():
-        return f"{name} is missing"
-    size = path.stat().st_size
-    if size != entry.size:
-        return f"{name} has {size} bytes, expected {entry.size} (truncated?)"
-    if hash_file(path) != entry.sha256:
-        return f"{name} was changed (its sha256 differs)"
-    return ""
-
-
-def hash_file(path: Path) -> str:
-    """sha256 of a file as hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(HASH_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def check_onnxruntime(minimum: str) -> None:
-    """Refuse an ONNX Runtime older than ``minimum``.
+def require_whole(folder: Path, problems: Sequence[str]) -> None:
+    """Refuse a bundle with problems.
 
     Raises:
-        BackendUnavailableError: with both versions.
+        BundleCorruptError: there are any; names all of them.
     """
-    if is_older(onnxruntime_version(), minimum):
-        raise BackendUnavailableError(
-            f"this bundle needs onnxruntime {minimum} or newer, {onnxruntime_version()} is installed; "
-            f"upgrade it ({_upgrade()})"
-        )
-
-
-def _upgrade() -> str:
-    """How to install a newer ONNX Runtime over the one that is there; a second wheel would overwrite its files."""
-    return f"pip install -U {' '.join(onnxruntime_wheels()) or 'onnxruntime'}"
-
-
-def is_older(version: str, minimum: str) -> bool:
-    """Whether a version of ONNX Runtime comes before ``minimum``; patch levels do not count.
-
-    Raises:
-        BundleCorruptError: one of them is no version.
-    """
-    return _version(version) < _version(minimum)
-
-
-def _version(text: str) -> tuple[int, ...]:
-    numbers = re.match(r"(\d+)\.(\d+)", text)
-    if numbers is None:
-        raise BundleCorruptError(f"{spec.MANIFEST}: minimum_onnxruntime {text!r} is no version such as 1.22")
-    return tuple(map(int, numbers.groups()))
+    if problems:
+        raise BundleCorruptError(f"{folder}: " + "; ".join(problems) + "; copy or export the bundle again")

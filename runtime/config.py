@@ -14,8 +14,6 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from owl2.runtime.errors import ConfigError
 
-PreprocessMode = Literal["resize", "pad", "crop"]
-
 IMAGE_TOKEN = "<|image|>"
 LONGEST_CONTEXT = 1 << 20  # positions; tables of the whole context are kept in memory
 IMAGE_TOKEN_ID = -200
@@ -187,21 +185,19 @@ class PreprocessConfig:
     """How an image becomes the vision tower's input.
 
     Attributes:
-        mode: ``resize`` squares the image first (README quick start), ``pad`` pastes it on a square of the
-            mean colour (Q-Align), ``crop`` leaves it to the CLIP processor alone.
+        mode: one of :data:`owl2.runtime.preprocess.MODES`.
         size: length of the shorter edge after the CLIP resize, pixels.
         crop_size: side of the centre crop, pixels; equals the vision tower's image size.
         mean, std: per channel, on the 0..1 scale, RGB.
     """
 
-    mode: PreprocessMode = "resize"
+    mode: str = "resize"
     size: int = 448
     crop_size: int = 448
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
     def __post_init__(self) -> None:
-        require(self.mode in get_args(PreprocessMode), f"preprocess mode {self.mode!r}: resize, pad or crop only")
         require(self.size > 0 and self.crop_size > 0, "preprocess size and crop_size must be positive")
         require(all(value > 0 for value in self.std), f"preprocess std must be positive, got {list(self.std)}")
 

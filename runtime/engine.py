@@ -1,18 +1,42 @@
-"""What the runtime asks of a backend."""
+"""The seam between the runtime and its backends."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from owl2.runtime.placement import HOST, Placement
+from owl2.runtime.spec import KvType
+
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
+PREFILL_BLOCK = 256
+"""New positions of a prefill step, where a backend has no reason for another number."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How a backend opens a bundle.
+
+    Attributes:
+        device: where it runs.
+        threads: of one operator on the CPU; None lets the backend choose.
+        kv_cache: type of the K/V cache, one that the bundle offers; None for the type of its activations.
+        context: positions the user asked for; None for as many as the model allows.
+    """
+
+    device: Placement = HOST
+    threads: int | None = None
+    kv_cache: KvType | None = None
+    context: int | None = None
+
 
 class KvBuffers(Protocol):
-    """Keys and values of all layers, preallocated; only the engine that made them looks inside."""
+    """Preallocated keys and values of all layers; only the engine that made them looks inside."""
 
     @property
     def capacity(self) -> int:
@@ -20,13 +44,13 @@ class KvBuffers(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Memory they take."""
+        """Bytes of memory they take."""
 
 
 class DecoderEngine(Protocol):
     """Runs the decoder graph. Arrays in, arrays out, the K/V buffers explicit.
 
-    Steps write keys and values of positions past..past+T-1 into the buffers, in place, and never touch earlier
+    A step writes keys and values of positions past..past+T-1 into the buffers, in place, and never touches earlier
     positions: a failed step leaves what was cached before it intact.
     """
 
@@ -41,7 +65,7 @@ class DecoderEngine(Protocol):
             modality: [T], 1 at image rows.
             past: positions already in ``buffers``.
             buffers: written in place; must hold past + T positions.
-            logit_rows: [R], which of the T positions' logits are wanted.
+            logit_rows: [R], which of the T positions' logits are wanted; R >= 1.
 
         Returns:
             Logits [R, V].
@@ -52,7 +76,18 @@ class DecoderEngine(Protocol):
 
 
 class Engine(DecoderEngine, Protocol):
-    """Runs both graphs."""
+    """Runs both graphs of a bundle."""
+
+    @property
+    def context(self) -> int | None:
+        """Most positions of a conversation; None where only the model limits them."""
+
+    @property
+    def block(self) -> int:
+        """New positions of a prefill step, at most, unless a prompt cannot be divided."""
 
     def encode_images(self, pixels: Floats) -> Floats:
         """pixels: [N, 3, R, R] -> image rows [N, queries + 1, C]."""
+
+    def close(self) -> None:
+        """Give all memory back except K/V buffers, which go with their owners; later calls raise BackendError."""

@@ -4,26 +4,28 @@
 
     Owl2Error
     ├── ConfigError (ValueError)        a setting or a config.json that cannot work
+    ├── BusyError                       a chat that another thread is using
     ├── CheckpointError                 the PyTorch checkpoint is incomplete, misshaped or unreadable
     ├── CalibrationError                the calibration data cannot serve its purpose
-    ├── DataError (ValueError)          data to measure a bundle on that cannot be used
-    ├── ReferenceModelError             what a bundle is to be compared with cannot be had, or is no match
+    ├── DataError (ValueError)          evaluation data that cannot be used
+    ├── ReferenceModelError             the model to compare with is not available or does not match
     ├── QuantizationError               the numerics of quantizing failed
     ├── ExportError                     a bundle could not be written
     │   └── ParityError                 an exported graph does not compute what torch computes
-    ├── BundleError                     the bundle folder is unusable
-    │   ├── BundleVersionError          written in a format this version does not know
+    ├── BundleError                     the folder is not a usable bundle
+    │   ├── BundleVersionError          written in a format this version does not read
     │   └── BundleCorruptError          a file is missing, truncated or changed
-    ├── BackendError                    the execution provider failed
-    │   ├── BackendUnavailableError     the provider asked for cannot be had here
-    │   └── InsufficientMemoryError     the model does not fit the memory that is free
+    ├── BackendError                    the backend failed
+    │   ├── BackendUnavailableError     the device asked for is not available here
+    │   └── InsufficientMemoryError     the model does not fit the free memory
     ├── ImageError (ValueError)         an image that cannot be read or is too large
-    ├── PromptError (ValueError)        prompt and images do not fit together
+    ├── PromptError (ValueError)        a prompt or message that cannot be used
     └── ContextOverflowError            the conversation does not fit the context
 
-One thing is no error: Owl2Warning (UserWarning), on a state in which everything works for now.
+Owl2Warning (UserWarning) is not an error: everything works for now.
 
-A message says what was given, what was expected and what to do.
+A message says what was given, what was expected and what to do. Every error can be pickled, so that a worker process
+can raise it.
 """
 
 from __future__ import annotations
@@ -36,11 +38,15 @@ class Owl2Error(Exception):
 
 
 class Owl2Warning(UserWarning):
-    """A state in which everything works for now; the commands print it as one line."""
+    """Everything works for now, but not for sure; the commands print it as one line."""
 
 
 class ConfigError(Owl2Error, ValueError):
     """A setting or a config.json that cannot work."""
+
+
+class BusyError(Owl2Error):
+    """Another thread is using this chat."""
 
 
 class CheckpointError(Owl2Error):
@@ -52,11 +58,11 @@ class CalibrationError(Owl2Error):
 
 
 class DataError(Owl2Error, ValueError):
-    """Data to measure a bundle on that cannot be used; every line at fault is named."""
+    """Evaluation data that cannot be used; the message names every line at fault."""
 
 
 class ReferenceModelError(Owl2Error):
-    """What a bundle is to be compared with cannot be had, or is no match for it."""
+    """The model to compare a bundle with is not available or does not match it."""
 
 
 class QuantizationError(Owl2Error):
@@ -72,11 +78,11 @@ class ParityError(ExportError):
 
 
 class BundleError(Owl2Error):
-    """The bundle folder is unusable."""
+    """The folder is not a usable bundle."""
 
 
 class BundleVersionError(BundleError):
-    """The bundle is written in a format this version does not know."""
+    """The bundle is written in a format this version does not read."""
 
 
 class BundleCorruptError(BundleError):
@@ -84,15 +90,15 @@ class BundleCorruptError(BundleError):
 
 
 class BackendError(Owl2Error):
-    """The execution provider failed while running a graph."""
+    """The backend failed while running a graph."""
 
 
 class BackendUnavailableError(BackendError):
-    """The execution provider asked for cannot be had on this machine."""
+    """The device asked for is not available on this machine."""
 
 
 class InsufficientMemoryError(BackendError):
-    """The model does not fit the memory that is free; raised before anything of it is loaded.
+    """The model does not fit the free memory; raised before anything is loaded.
 
     Attributes:
         needed: bytes it takes at least.
@@ -100,13 +106,16 @@ class InsufficientMemoryError(BackendError):
     """
 
     def __init__(self, needed: int, available: int, details: Sequence[str], hints: Sequence[str], command: str) -> None:
-        super().__init__(
-            f"not enough memory: at least {needed / 2**30:.2f} GiB are needed ({', '.join(details)}), "
-            f"{available / 2**30:.2f} GiB are available; what would fit: {'; or '.join(hints)}; {command} tells "
-            "more, and --no-memory-check (check_memory=False) loads regardless"
+        super().__init__(needed, available, details, hints, command)
+        self.needed, self.available = needed, available
+        self._details, self._hints, self._command = details, hints, command
+
+    def __str__(self) -> str:
+        return (
+            f"not enough memory: the model needs at least {self.needed / 2**30:.2f} GiB ({', '.join(self._details)}), "
+            f"{self.available / 2**30:.2f} GiB are available; to make it fit: {'; or '.join(self._hints)}; "
+            f"see {self._command}, or load regardless with --no-memory-check (check_memory=False)"
         )
-        self.needed = needed
-        self.available = available
 
 
 class ImageError(Owl2Error, ValueError):
@@ -114,7 +123,7 @@ class ImageError(Owl2Error, ValueError):
 
 
 class PromptError(Owl2Error, ValueError):
-    """Prompt and images do not fit together."""
+    """A prompt or message that cannot be used."""
 
 
 class ContextOverflowError(Owl2Error):
@@ -127,9 +136,11 @@ class ContextOverflowError(Owl2Error):
     """
 
     def __init__(self, used: int, requested: int, context: int, hint: str) -> None:
-        super().__init__(
-            f"the context holds {context} positions: {used} are used and {requested} more were asked for; {hint}"
+        super().__init__(used, requested, context, hint)
+        self.used, self.requested, self.context, self._hint = used, requested, context, hint
+
+    def __str__(self) -> str:
+        return (
+            f"the context holds {self.context} positions: {self.used} are in use and {self.requested} more are needed; "
+            f"{self._hint}"
         )
-        self.used = used
-        self.requested = requested
-        self.context = context

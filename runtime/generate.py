@@ -1,28 +1,26 @@
-"""The main path: prefill what the cache does not hold, then sample, decode, stream."""
+"""The main path: prefill what the KV cache does not hold, then sample, decode, stream."""
 
 from __future__ import annotations
 
-import resource
-import sys
+import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from owl2.runtime.engine import Engine, Floats
+from owl2.runtime.engine import Floats
 from owl2.runtime.errors import ContextOverflowError
 from owl2.runtime.families.mplug_owl2 import positions
 from owl2.runtime.families.mplug_owl2.positions import Prompt
-from owl2.runtime.families.mplug_owl2.tokenizer import StreamDecoder, Tokenizer
-from owl2.runtime.images import ImageEncoder
+from owl2.runtime.families.mplug_owl2.tokenizer import StreamDecoder
 from owl2.runtime.kv_cache import KvCache
+from owl2.runtime.load import Loaded
+from owl2.runtime.memory import peak_memory
 from owl2.runtime.sampling import GenerationConfig, StopFilter, log_softmax, sample
 
-PREFILL_BLOCK = 256
-FinishReason = Literal["stop", "length", "context"]
+FinishReason = Literal["stop", "length", "context", "cancelled"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,22 +32,24 @@ class Chunk:
             chunk may carry text that was held back.
         token_id: the sampled id.
         logprob: natural log-probability of that id under the unmodified logits.
+        finish_reason: of the answer, in its last chunk; None before.
     """
 
     text: str
     token_id: int
     logprob: float
+    finish_reason: FinishReason | None = None
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Stats:
     """Figures of one generation; times in seconds, memory in bytes.
 
     Attributes:
-        prompt_tokens: merged positions of the prompt, images included.
+        prompt_tokens: positions of the prompt, image rows included.
         reused_tokens: of these, how many the KV cache already held.
         images_encoded: images that went through the vision tower.
-        generated_tokens: ids sampled, the end of sequence included.
+        generated_tokens: sampled ids, the end of sequence included.
         preprocess_seconds: reading and preprocessing the images given with this question.
         vision_seconds: in the vision tower.
         prefill_seconds: in the decoder, for the new prompt positions.
@@ -57,21 +57,21 @@ class Stats:
         decode_seconds: from the first sampled id to the last.
         peak_memory: largest resident size of the process so far.
         kv_cache_memory: of the K/V buffers.
-        kv_cache_positions: how many positions they have room for; they grow with the conversation.
+        kv_cache_positions: that the K/V buffers have room for; they grow with the conversation.
     """
 
-    prompt_tokens: int = 0
-    reused_tokens: int = 0
-    images_encoded: int = 0
-    generated_tokens: int = 0
-    preprocess_seconds: float = 0.0
-    vision_seconds: float = 0.0
-    prefill_seconds: float = 0.0
-    time_to_first_token: float = 0.0
-    decode_seconds: float = 0.0
-    peak_memory: int = 0
-    kv_cache_memory: int = 0
-    kv_cache_positions: int = 0
+    prompt_tokens: int
+    reused_tokens: int
+    images_encoded: int
+    generated_tokens: int
+    preprocess_seconds: float
+    vision_seconds: float
+    prefill_seconds: float
+    time_to_first_token: float
+    decode_seconds: float
+    peak_memory: int
+    kv_cache_memory: int
+    kv_cache_positions: int
 
     @property
     def tokens_per_second(self) -> float:
@@ -79,34 +79,27 @@ class Stats:
         return (self.generated_tokens - 1) / self.decode_seconds if self.decode_seconds > 0 else 0.0
 
 
-@dataclass(frozen=True)
-class Model:
-    """What a generation needs of a loaded bundle.
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A finished answer: a plain record that can be pickled.
 
     Attributes:
-        engine, tokenizer, encoder: do the work.
-        table: token embeddings [V, C].
-        eos_id: ends an answer.
-        steady_limit: sequences up to this length share their rotary angles. Dynamic scaling changes the angles of
-            longer ones, so that their keys cannot be reused; None where nothing changes.
+        text: without the stop string, if one ended it.
+        ids: the sampled ids, the end of sequence included.
+        logprobs: natural log-probability of each id under the unmodified logits.
+        finish_reason: ``stop`` (end of sequence or stop string), ``length`` (max_new_tokens), ``context`` (full) or
+            ``cancelled``.
+        stats: its figures.
     """
 
-    engine: Engine
-    tokenizer: Tokenizer
-    table: NDArray[np.floating[Any]]
-    eos_id: int
-    encoder: ImageEncoder
-    steady_limit: int | None
+    text: str
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: FinishReason
+    stats: Stats
 
-
-@dataclass
-class Run:
-    """State of one generation that its caller may read at any time."""
-
-    stats: Stats = field(default_factory=Stats)
-    ids: list[int] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    cancelled: bool = False
+    def __str__(self) -> str:
+        return self.text
 
 
 def check_context(cache: KvCache, prompt: Prompt) -> None:
@@ -126,105 +119,143 @@ def check_context(cache: KvCache, prompt: Prompt) -> None:
         )
 
 
-def reusable(model: Model, cache: KvCache, prompt: Prompt) -> int:
-    """How many positions of the cache the prompt can keep; at least its last one runs again, for its logits."""
-    shared = min(cache.shared_prefix(prompt.keys), len(prompt.keys) - 1)
-    longest = max(cache.longest, len(prompt.keys))
-    return 0 if model.steady_limit is not None and longest > model.steady_limit else shared
+def reuse(model: Loaded, cache: KvCache, prompt: Prompt, first: int) -> int:
+    """Truncate the cache to what it shares with the prompt before position ``first``; returns that length."""
+    shared = min(cache.shared_prefix(prompt.keys), first)
+    longest, steady = max(cache.longest, len(prompt.keys)), model.config.decoder.steady_limit
+    # Dynamic scaling changes the rotary angles of longer sequences, so that their keys cannot be reused.
+    cache.truncate(0 if steady is not None and longest > steady else shared)
+    return cache.length
 
 
-def prefill(model: Model, cache: KvCache, prompt: Prompt, run: Run) -> Floats | None:
-    """Bring ``cache`` to hold exactly the prompt and return its last position's logits [V]; None if cancelled.
+def image_rows(model: Loaded, prompt: Prompt, start: int) -> tuple[dict[str, Floats], int]:
+    """Rows [queries + 1, C] of the images at positions from ``start`` on, by digest, and how many were encoded."""
+    return model.encoder.rows([prompt.images[digest] for digest in positions.digests_of(prompt.keys[start:])])
 
-    Long prompts run in blocks, so that cancelling takes effect soon and memory stays bounded.
+
+def prefill(
+    model: Loaded, cache: KvCache, prompt: Prompt, rows: Mapping[str, Floats], first: int
+) -> Iterator[tuple[int, Floats]]:
+    """Run the positions of a prompt that the cache does not hold, in blocks; the cache ends up holding the prompt.
+
+    Args:
+        model: what runs.
+        cache: holds a beginning of the prompt, up to ``first`` at most; see :func:`reuse`.
+        prompt: merged positions.
+        rows: of the images from ``cache.length`` on; see :func:`image_rows`.
+        first: the first position whose logits are wanted.
+
+    Yields:
+        After each block its first wanted position, and the logits [R, V] from there to its end; R is 0 before
+        ``first``.
     """
-    stats, keys = run.stats, prompt.keys
-    reused = reusable(model, cache, prompt)
-    stats.prompt_tokens, stats.reused_tokens = len(keys), reused
-    start = time.perf_counter()
-    images = [prompt.images[digest] for digest in positions.digests_of(keys[reused:])]
-    rows, stats.images_encoded = model.encoder.rows(images)
-    encoded = time.perf_counter()
-    stats.vision_seconds = encoded - start
-    cache.truncate(reused)
+    keys, steady = prompt.keys, model.config.decoder.steady_limit
     # The rotary angles may depend on the whole length, so a prompt that changes them runs as one block.
-    whole = model.steady_limit is not None and len(keys) > model.steady_limit
-    block = len(keys) if whole else PREFILL_BLOCK
-    logits: Floats | None = None
+    block = len(keys) if steady is not None and len(keys) > steady else model.engine.block
     while cache.length < len(keys):
-        if run.cancelled:
-            return None
-        new = keys[cache.length : cache.length + block]
+        start = cache.length
+        new = keys[start : start + block]
         embeds, modality = positions.embed(new, model.table, rows)
-        last = np.array([len(new) - 1], dtype=np.int64)
-        logits = model.engine.prefill(embeds, modality, cache.length, cache.reserve(len(new)), last)[0]
+        skipped = min(max(first - start, 0), len(new))
+        asked = np.arange(min(skipped, len(new) - 1), len(new), dtype=np.int64)  # an engine is always asked for a row
+        logits = model.engine.prefill(embeds, modality, start, cache.reserve(len(new)), asked)
         cache.commit(new)
-    stats.prefill_seconds = time.perf_counter() - encoded
-    return logits
+        yield start + skipped, logits if skipped < len(new) else logits[:0]
 
 
-def generate(model: Model, cache: KvCache, prompt: Prompt, config: GenerationConfig, run: Run) -> Iterator[Chunk]:
-    """Generate from a merged prompt; yields a chunk per token and fills ``run`` as it goes.
+def prompt_logits(model: Loaded, cache: KvCache, prompt: Prompt, first: int = 0) -> Iterator[tuple[int, Floats]]:
+    """Logits of the positions from ``first`` on, as :func:`prefill`; what the cache holds before it is reused."""
+    start = reuse(model, cache, prompt, first)
+    rows, _ = image_rows(model, prompt, start)
+    return prefill(model, cache, prompt, rows, first)
+
+
+def generate(
+    model: Loaded,
+    cache: KvCache,
+    prompt: Prompt,
+    config: GenerationConfig,
+    cancelled: threading.Event,
+    preprocess_seconds: float = 0.0,
+) -> Generator[Chunk, None, Answer]:
+    """Answer a prompt, a chunk per token; returns the whole answer.
 
     The cache ends up holding the prompt and every generated id but the last, which was never fed back.
+
+    Args:
+        model: what runs.
+        cache: of the conversation; what it shares with the prompt is reused.
+        prompt: merged positions, less than the context.
+        config: how tokens are chosen and when to stop.
+        cancelled: looked at before each step.
+        preprocess_seconds: counted in the time to the first token.
     """
-    start = time.perf_counter() - run.stats.preprocess_seconds
+    began = time.perf_counter()
+    last = len(prompt.keys) - 1
+    reused = reuse(model, cache, prompt, last)
+    rows, encoded = image_rows(model, prompt, reused)
+    prefilling = time.perf_counter()
+    logits = None
+    for _, made in prefill(model, cache, prompt, rows, last):
+        logits = made[0] if len(made) and not cancelled.is_set() else None
+        if cancelled.is_set():
+            break
+    decoding = now = time.perf_counter()
+
     rng = np.random.default_rng(config.seed)
     decoder, stop = StreamDecoder(model.tokenizer), StopFilter(config.stop)
     history = [key for key in prompt.keys if isinstance(key, int)]
-    logits = prefill(model, cache, prompt, run)
-    while logits is not None and not run.cancelled:
+    texts: list[str] = []
+    ids: list[int] = []
+    logprobs: list[float] = []
+    reason: FinishReason | None = None
+    first_token = 0.0
+    while logits is not None and reason is None and not cancelled.is_set():
         token = sample(logits, config, rng, history)
-        _count_token(run, cache, token, start)
-        if token == model.eos_id:
-            run.finish_reason = "stop"
-            text = ""
+        now = time.perf_counter()
+        first_token = first_token or now
+        ids.append(token)
+        logprobs.append(float(log_softmax(logits)[token]))
+        text = ""
+        if token == model.config.decoder.eos_token_id:
+            reason = "stop"
         else:
             history.append(token)
             text, stopped = stop.feed(decoder.feed(token))
-            run.finish_reason = _finish(stopped, run, config, cache)
-        if run.finish_reason is not None:
-            text += _flush(decoder, stop)
-        yield Chunk(text, token, float(log_softmax(logits)[token]))
-        if run.finish_reason is not None:
-            return
-        logits = decode(model, cache, token)
+            if stopped:
+                reason = "stop"
+            elif len(ids) >= config.max_new_tokens:
+                reason = "length"
+            elif cache.length >= cache.context:
+                reason = "context"
+        if reason is not None:
+            rest, stopped = stop.feed(decoder.flush())
+            text += rest if stopped else rest + stop.flush()
+        texts.append(text)
+        yield Chunk(text, token, logprobs[-1], reason)
+        if reason is None and not cancelled.is_set():
+            logits = decode(model, cache, token)
+
+    stats = Stats(
+        prompt_tokens=len(prompt.keys),
+        reused_tokens=reused,
+        images_encoded=encoded,
+        generated_tokens=len(ids),
+        preprocess_seconds=preprocess_seconds,
+        vision_seconds=prefilling - began,
+        prefill_seconds=decoding - prefilling,
+        time_to_first_token=preprocess_seconds + first_token - began if ids else 0.0,
+        decode_seconds=now - first_token if ids else 0.0,
+        peak_memory=peak_memory(),
+        kv_cache_memory=cache.nbytes,
+        kv_cache_positions=cache.capacity,
+    )
+    return Answer("".join(texts), tuple(ids), tuple(logprobs), reason or "cancelled", stats)
 
 
-def decode(model: Model, cache: KvCache, token: int) -> Floats:
+def decode(model: Loaded, cache: KvCache, token: int) -> Floats:
     """Feed one generated id: -> logits [V]."""
     embeds, _ = positions.embed([token], model.table, {})
     logits = model.engine.decode(embeds, cache.length, cache.reserve(1))
     cache.commit([token])
     return logits
-
-
-def _count_token(run: Run, cache: KvCache, token: int, start: float) -> None:
-    elapsed = time.perf_counter() - start
-    run.ids.append(token)
-    stats = run.stats
-    stats.generated_tokens = len(run.ids)
-    if len(run.ids) == 1:
-        stats.time_to_first_token = elapsed
-    stats.decode_seconds = elapsed - stats.time_to_first_token
-    stats.peak_memory = peak_memory()
-    stats.kv_cache_memory, stats.kv_cache_positions = cache.nbytes, cache.capacity
-
-
-def _finish(stopped: bool, run: Run, config: GenerationConfig, cache: KvCache) -> FinishReason | None:
-    if stopped:
-        return "stop"
-    if len(run.ids) >= config.max_new_tokens:
-        return "length"
-    return "context" if cache.length >= cache.context else None
-
-
-def _flush(decoder: StreamDecoder, stop: StopFilter) -> str:
-    text, stopped = stop.feed(decoder.flush())
-    return text if stopped else text + stop.flush()
-
-
-def peak_memory() -> int:
-    """Largest resident size of this process so far, bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -46,11 +46,6 @@ class KvCache:
         return self._longest
 
     @property
-    def keys(self) -> tuple[Key, ...]:
-        """What each position holds."""
-        return tuple(self._keys)
-
-    @property
     def nbytes(self) -> int:
         """Memory of the buffers."""
         return 0 if self._buffers is None else self._buffers.nbytes
@@ -97,6 +92,12 @@ class KvCache:
         del self._keys[length:]
         if not self._keys:
             self._longest = 0
+
+    def fork(self, other: KvCache) -> None:
+        """Copy the content into ``other``, an empty cache of the same engine."""
+        if self._buffers is not None:
+            other._buffers = self._engine.allocate(self._buffers.capacity, self._buffers)
+        other._keys, other._longest = list(self._keys), self._longest
 
     def clear(self) -> None:
         """Forget everything and release the buffers."""

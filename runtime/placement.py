@@ -1,29 +1,33 @@
-"""The name of what a bundle runs on: ``cpu``, ``cuda``, ``cuda:1``, ``tensorrt``."""
+"""Names of devices: ``cpu``, ``cuda``, ``cuda:1``, ``tensorrt``."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from importlib.metadata import entry_points
+from typing import Literal
 
 from owl2.runtime.config import require
 
-DeviceKind = Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx"]
 EngineKind = Literal["tensorrt", "tensorrt-rtx"]
-KINDS: tuple[DeviceKind, ...] = get_args(DeviceKind)
+KINDS = ("cpu", "cuda", "tensorrt", "tensorrt-rtx")
+"""Kinds of device this package runs on by itself."""
+BACKEND_ENTRY_POINTS = "owl2.backends"
+"""Group of entry points that add a kind of device: its name, and the :data:`.Backend` that runs it."""
 CPU = "cpu"
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """What graphs run on.
+    """The device that graphs run on.
 
     Attributes:
-        kind: the CPU, an NVIDIA GPU through CUDA kernels, or one through engines of TensorRT or TensorRT for RTX.
-        index: which of several GPUs.
+        kind: ``cpu``; ``cuda`` for an NVIDIA GPU through CUDA kernels; ``tensorrt`` or ``tensorrt-rtx`` for one through
+            engines; or what another package adds.
+        index: which of several such devices.
     """
 
-    kind: DeviceKind = "cpu"
+    kind: str = CPU
     index: int = 0
 
     @classmethod
@@ -31,15 +35,16 @@ class Placement:
         """Read ``kind`` or ``kind:index``.
 
         Raises:
-            ConfigError: the kind is not known, the index is no number, or one is given for the CPU.
+            ConfigError: the kind is not known, the index is not a number, or the CPU was given one.
         """
-        kind, colon, index = text.partition(":")
-        numbered = [f"{name}[:N]" for name in KINDS if name != CPU]
+        kind, colon, index = str(text).partition(":")
+        known = KINDS if kind in KINDS else (*KINDS, *entry_points(group=BACKEND_ENTRY_POINTS).names)
+        numbered = [f"{name}[:N]" for name in known if name != CPU]
         require(
-            kind in KINDS and (not colon or (kind != CPU and re.fullmatch("[0-9]{1,3}", index) is not None)),
-            f"device {text!r} is not known; give {CPU}, {' or '.join(numbered)}, as in cuda:1",
+            kind in known and (not colon or (kind != CPU and re.fullmatch("[0-9]{1,3}", index) is not None)),
+            f"device {text!r} is not known; use {CPU}, {' or '.join(numbered)}, as in cuda:1",
         )
-        return cls(cast(DeviceKind, kind), int(index or 0))
+        return cls(kind, int(index or 0))
 
     @property
     def on_host(self) -> bool:
@@ -48,3 +53,7 @@ class Placement:
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.index}" if self.index else self.kind
+
+
+HOST = Placement()
+"""The CPU."""

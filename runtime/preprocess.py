@@ -1,11 +1,7 @@
 """From an image to the vision tower's input, byte for byte as the original implementation prepares it.
 
-Three modes (:class:`owl2.runtime.config.PreprocessConfig`), all followed by the CLIP processor, which scales
-the shorter edge to ``size``, crops the centre and normalises:
-
-* ``resize`` squares the image to its longer side first, without keeping its proportions;
-* ``pad`` pastes it on a square of the mean colour;
-* ``crop`` does neither.
+:data:`MODES` say what happens first. Then the CLIP processor scales the shorter edge to ``size``, crops the centre and
+normalises.
 """
 
 from __future__ import annotations
@@ -13,15 +9,16 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypeAlias, get_args
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from owl2.runtime.config import PreprocessConfig, PreprocessMode
-from owl2.runtime.errors import ConfigError, ImageError
+from owl2.runtime.config import PreprocessConfig, require
+from owl2.runtime.errors import ImageError
 
 ImageInput: TypeAlias = str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
 
@@ -61,12 +58,12 @@ def load_image(source: ImageInput, max_pixels: int = MAX_PIXELS) -> Image.Image:
     if isinstance(source, str | os.PathLike):
         return _from_file(Path(source), max_pixels)
     raise ImageError(
-        f"an image cannot be given as {type(source).__name__}; "
-        "pass a path, a PIL.Image.Image or a uint8 array [H, W, 3]"
+        f"an image cannot be given as {type(source).__name__}; pass a path, a PIL.Image.Image or a uint8 array "
+        "[H, W, 3]; PIL.Image.open(file) reads an open file, and io.BytesIO(data) makes one of bytes"
     )
 
 
-def preprocess(image: Image.Image, config: PreprocessConfig, mode: PreprocessMode | None = None) -> NDArray[np.float32]:
+def preprocess(image: Image.Image, config: PreprocessConfig, mode: str | None = None) -> NDArray[np.float32]:
     """Turn an RGB image into the vision tower's input.
 
     Args:
@@ -83,16 +80,19 @@ def preprocess(image: Image.Image, config: PreprocessConfig, mode: PreprocessMod
     """
     if image.mode != "RGB":
         raise ImageError(f"preprocess expects an RGB image, got mode {image.mode}; pass it through load_image")
-    match mode or config.mode:
-        case "resize":
-            image = _squared(image)
-        case "pad":
-            image = _padded(image)
-        case "crop":
-            pass
-        case other:
-            raise ConfigError(f"preprocess {other!r} is not known; use {', '.join(get_args(PreprocessMode))}")
+    mode = config.mode if mode is None else mode
+    check_mode(mode)
+    image = MODES[mode](image)
     return _normalised(_centre_crop(_short_edge_to(image, config.size), config.crop_size), config)
+
+
+def check_mode(mode: str) -> None:
+    """Refuse a mode of preprocessing that is not one of :data:`MODES`.
+
+    Raises:
+        ConfigError: with the known ones.
+    """
+    require(isinstance(mode, str) and mode in MODES, f"preprocess {mode!r} is not known; use {', '.join(MODES)}")
 
 
 def digest(pixels: NDArray[np.float32]) -> str:
@@ -189,6 +189,14 @@ def _padded(image: Image.Image) -> Image.Image:
     canvas = Image.new("RGB", (side, side), PAD_COLOUR)
     canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return canvas
+
+
+MODES: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "resize": _squared,  # to its longer side, without keeping the proportions: README's quick start
+    "pad": _padded,  # pasted on a square of the mean colour: Q-Align
+    "crop": lambda image: image,
+}
+"""Modes of preprocessing by name: from an RGB image to the one that the CLIP processor gets."""
 
 
 def _short_edge_to(image: Image.Image, size: int) -> Image.Image:

@@ -6,9 +6,11 @@ The logit of a filtered token becomes -inf. Rows are float32 [V].
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +33,8 @@ class GenerationConfig:
         min_p: least probability of a candidate, relative to the most likely one; 0 for all.
         repetition_penalty: above 1 makes tokens that occurred less likely, below 1 more likely.
         seed: makes sampling reproducible; None draws a fresh one.
-        stop: the answer ends before any of these texts, besides the end-of-sequence token.
+        stop: a text or several; the answer ends before the first of them, or at the end-of-sequence token. Kept as a
+            tuple.
     """
 
     max_new_tokens: int = 512
@@ -41,13 +44,22 @@ class GenerationConfig:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
-    stop: tuple[str, ...] = ()
+    stop: str | Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        elif isinstance(self.stop, Sequence):
+            object.__setattr__(self, "stop", tuple(self.stop))
         for name in ("max_new_tokens", "top_k", "seed"):
             value = getattr(self, name)
-            whole = isinstance(value, int) or (name == "seed" and value is None)
-            require(whole, f"{name} {value!r} must be a whole number")
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            require(whole or (name == "seed" and value is None), f"{name} {value!r} must be a whole number")
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            value = getattr(self, name)
+            require(
+                isinstance(value, int | float) and not isinstance(value, bool), f"{name} {value!r} must be a number"
+            )
         require(self.max_new_tokens >= 1, f"max_new_tokens {self.max_new_tokens} must be at least 1")
         require(
             0 <= self.temperature < math.inf,
@@ -63,8 +75,34 @@ class GenerationConfig:
         require(self.seed is None or self.seed >= 0, f"seed {self.seed} must be None or a number from 0 upwards")
         require(
             isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop),
-            f"stop {self.stop!r} must be a tuple of non-empty strings, such as ('###',)",
+            f"stop {self.stop!r} must be a non-empty string, or several, such as '###' or ['###', '</s>']",
         )
+
+    def with_options(self, options: Mapping[str, object]) -> GenerationConfig:
+        """A copy with some fields replaced.
+
+        Raises:
+            ConfigError: a name that is not a field, or a value outside its range.
+        """
+        names = [field.name for field in fields(self)]
+        for name in options:
+            close = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            require(name in names, f"{name} is not an option of generation; {hint}known: {', '.join(names)}")
+        return replace(self, **options)  # type: ignore[arg-type]
+
+
+class GenerationOptions(TypedDict, total=False):
+    """The fields of :class:`GenerationConfig`, as keywords."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int | None
+    stop: str | Sequence[str]
 
 
 def log_softmax(logits: Logits) -> Logits:

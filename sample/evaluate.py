@@ -23,9 +23,9 @@ from network import hidden_rows
 from PIL import Image
 from probes import KINDS, MAIN_KINDS, Probe, as_example, probes
 
+from owl2 import Owl2
 from owl2.export.checkpoint.checkpoint import Checkpoint
 from owl2.quant.models.mplug_owl2 import Owl2Model
-from owl2.runtime import Owl2
 from owl2.runtime.spec import KvType
 
 LONGEST_ANSWER = 64

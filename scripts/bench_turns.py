@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from owl2.runtime import Answer, Owl2, Stats
+from owl2 import Answer, Owl2, Stats
 from owl2.runtime.families.mplug_owl2.template import Message, render
 
 FIRST, SECOND = "What shapes are there?", "Which of them is the largest?"

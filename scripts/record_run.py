@@ -22,11 +22,10 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from owl2.runtime import Owl2
+from owl2 import Owl2
 from owl2.runtime.backends.ort.engine import OrtEngine, OrtOptions
 from owl2.runtime.bundle import Bundle
-from owl2.runtime.config import PreprocessMode
-from owl2.runtime.evaluation.certificate import golden_positions, read_goldens, run_golden
+from owl2.runtime.evaluation.verify import golden_positions, read_goldens, run_golden
 from owl2.runtime.families.mplug_owl2.positions import Prompt, embed, encode_prompt
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
 from owl2.runtime.images import ImageEncoder, prepare_images
@@ -41,7 +40,7 @@ class Scenario:
     prompt: str
     images: Sequence[ImageInput]
     max_new_tokens: int = 0
-    preprocess: PreprocessMode | None = None
+    preprocess: str | None = None
 
 
 def read_cases(bundle: Bundle, path: Path) -> list[Scenario]:

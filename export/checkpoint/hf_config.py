@@ -15,7 +15,6 @@ from owl2.runtime.config import (
     DecoderConfig,
     ModelConfig,
     PreprocessConfig,
-    PreprocessMode,
     RopeScaling,
     VisionConfig,
     require,
@@ -144,7 +143,7 @@ def _preprocess(source: Json, image_aspect_ratio: str | None) -> PreprocessConfi
     )
     # Anything but "pad" goes straight to the CLIP processor in the official code; a config that says nothing
     # gets the square resize of the official quick start.
-    modes: dict[str | None, PreprocessMode] = {"pad": "pad", None: "resize"}
+    modes: dict[str | None, str] = {"pad": "pad", None: "resize"}
     return PreprocessConfig(
         mode=modes.get(image_aspect_ratio, "crop"),
         size=_edge(source, "size", "shortest_edge"),

@@ -18,11 +18,11 @@ from owl2.quant.models.mplug_owl2 import DecoderLayer, Routing
 from owl2.quant.models.mplug_owl2.decoder import KeyValue
 from owl2.quant.models.mplug_owl2.owl2 import rotary_slice
 from owl2.runtime.config import ModelConfig
-from owl2.runtime.engine import Floats, Ints, KvBuffers
+from owl2.runtime.engine import PREFILL_BLOCK, Floats, Ints, KvBuffers
 from owl2.runtime.errors import BackendError, BundleError, CheckpointError
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
-from owl2.runtime.generate import Model
 from owl2.runtime.images import ImageEncoder
+from owl2.runtime.load import Loaded
 
 # Layers are kept in memory if all of them in float32 take at most this share of the machine's; otherwise each
 # step reads them from the mapped checkpoint again, which is slow but needs the memory of one.
@@ -52,6 +52,19 @@ class TorchEngine:
         self._norm = load_norm(checkpoint)
         self._head = checkpoint.tensor(head_name(checkpoint))
         self._layer = _layers(checkpoint)
+
+    @property
+    def context(self) -> None:
+        """Only the model limits it."""
+        return None
+
+    @property
+    def block(self) -> int:
+        """New positions of a prefill step."""
+        return PREFILL_BLOCK
+
+    def close(self) -> None:
+        """Nothing to give back that the garbage collector does not."""
 
     @torch.no_grad()
     def encode_images(self, pixels: Floats) -> Floats:
@@ -88,7 +101,7 @@ class TorchEngine:
         return logits
 
 
-def open_checkpoint(folder: Path) -> tuple[Model, ModelConfig]:
+def open_checkpoint(folder: Path) -> tuple[Loaded, ModelConfig]:
     """Load an official checkpoint as the runtime loads a bundle; it stays open while the model lives.
 
     Raises:
@@ -102,8 +115,8 @@ def open_checkpoint(folder: Path) -> tuple[Model, ModelConfig]:
     config = checkpoint.config
     engine = TorchEngine(checkpoint)
     table = load_table(checkpoint).numpy()
-    decoder = config.decoder
-    model = Model(engine, tokenizer, table, decoder.eos_token_id, ImageEncoder(engine), decoder.steady_limit)
+    context = config.decoder.max_position_embeddings
+    model = Loaded(str(folder), config, engine, tokenizer, table, ImageEncoder(engine), context)
     return model, config
 
 

@@ -21,8 +21,8 @@ from owl2.export.written_bundle import WrittenBundle
 from owl2.runtime import spec
 from owl2.runtime.backends.ort.engine import OrtBuffers
 from owl2.runtime.engine import DecoderEngine, Floats, Ints
-from owl2.runtime.evaluation.certificate import stepwise_logits
 from owl2.runtime.evaluation.divergence import Divergence, divergence
+from owl2.runtime.evaluation.verify import stepwise_logits
 from owl2.runtime.families.mplug_owl2.positions import embed
 from owl2.runtime.images import PreparedImage
 

@@ -1,4 +1,4 @@
-"""Writing a bundle's certificate, which :mod:`owl2.runtime.evaluation.certificate` replays on a device."""
+"""Writing a bundle's certificate, which :mod:`owl2.runtime.evaluation.verify` replays on a device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from owl2.quant.calibration.samples import probe_samples
 from owl2.runtime import spec
 from owl2.runtime.bundle import WeightFormat
 from owl2.runtime.engine import DecoderEngine, Floats
-from owl2.runtime.evaluation.certificate import (
+from owl2.runtime.evaluation.verify import (
     Baseline,
     Golden,
     distance,

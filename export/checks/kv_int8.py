@@ -14,7 +14,7 @@ from owl2.export.checks.parity import rms
 from owl2.export.graph.kv_int8 import MINIMUM_ONNXRUNTIME
 from owl2.export.report import KvInt8
 from owl2.runtime import spec
-from owl2.runtime.bundle import is_older
+from owl2.runtime.backends.ort.installation import is_older
 from owl2.runtime.config import DecoderConfig
 from owl2.runtime.engine import Floats, Ints
 from owl2.runtime.errors import ParityError

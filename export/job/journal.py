@@ -37,8 +37,8 @@ from owl2.export.report import Parity, PartReport
 from owl2.export.vision import ExportedVision
 from owl2.quant.layer import ModuleReport
 from owl2.runtime import spec
-from owl2.runtime.bundle import HASH_BLOCK, hash_file
 from owl2.runtime.config import from_json
+from owl2.runtime.verification import HASH_BLOCK, hash_file
 from owl2.runtime.version import __version__
 
 Array = NDArray[Any]

@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from owl2.runtime.generate import peak_memory
+from owl2.runtime.memory import peak_memory
 
 SAMPLING_SECONDS = 0.1
 

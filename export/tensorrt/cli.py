@@ -142,7 +142,7 @@ def engine(
     with ExitStack() as stack:
         reporter: Reporter = Notes() if as_json else stack.enter_context(Terminal())
         request = Request(kind, gpu, context, prefill, images, workspace)
-        report = build(Bundle.open(bundle, onnxruntime=False), request, reporter)
+        report = build(Bundle.open(bundle), request, reporter)
     if as_json:
         click.echo(json.dumps(report.to_json(), indent=2))
     else:

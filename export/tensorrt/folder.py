@@ -17,8 +17,9 @@ from owl2.export.tensorrt.target import BuildTarget
 from owl2.runtime import spec
 from owl2.runtime.backends.tensorrt import records
 from owl2.runtime.backends.tensorrt.records import DECODER_ENGINE, VISION_ENGINE, EngineRecord, folder_name
-from owl2.runtime.bundle import Bundle, FileEntry, Manifest, hash_file
+from owl2.runtime.bundle import Bundle, Manifest
 from owl2.runtime.errors import ExportError
+from owl2.runtime.verification import FileEntry, hash_file
 
 SOURCES = {
     DECODER_ENGINE: (spec.DECODER_GRAPH, spec.DECODER_GRAPH + ".data"),

@@ -11,9 +11,9 @@ from typing import Any
 
 import click
 
-from owl2.runtime.answer import Answer
-from owl2.runtime.cli.console import describe, duration, notice_context, reports_errors, stream
+from owl2.runtime.cli.console import describe, duration, notice_context, reports_errors, write
 from owl2.runtime.cli.options import Options, bundle_argument, model_options
+from owl2.runtime.generate import Answer
 from owl2.runtime.preprocess import load_image
 
 
@@ -44,11 +44,14 @@ def ask(options: Options, bundle: Path, question: str, images: tuple[Path, ...],
     start = time.perf_counter()
     owl = options.load(bundle)
     loaded = time.perf_counter() - start
-    answer = options.ask(owl.chat(), text, opened)
+    stream = options.stream(owl.chat(), text, opened)
     if as_json:
-        click.echo(json.dumps(_record(answer, loaded), indent=2))
+        for _ in stream:
+            pass
+        click.echo(json.dumps(_record(stream.answer, loaded), indent=2))
     else:
-        stream(answer)
+        write(stream)
+    answer = stream.answer
     notice_context(answer, owl.context)
     if options.stats:
         click.echo(f"loaded in {duration(loaded)}\n{describe(answer)}", err=True)
@@ -56,9 +59,8 @@ def ask(options: Options, bundle: Path, question: str, images: tuple[Path, ...],
 
 def _record(answer: Answer, loaded: float) -> dict[str, Any]:
     """The whole answer with its figures: seconds, bytes and counts."""
-    text = answer.text
     return {
-        "text": text,
+        "text": answer.text,
         "finish_reason": answer.finish_reason,
         **asdict(answer.stats),
         "tokens_per_second": answer.stats.tokens_per_second,

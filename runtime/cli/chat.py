@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 from PIL import Image
 
-from owl2.runtime.answer import Answer
+from owl2.runtime.chat import Chat
 from owl2.runtime.cli.console import (
     describe,
     notice,
@@ -20,12 +20,12 @@ from owl2.runtime.cli.console import (
     notice_interrupt,
     report,
     reports_errors,
-    stream,
+    write,
 )
 from owl2.runtime.cli.options import Options, bundle_argument, model_options
 from owl2.runtime.config import PreprocessConfig
 from owl2.runtime.errors import ContextOverflowError, ImageError, Owl2Error
-from owl2.runtime.owl import Chat
+from owl2.runtime.generate import Answer
 from owl2.runtime.preprocess import load_image, preprocess
 from owl2.runtime.version import __version__
 
@@ -139,17 +139,17 @@ def _obey(session: Session, line: str) -> None:
 
 
 def _ask(session: Session, question: str) -> None:
-    answer = session.options.ask(session.chat, question, session.images)
+    stream = session.options.stream(session.chat, question, session.images)
     try:
-        stream(answer)
+        write(stream)
     except KeyboardInterrupt:
-        if answer.state == "finished":  # it came too late to stop anything
-            _keep(session, answer)
+        if stream.finished:  # it came too late to stop anything
+            _keep(session, stream.answer)
             raise
         waiting = f"; {_count(session.images)} for the next one" if session.images else ""
         notice_interrupt(f"stopped; the conversation is as it was before this question{waiting}")
         return
-    _keep(session, answer)
+    _keep(session, stream.answer)
 
 
 def _keep(session: Session, answer: Answer) -> None:

@@ -12,8 +12,10 @@ from typing import Any, TextIO
 
 import click
 
-from owl2.runtime.answer import Answer
+from owl2.runtime.chat import AnswerStream
 from owl2.runtime.errors import Owl2Error, Owl2Warning
+from owl2.runtime.generate import Answer
+from owl2.runtime.verification import LoadProgress, OnProgress
 
 STOPPED = 130
 """Exit code of a program ended by Ctrl-C: 128 + SIGINT."""
@@ -87,16 +89,38 @@ def _notices_of_warnings() -> Iterator[None]:
         yield
 
 
-def stream(answer: Answer) -> None:
+@contextmanager
+def load_progress() -> Iterator[OnProgress | None]:
+    """A bar on stderr while files are hashed, if that is a terminal and it takes more than a moment."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    bar: Any = None
+
+    def show(progress: LoadProgress) -> None:
+        nonlocal bar
+        if progress.stage == "verifying" and bar is None and progress.done < progress.total:
+            bar = click.progressbar(length=progress.total, label="verifying", file=sys.stderr).__enter__()
+        if progress.stage == "verifying" and bar is not None:
+            bar.update(progress.done - bar.pos)
+
+    try:
+        yield show
+    finally:
+        if bar is not None:
+            bar.render_finish()
+
+
+def write(stream: AnswerStream) -> None:
     """Write an answer to stdout while it is generated, and a line break where it ends or breaks off."""
     written = False
     try:
-        for chunk in answer:
+        for chunk in stream:
             sys.stdout.write(shown(chunk.text))
             sys.stdout.flush()
             written = written or bool(chunk.text)
     finally:
-        if written or answer.state == "finished":
+        if written or stream.finished:
             sys.stdout.write("\n")
             sys.stdout.flush()
 

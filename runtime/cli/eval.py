@@ -23,7 +23,7 @@ from owl2.runtime.cli.options import (
     preprocess_option,
     threads_option,
 )
-from owl2.runtime.config import PreprocessMode, require
+from owl2.runtime.config import require
 from owl2.runtime.evaluation.data import Item, read_items
 from owl2.runtime.evaluation.divergence import Divergence
 from owl2.runtime.evaluation.measure import MAX_NEW_TOKENS, Measured, measure
@@ -107,7 +107,7 @@ def eval_command(  # noqa: PLR0913 - one parameter per option
     max_new_tokens: int,
     as_json: bool,
     with_items: bool,
-    preprocess: PreprocessMode | None,
+    preprocess: str | None,
     threads: int | None,
     context: int | None,
     device: str,

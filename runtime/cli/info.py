@@ -11,16 +11,9 @@ from typing import Any
 import click
 
 from owl2.runtime import spec
-from owl2.runtime.backends.ort.installation import onnxruntime_version
+from owl2.runtime.backends.ort.installation import check_onnxruntime, is_older, onnxruntime_version
 from owl2.runtime.backends.tensorrt.records import EngineRecord, check_all
-from owl2.runtime.bundle import (
-    Manifest,
-    WeightFormat,
-    check_files,
-    check_onnxruntime,
-    is_older,
-    read_manifest,
-)
+from owl2.runtime.bundle import Manifest, WeightFormat, check_files, read_manifest
 from owl2.runtime.cli.console import notice, reports_errors, size
 from owl2.runtime.cli.options import bundle_argument
 from owl2.runtime.config import DecoderConfig
@@ -223,7 +216,7 @@ def _origin(findings: Findings) -> list[Row]:
             "onnxruntime",
             f"{manifest.minimum_onnxruntime} or newer needed, {findings.onnxruntime or 'none'} installed",
         ),
-        ("template", manifest.template),
+        ("family", manifest.family),
     ]
 
 

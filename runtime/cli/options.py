@@ -6,16 +6,17 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import click
 from PIL import Image
 
-from owl2.runtime.answer import Answer
-from owl2.runtime.config import PreprocessMode
+from owl2.runtime.chat import AnswerStream, Chat
+from owl2.runtime.cli.console import load_progress
 from owl2.runtime.errors import ConfigError
-from owl2.runtime.owl import Chat, GenerationOptions, Owl2
+from owl2.runtime.owl import Owl2
 from owl2.runtime.placement import CPU, KINDS, Placement
+from owl2.runtime.preprocess import MODES
 from owl2.runtime.sampling import GenerationConfig
 from owl2.runtime.spec import KvType
 
@@ -24,7 +25,7 @@ DEFAULTS = GenerationConfig()
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
 preprocess_option = click.option(
     "--preprocess",
-    type=click.Choice(get_args(PreprocessMode)),
+    type=click.Choice(tuple(MODES)),
     help="How images become square; the bundle's own mode if not given.",
 )
 threads_option = click.option("--threads", type=int, help="Threads of the CPU; ONNX Runtime's choice if not given.")
@@ -56,6 +57,9 @@ kv_cache_option = click.option(
     "quarter of fp32's memory, at a small loss that owl2 info shows.",
 )
 
+verify_option = click.option(
+    "--verify", is_flag=True, help="Hash every file again, also those that have not changed since the last time."
+)
 memory_option = click.option(
     "--memory-check/--no-memory-check",
     "check_memory",
@@ -70,9 +74,9 @@ class Options:
     """What the user asked of the model.
 
     Attributes:
-        threads, context, device, kv_cache, check_memory: as in :meth:`Owl2.load`.
+        threads, context, device, kv_cache, check_memory, verify: as in :meth:`Owl2.load`.
         preprocess: how images are squared; None for the bundle's own mode.
-        generation: fields of :class:`GenerationConfig`.
+        generation: how answers are generated.
         stats: whether figures follow an answer.
     """
 
@@ -81,24 +85,28 @@ class Options:
     device: str
     kv_cache: KvType | None
     check_memory: bool
-    preprocess: PreprocessMode | None
-    generation: GenerationOptions
+    verify: bool
+    preprocess: str | None
+    generation: GenerationConfig
     stats: bool
 
     def load(self, bundle: Path) -> Owl2:
         """Verify and load a bundle; raises as :meth:`Owl2.load`."""
-        return Owl2.load(
-            bundle,
-            threads=self.threads,
-            device=self.device,
-            context=self.context,
-            kv_cache=self.kv_cache,
-            check_memory=self.check_memory,
-        )
+        with load_progress() as progress:
+            return Owl2.load(
+                bundle,
+                threads=self.threads,
+                device=self.device,
+                context=self.context,
+                kv_cache=self.kv_cache,
+                check_memory=self.check_memory,
+                verify=self.verify,
+                progress=progress,
+            )
 
-    def ask(self, chat: Chat, question: str, images: Sequence[Image.Image]) -> Answer:
-        """Ask in ``chat``; raises as :meth:`Chat.ask`."""
-        return chat.ask(question, images, preprocess=self.preprocess, **self.generation)
+    def stream(self, chat: Chat, question: str, images: Sequence[Image.Image]) -> AnswerStream:
+        """Ask in ``chat``; raises as :meth:`Chat.stream`."""
+        return chat.stream(question, images, preprocess=self.preprocess, config=self.generation)
 
 
 def model_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -110,10 +118,9 @@ def model_options(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def gathered(**given: Any) -> None:  # noqa: ANN401 - click's parameters
-        generation = {field.name: given.pop(field.name) for field in fields(GenerationConfig)}
-        GenerationConfig(**generation)
+        generation = GenerationConfig(**{field.name: given.pop(field.name) for field in fields(GenerationConfig)})
         others = {field.name: given.pop(field.name) for field in fields(Options) if field.name in given}
-        command(options=Options(generation=cast(GenerationOptions, generation), **others), **given)
+        command(options=Options(generation=generation, **others), **given)
 
     for add in reversed(_OPTIONS):
         gathered = add(gathered)
@@ -141,5 +148,6 @@ _OPTIONS = (
     device_option,
     kv_cache_option,
     memory_option,
+    verify_option,
     click.option("--stats", is_flag=True, help="Write token counts and timings to stderr after an answer."),
 )

@@ -11,7 +11,7 @@ import click
 
 from owl2.runtime.cli.console import duration, reports_errors
 from owl2.runtime.cli.options import bundle_argument, device_option, memory_option, threads_option
-from owl2.runtime.evaluation.certificate import Replay, Verdict, verify
+from owl2.runtime.evaluation.verify import Replay, Verdict, verify
 from owl2.runtime.placement import Placement
 
 

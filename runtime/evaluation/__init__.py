@@ -2,7 +2,7 @@
 
 Example::
 
-    from owl2.runtime import Owl2
+    from owl2 import Owl2
     from owl2.runtime.evaluation import Subject, measure, read_items, summarise
 
     subject = Subject.of(Owl2.load("bundle/"), "bundle")

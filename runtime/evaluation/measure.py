@@ -197,7 +197,7 @@ def _rank(model: Subject, task: Choice, prompt: Prompt, images: Sequence[Prepare
     sums, counts = [], []
     for choice in task.choices:
         whole = model.encode(messages(task, choice), images)
-        if whole.keys[-1] == model.model.eos_id:
+        if whole.keys[-1] == model.config.decoder.eos_token_id:
             whole = Prompt(whole.keys[:-1], whole.images)
         start = _shared(prompt.keys, whole.keys)
         ids = _ids(whole.keys[start:])

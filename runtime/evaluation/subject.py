@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
@@ -11,15 +12,17 @@ import numpy as np
 from PIL import Image
 
 from owl2.runtime import spec
-from owl2.runtime.config import ModelConfig, PreprocessMode
-from owl2.runtime.engine import Floats, Ints
+from owl2.runtime.chat import AnswerStream, run
+from owl2.runtime.config import ModelConfig
+from owl2.runtime.engine import PREFILL_BLOCK, Floats, Ints
 from owl2.runtime.errors import BackendError, BundleError, ReferenceModelError
 from owl2.runtime.families.mplug_owl2 import positions
 from owl2.runtime.families.mplug_owl2.positions import Prompt
 from owl2.runtime.families.mplug_owl2.template import Message, render
-from owl2.runtime.generate import PREFILL_BLOCK, Model, Run, generate, reusable
+from owl2.runtime.generate import generate, prompt_logits
 from owl2.runtime.images import PreparedImage, prepare_images
 from owl2.runtime.kv_cache import KvCache
+from owl2.runtime.load import Loaded
 from owl2.runtime.owl import Owl2
 from owl2.runtime.placement import CPU
 from owl2.runtime.sampling import GenerationConfig
@@ -43,19 +46,19 @@ class Subject:
     """
 
     name: str
-    model: Model
+    model: Loaded
     config: ModelConfig
     context: int
-    preprocess: PreprocessMode | None = None
+    preprocess: str | None = None
     cache: KvCache = field(init=False)
 
     def __post_init__(self) -> None:
         self.cache = KvCache(self.model.engine, self.context)
 
     @classmethod
-    def of(cls, owl: Owl2, name: str, preprocess: PreprocessMode | None = None) -> Subject:
+    def of(cls, owl: Owl2, name: str, preprocess: str | None = None) -> Subject:
         """A loaded bundle."""
-        return cls(name, owl._model, owl.config, owl.context, preprocess)
+        return cls(name, owl.model, owl.config, owl.context, preprocess)
 
     def open(self, images: Sequence[Image.Image]) -> list[PreparedImage]:
         """Preprocess images as this model wants them."""
@@ -90,37 +93,25 @@ class Subject:
         Raises:
             BackendError: a logit is NaN or infinite.
         """
-        model, cache, keys = self.model, self.cache, prompt.keys
-        cache.truncate(min(reusable(model, cache, prompt), first))
-        images = [prompt.images[digest] for digest in positions.digests_of(keys[cache.length :])]
-        rows, _ = model.encoder.rows(images)
-        # The rotary angles may depend on the whole length, so a prompt that changes them runs as one block.
-        whole = model.steady_limit is not None and len(keys) > model.steady_limit
-        block = len(keys) if whole else PREFILL_BLOCK
-        while cache.length < len(keys):
-            start = cache.length
-            new = keys[start : start + block]
-            embeds, modality = positions.embed(new, model.table, rows)
-            skipped = min(max(first - start, 0), len(new) - 1)  # an engine is always asked for a row
-            wanted = np.arange(skipped, len(new), dtype=np.int64)
-            logits = model.engine.prefill(embeds, modality, start, cache.reserve(len(new)), wanted)
-            cache.commit(new)
-            if start + skipped < first:
-                continue
+        for position, logits in prompt_logits(self.model, self.cache, prompt, first):
             if not np.isfinite(logits).all():
                 raise BackendError(
                     f"{self.name}: logits are NaN or infinite: the model's arithmetic overflowed; "
                     "use another device or a bundle of higher precision"
                 )
             for i in range(0, len(logits), PREFILL_BLOCK):
-                yield start + skipped + i, logits[i : i + PREFILL_BLOCK]
+                yield position + i, logits[i : i + PREFILL_BLOCK]
 
     def answer(self, prompt: Prompt, max_new_tokens: int) -> tuple[str, str]:
         """The greedy answer to a prompt, and why it ended; the cache's share of the prompt is reused."""
-        run = Run()
         config = GenerationConfig(max_new_tokens=max_new_tokens)
-        text = "".join(chunk.text for chunk in generate(self.model, self.cache, prompt, config, run))
-        return text, run.finish_reason or ""
+        stream = AnswerStream(
+            generate(self.model, self.cache, prompt, config, (cancelled := threading.Event())),
+            cancelled,
+            threading.Lock(),
+        )
+        answer = run(stream)
+        return answer.text, answer.finish_reason
 
 
 def modality_of(prompt: Prompt) -> Ints:
@@ -146,7 +137,7 @@ def open_reference(
     """
     if is_bundle(path):
         owl = Owl2.load(path, threads=threads, device=device, context=subject.context, check_memory=check_memory)
-        model, config = owl._model, owl.config
+        model, config = owl.model, owl.config
     else:
         model, config = _open_checkpoint(path)
     ours, theirs = subject.config, config
@@ -175,7 +166,7 @@ def is_bundle(path: Path) -> bool:
     raise BundleError(f"{path} is neither a bundle ({spec.MANIFEST}) nor an official checkpoint (config.json)")
 
 
-def _open_checkpoint(path: Path) -> tuple[Model, ModelConfig]:
+def _open_checkpoint(path: Path) -> tuple[Loaded, ModelConfig]:
     found = entry_points(group=REFERENCES, name=CHECKPOINT)
     hint = "to compare with a checkpoint, pip install 'owl2[export]'; another bundle can be compared without it"
     if not found:

@@ -20,10 +20,10 @@ from typing import Literal
 from owl2.runtime import spec
 from owl2.runtime.bundle import Manifest, WeightFormat
 from owl2.runtime.config import DecoderConfig, ModelConfig, require
+from owl2.runtime.engine import PREFILL_BLOCK
 from owl2.runtime.fit.machine import DetectedDevice, Memory
 from owl2.runtime.fit.products import GIB, Product
-from owl2.runtime.generate import PREFILL_BLOCK
-from owl2.runtime.images import KEPT_IMAGES
+from owl2.runtime.images import CACHED_IMAGES
 from owl2.runtime.kv_cache import GROWTH
 from owl2.runtime.placement import EngineKind
 from owl2.runtime.spec import DialectName, FloatType, KvType
@@ -385,7 +385,7 @@ def _tower_bytes(scenario: Scenario) -> int:
 
 def _image_bytes(model: ModelConfig, images: int) -> int:
     """Pixels of all images and rows of those that are remembered, both float32."""
-    rows = min(images, KEPT_IMAGES) * model.rows_per_image * model.decoder.hidden_size
+    rows = min(images, CACHED_IMAGES) * model.rows_per_image * model.decoder.hidden_size
     return 4 * (images * 3 * model.vision.image_size**2 + rows)
 
 

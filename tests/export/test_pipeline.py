@@ -18,6 +18,7 @@ import torch
 from conftest import MakeCheckpoint
 from PIL import Image
 
+from owl2 import Owl2
 from owl2.export import decoder
 from owl2.export.checkpoint.checkpoint import Checkpoint
 from owl2.export.config import ExportConfig
@@ -28,7 +29,6 @@ from owl2.quant.config import QuantConfig
 from owl2.quant.layer import LINEARS, QuantizedLinear
 from owl2.quant.models.mplug_owl2 import DecoderLayer, Owl2Model
 from owl2.quant.stream import Calibration, Stream
-from owl2.runtime import Owl2
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.errors import CalibrationError, ConfigError, ExportError, ParityError
 from owl2.runtime.preprocess import load_image, preprocess

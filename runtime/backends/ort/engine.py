@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,14 +14,15 @@ from numpy.typing import NDArray
 
 from owl2.runtime import spec
 from owl2.runtime.backends.ort import session as sessions
+from owl2.runtime.backends.ort.installation import check_onnxruntime, is_older, upgrade_command
 from owl2.runtime.backends.ort.memory import Buffer, Feeds, memory_of
 from owl2.runtime.backends.ort.onnx_decoder import OnnxDecoder, first_line, run_bound
 from owl2.runtime.backends.steps import row_inputs
-from owl2.runtime.bundle import Bundle
+from owl2.runtime.bundle import Bundle, Manifest
 from owl2.runtime.config import DecoderConfig, ModelConfig, require
-from owl2.runtime.engine import Floats, Ints, KvBuffers
-from owl2.runtime.errors import BackendError
-from owl2.runtime.placement import CPU, Placement
+from owl2.runtime.engine import PREFILL_BLOCK, EngineOptions, Floats, Ints, KvBuffers
+from owl2.runtime.errors import BackendError, BackendUnavailableError
+from owl2.runtime.placement import HOST, Placement
 from owl2.runtime.rope import rotary_tables
 from owl2.runtime.spec import DialectName, KvType
 
@@ -44,7 +45,7 @@ class OrtOptions:
     """How sessions are opened.
 
     Attributes:
-        device: see :meth:`Placement.parse`.
+        device: where graphs run.
         threads: of one operator; None lets ONNX Runtime choose the physical cores.
         kv_cache: type of the K/V cache, which the bundle must offer; None for that of the activations.
         frugal: keep weights as they are in the file instead of a faster copy in memory. Slow; for checks.
@@ -54,14 +55,13 @@ class OrtOptions:
         ConfigError: a device that is not known, or a number of threads that cannot work.
     """
 
-    device: str = CPU
+    device: Placement = HOST
     threads: int | None = None
     kv_cache: KvType | None = None
     frugal: bool = False
     exact: bool = False
 
     def __post_init__(self) -> None:
-        Placement.parse(self.device)
         most = THREADS_PER_CORE * (os.cpu_count() or 1)
         require(self.threads is None or self.threads > 0, f"threads must be positive, got {self.threads}")
         require(
@@ -139,7 +139,7 @@ class OrtDecoder:
         check_shapes(path, self._session, expected | dict.fromkeys(buffers, shape))
         check_types(path, self._session, dict.fromkeys(buffers, element))
         self._run_options = _run_options()
-        self._memory = memory_of(Placement.parse(options.device))
+        self._memory = memory_of(options.device)
 
     def allocate(self, capacity: int, previous: KvBuffers | None) -> OrtBuffers:
         """Buffers for ``capacity`` positions that begin with the content of ``previous``."""
@@ -208,7 +208,7 @@ def open_decoder(path: Path, manifest: GraphFormat, options: OrtOptions) -> OrtD
     decoder = manifest.model.decoder
     if manifest.dialect == "ort":
         return OrtDecoder(path, decoder, options)
-    check_dialect(path, manifest.dialect, Placement.parse(options.device))
+    check_dialect(path, manifest.dialect, options.device)
     session = open_session(path, options)
     dtype, element = element_of(path, session, spec.EMBEDS)
     check_onnx_decoder(path, session, decoder, element)
@@ -269,6 +269,27 @@ class OrtVision:
         return rows
 
 
+def prepare(folder: Path, manifest: Manifest, options: EngineOptions) -> Callable[[Bundle], OrtEngine]:
+    """Check that the device is available and can run the bundle; see :data:`owl2.runtime.backends.choose.Backend`.
+
+    Raises:
+        BackendUnavailableError: the device is not available, or ONNX Runtime is too old for the bundle.
+        BackendError: the device cannot run graphs of this dialect.
+        ConfigError: settings that cannot work.
+    """
+    check_dialect(folder, manifest.dialect, options.device)
+    opening = OrtOptions(options.device, options.threads, options.kv_cache)
+    sessions.prepare(options.device)
+    check_onnxruntime(manifest.minimum_onnxruntime)
+    kv_type = manifest.kv_type(options.kv_cache)
+    if is_older(ort.__version__, manifest.kv_cache[kv_type]):
+        raise BackendUnavailableError(
+            f"the {kv_type} K/V cache needs onnxruntime {manifest.kv_cache[kv_type]} or newer, {ort.__version__} is "
+            f"installed; upgrade it ({upgrade_command()}) or load with kv_cache {manifest.activations!r}"
+        )
+    return lambda bundle: OrtEngine(bundle, opening)
+
+
 class OrtEngine:
     """One session for images, one for the decoder; see :class:`owl2.runtime.engine.Engine`."""
 
@@ -276,13 +297,27 @@ class OrtEngine:
         """Load the graphs of a verified bundle.
 
         Raises:
-            BackendUnavailableError: the device cannot be had, or ONNX Runtime is too old for the type of K/V cache.
+            BackendUnavailableError: the device is not available.
             BackendError: a graph cannot be loaded, or not as a whole on the device, or does not fit the manifest.
             ConfigError: the bundle does not offer the type of K/V cache.
         """
         graph = bundle.decoder_graph(options.kv_cache)
         self._vision = OrtVision(bundle.path(spec.VISION_GRAPH), bundle.manifest.model, options)
         self._decoder = open_decoder(graph, bundle.manifest, options)
+
+    @property
+    def context(self) -> None:
+        """Only the model limits it."""
+        return None
+
+    @property
+    def block(self) -> int:
+        """New positions of a prefill step."""
+        return PREFILL_BLOCK
+
+    def close(self) -> None:
+        """Give the sessions back."""
+        del self._vision, self._decoder
 
     def encode_images(self, pixels: Floats) -> Floats:
         """pixels: [N, 3, R, R] -> image rows [N, queries + 1, C]."""
@@ -318,7 +353,7 @@ def open_session(path: Path, options: OrtOptions) -> ort.InferenceSession:
         skipped = ["ConstantFolding"]
     if options.exact:
         settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
-    return sessions.open_session(path, Placement.parse(options.device), settings, skipped)
+    return sessions.open_session(path, options.device, settings, skipped)
 
 
 def check_shapes(path: Path, session: ort.InferenceSession, expected: Mapping[str, tuple[int | None, ...]]) -> None:

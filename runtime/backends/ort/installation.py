@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 
-from owl2.runtime.errors import BackendUnavailableError
+from owl2.runtime.errors import BackendUnavailableError, BundleCorruptError
 
 DRIVER = "libcuda.so.1"
 DRIVER_LIBRARIES = frozenset({DRIVER, "libnvidia-ml.so.1", "libnvidia-ptxjitcompiler.so.1"})
@@ -36,6 +36,39 @@ _DRIVER_HINT = (
     "install NVIDIA's driver; in a container, start it with the GPU passed through (docker run --gpus all, or "
     "--runtime nvidia on a Jetson)"
 )
+
+
+def check_onnxruntime(minimum: str) -> None:
+    """Refuse an ONNX Runtime older than ``minimum``.
+
+    Raises:
+        BackendUnavailableError: it is older, or there is none.
+        BundleCorruptError: ``minimum`` is not a version.
+    """
+    if is_older(onnxruntime_version(), minimum):
+        raise BackendUnavailableError(
+            f"this bundle needs onnxruntime {minimum} or newer, {onnxruntime_version()} is installed; "
+            f"upgrade it ({upgrade_command()})"
+        )
+
+
+def upgrade_command() -> str:
+    """How to install a newer ONNX Runtime over the installed one; a second wheel would overwrite its files."""
+    return f"pip install -U {' '.join(onnxruntime_wheels()) or 'onnxruntime'}"
+
+
+def is_older(version: str, minimum: str) -> bool:
+    """Whether a version of ONNX Runtime comes before ``minimum``; patch levels do not count.
+
+    Raises:
+        BundleCorruptError: one of them is not a version.
+    """
+    from packaging.version import InvalidVersion, Version  # comes with ONNX Runtime
+
+    try:
+        return Version(version).release[:2] < Version(minimum).release[:2]
+    except InvalidVersion as error:
+        raise BundleCorruptError(f"owl2.json: minimum_onnxruntime {minimum!r} is not a version such as 1.22") from error
 
 
 def onnxruntime_version() -> str:

@@ -28,6 +28,7 @@ from owl2.runtime.backends.ort.installation import (
     absent,
     cuda_libraries,
     driver_problem,
+    is_older,
     library_problems,
     missing_library,
     no_driver,
@@ -35,18 +36,17 @@ from owl2.runtime.backends.ort.installation import (
     overlap,
 )
 from owl2.runtime.backends.ort.onnx_decoder import first_line
-from owl2.runtime.bundle import is_older
 from owl2.runtime.errors import BackendError, BackendUnavailableError, Owl2Warning
-from owl2.runtime.placement import DeviceKind, Placement
+from owl2.runtime.placement import Placement
 
-PROVIDERS: dict[DeviceKind, str] = {
+PROVIDERS: dict[str, str] = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
     "tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
 }
 RTX_PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
 RTX_REGISTRATION = "owl2.tensorrt-rtx"
-MINIMUM: dict[DeviceKind, str] = {"cuda": "1.24", "tensorrt-rtx": "1.25"}
+MINIMUM: dict[str, str] = {"cuda": "1.24", "tensorrt-rtx": "1.25"}
 """The first version that tells which provider got which node, and that allocates in the memory of a plugin's GPU."""
 
 HOST_OPERATORS = frozenset({"Cast", "Concat", "Gather", "Shape", "Size", "Slice", "Squeeze", "Unsqueeze"})

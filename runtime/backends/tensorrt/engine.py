@@ -15,9 +15,10 @@ import contextlib
 import logging
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -29,11 +30,12 @@ from owl2.runtime.backends.tensorrt.context import (
     Messages,
     Shape,
     check_engine,
+    import_tensorrt,
     load_engine,
     makes_graphs,
     shared_scratch,
 )
-from owl2.runtime.backends.tensorrt.cuda import Gpu, Slots, Strided
+from owl2.runtime.backends.tensorrt.cuda import Gpu, Slots, Strided, open_gpu
 from owl2.runtime.backends.tensorrt.records import (
     DECODE_PROFILE,
     DECODER_ENGINE,
@@ -41,10 +43,11 @@ from owl2.runtime.backends.tensorrt.records import (
     VISION_ENGINE,
     EngineRecord,
     find_engines,
+    find_record,
 )
-from owl2.runtime.bundle import Bundle
+from owl2.runtime.bundle import Bundle, Manifest
 from owl2.runtime.config import ModelConfig, require
-from owl2.runtime.engine import Floats, Ints, KvBuffers
+from owl2.runtime.engine import PREFILL_BLOCK, EngineOptions, Floats, Ints, KvBuffers
 from owl2.runtime.errors import BackendError
 from owl2.runtime.placement import EngineKind
 from owl2.runtime.rope import rotary_tables
@@ -115,6 +118,35 @@ class DeviceRows:
             self.written = total
 
 
+def prepare(folder: Path, manifest: Manifest, options: EngineOptions) -> Callable[[Bundle], TensorRtEngine]:
+    """Check that the device is available and that the bundle has engines for it.
+
+    See :data:`owl2.runtime.backends.choose.Backend`.
+
+    Raises:
+        BackendUnavailableError: the device is not available, or the engines are for another one.
+        BundleError: the bundle has no engines, or their record cannot be used.
+        ConfigError: settings that the device or the engines do not have.
+    """
+    device, dialect = options.device, manifest.dialect
+    require(
+        dialect == "onnx",
+        f"device {device} runs engines that are built from graphs of the dialect onnx, this bundle has the dialect "
+        f"{dialect}; export the checkpoint again with --dialect onnx",
+    )
+    require(options.threads is None, f"threads {options.threads}: device {device} has none to set; leave them out")
+    manifest.kv_type(options.kv_cache)
+    kind = cast(EngineKind, device.kind)
+    gpu, trt = open_gpu(device.index), import_tensorrt(kind)
+    record = find_record(folder, manifest, kind, gpu.name, gpu.compute_capability, str(trt.__version__))
+    require(
+        options.context is None or options.context <= record.context,
+        f"context {options.context} exceeds the {record.context} positions that this bundle's engines were built for; "
+        "choose a smaller one or build them again with a larger --context",
+    )
+    return lambda bundle: TensorRtEngine(bundle, TensorRtOptions(kind), trt, gpu)
+
+
 class TensorRtEngine:
     """See :class:`owl2.runtime.engine.Engine`. Steps of several threads run one after the other."""
 
@@ -174,6 +206,11 @@ class TensorRtEngine:
     def context(self) -> int:
         """Positions that a conversation can take."""
         return self.record.context
+
+    @property
+    def block(self) -> int:
+        """New positions of a prefill step."""
+        return min(PREFILL_BLOCK, self.record.prefill)
 
     @property
     def _row(self) -> int:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from owl2.runtime import spec
-from owl2.runtime.bundle import Bundle, FileEntry, Manifest, check_entry, hash_file
+from owl2.runtime.bundle import Bundle, Manifest
 from owl2.runtime.config import from_json, require
 from owl2.runtime.errors import BackendUnavailableError, BundleCorruptError, BundleError
 from owl2.runtime.fit.products import PRODUCTS
 from owl2.runtime.placement import EngineKind
+from owl2.runtime.verification import FileEntry, hash_file, verify_files
 
 FOLDER = "engines"
 RECORD = "engine.json"
@@ -149,7 +150,7 @@ def check_files(bundle: Path, name: str, record: EngineRecord) -> None:
         BundleCorruptError: some are missing, truncated or changed; all of them are named.
     """
     folder = bundle / FOLDER / name
-    problems = [problem for file, entry in record.files.items() if (problem := check_entry(folder, file, entry))]
+    problems = verify_files(folder, record.files)
     if problems:
         raise BundleCorruptError(f"{folder}: {'; '.join(problems)}; {rebuild(bundle, *parse_folder(name))}")
 

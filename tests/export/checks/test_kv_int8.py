@@ -14,6 +14,7 @@ from conftest import MakeCheckpoint
 from onnx import numpy_helper
 from PIL import Image
 
+from owl2 import BackendError, Chat, ConfigError, Owl2
 from owl2.export import pipeline
 from owl2.export.checks import kv_int8
 from owl2.export.config import ExportConfig
@@ -22,14 +23,15 @@ from owl2.export.pipeline import export_bundle
 from owl2.quant.kv import HEADROOM, KvRange, KvScales
 from owl2.quant.models.mplug_owl2 import rotary_tables
 from owl2.quant.models.mplug_owl2.decoder import rotate
-from owl2.runtime import BackendError, Chat, ConfigError, Owl2, spec
+from owl2.runtime import spec
 from owl2.runtime.__main__ import cli
 from owl2.runtime.backends.ort.engine import OrtBuffers, OrtEngine, OrtOptions
-from owl2.runtime.bundle import Bundle, hash_file
+from owl2.runtime.bundle import Bundle
 from owl2.runtime.config import DecoderConfig
 from owl2.runtime.errors import BackendUnavailableError, BundleCorruptError, ParityError
 from owl2.runtime.families.mplug_owl2.positions import embed
 from owl2.runtime.kv_cache import GROWTH, KvCache
+from owl2.runtime.verification import hash_file
 
 INT8 = OrtOptions(kv_cache="int8")
 PROMPT = "USER: <|image|>What is it, and what does it mean? ASSISTANT: It is"

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from owl2 import ConfigError, Owl2
 from owl2.export.checks.parity import with_float_activations
 from owl2.export.config import ExportConfig
 from owl2.export.gptq_checkpoint import export_gptq
@@ -24,7 +25,7 @@ from owl2.export.graph.weights import ChannelInt8Weight
 from owl2.export.pipeline import export_bundle
 from owl2.quant.config import QuantConfig
 from owl2.quant.grid import QuantizedWeight, rtn
-from owl2.runtime import ConfigError, Owl2, spec
+from owl2.runtime import spec
 from owl2.runtime.backends.ort.engine import OrtOptions, open_decoder
 from owl2.runtime.backends.steps import attention_mask, onnx_inputs
 from owl2.runtime.bundle import Bundle

@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 from onnx import TensorProto, helper
 
+from owl2 import ConfigError, Owl2
 from owl2.export.__main__ import export
 from owl2.export.config import ExportConfig
 from owl2.export.job.progress import Silent
@@ -24,12 +25,13 @@ from owl2.export.tensorrt.cli import engine as command
 from owl2.export.tensorrt.folder import build_engines
 from owl2.export.tensorrt.profiles import Limits, decoder_profiles, vision_profile
 from owl2.export.tensorrt.target import choose, find_gpu, table
-from owl2.runtime import ConfigError, Owl2, spec
+from owl2.runtime import spec
 from owl2.runtime.backends.tensorrt import records
 from owl2.runtime.backends.tensorrt.records import EngineRecord
-from owl2.runtime.bundle import Bundle, hash_file
+from owl2.runtime.bundle import Bundle
 from owl2.runtime.errors import BackendUnavailableError, ExportError
 from owl2.runtime.fit.products import PRODUCTS
+from owl2.runtime.verification import hash_file
 
 pytestmark = pytest.mark.slow
 

@@ -21,11 +21,11 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from owl2.runtime import GenerationConfig, Owl2, __version__
+from owl2 import GenerationConfig, Owl2, __version__
 from owl2.runtime.__main__ import cli
-from owl2.runtime.bundle import hash_file
 from owl2.runtime.cli.console import UNSHOWN, duration, size
 from owl2.runtime.kv_cache import GROWTH
+from owl2.runtime.verification import hash_file
 
 COMMAND = (sys.executable, "-m", "owl2.runtime")
 SMALL_PIPE = 4096

@@ -14,15 +14,17 @@ import pytest
 from click.testing import CliRunner, Result
 from isolation import BLOCKED
 
+from owl2 import Owl2
 from owl2.export.checks.certificate import FACTOR, FLOAT_FLOOR, FLOOR
 from owl2.quant.calibration.samples import probe_samples
-from owl2.runtime import Owl2, spec
+from owl2.runtime import spec
 from owl2.runtime.__main__ import cli
-from owl2.runtime.bundle import Bundle, hash_file
+from owl2.runtime.bundle import Bundle
 from owl2.runtime.errors import BundleCorruptError
-from owl2.runtime.evaluation.certificate import Golden, read_goldens, read_limits, verify, write_goldens
 from owl2.runtime.evaluation.divergence import row_kl
+from owl2.runtime.evaluation.verify import Golden, read_goldens, read_limits, verify, write_goldens
 from owl2.runtime.placement import Placement
+from owl2.runtime.verification import hash_file
 
 NAMES = ["text", "one picture", "two pictures"]
 

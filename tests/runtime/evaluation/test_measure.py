@@ -18,12 +18,12 @@ from click.testing import CliRunner, Result
 from conftest import ROOT
 from isolation import BLOCKED
 
+from owl2 import Owl2
 from owl2.export.checkpoint.checkpoint import Checkpoint
 from owl2.export.checkpoint.reference import TorchEngine, open_checkpoint
 from owl2.export.config import ExportConfig
 from owl2.export.pipeline import export_bundle
 from owl2.quant.models.mplug_owl2 import Owl2Model
-from owl2.runtime import Owl2
 from owl2.runtime.__main__ import cli
 from owl2.runtime.errors import BackendError, BundleError, ConfigError, DataError, ReferenceModelError
 from owl2.runtime.evaluation import Subject, measure, open_reference, read_items, summarise

@@ -13,10 +13,11 @@ import onnx
 import pytest
 from click.testing import CliRunner, Result
 
+from owl2 import BackendError, ConfigError, InsufficientMemoryError, Owl2
 from owl2.export.config import ExportConfig
-from owl2.runtime import BackendError, ConfigError, InsufficientMemoryError, Owl2, spec
+from owl2.runtime import spec
 from owl2.runtime.__main__ import cli
-from owl2.runtime.bundle import FileEntry, Manifest, WeightFormat, read_manifest
+from owl2.runtime.bundle import Manifest, WeightFormat, read_manifest
 from owl2.runtime.config import (
     AbstractorConfig,
     DecoderConfig,
@@ -47,6 +48,7 @@ from owl2.runtime.fit.plan import CONTEXT_STEP, check_memory, make_plan
 from owl2.runtime.fit.products import GIB, PRODUCTS, find_product
 from owl2.runtime.kv_cache import GROWTH
 from owl2.runtime.placement import Placement
+from owl2.runtime.verification import FileEntry
 
 MODEL = ModelConfig(VisionConfig(), AbstractorConfig(), DecoderConfig(), PreprocessConfig())
 MEMINFO = "MemTotal:        {total} kB\nMemFree:          187000 kB\nMemAvailable:    {available} kB\n"
@@ -85,7 +87,7 @@ def manifest(bundle: BundleSizes | None = None) -> Manifest:
         activations=bundle.activations,
         minimum_onnxruntime="1.22",
         kv_cache={kind: "1.27" if kind == "int8" else "1.22" for kind in bundle.kv_caches},
-        template="mplug_owl2",
+        family="mplug_owl2",
         weights=bundle.weights,
         model=bundle.model,
         files={name: FileEntry(size, "0" * 64) for name, size in files.items()},

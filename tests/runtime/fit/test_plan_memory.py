@@ -58,7 +58,7 @@ for past in range(0, context, block):
 print(json.dumps([loaded, held("RssAnon") - before - loaded]))
 """
 CHAT = """
-from owl2.runtime import ContextOverflowError, Owl2
+from owl2 import ContextOverflowError, Owl2
 
 owl = Owl2.load(sys.argv[1], threads=1)
 chat = owl.chat()

@@ -8,9 +8,10 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
+from owl2 import Owl2
 from owl2.export.config import ExportConfig
 from owl2.export.pipeline import export_bundle
-from owl2.runtime import Owl2, spec
+from owl2.runtime import spec
 from owl2.runtime.backends.ort import engine as backend
 from owl2.runtime.backends.ort.engine import OrtEngine, OrtOptions
 from owl2.runtime.backends.ort.memory import DeviceMemory, HostMemory, memory_of

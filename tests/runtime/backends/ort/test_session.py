@@ -10,7 +10,7 @@ import onnxruntime as ort
 import pytest
 from click.testing import CliRunner
 
-from owl2.runtime import BackendError, Owl2
+from owl2 import BackendError, Owl2
 from owl2.runtime.__main__ import cli
 from owl2.runtime.backends.ort.engine import OrtOptions, open_decoder
 from owl2.runtime.backends.ort.installation import onnxruntime_wheels, overlap

@@ -24,10 +24,11 @@ from conftest import ROOT
 from fake_tensorrt import FakeEngineFile, FakeGpu, FakeTensorRt, IExecutionContext, Profile
 from PIL import Image
 
+from owl2 import ConfigError, Owl2
 from owl2.export.config import ExportConfig
 from owl2.export.pipeline import export_bundle
 from owl2.export.tensorrt.profiles import Limits, decoder_profiles, vision_profile
-from owl2.runtime import ConfigError, Owl2, spec
+from owl2.runtime import spec
 from owl2.runtime.__main__ import cli
 from owl2.runtime.backends import choose
 from owl2.runtime.backends.ort.engine import OrtEngine
@@ -46,7 +47,7 @@ from owl2.runtime.backends.tensorrt.engine import (
     routed,
 )
 from owl2.runtime.backends.tensorrt.records import FORMAT, EngineRecord, read_record
-from owl2.runtime.bundle import Bundle, FileEntry, hash_file
+from owl2.runtime.bundle import Bundle
 from owl2.runtime.errors import (
     BackendError,
     BackendUnavailableError,
@@ -54,9 +55,10 @@ from owl2.runtime.errors import (
     BundleError,
     InsufficientMemoryError,
 )
-from owl2.runtime.evaluation.certificate import verify
+from owl2.runtime.evaluation.verify import verify
 from owl2.runtime.kv_cache import KvCache
 from owl2.runtime.placement import Placement
+from owl2.runtime.verification import FileEntry, hash_file
 
 VERSION = "10.3.0"
 CONTEXT = 640
@@ -848,7 +850,7 @@ class TestMissing:
         pytest.importorskip("cuda.bindings.runtime", reason="cuda-python has no wheel here")
         if not driver_problem(0):
             pytest.skip("there is a driver")
-        script = NOT_INSTALLED + f"from owl2.runtime import Owl2; Owl2.load({str(float32.folder)!r}, device='tensorrt')"
+        script = NOT_INSTALLED + f"from owl2 import Owl2; Owl2.load({str(float32.folder)!r}, device='tensorrt')"
         result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
         assert re.search("BackendUnavailableError: engines cannot be run: .*libcuda.so.1", result.stderr), result.stderr
 

@@ -21,17 +21,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from owl2.runtime import spec
-from owl2.runtime.backends.choose import choose_backend
 from owl2.runtime.backends.tensorrt.records import check_all
-from owl2.runtime.bundle import Bundle, check_files, check_onnxruntime, read_manifest
+from owl2.runtime.bundle import Bundle
 from owl2.runtime.config import ModelConfig, from_json, require
-from owl2.runtime.engine import DecoderEngine, Floats, Ints, KvBuffers
+from owl2.runtime.engine import DecoderEngine, EngineOptions, Floats, Ints, KvBuffers
 from owl2.runtime.errors import BundleCorruptError, ConfigError
 from owl2.runtime.evaluation.divergence import row_kl
 from owl2.runtime.families.mplug_owl2.positions import Prompt, embed, encode_prompt
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
-from owl2.runtime.fit import plan
-from owl2.runtime.images import ImageEncoder, prepare_images
+from owl2.runtime.images import prepare_images
+from owl2.runtime.load import Preparation
 from owl2.runtime.placement import Placement
 
 POSITIONS = 8
@@ -142,22 +141,17 @@ def verify(folder: Path, device: Placement, threads: int | None = None, *, check
             cannot be loaded or fail.
         InsufficientMemoryError: they cannot fit.
     """
-    manifest = read_manifest(folder)
-    # Before gigabytes are hashed.
-    backend = choose_backend(device, folder, manifest, threads=threads)
-    if check_memory:
-        plan.check_memory(manifest, None, manifest.kv_type(None), device)
-    if backend.onnxruntime:
-        check_onnxruntime(manifest.minimum_onnxruntime)
-    problems = [*check_files(folder, manifest), *check_all(folder, manifest)[1]]
+    prepared = Preparation.of(folder, EngineOptions(device, threads), check_memory=check_memory)
+    manifest = prepared.manifest
+    problems = [*prepared.problems(force=True), *check_all(folder, manifest)[1]]
     if problems:
         return Verdict(tuple(problems), (), 0.0, 0.0)
     bundle = Bundle(folder, manifest)
     goldens = read_goldens(bundle)
     limits = read_limits(bundle, goldens)
     began = time.perf_counter()
-    engine = backend.open(bundle)
-    tokenizer, encoder, table = Tokenizer.load(folder), ImageEncoder(engine), bundle.embeddings()
+    _, model = prepared.open()
+    engine, tokenizer, encoder, table = model.engine, model.tokenizer, model.encoder, model.table
     loaded = time.perf_counter()
     replays = []
     for golden in goldens:

@@ -1,0 +1,158 @@
+"""On-device runtime for the mPLUG-Owl2 family: quantized bundles, no torch at run time.
+
+Example::
+
+    from owl2 import Owl2
+
+    with Owl2.load("bundle/") as owl:
+        chat = owl.chat()
+        print(chat.ask("What is in the image?", images=["a.jpg"]).text)
+        for chunk in chat.stream("And its colour?"):
+            print(chunk.text, end="", flush=True)
+
+Names are imported when they are first used, so that ``import owl2`` takes no time.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from owl2.runtime.bundle import (
+        Bundle as Bundle,
+    )
+    from owl2.runtime.bundle import (
+        Manifest as Manifest,
+    )
+    from owl2.runtime.chat import (
+        AnswerStream as AnswerStream,
+    )
+    from owl2.runtime.chat import (
+        Chat as Chat,
+    )
+    from owl2.runtime.errors import (
+        BackendError as BackendError,
+    )
+    from owl2.runtime.errors import (
+        BackendUnavailableError as BackendUnavailableError,
+    )
+    from owl2.runtime.errors import (
+        BundleCorruptError as BundleCorruptError,
+    )
+    from owl2.runtime.errors import (
+        BundleError as BundleError,
+    )
+    from owl2.runtime.errors import (
+        BundleVersionError as BundleVersionError,
+    )
+    from owl2.runtime.errors import (
+        BusyError as BusyError,
+    )
+    from owl2.runtime.errors import (
+        CalibrationError as CalibrationError,
+    )
+    from owl2.runtime.errors import (
+        CheckpointError as CheckpointError,
+    )
+    from owl2.runtime.errors import (
+        ConfigError as ConfigError,
+    )
+    from owl2.runtime.errors import (
+        ContextOverflowError as ContextOverflowError,
+    )
+    from owl2.runtime.errors import (
+        DataError as DataError,
+    )
+    from owl2.runtime.errors import (
+        ExportError as ExportError,
+    )
+    from owl2.runtime.errors import (
+        ImageError as ImageError,
+    )
+    from owl2.runtime.errors import (
+        InsufficientMemoryError as InsufficientMemoryError,
+    )
+    from owl2.runtime.errors import (
+        Owl2Error as Owl2Error,
+    )
+    from owl2.runtime.errors import (
+        Owl2Warning as Owl2Warning,
+    )
+    from owl2.runtime.errors import (
+        ParityError as ParityError,
+    )
+    from owl2.runtime.errors import (
+        PromptError as PromptError,
+    )
+    from owl2.runtime.errors import (
+        QuantizationError as QuantizationError,
+    )
+    from owl2.runtime.errors import (
+        ReferenceModelError as ReferenceModelError,
+    )
+    from owl2.runtime.evaluation.verify import verify as verify
+    from owl2.runtime.generate import (
+        Answer as Answer,
+    )
+    from owl2.runtime.generate import (
+        Chunk as Chunk,
+    )
+    from owl2.runtime.generate import (
+        FinishReason as FinishReason,
+    )
+    from owl2.runtime.generate import (
+        Stats as Stats,
+    )
+    from owl2.runtime.owl import Owl2 as Owl2
+    from owl2.runtime.sampling import GenerationConfig as GenerationConfig
+    from owl2.runtime.verification import LoadProgress as LoadProgress
+    from owl2.runtime.version import __version__ as __version__
+
+_HOMES = {
+    "owl2.runtime.bundle": ("Bundle", "Manifest"),
+    "owl2.runtime.chat": ("AnswerStream", "Chat"),
+    "owl2.runtime.generate": ("Answer", "Chunk", "FinishReason", "Stats"),
+    "owl2.runtime.owl": ("Owl2",),
+    "owl2.runtime.sampling": ("GenerationConfig",),
+    "owl2.runtime.verification": ("LoadProgress",),
+    "owl2.runtime.version": ("__version__",),
+    "owl2.runtime.evaluation.verify": ("verify",),
+    "owl2.runtime.errors": (
+        "BackendError",
+        "BackendUnavailableError",
+        "BundleCorruptError",
+        "BundleError",
+        "BundleVersionError",
+        "BusyError",
+        "CalibrationError",
+        "CheckpointError",
+        "ConfigError",
+        "ContextOverflowError",
+        "DataError",
+        "ExportError",
+        "ImageError",
+        "InsufficientMemoryError",
+        "Owl2Error",
+        "Owl2Warning",
+        "ParityError",
+        "PromptError",
+        "QuantizationError",
+        "ReferenceModelError",
+    ),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME_OF)  # noqa: PLE0605 - one list of names is enough
+
+
+def __getattr__(name: str) -> object:
+    if name in ("export", "quant", "runtime"):
+        return import_module(f"owl2.{name}")
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'owl2' has no attribute {name!r}")
+    return getattr(import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,170 @@
+"""Opening a bundle: the one way for every caller."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from owl2.runtime import spec
+from owl2.runtime.backends.choose import OpenEngine, find_backend
+from owl2.runtime.bundle import Bundle, Manifest, check_files, read_manifest, require_whole
+from owl2.runtime.config import ModelConfig, require, resolve_context
+from owl2.runtime.engine import Engine, EngineOptions
+from owl2.runtime.errors import BundleCorruptError, ConfigError, PromptError
+from owl2.runtime.families.mplug_owl2 import positions
+from owl2.runtime.families.mplug_owl2.positions import Prompt
+from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
+from owl2.runtime.images import ImageEncoder, Images, PreparedImage, prepare_images
+from owl2.runtime.kv_cache import KvCache
+from owl2.runtime.preprocess import check_mode
+from owl2.runtime.verification import LoadProgress, OnProgress
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A loaded model: everything that a generation works with.
+
+    Attributes:
+        name: for people: the folder it was loaded from.
+        config: architecture and image preprocessing.
+        engine: runs the graphs.
+        tokenizer: text to ids and back.
+        table: token embeddings [V, C], float16 or float32.
+        encoder: images to decoder rows.
+        context: positions that a conversation may take.
+    """
+
+    name: str
+    config: ModelConfig
+    engine: Engine
+    tokenizer: Tokenizer
+    table: NDArray[np.floating[Any]]
+    encoder: ImageEncoder
+    context: int
+    _caches: weakref.WeakSet[KvCache] = field(default_factory=weakref.WeakSet)
+
+    def prepare(self, images: Images, mode: str | None = None) -> list[PreparedImage]:
+        """Load and preprocess images; raises as :func:`prepare_images`."""
+        return prepare_images(images, self.config.preprocess, mode)
+
+    def encode(self, text: str, images: Sequence[PreparedImage]) -> Prompt:
+        """Tokenize a prompt and merge its images.
+
+        Raises:
+            PromptError: it is not a text or empty, or placeholders and images do not agree.
+        """
+        if not isinstance(text, str):
+            raise PromptError(f"a prompt must be a text, got {type(text).__name__}")
+        return positions.encode_prompt(text, images, self.tokenizer, self.config.rows_per_image)
+
+    def new_cache(self) -> KvCache:
+        """An empty KV cache for one conversation."""
+        cache = KvCache(self.engine, self.context)
+        self._caches.add(cache)
+        return cache
+
+    def close(self) -> None:
+        """Give all memory back, that of every KV cache included; later steps raise BackendError."""
+        self.engine.close()
+        self.encoder.clear()
+        for cache in list(self._caches):
+            cache.clear()
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """A bundle that the device can run; none of its large files has been read yet.
+
+    Attributes:
+        folder, manifest, options: what was asked for.
+        open_engine: loads the graphs.
+    """
+
+    folder: Path
+    manifest: Manifest
+    options: EngineOptions
+    open_engine: OpenEngine
+
+    @classmethod
+    def of(cls, folder: Path, options: EngineOptions, *, check_memory: bool = True) -> Preparation:
+        """Check everything that takes no time.
+
+        Raises:
+            BundleError: the folder is not a bundle, or has no engines for the device.
+            BackendError: the device is not available or cannot run the bundle.
+            InsufficientMemoryError: the model cannot fit.
+            ConfigError: a setting that cannot work.
+        """
+        from owl2.runtime.fit.plan import check_memory as check
+
+        manifest = read_manifest(folder)
+        kv_type = manifest.kv_type(options.kv_cache)
+        resolve_context(manifest.model.decoder, options.context)
+        try:
+            check_mode(manifest.model.preprocess.mode)
+        except ConfigError as error:
+            raise BundleCorruptError(f"{folder / spec.MANIFEST}: {error}") from error
+        open_engine = find_backend(options.device, manifest.dialect)(folder, manifest, options)
+        if check_memory:
+            check(manifest, options.context, kv_type, options.device)
+        return cls(folder, manifest, options, open_engine)
+
+    def problems(self, *, force: bool = False, on_progress: OnProgress | None = None) -> list[str]:
+        """Verify every file; one sentence per problem."""
+        return check_files(self.folder, self.manifest, force=force, on_progress=on_progress)
+
+    def open(self, *, on_progress: OnProgress | None = None) -> tuple[Bundle, Loaded]:
+        """Load a bundle without problems.
+
+        Raises:
+            BackendError: a graph cannot be loaded onto the device.
+            BundleError: the tokenizer's files cannot be used.
+        """
+        bundle, model = Bundle(self.folder, self.manifest), self.manifest.model
+        if on_progress is not None:
+            on_progress(LoadProgress("loading", 0, 1))
+        tokenizer = Tokenizer.load(self.folder)
+        engine = self.open_engine(bundle)
+        context = resolve_context(model.decoder, self.options.context)
+        if engine.context is not None:
+            require(
+                self.options.context is None or context <= engine.context,
+                f"context {context} exceeds the {engine.context} positions that the engine holds; choose a smaller one",
+            )
+            context = min(context, engine.context)
+        if on_progress is not None:
+            on_progress(LoadProgress("loading", 1, 1))
+        encoder = ImageEncoder(engine)
+        return bundle, Loaded(str(self.folder), model, engine, tokenizer, bundle.embeddings(), encoder, context)
+
+
+def open_bundle(
+    folder: Path,
+    options: EngineOptions,
+    *,
+    check_memory: bool = True,
+    verify: bool = False,
+    on_progress: OnProgress | None = None,
+) -> tuple[Bundle, Loaded]:
+    """Check, verify and load a bundle, in this order: what fails at once is told before gigabytes are hashed.
+
+    Args:
+        folder: written by ``owl2-export``.
+        options: device, threads, K/V cache, context.
+        check_memory: refuse a model that cannot fit the device's free memory.
+        verify: hash files again that have not changed since they were last verified.
+        on_progress: told how far hashing and loading have come.
+
+    Raises:
+        BundleError, BackendError, InsufficientMemoryError, ConfigError: as :meth:`Preparation.of` and
+            :meth:`Preparation.open`; BundleCorruptError names every file that is missing, truncated or changed.
+    """
+    prepared = Preparation.of(folder, options, check_memory=check_memory)
+    require_whole(folder, prepared.problems(force=verify, on_progress=on_progress))
+    return prepared.open(on_progress=on_progress)
