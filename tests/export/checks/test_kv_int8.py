@@ -434,7 +434,7 @@ class TestExport:
 
     def test_no_more_logits_are_kept_than_allowed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         kept, modality = kv_int8.FloatLogits(), np.zeros(4, np.int64)
-        monkeypatch.setattr(kv_int8, "KEPT_LOGITS", 1000)
+        monkeypatch.setattr(kv_int8, "MAX_KEPT_BYTES", 1000)
         for count in (10, 20, 5):  # 400, 800 and 200 bytes
             kept.offer(np.zeros((count, 3), np.float32), modality, np.zeros((count, 10), np.float32))
         assert [len(logits) for _, _, logits in kept.prompts] == [10, 5]
