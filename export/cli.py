@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, get_args
 import click
 
 from owl2.export.config import ExportConfig, Layout
-from owl2.export.tensorrt.cli import Request, build, gpu_option
-from owl2.export.tensorrt.cli import summary as engine_summary
+from owl2.export.tensorrt.cli import Request, build, gpu_option, summary as engine_summary
 from owl2.quant.config import GROUP_SIZES, Method
 from owl2.runtime.cli.console import notice, reports_errors
 from owl2.runtime.config import require

@@ -9,8 +9,7 @@ import numpy as np
 
 from owl2.export.checks.certificate import certify, make_goldens
 from owl2.export.checks.engines import encode_images_in_float, float_decoder, open_bundle_decoder
-from owl2.export.checks.kv_int8 import FloatLogits, check_codes, summary
-from owl2.export.checks.kv_int8 import compare as compare_kv_int8
+from owl2.export.checks.kv_int8 import FloatLogits, check_codes, compare as compare_kv_int8, summary
 from owl2.export.checks.parity import compare
 from owl2.export.decoder import ExportedDecoder
 from owl2.export.job.job import ExportJob

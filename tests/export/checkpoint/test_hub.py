@@ -101,7 +101,9 @@ def test_a_model_the_hub_does_not_have(hub: str, tmp_path: Path) -> None:
 
 
 def test_nothing_is_downloaded_unasked() -> None:
-    with pytest.raises(CheckpointError, match="folder someone/tiny-owl2 does not exist; if it is a hub id, add --download"):
+    with pytest.raises(
+        CheckpointError, match="folder someone/tiny-owl2 does not exist; if it is a hub id, add --download"
+    ):
         local_checkpoint(MODEL, download=False)
 
 
