@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
@@ -106,26 +106,15 @@ DEFAULTS = {
 @click.option("--download", is_flag=True, help="CHECKPOINT is a hub id: download it first.")
 @click.option("--json", "as_json", is_flag=True, help="Write the report as JSON; no progress is shown.")
 @reports_errors
-def convert(  # noqa: PLR0913 - one parameter per option
+def convert(
     *,
     checkpoint: str,
     bundle: Path,
-    weights: WeightType | None,
-    vision: VisionType | None,
-    method: Method,
-    group_size: int | None,
-    calibration: Path | None,
-    samples: int,
-    layout: Layout,
-    dialect: DialectName | None,
-    activations: FloatType | None,
-    device: str,
     kind: EngineKind | None,
     gpu: str | None,
-    overwrite: bool,
-    fresh: bool,
     download: bool,
     as_json: bool,
+    **settings: Any,  # noqa: ANN401 - fields of ExportConfig, by their names
 ) -> None:
     """Convert an official mPLUG-Owl2 checkpoint to a bundle that the command owl2 runs.
 
@@ -161,33 +150,20 @@ def convert(  # noqa: PLR0913 - one parameter per option
     from owl2.export.pipeline import export_bundle
     from owl2.export.summary import summary
 
-    require(not (kind or gpu) or layout == "bundle", "engines are built from a bundle; leave --layout gptq out")
-    require(not (kind or gpu) or dialect != "ort", "engines are built from graphs of --dialect onnx, not of ort")
-    Staging(bundle, overwrite=overwrite)  # before anything long begins
+    given = {name: value for name, value in settings.items() if value is not None}
+    request = Request(kind, gpu) if kind or gpu else None
+    if request is not None:
+        require(given["layout"] == "bundle", "engines are built from a bundle; leave --layout gptq out")
+        given.setdefault("dialect", "onnx")
+        require(given["dialect"] == "onnx", "engines are built from graphs of --dialect onnx, not of ort")
+    Staging(bundle, overwrite=given["overwrite"])  # before anything long begins
     with ExitStack() as stack:
         reporter: Reporter = Notes() if as_json else stack.enter_context(Terminal())
         folder = local_checkpoint(checkpoint, download=download)
-        default_weights, default_group_size = default_settings(folder)
-        config = ExportConfig(
-            checkpoint=folder,
-            bundle=bundle,
-            weights=weights or default_weights,
-            vision=vision,
-            method=method,
-            group_size=group_size or default_group_size,
-            calibration=calibration,
-            samples=samples,
-            device=device,
-            overwrite=overwrite,
-            layout=layout,
-            dialect=dialect or ("onnx" if kind or gpu else "ort"),
-            activations=activations,
-            fresh=fresh,
-        )
-        request = Request(kind, gpu) if kind or gpu else None
+        config = ExportConfig(folder, bundle, **default_settings(folder) | given)
         if request is not None:
             request.target(config.dialect, config.weights)  # before anything long begins, too
-        report = export_gptq(config, reporter) if layout == "gptq" else export_bundle(config, reporter)
+        report = (export_gptq if config.layout == "gptq" else export_bundle)(config, reporter)
         if not as_json:
             click.echo(summary(bundle, report))
         engines = None if request is None else _build_engines(bundle, request, reporter)

@@ -14,9 +14,6 @@ from owl2.runtime.storage import StorageTypes, storage_types
 
 Layout = Literal["bundle", "gptq"]
 
-DEFAULT_WEIGHTS: WeightType = "int4"
-DEFAULT_GROUP_SIZE = 128
-
 
 @dataclass(frozen=True, slots=True)
 class ExportConfig:
@@ -44,10 +41,10 @@ class ExportConfig:
 
     checkpoint: Path
     bundle: Path
-    weights: WeightType = DEFAULT_WEIGHTS
+    weights: WeightType = "int4"
     vision: VisionType | None = None
     method: Method = "gptq"
-    group_size: int = DEFAULT_GROUP_SIZE
+    group_size: int = 128
     calibration: Path | None = None
     samples: int = 128
     overwrite: bool = False

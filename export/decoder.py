@@ -16,6 +16,7 @@ from owl2.export.checkpoint.source import remaining
 from owl2.export.config import ExportConfig
 from owl2.export.graph.dialect import Linear
 from owl2.export.graph.weights import DenseWeight, LinearWeight, PermutedWeight, dequantized_blocks
+from owl2.export.job.device import device_memory_errors
 from owl2.export.job.job import ExportJob
 from owl2.export.streams import Streams
 from owl2.quant.config import QuantConfig
@@ -105,13 +106,15 @@ def export_layers(
 
     Raises:
         CalibrationError, QuantizationError: a weight cannot be quantized.
+        ExportError: the device has too little memory.
     """
     config, usage, reporter = job.config, job.usage, job.reporter
     method = f", {config.method.upper()}" if config.quant is not None and remaining(job.checkpoint) else ""
     reporter.stage(f"decoder layers, {config.weights}{method}", job.layers + 1, done=first)
     usage.begin_layers()
     for index in range(first, job.layers):
-        modules |= export_layer(job, writer, streams, index)
+        with device_memory_errors(config.device):
+            modules |= export_layer(job, writer, streams, index)
         usage.end_layer()
         if keep is not None:
             keep()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping
-from math import prod
 from pathlib import Path
 
 import torch
@@ -14,22 +13,20 @@ from torch import Tensor
 
 from owl2.export.checkpoint.checkpoint import DECODER_LAYERS, REQUIRED_FILES, Checkpoint
 from owl2.export.checkpoint.gptq_format import CONFIG_FILE, CONFIG_KEY, GptqFormat
-from owl2.export.checkpoint.gptq_layout import GptqTensors, pack
-from owl2.export.checkpoint.modules import load_table
+from owl2.export.checkpoint.gptq_layout import pack
+from owl2.export.checkpoint.modules import TABLE
 from owl2.export.config import ExportConfig
 from owl2.export.decoder import ExportedDecoder, export_layers
 from owl2.export.graph.dialect import Linear
 from owl2.export.graph.weights import LinearWeight
-from owl2.export.job.device import device_memory_errors
 from owl2.export.job.job import ExportJob, open_job
 from owl2.export.job.progress import Reporter, Silent
-from owl2.export.job.staging import check_space, write_json
+from owl2.export.job.staging import write_json
 from owl2.export.report import Accuracy, Checks, Report
 from owl2.export.streams import Streams, begin_streams
 from owl2.export.vision import original_rows
 from owl2.quant.config import QuantConfig
 from owl2.quant.grid import QuantizedWeight
-from owl2.quant.layer import LINEARS
 from owl2.quant.models.mplug_owl2 import Owl2Model
 from owl2.runtime.errors import ConfigError, ExportError
 from owl2.runtime.evaluation.divergence import Divergence, divergence
@@ -63,18 +60,15 @@ def export_gptq(config: ExportConfig, reporter: Reporter | None = None) -> Repor
     if config.quant is None or config.layout != "gptq":
         raise ConfigError(f"layout gptq and integer weights are needed, got {config.layout} and {config.weights}")
     form = written_format(config.quant)
-    with open_job(config, reporter or Silent()) as job:
-        needed = estimate_size(job.checkpoint, form)
-        with job.writing(needed):
-            job.staging.clear()
-            check_space(job.staging, needed)
-            _write_settings(job.checkpoint.folder, job.folder, form)
-            streams = _begin(job)
-            job.prompts.images.clear()
-            with device_memory_errors(config.device):
-                decoder = export_layers(job, GptqWriter(job, form), streams, {})
-            report = job.write_report(Checks(_accuracy(job, decoder)), decoder.modules)
-            job.staging.publish()
+    with open_job(config, reporter or Silent()) as job, job.writing(job.size):
+        job.staging.clear()
+        job.check_space(job.size)
+        _write_settings(job.checkpoint.folder, job.folder, form)
+        streams = _begin(job)
+        job.prompts.images.clear()
+        decoder = export_layers(job, GptqWriter(job, form), streams, {})
+        report = job.write_report(Checks(_accuracy(job, decoder)), decoder.modules)
+        job.staging.publish()
     return report
 
 
@@ -83,25 +77,9 @@ def written_format(quant: QuantConfig) -> GptqFormat:
     return GptqFormat(quant.bits, quant.group_size, producer=f"owl2:{__version__}")
 
 
-def estimate_size(checkpoint: Checkpoint, form: GptqFormat) -> int:
-    """Bytes of all tensors of the new checkpoint."""
-    with torch.device("meta"):
-        shapes = {name: tuple(value.shape) for name, value in Owl2Model(checkpoint.config).state_dict().items()}
-    total = 0
-    for name, shape in shapes.items():
-        linear = name.removesuffix(".weight")
-        if linear.startswith(DECODER_LAYERS) and linear.split(".", 3)[-1] in LINEARS:
-            rows, width = shape
-            parts = GptqTensors.shapes(rows, width, form).values()
-            total += sum(prod(part) * (4 if "int32" in dtypes else 2) for part, dtypes in parts)
-        elif name in checkpoint:
-            total += 2 * prod(shape)
-    return total
-
-
 def _begin(job: ExportJob) -> Streams:
     """All prompts before the first layer; the token table and the images' rows are gone when this returns."""
-    table = load_table(job.checkpoint).numpy()
+    table = job.checkpoint.tensor(TABLE).numpy()
     rows = original_rows(job)
     return begin_streams(job, table, rows, rows)[0]
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import shutil
 
 import numpy as np
-import torch
 
-from owl2.export.checkpoint.modules import load_table
+from owl2.export.checkpoint.modules import TABLE
 from owl2.export.checks.bundle import check_bundle
 from owl2.export.checks.kv_int8 import can_be_checked
 from owl2.export.config import ExportConfig
@@ -16,20 +15,16 @@ from owl2.export.graph.builder import GraphBuilder
 from owl2.export.graph.decoder import DecoderGraph
 from owl2.export.graph.dialects import DIALECTS
 from owl2.export.graph.kv_int8 import write_int8_kv_graph
-from owl2.export.job.device import device_memory_errors
 from owl2.export.job.job import ExportJob, open_job
 from owl2.export.job.journal import Journal, journal_size
 from owl2.export.job.progress import Reporter, Silent
-from owl2.export.job.staging import check_space, write_json
+from owl2.export.job.staging import write_json
 from owl2.export.prompts import digests
 from owl2.export.report import Report
 from owl2.export.streams import Embedded, Streams, begin_streams
 from owl2.export.vision import ExportedVision, export_vision
 from owl2.export.written_bundle import WrittenBundle
-from owl2.quant.models.mplug_owl2 import Owl2Model
 from owl2.runtime import spec
-from owl2.runtime.config import ModelConfig
-from owl2.runtime.spec import BYTES_PER_VALUE
 
 
 def export_bundle(config: ExportConfig, reporter: Reporter | None = None) -> Report:
@@ -42,12 +37,11 @@ def export_bundle(config: ExportConfig, reporter: Reporter | None = None) -> Rep
         ExportError: the target exists, or the disk is full.
     """
     with open_job(config, reporter or Silent()) as job:
-        needed = estimate_size(job.model, config) + journal_size(job)
+        needed = job.size + journal_size(job)
         with job.writing(needed):
             journal = Journal(job)
-            if remark := journal.resume(fresh=config.fresh):
-                job.reporter.note(remark)
-            check_space(job.staging, needed)
+            journal.resume()
+            job.check_space(needed)
             for name in spec.TOKENIZER_FILES:
                 shutil.copyfile(job.checkpoint.folder / name, job.folder / name)
             vision = journal.vision()
@@ -75,27 +69,9 @@ def export_bundle(config: ExportConfig, reporter: Reporter | None = None) -> Rep
     return report
 
 
-def estimate_size(model: ModelConfig, config: ExportConfig) -> int:
-    """Bytes of the bundle, within a few percent."""
-    types = config.types
-    with torch.device("meta"):
-        shapes = {name: tuple(parameter.shape) for name, parameter in Owl2Model(model).named_parameters()}
-    stored = {"model.embed_tokens.": types.embeddings, "lm_head.": types.head, "model.layers.": types.decoder}
-    total = 0.0
-    for name, shape in shapes.items():
-        count = float(np.prod(shape))
-        weight_type = next((value for prefix, value in stored.items() if name.startswith(prefix)), types.vision)
-        if len(shape) != 2:
-            weight_type = "fp32"
-        elif weight_type in ("int4", "int8") and config.quant is not None:
-            total += 4 * count / config.group_size
-        total += BYTES_PER_VALUE[weight_type] * count
-    return int(total)
-
-
 def _embed(job: ExportJob, vision: ExportedVision) -> tuple[Streams, list[Embedded]]:
     """Write the token table, and begin with all prompts before the first layer."""
-    table = load_table(job.checkpoint).numpy()
+    table = job.checkpoint.tensor(TABLE).numpy()
     dtype = np.float16 if job.config.types.embeddings == "fp16" else np.float32
     with (job.folder / spec.EMBEDDINGS).open("wb") as file:
         for block in np.array_split(table, max(1, len(table) // 4096)):
@@ -107,10 +83,7 @@ def _export_decoder(job: ExportJob, journal: Journal, streams: Streams) -> Expor
     """Write ``decoder.onnx``, from the layer on that ``journal`` ends with."""
     config, first = job.config, journal.layers
     path = job.folder / spec.DECODER_GRAPH
-    with (
-        device_memory_errors(config.device),
-        GraphBuilder(path, config.types.activations, resume=first > 0) as graph,
-    ):
+    with GraphBuilder(path, config.types.activations, resume=first > 0) as graph:
         writer = DecoderGraph(graph, DIALECTS[config.dialect], job.model.decoder)
         modules = journal.restore_layers(writer, streams.restore) if first else {}
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from owl2.export.checkpoint.checkpoint import DECODER_LAYERS, Checkpoint, KeptWeight
 from owl2.quant.models.mplug_owl2 import DecoderLayer, RmsNorm, VisionModel, VisualAbstractor
 
-EMBEDDINGS = "model.embed_tokens.weight"
+TABLE = "model.embed_tokens.weight"
+"""Name of the token table [V, C]."""
 
 
 def load_vision(checkpoint: Checkpoint) -> tuple[VisionModel, VisualAbstractor]:
@@ -39,9 +39,4 @@ def load_norm(checkpoint: Checkpoint) -> RmsNorm:
 
 def head_name(checkpoint: Checkpoint) -> str:
     """Name of the output head's weight [V, C], which may be the token table."""
-    return EMBEDDINGS if checkpoint.config.decoder.tie_word_embeddings else "lm_head.weight"
-
-
-def load_table(checkpoint: Checkpoint) -> Tensor:
-    """The token table: float32 [V, C]."""
-    return checkpoint.tensor(EMBEDDINGS)
+    return TABLE if checkpoint.config.decoder.tie_word_embeddings else "lm_head.weight"

@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from owl2.export.checkpoint.checkpoint import Checkpoint
-from owl2.export.checkpoint.modules import head_name, load_layer, load_norm, load_table, load_vision
+from owl2.export.checkpoint.modules import TABLE, head_name, load_layer, load_norm, load_vision
 from owl2.quant.models.mplug_owl2 import DecoderLayer, Routing
 from owl2.quant.models.mplug_owl2.decoder import KeyValue
 from owl2.quant.models.mplug_owl2.owl2 import rotary_slice
@@ -114,7 +114,7 @@ def open_checkpoint(folder: Path) -> tuple[Loaded, ModelConfig]:
         raise CheckpointError(str(error)) from error
     config = checkpoint.config
     engine = TorchEngine(checkpoint)
-    table = load_table(checkpoint).numpy()
+    table = checkpoint.tensor(TABLE).numpy()
     context = config.decoder.max_position_embeddings
     model = Loaded(str(folder), config, engine, tokenizer, table, ImageEncoder(engine), context)
     return model, config

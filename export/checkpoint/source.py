@@ -4,33 +4,31 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from owl2.export.checkpoint.checkpoint import DECODER_LAYERS, Checkpoint
 from owl2.export.checkpoint.gptq_format import read_format
 from owl2.export.checkpoint.gptq_layout import WORD_BITS
-from owl2.export.config import DEFAULT_GROUP_SIZE, DEFAULT_WEIGHTS, ExportConfig
+from owl2.export.config import ExportConfig
 from owl2.quant.layer import LINEARS
 from owl2.runtime.config import require
-from owl2.runtime.spec import WeightType
 
 GPTQ_CHECKPOINT = "gptq checkpoint"
 """The method in the manifest if the checkpoint's own integers were kept."""
 
 
-def default_settings(folder: Path) -> tuple[WeightType, int]:
-    """Weights and group size if the user gives none: those of a quantized checkpoint, else the usual ones.
+def default_settings(folder: Path) -> dict[str, Any]:
+    """Settings that a quantized checkpoint brings along, by the names of :class:`ExportConfig`; none for others.
 
     Raises:
         CheckpointError: the checkpoint is quantized in an unsupported way.
     """
-    usual = DEFAULT_WEIGHTS, DEFAULT_GROUP_SIZE
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return usual  # opening the checkpoint says what is wrong with it
+        return {}  # opening the checkpoint says what is wrong with it
     form = read_format(folder, config) if isinstance(config, dict) else None
-    return usual if form is None else (_weight_type(form.bits), form.block)
+    return {} if form is None else {"weights": f"int{form.bits}", "group_size": form.block}
 
 
 def check_settings(config: ExportConfig, checkpoint: Checkpoint) -> None:
@@ -51,7 +49,7 @@ def check_settings(config: ExportConfig, checkpoint: Checkpoint) -> None:
                     f"numbers of {config.quant.bits} bits into a word and cannot hold this model",
                 )
         return
-    own, group = _weight_type(form.bits), "whole rows" if form.group_size == -1 else f"groups of {form.group_size}"
+    own, group = f"int{form.bits}", "whole rows" if form.group_size == -1 else f"groups of {form.group_size}"
     require(
         config.layout == "bundle",
         f"{config.checkpoint} is in the GPTQ layout already; copy it, or convert the original checkpoint",
@@ -103,7 +101,3 @@ def source_record(checkpoint: Checkpoint) -> dict[str, Any]:
         "kept": len(checkpoint.quantized),
         "quantized_here": remaining(checkpoint),
     }
-
-
-def _weight_type(bits: int) -> WeightType:
-    return next(name for name in get_args(WeightType) if name == f"int{bits}")

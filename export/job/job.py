@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import numpy as np
+import torch
 
 from owl2.export.checkpoint.checkpoint import Checkpoint
 from owl2.export.checkpoint.source import check_settings, remaining, source_record
 from owl2.export.config import ExportConfig
 from owl2.export.job.device import check_device
 from owl2.export.job.progress import Reporter
-from owl2.export.job.staging import Staging, disk_errors, write_json
+from owl2.export.job.staging import Staging, write_json
 from owl2.export.job.usage import Usage
 from owl2.export.prompts import Prompts, load_prompts
 from owl2.export.report import CalibrationRecord, Checks, PartReport, Report
 from owl2.quant.layer import ModuleReport
+from owl2.quant.models.mplug_owl2 import Owl2Model
 from owl2.runtime import spec
 from owl2.runtime.config import ModelConfig
 from owl2.runtime.errors import ExportError
+from owl2.runtime.spec import BYTES_PER_VALUE
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,24 @@ class ExportJob:
         """Decoder layers of the model."""
         return self.model.decoder.num_hidden_layers
 
+    @property
+    def size(self) -> int:
+        """Bytes of the result, within a few percent."""
+        types = self.config.types
+        with torch.device("meta"):
+            shapes = {name: tuple(parameter.shape) for name, parameter in Owl2Model(self.model).named_parameters()}
+        stored = {"model.embed_tokens.": types.embeddings, "lm_head.": types.head, "model.layers.": types.decoder}
+        total = 0.0
+        for name, shape in shapes.items():
+            count = float(np.prod(shape))
+            weight_type = next((value for prefix, value in stored.items() if name.startswith(prefix)), types.vision)
+            if len(shape) != 2:
+                weight_type = "fp32"
+            elif weight_type in ("int4", "int8") and self.config.quant is not None:
+                total += 4 * count / self.config.group_size
+            total += BYTES_PER_VALUE[weight_type] * count
+        return int(total)
+
     @contextlib.contextmanager
     def writing(self, needed: int) -> Iterator[None]:
         """Enter the staging folder; errors say how much space is needed, and what is kept for the next export.
@@ -69,12 +96,31 @@ class ExportJob:
         """
         staging = self.staging
         try:
-            with disk_errors(staging, needed), staging:
+            with staging:
                 yield
         except BaseException as error:
-            if staging.kept and not (isinstance(error, ExportError) and staging.left in str(error)):
+            if isinstance(error, OSError) and error.errno in DISK_FULL:
+                raise ExportError(self._no_space(needed)) from error
+            if staging.kept and staging.left not in str(error):
                 self.reporter.note(staging.left)
             raise
+
+    def check_space(self, needed: int) -> None:
+        """Refuse to start what cannot be finished.
+
+        Raises:
+            ExportError: less than ``needed`` bytes, minus those of files that exist already, are free.
+        """
+        if shutil.disk_usage(self.staging.target.parent).free < needed - self.staging.used:
+            raise ExportError(self._no_space(needed))
+
+    def _no_space(self, needed: int) -> str:
+        parent = self.staging.target.parent
+        return (
+            f"not enough space in {parent}: the export takes about {needed / 1e6:.0f} MB, "
+            f"{shutil.disk_usage(parent).free / 1e6:.0f} MB are free; make room or write to another disk. "
+            f"{self.staging.left}"
+        )
 
     def write_report(
         self, checks: Checks, modules: Mapping[str, ModuleReport], vision: tuple[PartReport, ...] = ()

@@ -17,7 +17,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -63,23 +63,20 @@ class Journal:
     def __init__(self, job: ExportJob) -> None:
         """Begin an empty journal; the staging folder of ``job`` is entered."""
         self.layers = 0
-        self._staging, self._usage, self._total = job.staging, job.usage, job.layers
+        self._job, self._staging = job, job.staging
         self._key = resume_key(job)
         self._vision: dict[str, Any] | None = None
         self._decoder: dict[str, Any] | None = None
 
-    def resume(self, *, fresh: bool) -> str:
-        """Take up what an earlier run left, or clear it away.
+    def resume(self) -> None:
+        """Take up what an earlier run left, or clear it away, and tell the user."""
+        if remark := self._resume():
+            self._job.reporter.note(remark)
 
-        Args:
-            fresh: clear it away in any case.
-
-        Returns:
-            A remark for the user; empty when nothing was there.
-        """
+    def _resume(self) -> str:
         left = (self._staging.journal / INDEX).exists()
         try:
-            if fresh or not left:
+            if self._job.config.fresh or not left:
                 self._staging.clear()
                 return "starting over; what an earlier export had finished is removed" if left else ""
             content = self._read()
@@ -88,7 +85,7 @@ class Journal:
             return f"what an interrupted export left cannot be continued: {error}; starting over"
         vision = content["vision"]  # the first that is committed
         self._vision, self._decoder = vision, content["decoder"]
-        self._usage.restore(content["usage"])
+        self._job.usage.restore(content["usage"])
         self._remove_others()
         # What came after the last commit is made again; temporary files must not stay.
         weights = data_path(Path(spec.DECODER_GRAPH)).name
@@ -97,9 +94,9 @@ class Journal:
             return "continuing an interrupted export after the vision tower"
         self.layers = self._decoder["layers"]
         self._keep()
-        if self.layers == self._total:
-            return f"continuing an interrupted export after the last of {self._total} layers"
-        return f"continuing an interrupted export at layer {self.layers + 1} of {self._total}"
+        if self.layers == self._job.layers:
+            return f"continuing an interrupted export after the last of {self._job.layers} layers"
+        return f"continuing an interrupted export at layer {self.layers + 1} of {self._job.layers}"
 
     def keep_vision(self, vision: ExportedVision) -> None:
         """Note that the vision side is finished; its files are closed."""
@@ -141,7 +138,7 @@ class Journal:
         self._decoder = {
             "layers": state.layers,
             "segments": [*earlier, [builder.length, builder.sha256]],
-            "graph": self._write_bytes(f"{name}.graph", builder.graph),
+            "graph": self._write(f"{name}.graph", [builder.graph]),
             "names": builder.names,
             "residual": state.residual,
             "pending": state.pending,
@@ -172,26 +169,26 @@ class Journal:
         return {name: from_json(ModuleReport, report, INDEX) for name, report in record["modules"].items()}
 
     def _keep(self) -> None:
-        self._staging.keep(f"{self.layers} of {self._total} decoder layers")
+        self._staging.kept = f"{self.layers} of {self._job.layers} decoder layers"
 
     def _commit(self) -> None:
         sync(self._staging.folder)
         content = {
             "format": FORMAT,
             "key": self._key,
-            "usage": self._usage.to_json(),
+            "usage": self._job.usage.to_json(),
             "vision": self._vision,
             "decoder": self._decoder,
         }
         text = json.dumps(content)
         complete = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "content": text}
-        written = self._write_bytes(INDEX + ".new", json.dumps(complete).encode())
+        written = self._write(INDEX + ".new", [json.dumps(complete).encode()])
         (self._staging.journal / written["file"]).rename(self._staging.journal / INDEX)
         sync(self._staging.journal)
         self._remove_others()
 
     def _remove_others(self) -> None:
-        """Remove what the journal no longer names."""
+        """Remove files that the journal no longer names."""
         records = [record for record in (self._vision, self._decoder) if record is not None]
         named = {record[part]["file"] for record in records for part in ("graph", "rows") if part in record}
         _remove_all_but(named | {INDEX}, self._staging.journal)
@@ -212,42 +209,31 @@ class Journal:
         different = _differences(content["key"], self._key)
         if different:
             raise _UnusableError(different)
-        for record in (content["vision"], content["decoder"]):
-            self._check(record or {})
-        return content
-
-    def _check(self, record: Mapping[str, Any]) -> None:
-        """Compare the files that one part of the journal names with their hashes."""
-        files, journal = self._staging.folder, self._staging.journal
-        hashes = {files / name: sha256 for name, sha256 in record.get("files", {}).items()}
-        hashes |= {
-            journal / record[part]["file"]: record[part]["sha256"] for part in ("graph", "rows") if part in record
-        }
+        vision, decoder = content["vision"], content["decoder"]
+        hashes = {self._staging.folder / name: sha256 for name, sha256 in vision["files"].items()}
+        for entry in (vision["rows"], *((decoder["graph"], decoder["rows"]) if decoder else ())):
+            hashes[self._staging.journal / entry["file"]] = entry["sha256"]
         for path, sha256 in hashes.items():
             if not path.is_file() or hash_file(path) != sha256:
                 raise _UnusableError(f"{path.name} is missing or damaged")
-        if "segments" in record:
-            _check_segments(data_path(files / spec.DECODER_GRAPH), record["segments"])
+        if decoder:
+            _check_segments(data_path(self._staging.folder / spec.DECODER_GRAPH), decoder["segments"])
+        return content
 
-    def _write_bytes(self, name: str, data: bytes) -> dict[str, Any]:
+    def _write(self, name: str, parts: Iterable[bytes | memoryview]) -> dict[str, Any]:
+        digest = hashlib.sha256()
         with (self._staging.journal / name).open("wb") as file:
-            file.write(data)
+            for part in parts:
+                file.write(part)
+                digest.update(part)
             file.flush()
             os.fsync(file.fileno())
-        return {"file": name, "sha256": hashlib.sha256(data).hexdigest()}
+        return {"file": name, "sha256": digest.hexdigest()}
 
     def _write_arrays(self, name: str, arrays: Sequence[Array]) -> dict[str, Any]:
         """Write arrays of any type one after the other."""
-        written = hashlib.sha256()
-        with (self._staging.journal / name).open("wb") as file:
-            for array in arrays:
-                data = np.ascontiguousarray(array).data
-                file.write(data)
-                written.update(data)
-            file.flush()
-            os.fsync(file.fileno())
-        kinds = [[array.dtype.str, array.shape] for array in arrays]
-        return {"file": name, "sha256": written.hexdigest(), "arrays": kinds}
+        layout = {"arrays": [[array.dtype.str, array.shape] for array in arrays]}
+        return self._write(name, (np.ascontiguousarray(array).data for array in arrays)) | layout
 
     def _read_arrays(self, record: Mapping[str, Any]) -> list[Array]:
         with (self._staging.journal / record["file"]).open("rb") as file:

@@ -12,11 +12,10 @@ Everything is in one hidden folder next to the target until it is complete::
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -34,7 +33,6 @@ from owl2.runtime.errors import (
 
 # Files that tell an export's folder from what users have of their own: those of a bundle, or of a GPTQ checkpoint.
 MARKS_OF_AN_EXPORT = ((spec.MANIFEST,), ("quantize_config.json", spec.REPORT))
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # The same command would meet these again: what led to them is not worth keeping.
 LASTING_ERRORS = (CalibrationError, CheckpointError, ConfigError, ParityError, QuantizationError)
 LOCK = "lock"
@@ -44,14 +42,15 @@ LOCK_SECONDS = 0.5  # a process that is just ending removes its lock
 class Staging:
     """Collects files next to the target under a hidden name; :meth:`publish` renames them into place.
 
-    Left without publishing, everything is removed, unless :meth:`keep` was called and the export ended for a reason
-    that may be gone next time (Ctrl-C, a full disk, a kill). One process at a time writes to a target.
+    Left without publishing, everything is removed, unless :attr:`kept` is set and the export ended for a reason that
+    may be gone next time (Ctrl-C, a full disk, a kill). One process at a time writes to a target.
 
     Attributes:
         target: folder to write.
         work: the hidden folder.
         folder: in it, the files until they are complete.
         journal: in it, notes that do not become part of the target.
+        kept: says what is finished, once the next export can continue there if this one is interrupted; empty before.
     """
 
     def __init__(self, target: Path, *, source: Path | None = None, overwrite: bool) -> None:
@@ -74,7 +73,7 @@ class Staging:
         self.folder, self.journal = self.work / "bundle", self.work / "journal"
         self._replaced = self.work / "replaced"
         self._lock = FileLock(self.work / LOCK, timeout=LOCK_SECONDS)
-        self._kept = ""
+        self.kept = ""
         if self.work.exists():
             self._acquire()
             try:
@@ -98,19 +97,15 @@ class Staging:
     ) -> None:
         try:
             if isinstance(error, LASTING_ERRORS):
-                self._kept = ""
-            if not self._kept:
+                self.kept = ""
+            if not self.kept:
                 self._remove()
         finally:
             self._lock.release()
 
-    def keep(self, what: str) -> None:
-        """Leave the files to the next export if this one is interrupted from now on; ``what`` says what is finished."""
-        self._kept = what
-
     def clear(self) -> None:
         """Begin with empty folders."""
-        self._kept = ""
+        self.kept = ""
         for folder in (self.journal, self.folder):
             shutil.rmtree(folder, ignore_errors=True)
         self._make_folders()
@@ -128,17 +123,12 @@ class Staging:
     @property
     def left(self) -> str:
         """A sentence without its full stop on the files that an export leaves behind if it ends now."""
-        if not self._kept:
+        if not self.kept:
             return "Nothing was left behind"
         return (
-            f"{self._kept} are kept in {self.work} ({self.used / 1e6:.0f} MB): the same command continues there, "
+            f"{self.kept} are kept in {self.work} ({self.used / 1e6:.0f} MB): the same command continues there, "
             "with --fresh it starts over"
         )
-
-    @property
-    def kept(self) -> bool:
-        """Whether an export leaves something to continue if it is interrupted now."""
-        return bool(self._kept)
 
     def publish(self) -> None:
         """Put the files in the target's place."""
@@ -154,7 +144,7 @@ class Staging:
                 raise
         else:
             self.folder.rename(self.target)
-        self._kept = ""
+        self.kept = ""
         sync(self.target.parent)
 
     def _make_folders(self) -> None:
@@ -217,39 +207,6 @@ def _replaceable(target: Path) -> bool:
 
 def _unwritable(target: Path, error: OSError) -> ExportError:
     return ExportError(f"cannot write to {target.parent}: {error.strerror or error}")
-
-
-@contextlib.contextmanager
-def disk_errors(staging: Staging, needed: int) -> Iterator[None]:
-    """Turn a full disk into an error that says how much is needed and what was kept; enter it before ``staging``.
-
-    Raises:
-        ExportError: writing failed for lack of space.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in DISK_FULL:
-            raise
-        raise ExportError(_no_space(staging, needed)) from error
-
-
-def check_space(staging: Staging, needed: int) -> None:
-    """Refuse to start what cannot be finished.
-
-    Raises:
-        ExportError: less than ``needed`` bytes, minus those of files that exist already, are free.
-    """
-    if shutil.disk_usage(staging.target.parent).free < needed - staging.used:
-        raise ExportError(_no_space(staging, needed))
-
-
-def _no_space(staging: Staging, needed: int) -> str:
-    free = shutil.disk_usage(staging.target.parent).free
-    return (
-        f"not enough space in {staging.target.parent}: the export takes about {needed / 1e6:.0f} MB, "
-        f"{free / 1e6:.0f} MB are free; make room or write to another disk. {staging.left}"
-    )
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:

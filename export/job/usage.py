@@ -6,7 +6,6 @@ import gc
 import threading
 import time
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any
 
 import psutil
@@ -37,6 +36,7 @@ class Usage:
 
     Attributes:
         layer_seconds: one entry per finished decoder layer.
+        own_peak: the largest :func:`own_memory`, sampled ten times a second; None if the system does not tell.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class Usage:
         self._began = self._last = time.perf_counter()
         self._earlier_seconds = 0.0
         self._peak = 0
-        self._own_peak: int | None = None
+        self.own_peak: int | None = None
         self._stopped = threading.Event()
         self._sampler = threading.Thread(target=self._sample, daemon=True)
 
@@ -52,9 +52,7 @@ class Usage:
         self._sampler.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stopped.set()
         self._sampler.join()
 
@@ -78,18 +76,13 @@ class Usage:
         """Largest resident size, bytes; pages of mapped files count."""
         return max(self._peak, peak_memory())
 
-    @property
-    def own_peak(self) -> int | None:
-        """The largest :func:`own_memory`, sampled ten times a second; None if the system does not tell."""
-        return self._own_peak
-
     def to_json(self) -> dict[str, Any]:
         """The figures that a later run needs; :meth:`restore` takes them."""
         return {
             "seconds": self.seconds,
             "layer_seconds": self.layer_seconds,
             "peak": self.peak,
-            "own_peak": self._own_peak,
+            "own_peak": self.own_peak,
         }
 
     def restore(self, earlier: Mapping[str, Any]) -> None:
@@ -107,4 +100,4 @@ class Usage:
 
     def _note(self, size: int | None) -> None:
         if size is not None:
-            self._own_peak = max(self._own_peak or 0, size)
+            self.own_peak = max(self.own_peak or 0, size)

@@ -31,7 +31,7 @@ POINTS = [
     ([JOURNAL, "_remove_others", 1, "before"], "continuing an interrupted export after the vision tower"),
     (["owl2.export.decoder", "quantize_layer", 2, "after"], "continuing an interrupted export at layer 2 of 5"),
     # layer 2 becomes part of the journal; of layer 3 everything is written, but the journal does not name it
-    ([JOURNAL, "_write_bytes", 4, "after"], "continuing an interrupted export at layer 3 of 5"),
+    ([JOURNAL, "_write", 6, "after"], "continuing an interrupted export at layer 3 of 5"),
     ([JOURNAL, "_remove_others", 2, "before"], "continuing an interrupted export at layer 4 of 5"),
     (
         ["owl2.export.graph.builder:GraphBuilder", "_write", 9, "after"],

@@ -11,7 +11,9 @@ from folders import names
 
 from owl2.export.config import ExportConfig
 from owl2.export.graph.ort_dialect import OrtDialect
-from owl2.export.job.staging import Staging, check_space
+from owl2.export.job.job import open_job
+from owl2.export.job.progress import Silent
+from owl2.export.job.staging import Staging
 from owl2.export.pipeline import export_bundle
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.errors import ExportError, ParityError
@@ -78,14 +80,15 @@ class TestTarget:
         assert Bundle.open(target).manifest.weights.decoder == "fp32"
         assert names(tmp_path) == ["bundle"]
 
-    def test_space_is_checked_first(self, tmp_path: Path) -> None:
+    def test_space_is_checked_first(self, a1: Path, tmp_path: Path) -> None:
         with (
+            open_job(ExportConfig(a1, tmp_path / "bundle"), Silent()) as job,
             pytest.raises(
                 ExportError, match=r"not enough space in .*: the export takes about 1\d{12} MB.* Nothing was"
             ),
-            Staging(tmp_path / "bundle", overwrite=False) as staging,
+            job.writing(2**60),
         ):
-            check_space(staging, 2**60)
+            job.check_space(2**60)
         assert names(tmp_path) == []
 
 
@@ -109,7 +112,7 @@ class TestOneAtATime:
             "from pathlib import Path\n"
             "from owl2.export.job.staging import Staging\n"
             f"with Staging(Path({str(target)!r}), overwrite=False) as staging:\n"
-            "    staging.keep('1 layer')\n"
+            "    staging.kept = '1 layer'\n"
             "    print('in', flush=True)\n"
             "    time.sleep(100)\n"
         )
