@@ -167,7 +167,7 @@ class Staging:
             (self.work / LOCK).unlink()
             self.work.rmdir()
 
-    def _acquire(self) -> None:
+    def _acquire(self, attempts: int = 3) -> None:
         """Lock the hidden folder, which is made if it is missing.
 
         Raises:
@@ -185,6 +185,9 @@ class Staging:
                 "another folder"
             ) from error
         except OSError as error:
+            self._lock.release()
+            if attempts > 1 and isinstance(error, FileNotFoundError):  # another process has just removed the folder
+                return self._acquire(attempts - 1)
             raise _unwritable(self.target, error) from error
 
 
