@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from owl2.quant.config import Method, QuantConfig
 from owl2.runtime.config import require
-from owl2.runtime.spec import DialectName, FloatType, VisionType, WeightType
+from owl2.runtime.spec import FloatType, VisionType, WeightType
 from owl2.runtime.storage import StorageTypes, storage_types
 
 Layout = Literal["bundle", "gptq"]
@@ -30,7 +30,8 @@ class ExportConfig:
         samples: calibration samples used, at most.
         overwrite: replace an existing bundle.
         layout: ``bundle``, or ``gptq`` for a checkpoint in the layout of AutoGPTQ, GPTQModel and Optimum.
-        dialect: operators of the graphs: ``ort`` for ONNX Runtime, ``onnx`` for TensorRT.
+        dialect: operators of the graphs: ``ort`` for ONNX Runtime, ``onnx`` for TensorRT, or another one of
+            :data:`owl2.export.graph.dialect.DIALECTS`.
         activations: type in which the graphs compute; for None see :func:`storage_types`.
         device: where layers are computed and quantized: ``cpu``, ``cuda`` or ``cuda:N``.
         fresh: start over where an interrupted export could be continued.
@@ -49,16 +50,18 @@ class ExportConfig:
     samples: int = 128
     overwrite: bool = False
     layout: Layout = "bundle"
-    dialect: DialectName = "ort"
+    dialect: str = "ort"
     activations: FloatType | None = None
     device: str = "cpu"
     fresh: bool = False
 
     def __post_init__(self) -> None:
+        from owl2.export.graph.dialect import DIALECTS  # only an export needs torch
+
         _require_one_of("weights", self.weights, get_args(WeightType))
         _require_one_of("vision", self.vision, (None, *get_args(VisionType)))
         _require_one_of("layout", self.layout, get_args(Layout))
-        _require_one_of("dialect", self.dialect, get_args(DialectName))
+        _require_one_of("dialect", self.dialect, tuple(DIALECTS))
         _require_one_of("activations", self.activations, (None, *get_args(FloatType)))
         require(
             re.fullmatch(r"cpu|cuda(:\d+)?", self.device) is not None,

@@ -5,17 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, cast
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from owl2.export.checkpoint.checkpoint import KeptWeight
 from owl2.export.checkpoint.modules import head_name, load_layer, load_norm
 from owl2.export.checkpoint.source import remaining
 from owl2.export.config import ExportConfig
-from owl2.export.graph.dialect import Linear
-from owl2.export.graph.weights import DenseWeight, LinearWeight, PermutedWeight, dequantized_blocks
+from owl2.export.graph.weights import DenseWeight, IntegerWeight, Linear, LinearWeight, dequantized_blocks
 from owl2.export.job.device import device_memory_errors
 from owl2.export.job.job import ExportJob
 from owl2.export.streams import Streams
@@ -138,31 +136,29 @@ def export_layer(job: ExportJob, writer: LayerWriter, streams: Streams, index: i
         for linear, weight in kept.items():
             kept[linear] = _with_half_scales(weight, f"{name}.{linear}")
             _parameter(layer, f"{linear}.weight").copy_(kept[linear].dequantize())
-    weights: dict[str, LinearWeight] = {**kept}
     reports = {}
     if config.quant is None:
-        weights = _store_dense(layer, "fp32" if config.weights == "fp32" else "fp16")
+        weights: dict[str, LinearWeight] = _store_dense(layer, "fp32" if config.weights == "fp32" else "fp16")
     else:
         quantized = quantize_layer(layer, original, streams.calibration, config.quant, name, kept)
         for linear, entry in quantized.items():
             codes, scales = entry.weight.codes.cpu(), entry.weight.scales.cpu()
-            weights[linear] = replace(entry.weight, codes=codes, scales=scales)
+            kept[linear] = replace(entry.weight, codes=codes, scales=scales)
             if entry.report is not None:
                 reports[f"{name}.{linear}"] = entry.report
+        weights = {linear: IntegerWeight(weight) for linear, weight in kept.items()}
     _round_floats(layer, config)
     streams.advance(layer, original)
     writer.layer(_linears(layer, weights, name), _gains(layer))
     return reports
 
 
-def _with_half_scales(weight: KeptWeight, name: str) -> KeptWeight:
+def _with_half_scales(weight: QuantizedWeight, name: str) -> QuantizedWeight:
     """A kept weight with its scales as a graph with float16 activations stores them.
 
     Raises:
         QuantizationError: float16 cannot hold a scale.
     """
-    if isinstance(weight, PermutedWeight):
-        return replace(weight, weight=cast(QuantizedWeight, _with_half_scales(weight.weight, name)))
     scales = weight.scales.half().float()
     if not bool(((scales != 0) == (weight.scales != 0)).all()) or not bool(scales.isfinite().all()):
         raise QuantizationError(f"{name}: float16 cannot hold every scale of this weight; use --activations fp32")
@@ -236,5 +232,5 @@ def _store_head(weight: Tensor, config: ExportConfig) -> LinearWeight:
     if types.head == "int8":
         # Eight bits leave rounding nothing to gain from a Hessian.
         settings = QuantConfig(bits=8, group_size=config.group_size, method="rtn", scale_dtype=types.activations)
-        return rtn(weight, settings)
+        return IntegerWeight(rtn(weight, settings))
     return DenseWeight(weight, "fp32" if types.head == "fp32" else "fp16")

@@ -17,8 +17,7 @@ from owl2.export.checkpoint.gptq_layout import pack
 from owl2.export.checkpoint.modules import TABLE
 from owl2.export.config import ExportConfig
 from owl2.export.decoder import ExportedDecoder, export_layers
-from owl2.export.graph.dialect import Linear
-from owl2.export.graph.weights import LinearWeight
+from owl2.export.graph.weights import IntegerWeight, Linear, LinearWeight
 from owl2.export.job.job import ExportJob, open_job
 from owl2.export.job.progress import Reporter, Silent
 from owl2.export.job.staging import write_json
@@ -26,7 +25,6 @@ from owl2.export.report import Accuracy, Checks, Report
 from owl2.export.streams import Streams, begin_streams
 from owl2.export.vision import original_rows
 from owl2.quant.config import QuantConfig
-from owl2.quant.grid import QuantizedWeight
 from owl2.quant.models.mplug_owl2 import Owl2Model
 from owl2.runtime.errors import ConfigError, ExportError
 from owl2.runtime.evaluation.divergence import Divergence, divergence
@@ -101,8 +99,9 @@ class GptqWriter:
         """
         tensors: dict[str, Tensor] = {}
         for name, linear in linears.items():
-            assert isinstance(linear.weight, QuantizedWeight)
-            tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in pack(linear.weight, self._form).items()}
+            assert isinstance(linear.weight, IntegerWeight)
+            parts = pack(linear.weight.integers, self._form)
+            tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in parts.items()}
             if linear.bias is not None:
                 tensors[f"{name}.bias"] = linear.bias
         for norm, pair in gains.items():

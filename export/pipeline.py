@@ -13,7 +13,7 @@ from owl2.export.config import ExportConfig
 from owl2.export.decoder import ExportedDecoder, export_layers
 from owl2.export.graph.builder import GraphBuilder
 from owl2.export.graph.decoder import DecoderGraph
-from owl2.export.graph.dialects import DIALECTS
+from owl2.export.graph.dialect import DIALECTS
 from owl2.export.graph.kv_int8 import write_int8_kv_graph
 from owl2.export.job.job import ExportJob, open_job
 from owl2.export.job.journal import Journal, journal_size
@@ -84,7 +84,7 @@ def _export_decoder(job: ExportJob, journal: Journal, streams: Streams) -> Expor
     config, first = job.config, journal.layers
     path = job.folder / spec.DECODER_GRAPH
     with GraphBuilder(path, config.types.activations, resume=first > 0) as graph:
-        writer = DecoderGraph(graph, DIALECTS[config.dialect], job.model.decoder)
+        writer = DecoderGraph(DIALECTS[config.dialect](graph), job.model.decoder)
         modules = journal.restore_layers(writer, streams.restore) if first else {}
 
         def keep() -> None:

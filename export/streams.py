@@ -10,10 +10,9 @@ import torch
 from numpy.typing import NDArray
 
 from owl2.export.job.job import ExportJob
-from owl2.quant import stream
 from owl2.quant.kv import RoundedStream, watched
 from owl2.quant.models.mplug_owl2 import DecoderLayer
-from owl2.quant.stream import Calibration, Stream
+from owl2.quant.stream import Calibration, HiddenStates, Stream
 from owl2.runtime.engine import Floats, Ints
 from owl2.runtime.families.mplug_owl2.positions import Prompt, embed
 
@@ -64,7 +63,7 @@ class Streams:
             sequence.rows = torch.from_numpy(rows)
         self.kv_int8.restore(arrays[len(sequences) :])
 
-    def _sequences(self) -> list[stream.Sequence]:
+    def _sequences(self) -> list[HiddenStates]:
         calibration = [] if self.calibration is None else [self.calibration.quantized, self.calibration.original]
         return [sequence for each in (*calibration, self.quantized, self.original) for sequence in each.sequences]
 
@@ -85,7 +84,7 @@ def begin_streams(
         return [embed(prompt.keys, table, images) for prompt in prompts]
 
     def begun(prompts: list[Embedded]) -> Stream:
-        sequences = [stream.Sequence.of(torch.from_numpy(rows), torch.from_numpy(kinds)) for rows, kinds in prompts]
+        sequences = [HiddenStates.of(torch.from_numpy(rows), torch.from_numpy(kinds)) for rows, kinds in prompts]
         return Stream(job.model.decoder, sequences)
 
     prompts = job.prompts

@@ -14,7 +14,7 @@ from owl2.export.checks.engines import encode_images, encode_images_in_float
 from owl2.export.checks.parity import compare
 from owl2.export.checks.sensitivity import Part, choose_kept, measure_parts
 from owl2.export.graph.builder import GraphBuilder
-from owl2.export.graph.dialects import DIALECTS
+from owl2.export.graph.dialect import DIALECTS
 from owl2.export.graph.vision import VisionGraph
 from owl2.export.graph.weights import ChannelInt8Weight, DenseWeight, LinearWeight
 from owl2.export.job.job import ExportJob
@@ -108,7 +108,7 @@ def _write(
                 tensor.copy_(tensor.half().to(tensor.dtype))
     quantized = _torch_rows(tower, abstractor, measured, reporter)
     with GraphBuilder(job.folder / spec.VISION_GRAPH, types.activations) as graph:
-        VisionGraph(graph, DIALECTS[job.config.dialect], job.model, make_weight).write(tower, abstractor)
+        VisionGraph(DIALECTS[job.config.dialect](graph), job.model, make_weight).write(tower, abstractor)
     return quantized, original, tuple(PartReport(part.name, part.effect, part in kept) for part in parts)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from owl2.export.checkpoint.source import GPTQ_CHECKPOINT
-from owl2.export.graph.dialects import MINIMUM_ONNXRUNTIME
+from owl2.export.graph.dialect import DIALECTS
 from owl2.export.graph.kv_int8 import MINIMUM_ONNXRUNTIME as KV_INT8_ONNXRUNTIME
 from owl2.export.job.job import ExportJob
 from owl2.runtime import spec
@@ -29,7 +30,7 @@ class WrittenBundle:
         folder: of the files.
         model: architecture and image preprocessing.
         dialect, activations, weights: as in the manifest.
-        kv_cache: types of the K/V cache that have a graph.
+        kv_cache: types of the K/V cache that have a graph, each with the lowest ONNX Runtime that runs it.
     """
 
     folder: Path
@@ -37,11 +38,11 @@ class WrittenBundle:
     dialect: DialectName
     activations: FloatType
     weights: WeightFormat
-    kv_cache: tuple[KvType, ...]
+    kv_cache: Mapping[KvType, str]
 
     @classmethod
     def of(cls, job: ExportJob, kv_cache: tuple[KvType, ...]) -> WrittenBundle:
-        """The files of ``job``."""
+        """The files of ``job``, which have graphs for these types of the K/V cache."""
         config, types, quant = job.config, job.config.types, job.config.quant
         method = "none" if quant is None else quant.method
         weights = WeightFormat(
@@ -52,7 +53,9 @@ class WrittenBundle:
             method=GPTQ_CHECKPOINT if job.checkpoint.quantized else method,
             group_size=0 if quant is None else quant.group_size,
         )
-        return cls(job.folder, job.model, config.dialect, types.activations, weights, kv_cache)
+        dialect = DIALECTS[config.dialect]
+        versions = {name: KV_INT8_ONNXRUNTIME if name == "int8" else dialect.MINIMUM_ONNXRUNTIME for name in kv_cache}
+        return cls(job.folder, job.model, dialect.interface, types.activations, weights, versions)
 
     def path(self, name: str) -> Path:
         """Full path of a file."""
@@ -64,15 +67,14 @@ class WrittenBundle:
 
     def manifest(self) -> Manifest:
         """The manifest of all files; the report is one of them."""
-        minimum = MINIMUM_ONNXRUNTIME[self.dialect]
         files = sorted(path for path in self.folder.iterdir() if path.is_file())
         return Manifest(
             format=spec.FORMAT_VERSION,
             producer=f"owl2 {__version__}",
             dialect=self.dialect,
             activations=self.activations,
-            minimum_onnxruntime=minimum,
-            kv_cache={kv_type: KV_INT8_ONNXRUNTIME if kv_type == "int8" else minimum for kv_type in self.kv_cache},
+            minimum_onnxruntime=self.kv_cache[self.activations],
+            kv_cache=self.kv_cache,
             family="mplug_owl2",
             weights=self.weights,
             model=self.model,

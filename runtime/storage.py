@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from owl2.runtime.config import require
-from owl2.runtime.spec import DialectName, FloatType, KvType, VisionType, WeightType
+from owl2.runtime.spec import FloatType, KvType, VisionType, WeightType
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class StorageTypes:
 
 def storage_types(
     weights: WeightType,
-    dialect: DialectName = "ort",
+    dialect: str = "ort",
     activations: FloatType | None = None,
     vision: VisionType | None = None,
 ) -> StorageTypes:

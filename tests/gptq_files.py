@@ -4,11 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import reference
 from onnx import numpy_helper
 from safetensors.torch import load_file
 from torch import Tensor
-
-from owl2.export.graph import matmul_nbits
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
@@ -21,10 +20,9 @@ def bundle_weight(bundle: Path, name: str, width: int) -> tuple[np.ndarray, np.n
     model = onnx.load(bundle / "decoder.onnx")
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     packed, scales = (numpy_helper.to_array(stored[f"{name}.{part}"]) for part in ("codes", "scales"))
-    group_size = packed.shape[2] * 2
     zeros = stored.get(f"{name}.zero_points")
     return (
-        matmul_nbits.unpack(packed, 4, group_size, width),
+        reference.unpack_nbits(packed, 4, width),
         scales,
         None if zeros is None else numpy_helper.to_array(zeros),
     )

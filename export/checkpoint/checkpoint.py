@@ -19,7 +19,6 @@ from owl2.export.checkpoint.gptq_format import read_format
 from owl2.export.checkpoint.gptq_layout import GptqTensors, unpack
 from owl2.export.checkpoint.hf_config import model_config
 from owl2.export.checkpoint.shard import Shard
-from owl2.export.graph.weights import PermutedWeight
 from owl2.quant.grid import QuantizedWeight
 from owl2.quant.models.mplug_owl2 import Owl2Model
 from owl2.runtime.config import ModelConfig
@@ -46,8 +45,6 @@ MAX_LISTED_PROBLEMS = 40
 
 Expected = dict[str, tuple[tuple[int, ...], tuple[str, ...]]]
 """Shape and allowed dtypes of each tensor."""
-KeptWeight = QuantizedWeight | PermutedWeight
-"""Weight of a linear layer that a checkpoint holds quantized."""
 
 
 class Checkpoint:
@@ -126,7 +123,7 @@ class Checkpoint:
             )
         return value
 
-    def quantized_weight(self, linear: str) -> KeptWeight:
+    def quantized_weight(self, linear: str) -> QuantizedWeight:
         """The integers of a layer named in :attr:`quantized`, as they are in the file.
 
         Raises:
@@ -141,7 +138,7 @@ class Checkpoint:
         return unpack(GptqTensors(qweight, qzeros, scales, g_idx), self.gptq, f"{self.folder}: {linear}")
 
     @torch.no_grad()
-    def load_into(self, module: torch.nn.Module, prefix: str) -> dict[str, KeptWeight]:
+    def load_into(self, module: torch.nn.Module, prefix: str) -> dict[str, QuantizedWeight]:
         """Fill ``module`` from the tensors under ``prefix``; absent position buffers keep their computed values.
 
         Returns:

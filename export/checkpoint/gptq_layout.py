@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from owl2.export.checkpoint.gptq_format import GptqFormat
-from owl2.export.graph.weights import PermutedWeight
 from owl2.quant.grid import QuantizedWeight
 from owl2.runtime.errors import CheckpointError, QuantizationError
 
@@ -57,7 +56,7 @@ class GptqTensors:
         }
 
 
-def unpack(tensors: GptqTensors, form: GptqFormat, name: str) -> QuantizedWeight | PermutedWeight:
+def unpack(tensors: GptqTensors, form: GptqFormat, name: str) -> QuantizedWeight:
     """Integers and scales exactly as they are in the file, shapes having been checked.
 
     Args:
@@ -91,8 +90,7 @@ def unpack(tensors: GptqTensors, form: GptqFormat, name: str) -> QuantizedWeight
         return values[groups].T.repeat_interleave(repeats, dim=1)[:, : -(-width // form.block)].contiguous()
 
     kept = None if zeros is None else blocks(torch.from_numpy(zeros))
-    weight = QuantizedWeight(signed.T.contiguous(), blocks(scales), form.bits, form.block, kept)
-    return weight if columns is None else PermutedWeight(weight, columns)
+    return QuantizedWeight(signed.T.contiguous(), blocks(scales), form.bits, form.block, kept, columns)
 
 
 def _zero_points(packed: NDArray[np.int32], rows: int, form: GptqFormat, name: str) -> NDArray[np.int8] | None:
@@ -148,16 +146,19 @@ def pack(weight: QuantizedWeight, form: GptqFormat) -> GptqTensors:
     """The four tensors of a symmetric weight; :func:`unpack` gives back the same integers and scales.
 
     Raises:
-        QuantizationError: scales that are not positive or that fp16 does not hold, zero points, or a shape that does
-            not fill whole words.
+        QuantizationError: scales that are not positive or that fp16 does not hold, zero points, another order of
+            columns, or a shape that does not fill whole words.
     """
     rows, width = weight.codes.shape
     packed = WORD_BITS // weight.bits
     if rows % packed or width % packed:
         raise QuantizationError(f"a weight of {rows}x{width} does not fill words of {packed} numbers in this layout")
     halves = weight.scales.half()
-    if weight.zero_points is not None or not torch.equal(halves.float(), weight.scales) or bool((halves <= 0).any()):
-        raise QuantizationError("this layout needs symmetric weights whose scales are positive and exact in fp16")
+    plain = weight.zero_points is None and weight.columns is None
+    if not plain or not torch.equal(halves.float(), weight.scales) or bool((halves <= 0).any()):
+        raise QuantizationError(
+            "this layout needs symmetric weights whose scales are positive and exact in fp16, and columns in order"
+        )
     unsigned = (weight.codes.to(torch.int16) + 2 ** (weight.bits - 1)).to(torch.uint8).numpy()
     zero = 2 ** (weight.bits - 1) - (form.version == 1)
     zeros = np.full((halves.shape[1], rows), zero, dtype=np.uint8)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from owl2.export.checkpoint.checkpoint import DECODER_LAYERS, Checkpoint, KeptWeight
+from owl2.export.checkpoint.checkpoint import DECODER_LAYERS, Checkpoint
+from owl2.quant.grid import QuantizedWeight
 from owl2.quant.models.mplug_owl2 import DecoderLayer, RmsNorm, VisionModel, VisualAbstractor
 
 TABLE = "model.embed_tokens.weight"
@@ -21,7 +22,7 @@ def load_vision(checkpoint: Checkpoint) -> tuple[VisionModel, VisualAbstractor]:
     return tower, abstractor
 
 
-def load_layer(checkpoint: Checkpoint, index: int, device: str) -> tuple[DecoderLayer, dict[str, KeptWeight]]:
+def load_layer(checkpoint: Checkpoint, index: int, device: str) -> tuple[DecoderLayer, dict[str, QuantizedWeight]]:
     """One decoder layer, and the integers of those of its linear layers that the checkpoint holds quantized."""
     with torch.device("meta"):  # no time for random weights that are replaced at once
         layer = DecoderLayer(checkpoint.config.decoder).eval()

@@ -15,8 +15,7 @@ import torch
 from owl2.export.checkpoint.checkpoint import Checkpoint
 from owl2.export.checkpoint.modules import TABLE, head_name, load_layer, load_norm, load_vision
 from owl2.quant.models.mplug_owl2 import DecoderLayer, Routing
-from owl2.quant.models.mplug_owl2.decoder import KeyValue
-from owl2.quant.models.mplug_owl2.owl2 import rotary_slice
+from owl2.quant.models.mplug_owl2.decoder import KeyValue, rotary_slice
 from owl2.runtime.config import ModelConfig
 from owl2.runtime.engine import PREFILL_BLOCK, Floats, Ints, KvBuffers
 from owl2.runtime.errors import BackendError, BundleError, CheckpointError

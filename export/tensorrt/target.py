@@ -10,7 +10,6 @@ from owl2.runtime.errors import BackendUnavailableError, ConfigError
 from owl2.runtime.fit.machine import driver_version, this_gpu
 from owl2.runtime.fit.products import PRODUCTS, Product, find_product
 from owl2.runtime.placement import EngineKind
-from owl2.runtime.spec import DialectName
 
 MODULES: dict[EngineKind, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 BRINGS = {
@@ -41,7 +40,7 @@ class BuildTarget:
     driver: str | None
 
 
-def choose(kind: EngineKind, device: Product, dialect: DialectName, weights: str, *, here: bool) -> BuildTarget:
+def choose(kind: EngineKind, device: Product, dialect: str, weights: str, *, here: bool) -> BuildTarget:
     """Check that engines of a bundle can be built for ``device``, and import what builds them.
 
     Args:
@@ -65,7 +64,7 @@ def choose(kind: EngineKind, device: Product, dialect: DialectName, weights: str
     return BuildTarget(kind, load_module(kind), device, device.compute, here, driver_version() if here else None)
 
 
-def check_dialect(dialect: DialectName) -> None:
+def check_dialect(dialect: str) -> None:
     """Refuse a bundle whose graphs are ONNX Runtime's.
 
     Raises:

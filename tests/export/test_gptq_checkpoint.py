@@ -2,34 +2,25 @@
 
 import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
 import torch
 from click.testing import CliRunner, Result
 from conftest import MakeCheckpoint
 from gptq_files import bundle_weight, tensors_of
-from onnx import TensorProto
 from safetensors.torch import load_file, save_file
 
 from owl2.export.__main__ import cli
 from owl2.export.checkpoint.checkpoint import Checkpoint
-from owl2.export.checks.parity import with_float_activations
 from owl2.export.config import ExportConfig
 from owl2.export.gptq_checkpoint import GptqWriter, export_gptq
-from owl2.export.graph.builder import GraphBuilder
-from owl2.export.graph.dialect import Linear
-from owl2.export.graph.ort_dialect import OrtDialect
-from owl2.export.graph.weights import PermutedWeight
 from owl2.export.pipeline import export_bundle
 from owl2.export.report import Report
 from owl2.quant.config import QuantConfig
-from owl2.quant.grid import QuantizedWeight, rtn
+from owl2.quant.grid import rtn
 from owl2.quant.layer import LINEARS
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.errors import CheckpointError, ConfigError, ExportError, QuantizationError
@@ -82,7 +73,7 @@ class TestWriting:
         with Checkpoint(written[0]) as checkpoint:
             for name in sorted(checkpoint.quantized):
                 weight = checkpoint.quantized_weight(name)
-                assert isinstance(weight, QuantizedWeight)
+                assert weight.columns is None
                 width = weight.codes.shape[1]
                 codes, scales, zeros = bundle_weight(tmp_path / "bundle", name.removeprefix("model."), width)
                 np.testing.assert_array_equal(codes, weight.codes.numpy())
@@ -209,63 +200,3 @@ class TestScales:
         assert not tiny.codes.any()
         with pytest.raises(QuantizationError, match="fp16 does not"):
             rtn(torch.full((1, 32), 1e6), config)
-
-
-class TestGraph:
-    """MatMulNBits with what other programs' weights have: zero points and another order of columns."""
-
-    def run(
-        self, folder: Path, weights: Mapping[str, QuantizedWeight | PermutedWeight], x: np.ndarray
-    ) -> list[np.ndarray]:
-        path = folder / "linear.onnx"
-        with GraphBuilder(path) as graph:
-            rows = graph.input("x", TensorProto.FLOAT, ["M", x.shape[1]])
-            for name, weight in weights.items():
-                made = OrtDialect().linear(graph, rows, Linear(name, weight))
-                graph.node("Identity", [made], outputs=[f"{name}.y"])
-                graph.output(f"{name}.y", TensorProto.FLOAT, ["M", len(weight.dequantize())])
-            graph.save()
-        with with_float_activations(path) as variant:
-            session = onnxruntime.InferenceSession(variant, providers=["CPUExecutionProvider"])
-            made: list[np.ndarray] = session.run(None, {"x": x})
-        return made
-
-    def weight(self, bits: int, width: int, seed: int) -> QuantizedWeight:
-        generator = torch.Generator().manual_seed(seed)
-        least, most = -(2 ** (bits - 1)), 2 ** (bits - 1)
-        groups = -(-width // 32)
-        return QuantizedWeight(
-            torch.randint(least, most, (24, width), generator=generator, dtype=torch.int8),
-            torch.rand(24, groups, generator=generator),
-            bits,
-            32,
-            torch.randint(least, most, (24, groups), generator=generator, dtype=torch.int8),
-        )
-
-    @pytest.mark.parametrize("bits", [4, 8])
-    @pytest.mark.parametrize("width", [64, 96, 80])
-    def test_zero_points_and_order(self, tmp_path: Path, bits: int, width: int) -> None:
-        x = np.random.default_rng(0).normal(size=(5, width)).astype(np.float32)
-        order = torch.randperm(width, generator=torch.Generator().manual_seed(1))
-        other = order.flip(0)
-        plain = self.weight(bits, width, 0)
-        weights = {
-            "plain": plain,
-            "one": PermutedWeight(plain, order),
-            "two": PermutedWeight(self.weight(bits, width, 1), order.clone()),
-            "three": PermutedWeight(self.weight(bits, width, 2), other),
-        }
-        made = self.run(tmp_path, weights, x)
-        for weight, y in zip(weights.values(), made):
-            expected = x.astype(np.float64) @ weight.dequantize().double().numpy().T
-            np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-3 * np.abs(expected).max())
-        nodes = onnx.load(tmp_path / "linear.onnx", load_external_data=False).graph.node
-        assert sum(node.op_type == "Gather" for node in nodes) == 2  # one for each order
-
-
-def test_permuted_weights_in_their_own_order() -> None:
-    weight = TestGraph().weight(4, 64, 3)
-    order = torch.randperm(64, generator=torch.Generator().manual_seed(2))
-    x = torch.randn(3, 64, dtype=torch.float64)
-    expected = x[:, order] @ weight.dequantize().double().T
-    torch.testing.assert_close(x @ PermutedWeight(weight, order).dequantize().double().T, expected)

@@ -31,7 +31,7 @@ from owl2.export.job.usage import Usage
 from owl2.export.prompts import Prompts
 from owl2.export.streams import Streams
 from owl2.quant.kv import RoundedStream
-from owl2.quant.stream import Calibration, Sequence, Stream
+from owl2.quant.stream import Calibration, HiddenStates, Stream
 from owl2.runtime.errors import ConfigError
 
 pytestmark = pytest.mark.slow
@@ -109,14 +109,14 @@ def exported(checkpoint: Checkpoint, folder: Path, device: str, **settings: Any)
     rows = [torch.randn(len(kinds), shape.hidden_size, generator=generator) for _ in range(8)]
 
     def stream() -> Stream:
-        return Stream(shape, [Sequence.of(row, kinds) for row in rows])
+        return Stream(shape, [HiddenStates.of(row, kinds) for row in rows])
 
     calibration = Calibration(stream()) if config.method == "gptq" and config.quant else None
     streams = Streams(calibration, stream(), stream(), RoundedStream(stream()))
     with GraphBuilder(folder / "graph") as graph:
         staging = Staging(config.bundle, overwrite=False)
         job = ExportJob(config, checkpoint, Prompts([], [], [], {}, "none"), staging, Usage(), Silent())
-        decoder.export_layer(job, DecoderGraph(graph, OrtDialect(), shape), streams, 0)
+        decoder.export_layer(job, DecoderGraph(OrtDialect(graph), shape), streams, 0)
         graph.state()
     return (folder / "graph.data").read_bytes(), [s.rows for s in streams._sequences()]
 
