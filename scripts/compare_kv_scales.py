@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from owl2.export.checkpoint.checkpoint import Checkpoint
-from owl2.export.prompts import images_of, prepare
+from owl2.export.prompts import prepare
 from owl2.quant.calibration.samples import load_calibration
 from owl2.quant.models.mplug_owl2 import DecoderLayer, Owl2Model
 from owl2.quant.models.mplug_owl2.decoder import KeyValue, rotary_slice
@@ -91,7 +91,7 @@ class Model:
         chosen = prompts.calibration + prompts.held_out
         rows = {
             digest: self.model.encode_images(torch.from_numpy(image.pixels)[None])[0].numpy()
-            for digest, image in images_of(chosen).items()
+            for digest, image in prompts.images_of(chosen).items()
         }
         table = self.model.model.embed_tokens.weight.numpy()
         made = [embed(prompt.keys, table, rows) for prompt in chosen]

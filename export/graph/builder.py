@@ -17,8 +17,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from owl2.export import __version__
 from owl2.runtime.spec import FloatType
+from owl2.runtime.version import __version__
 
 OPSET = 21
 IR_VERSION = 10

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnxruntime as ort
@@ -19,7 +19,7 @@ from owl2.runtime.backends.ort.memory import Buffer, Feeds, memory_of
 from owl2.runtime.backends.ort.onnx_decoder import OnnxDecoder, first_line, run_bound
 from owl2.runtime.backends.steps import row_inputs
 from owl2.runtime.bundle import Bundle, Manifest
-from owl2.runtime.config import DecoderConfig, require
+from owl2.runtime.config import DecoderConfig, ModelConfig, require
 from owl2.runtime.engine import PREFILL_BLOCK, EngineOptions, Floats, Ints, KvBuffers
 from owl2.runtime.errors import BackendError, BackendUnavailableError
 from owl2.runtime.placement import HOST, Placement
@@ -187,7 +187,19 @@ class OrtDecoder:
         return run_bound(self._session, binding, self._run_options)
 
 
-def open_decoder(path: Path, manifest: Manifest, options: OrtOptions) -> OrtDecoder | OnnxDecoder:
+class GraphFormat(Protocol):
+    """The part of a manifest that says what a decoder graph is like."""
+
+    @property
+    def dialect(self) -> DialectName:
+        """Operators of the graph."""
+
+    @property
+    def model(self) -> ModelConfig:
+        """The model that it computes."""
+
+
+def open_decoder(path: Path, manifest: GraphFormat, options: OrtOptions) -> OrtDecoder | OnnxDecoder:
     """Load the decoder graph at ``path``, which may be a variant of the bundle's own.
 
     Raises:
@@ -233,6 +245,30 @@ def check_onnx_decoder(path: Path, session: ort.InferenceSession, config: Decode
     check_types(path, session, dict.fromkeys((*rows, spec.ATTENTION_MASK), element))
 
 
+class OrtVision:
+    """The session of the vision tower and the abstractor."""
+
+    def __init__(self, path: Path, model: ModelConfig, options: OrtOptions) -> None:
+        """Load the graph at ``path``, which may be a variant of the bundle's own.
+
+        Raises:
+            BackendUnavailableError, BackendError: as :class:`OrtEngine`.
+        """
+        self._session = open_session(path, options)
+        size = model.vision.image_size
+        rows = (None, model.rows_per_image, model.decoder.hidden_size)
+        check_shapes(path, self._session, {spec.PIXELS: (None, 3, size, size), spec.IMAGE_ROWS: rows})
+        self._run_options = _run_options()
+
+    def encode_images(self, pixels: Floats) -> Floats:
+        """pixels: [N, 3, R, R] -> image rows [N, queries + 1, C]."""
+        try:
+            rows: Floats = self._session.run([spec.IMAGE_ROWS], {spec.PIXELS: pixels}, self._run_options)[0]
+        except Exception as error:
+            raise BackendError(f"the vision tower failed: {first_line(error)}") from error
+        return rows
+
+
 def prepare(folder: Path, manifest: Manifest, options: EngineOptions) -> Callable[[Bundle], OrtEngine]:
     """Check that the device is available and can run the bundle; see :data:`owl2.runtime.backends.choose.Backend`.
 
@@ -265,15 +301,9 @@ class OrtEngine:
             BackendError: a graph cannot be loaded, or not as a whole on the device, or does not fit the manifest.
             ConfigError: the bundle does not offer the type of K/V cache.
         """
-        model = bundle.manifest.model
         graph = bundle.decoder_graph(options.kv_cache)
-        path = bundle.path(spec.VISION_GRAPH)
-        self._vision = open_session(path, options)
-        size = model.vision.image_size
-        rows = (None, model.rows_per_image, model.decoder.hidden_size)
-        check_shapes(path, self._vision, {spec.PIXELS: (None, 3, size, size), spec.IMAGE_ROWS: rows})
+        self._vision = OrtVision(bundle.path(spec.VISION_GRAPH), bundle.manifest.model, options)
         self._decoder = open_decoder(graph, bundle.manifest, options)
-        self._run_options = _run_options()
 
     @property
     def context(self) -> None:
@@ -291,11 +321,7 @@ class OrtEngine:
 
     def encode_images(self, pixels: Floats) -> Floats:
         """pixels: [N, 3, R, R] -> image rows [N, queries + 1, C]."""
-        try:
-            rows: Floats = self._vision.run([spec.IMAGE_ROWS], {spec.PIXELS: pixels}, self._run_options)[0]
-        except Exception as error:
-            raise BackendError(f"the vision tower failed: {first_line(error)}") from error
-        return rows
+        return self._vision.encode_images(pixels)
 
     def allocate(self, capacity: int, previous: KvBuffers | None) -> KvBuffers:
         """Buffers for ``capacity`` positions that begin with the content of ``previous``."""

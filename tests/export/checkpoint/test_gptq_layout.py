@@ -8,15 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from owl2.export.checkpoint.gptq_layout import (
-    GptqFormat,
-    GptqTensors,
-    pack,
-    pack_words,
-    read_format,
-    unpack,
-    unpack_words,
-)
+from owl2.export.checkpoint.gptq_format import GptqFormat, read_format
+from owl2.export.checkpoint.gptq_layout import GptqTensors, pack, pack_words, unpack, unpack_words
 from owl2.quant.config import QuantConfig
 from owl2.quant.grid import QuantizedWeight, rtn
 from owl2.runtime.errors import CheckpointError, QuantizationError
@@ -278,5 +271,5 @@ class TestSettings:
         with pytest.raises(CheckpointError, match="must be a JSON object"):
             read_format(tmp_path, {"quantization_config": [4]})
         (tmp_path / "quantize_config.json").write_text("{")
-        with pytest.raises(CheckpointError, match="no readable JSON"):
+        with pytest.raises(CheckpointError, match="is not readable JSON"):
             read_format(tmp_path, {})

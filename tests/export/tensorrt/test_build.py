@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from onnx import TensorProto, helper
 
 from owl2 import ConfigError, Owl2
-from owl2.export.__main__ import export
+from owl2.export.__main__ import cli
 from owl2.export.config import ExportConfig
 from owl2.export.job.progress import Silent
 from owl2.export.pipeline import export_bundle
@@ -293,7 +293,7 @@ def test_it_needs_neither_torch_nor_onnx_nor_an_onnx_runtime(folder: Path) -> No
 def test_options_that_exclude_each_other(
     sample_checkpoint: Path, tmp_path: Path, options: list[str], message: str
 ) -> None:
-    made = CliRunner().invoke(export, [str(sample_checkpoint), str(tmp_path / "bundle"), *options])
+    made = CliRunner().invoke(cli, [str(sample_checkpoint), str(tmp_path / "bundle"), *options])
     assert made.exit_code == 1
     assert message in made.output
     assert not (tmp_path / "bundle").exists()
@@ -307,7 +307,7 @@ def test_a_bundle_stays_when_its_engines_cannot_be_built(
 
     monkeypatch.setattr("owl2.export.tensorrt.folder.build_engine", refused)
     given = [str(sample_checkpoint), str(tmp_path / "bundle"), "--method", "rtn", "--gpu", "rtx3060", "--samples", "2"]
-    made = CliRunner().invoke(export, given)
+    made = CliRunner().invoke(cli, given)
     assert made.exit_code == 1
     assert f"owl2-export engine {tmp_path / 'bundle'} --gpu rtx3060" in made.output
     assert "equals torch within" in made.output
