@@ -66,8 +66,7 @@ class Product:
 
     def to_json(self) -> dict[str, Any]:
         """All of the above by name."""
-        names = ("shared", "engines", "int4_engines")
-        return asdict(self) | {name: getattr(self, name) for name in names}
+        return asdict(self) | {"shared": self.shared, "engines": list(self.engines), "int4_engines": self.int4_engines}
 
 
 # Name, product, family, compute capability, memory in GiB, bandwidth in GB/s.
