@@ -15,13 +15,14 @@ from owl2.runtime.fit.footprint import BYTES, decoder_bytes
 from owl2.runtime.fit.machine import MemoryBudget
 from owl2.runtime.fit.plan import Plan
 from owl2.runtime.fit.products import GIB, PRODUCTS, Product
+from owl2.runtime.spec import DialectName, FloatType
 from owl2.runtime.verification import FileEntry
 
 MODEL = ModelConfig(VisionConfig(), AbstractorConfig(), DecoderConfig(), PreprocessConfig())
 VISION_WEIGHTS = 24 * (4 * 1024**2 + 2 * 1024 * 4096) + 6 * (4 * 1024**2 + 3 * 1024 * 2816) + 1024 * 4096
 """In the linear layers of tower and abstractor."""
 WEIGHTS = ("int4", "int8", "fp16", "fp32")
-FORMS = (("ort", "fp32"), ("ort", "fp16"), ("onnx", "fp16"))
+FORMS: tuple[tuple[DialectName, FloatType], ...] = (("ort", "fp32"), ("ort", "fp16"), ("onnx", "fp16"))
 """Dialect and activations."""
 
 

@@ -146,7 +146,8 @@ def test_interrupt_before_the_first_token(
     run: RunCommand, bundle_a1: Path, owl: Owl2, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While a question is being tokenized and its images are prepared."""
-    stream, interrupted = Chat.stream, []
+    stream = Chat.stream
+    interrupted: list[str] = []
 
     def interrupt_once(chat: Chat, question: str, *others: Any, **options: Any) -> AnswerStream:
         if not interrupted:

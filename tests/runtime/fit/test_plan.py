@@ -55,7 +55,7 @@ class TestProblems:
 
 class TestSuggestions:
     def test_what_is_suggested_fits_when_it_is_done(self) -> None:
-        options = set()
+        options: set[str] = set()
         for plan in cases():
             assert plan.fits == (plan.problem is None and plan.needed <= plan.available)
             assert not (plan.fits and plan.suggestions)
