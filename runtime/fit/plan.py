@@ -12,17 +12,8 @@ from owl2.runtime import spec
 from owl2.runtime.bundle import Manifest, read_manifest
 from owl2.runtime.config import require, resolve_context
 from owl2.runtime.errors import BackendUnavailableError, InsufficientMemoryError
-from owl2.runtime.fit.footprint import (
-    BYTES,
-    Part,
-    Runner,
-    build_bytes,
-    decoder_bytes,
-    find_runner,
-    memory_parts,
-    stored,
-    weights_per_token,
-)
+from owl2.runtime.fit import footprint
+from owl2.runtime.fit.footprint import BYTES, Part, Runner
 from owl2.runtime.fit.machine import ROOT, MemoryBudget, free_swap, gpus, read_bandwidth, this_cpu
 from owl2.runtime.fit.products import GIB, PRODUCTS
 from owl2.runtime.kv_cache import GROWTH
@@ -65,12 +56,12 @@ class Plan:
     @property
     def runner(self) -> Runner:
         """What runs the graphs."""
-        return find_runner(self.manifest, self.budget.device)
+        return footprint.find_runner(self.manifest, self.budget.device)
 
     @cached_property
     def parts(self) -> list[Part]:
         """The memory needed on the device, by purpose, each figure with its basis."""
-        return memory_parts(self.manifest, self.budget.device, self.context, self.kv_type, self.images)
+        return footprint.memory_parts(self.manifest, self.budget.device, self.context, self.kv_type, self.images)
 
     @property
     def needed(self) -> int:
@@ -113,13 +104,13 @@ class Plan:
     @property
     def building(self) -> int | None:
         """Bytes of the CPU's memory that building the decoder's engine takes; None where none is built."""
-        return build_bytes(self.manifest) if self.runner.startswith("tensorrt") else None
+        return footprint.build_bytes(self.manifest) if self.runner.startswith("tensorrt") else None
 
     @property
     def bytes_per_token(self) -> tuple[int, int]:
         """Bytes that every token reads: of weights, and of keys and values at the full context."""
         kv = self.context * self.manifest.kv_bytes(self.kv_type)
-        return weights_per_token(self.manifest, self.runner), kv
+        return footprint.weights_per_token(self.manifest, self.runner), kv
 
     @property
     def tokens_per_second(self) -> tuple[float, float] | None:
@@ -253,16 +244,14 @@ def check_memory(
 ) -> None:
     """Refuse to load a model that cannot fit, before the system kills the process for it.
 
-    The estimate errs on the small side: weights, and the keys and values of the first positions, or of the whole
-    context where one was asked for. On the CPU and on a Jetson it is compared with what the kernel calls available
-    (page cache that it can drop counts) or a control group's limit leaves; on the CPU swap on a disk counts too. On
-    another GPU it is compared with what nvidia-smi calls free; of several, with the one that has the most, because
-    which of them an index means is up to CUDA. Devices of other packages, and those whose memory is not known, are not
-    checked.
+    The estimate errs on the small side: weights, and keys and values of the first positions, or of a context that was
+    asked for. It is compared with what is available on the CPU (with swap on a disk) or the Jetson, or free on the GPU
+    that has the most: which of several an index means is up to CUDA. Devices of other packages, and those whose memory
+    is not known, are not checked.
 
     Args:
         manifest: of the bundle.
-        context: positions that the user asked for; None for the model's own, which a conversation may never reach.
+        context: positions that were asked for; None for the model's own limit, which a conversation may never reach.
         kv_type: type of keys and values.
         device: runs the bundle.
         root: of the system's files.
@@ -297,9 +286,13 @@ def run_changes(plan: Plan) -> dict[str, Plan]:
         steps["--kv-cache int8"] = {"kv_type": "int8"}
     found = {change: after for change, fields in steps.items() if (after := replace(plan, **fields)).fits}
     if steps and not found:
-        together = replace(plan, **{name: value for fields in steps.values() for name, value in fields.items()})
-        more = {"": together} if together.fits else shorter_context(together)
-        found = {" and ".join(filter(None, [*steps, change])): after for change, after in more.items()}
+        together, change = plan, " and ".join(steps)
+        for fields in steps.values():
+            together = replace(together, **fields)
+        if together.fits:
+            found[change] = together
+        else:
+            found |= {f"{change} and {last}": after for last, after in shorter_context(together).items()}
     return found | shorter_context(plan)
 
 
@@ -331,10 +324,12 @@ def exported(plan: Plan, weights: str) -> tuple[str, Plan]:
     types = replace(old.weights, decoder=weights, head=head, vision=vision, group_size=group_size)
     new = replace(old, dialect=dialect, activations=activations, kv_cache=dict.fromkeys(kv_types, ""), weights=types)
     ratios = {
-        spec.DECODER_GRAPH: sum(decoder_bytes(new)) / sum(decoder_bytes(old)),
+        spec.DECODER_GRAPH: sum(footprint.decoder_bytes(new)) / sum(footprint.decoder_bytes(old)),
         spec.VISION_GRAPH: BYTES[vision] / BYTES[old.weights.vision],
     }
-    files = {f"{graph}.data": FileEntry(int(stored(old, graph) * ratio), "") for graph, ratio in ratios.items()}
+    files = {
+        f"{graph}.data": FileEntry(int(footprint.stored(old, graph) * ratio), "") for graph, ratio in ratios.items()
+    }
     kv_type = plan.kv_type if plan.kv_type in kv_types else activations
     after = replace(plan, manifest=replace(new, files={**old.files, **files}), kv_type=kv_type)
     return f"export with --dialect {dialect} --weights {weights} --activations {activations}", after
