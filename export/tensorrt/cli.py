@@ -13,9 +13,8 @@ import click
 
 from owl2.runtime.cli.console import duration, reports_errors, size
 from owl2.runtime.config import resolve_context
-from owl2.runtime.fit.footprint import BundleSizes, MemoryBudget, Scenario, Settings, building
-from owl2.runtime.fit.machine import DetectedDevice, host_memory
-from owl2.runtime.fit.products import Product
+from owl2.runtime.fit.footprint import build_bytes
+from owl2.runtime.fit.machine import this_cpu
 from owl2.runtime.placement import EngineKind
 
 if TYPE_CHECKING:
@@ -161,21 +160,18 @@ def build(bundle: Bundle, request: Request, reporter: Reporter) -> EngineReport:
     context = resolve_context(bundle.manifest.model.decoder, request.context)
     prefill = min(PREFILL, context) if request.prefill is None else request.prefill
     limits = Limits(context, prefill, request.images)
-    reporter.note(memory_note(bundle.manifest, target.device))
+    reporter.note(memory_note(bundle.manifest))
     workspace = None if request.workspace is None else request.workspace * MIB
     return build_engines(bundle, target, limits, workspace, reporter)
 
 
-def memory_note(manifest: Manifest, device: Product) -> str:
-    """What building takes of the CPU's memory, an estimate, and what is there."""
-    found, host = DetectedDevice(device, device.memory), host_memory()
-    settings = Settings(manifest.model.decoder.max_position_embeddings, manifest.activations, images=1)
-    needs = building(Scenario(BundleSizes.of(manifest), MemoryBudget.of_machine(found, host), settings))
-    if needs is None:
-        return "how much memory building takes is not known"
-    there = "" if needs.available is None else f", {size(needs.available)} are available"
-    fits = "; that may not be enough: build elsewhere, or add swap" if needs.fits is False else ""
-    return f"building the decoder's engine takes about {size(needs.needed)} of this machine's memory{there}{fits}"
+def memory_note(manifest: Manifest) -> str:
+    """What building takes of the CPU's memory, an estimate, and what is available."""
+    needed, cpu = build_bytes(manifest), this_cpu()
+    available = "" if cpu is None else f", {size(cpu.available)} are available"
+    short = cpu is not None and needed > cpu.available
+    advice = "; that may not be enough: build elsewhere, or add swap" if short else ""
+    return f"building the decoder's engine takes about {size(needed)} of this machine's memory{available}{advice}"
 
 
 def summary(report: EngineReport) -> str:
