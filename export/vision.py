@@ -22,7 +22,7 @@ from owl2.export.graph.weights import ChannelInt8Weight, DenseWeight, LinearWeig
 from owl2.export.job.progress import Reporter
 from owl2.quant.models.mplug_owl2 import VisionModel, VisualAbstractor
 from owl2.runtime import spec
-from owl2.runtime.backends.ort.engine import DEFAULT_OPTIONS, OrtOptions, open_session
+from owl2.runtime.backends.ort.session import DEFAULT_OPTIONS, OrtOptions, open_session
 from owl2.runtime.engine import Floats
 from owl2.runtime.images import PreparedImage
 from owl2.runtime.spec import FloatType

@@ -21,7 +21,8 @@ from owl2.export.report import Accuracy, KvInt8
 from owl2.export.vision import ExportedVision
 from owl2.quant.kv import RoundedStream
 from owl2.runtime import spec
-from owl2.runtime.backends.ort.engine import OrtBuffers, OrtOptions, open_decoder
+from owl2.runtime.backends.ort.engine import OrtBuffers, open_decoder
+from owl2.runtime.backends.ort.session import OrtOptions
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.engine import DecoderEngine, Floats, Ints, KvBuffers
 from owl2.runtime.evaluation.divergence import Divergence, divergence

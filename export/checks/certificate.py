@@ -11,7 +11,7 @@ from owl2.export.job.progress import Reporter
 from owl2.export.vision import run_vision
 from owl2.quant.calibration.samples import probe_samples
 from owl2.runtime import spec
-from owl2.runtime.backends.ort.engine import OrtOptions, open_session
+from owl2.runtime.backends.ort.session import OrtOptions, open_session
 from owl2.runtime.bundle import Bundle, WeightFormat
 from owl2.runtime.engine import DecoderEngine, Floats
 from owl2.runtime.evaluation.verify import (
