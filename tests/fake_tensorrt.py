@@ -1,9 +1,9 @@
-"""A GPU and its TensorRT that do not exist: what the backend asks of both is recorded, checked, and done on the CPU.
+"""A GPU and its TensorRT that do not exist: the backend's calls of both are recorded, checked, and done on the CPU.
 
-"Device memory" is host memory at real addresses, full of NaN at first and again when it is given back. Work of a
-stream is queued and done when it is waited for, so what is read too early is not there. "Engines" name a graph, which
-ONNX Runtime runs with what lies at the addresses that were bound. Misuse that a real GPU would answer with wrong
-numbers, or with nothing at all, raises :class:`Misuse`.
+"Device memory" is host memory at real addresses, full of NaN at first and again after it was given back. Work of a
+stream is queued, and done when it is waited for, so an array that is read too early is not filled yet. "Engines" name a
+graph, which ONNX Runtime runs with the content of the addresses that were bound. Misuse that a real GPU would answer
+with wrong numbers, or not at all, raises :class:`Misuse`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ class Misuse(AssertionError):
 
 @dataclass(frozen=True)
 class Copy:
-    """A copy that was asked for: ``up``, ``down`` or ``within``; addresses of device memory."""
+    """A copy that was enqueued: ``up``, ``down`` or ``within``; the address is of device memory."""
 
     direction: str
     address: int
@@ -43,17 +43,15 @@ class FakeGpu:
     """See :class:`owl2.runtime.backends.tensorrt.cuda.Gpu`.
 
     Attributes:
-        copies: all that were asked for.
-        peak: most bytes that were ever allocated at once.
+        copies: all that were enqueued.
         launches, captures: how many graphs.
-        captures_fail: as where something cannot be recorded.
+        captures_fail: makes every capture fail, as if something could not be recorded.
         limit: bytes of its memory.
     """
 
     name: str = "Fake Orin"
     compute_capability: tuple[int, int] = (8, 7)
     copies: list[Copy] = field(default_factory=list)
-    peak: int = 0
     launches: int = 0
     captures: int = 0
     captures_fail: bool = False
@@ -76,7 +74,7 @@ class FakeGpu:
         return self._recording is not None
 
     def use(self) -> None:
-        """There is only one."""
+        """This one is always in use."""
 
     def memory(self) -> tuple[int, int]:
         return self.limit - self.allocated, self.limit
@@ -92,7 +90,6 @@ class FakeGpu:
         start = -block.ctypes.data % ALIGNMENT
         array = block[start : start + nbytes]
         self.allocations[array.ctypes.data] = array
-        self.peak = max(self.peak, self.allocated)
         return int(array.ctypes.data)
 
     def free(self, address: int) -> None:
@@ -218,7 +215,7 @@ Profile = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
 
 @dataclass(frozen=True)
 class FakeEngineFile:
-    """What the bytes of an "engine" say."""
+    """Content of the file of an "engine"."""
 
     graph: str
     profiles: list[Profile]
@@ -231,13 +228,14 @@ class FakeEngineFile:
 NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 
 
-class FakeTensorRt:
-    """The module: the names of TensorRT's Python API that the backend uses, and no others.
+class FakeTensorRt(ModuleType):
+    """The module, with those names of TensorRT's Python API that the backend uses, and no others.
 
-    With ``rtx`` it is ``tensorrt_rtx``, which can make CUDA graphs by itself.
+    With ``rtx`` it is ``tensorrt_rtx``, which captures CUDA graphs by itself.
     """
 
     def __init__(self, device: FakeGpu, version: str = "10.3.0", *, rtx: bool = False) -> None:
+        super().__init__("tensorrt_rtx" if rtx else "tensorrt")
         self.__version__ = version
         self.device = device
         self.contexts: list[IExecutionContext] = []
@@ -291,7 +289,7 @@ class Runtime:
         try:
             content = FakeEngineFile(**json.loads(bytes(serialized_engine)))
         except ValueError:
-            self._logger.log(ILogger.ERROR, "magicTag failed:\n  it is no TRT engine file")
+            self._logger.log(ILogger.ERROR, "magicTag failed:\n  it is not a TRT engine file")
             return None
         return ICudaEngine(self._trt, self._logger, content)
 
@@ -358,7 +356,7 @@ class IExecutionContext:
         self.enqueued: list[dict[str, tuple[int, ...]]] = []
         """Shapes of the inputs each time."""
         self.failures = 0
-        """How many of the next runs fail."""
+        """The number of next runs that fail."""
         self._state = 0
         self._ran_in = -1
 

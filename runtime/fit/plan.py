@@ -42,7 +42,7 @@ from owl2.runtime.fit.footprint import (
 from owl2.runtime.fit.machine import SYSTEM, SystemPaths, free_swap, gpus, host_memory, this_cpu
 from owl2.runtime.fit.products import GIB, PRODUCTS, Product
 from owl2.runtime.kv_cache import GROWTH
-from owl2.runtime.placement import Placement
+from owl2.runtime.placement import KINDS, Placement
 from owl2.runtime.spec import KvType
 
 SHORT_CHAT = 128
@@ -146,7 +146,7 @@ def check_memory(
     context that was asked for. On the CPU and on a Jetson memory is what the kernel calls available (page cache that it
     can drop counts), less where a control group has a limit; on the CPU with swap on a disk. On another GPU it is what
     nvidia-smi calls free, of several GPUs on the one with the most, for which of them an index means is up to CUDA.
-    What tells no memory is not checked.
+    What tells no memory is not checked, nor are kinds of device that other packages add.
 
     Args:
         manifest: of the bundle.
@@ -160,7 +160,7 @@ def check_memory(
     """
     on_host = device is None or device.on_host
     found = this_cpu(paths) if on_host else max(gpus(paths), key=lambda gpu: gpu.available, default=None)
-    if found is None:
+    if found is None or (device is not None and device.kind not in KINDS):
         return
     positions = resolve_context(manifest.model.decoder, context)
     target = MemoryBudget.of_machine(found, host_memory(paths))
