@@ -24,7 +24,7 @@ CLOSED = "this model was closed; load the bundle again"
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """How a backend opens a bundle.
+    """Settings with which a backend opens a bundle.
 
     Attributes:
         device: where it runs.

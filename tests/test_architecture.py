@@ -39,7 +39,7 @@ ROOMS = {
 ``runtime`` is its root without the modules that open backends: these, ``runtime.load`` and what stands on it, count as
 ``runtime.load`` here.
 """
-ON_LOAD = {"load", "generate", "chat", "owl"}
+ON_LOAD = {"load", "generate", "stream", "messages", "chat", "owl"}
 """Modules in the root of the runtime that run a loaded bundle."""
 
 

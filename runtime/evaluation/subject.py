@@ -12,7 +12,6 @@ import numpy as np
 from PIL import Image
 
 from owl2.runtime import spec
-from owl2.runtime.chat import AnswerStream, run
 from owl2.runtime.config import ModelConfig
 from owl2.runtime.engine import PREFILL_BLOCK, Floats, Ints
 from owl2.runtime.errors import BackendError, BundleError, ReferenceModelError
@@ -26,6 +25,7 @@ from owl2.runtime.load import Loaded
 from owl2.runtime.owl import Owl2
 from owl2.runtime.placement import CPU
 from owl2.runtime.sampling import GenerationConfig
+from owl2.runtime.stream import AnswerStream
 
 REFERENCES = "owl2.references"
 """Entry points that open other things than bundles: functions (folder) -> (:class:`Model`, :class:`ModelConfig`)."""
@@ -105,12 +105,9 @@ class Subject:
     def answer(self, prompt: Prompt, max_new_tokens: int) -> tuple[str, str]:
         """The greedy answer to a prompt, and why it ended; the cache's share of the prompt is reused."""
         config = GenerationConfig(max_new_tokens=max_new_tokens)
-        stream = AnswerStream(
-            generate(self.model, self.cache, prompt, config, (cancelled := threading.Event())),
-            cancelled,
-            threading.Lock(),
-        )
-        answer = run(stream)
+        cancelled = threading.Event()
+        chunks = generate(self.model, self.cache, prompt, config, cancelled)
+        answer = AnswerStream(chunks, cancelled, threading.Lock(), lambda _: None).read()
         return answer.text, answer.finish_reason
 
 

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from owl2 import ContextOverflowError
 from owl2.runtime.backends.ort.engine import OrtEngine
