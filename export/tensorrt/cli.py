@@ -17,7 +17,6 @@ from owl2.runtime.fit.footprint import BundleSizes, MemoryBudget, Scenario, Sett
 from owl2.runtime.fit.machine import DetectedDevice, host_memory
 from owl2.runtime.fit.products import Product
 from owl2.runtime.placement import EngineKind
-from owl2.runtime.spec import DialectName
 
 if TYPE_CHECKING:
     from owl2.export.job.progress import Reporter
@@ -39,7 +38,7 @@ class Request:
     images: int = 1
     workspace: int | None = None
 
-    def target(self, dialect: DialectName, weights: str) -> BuildTarget:
+    def target(self, dialect: str, weights: str) -> BuildTarget:
         """The module and the GPU, for a bundle of this dialect whose decoder has these weights.
 
         Raises:

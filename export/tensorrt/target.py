@@ -10,7 +10,6 @@ from owl2.runtime.errors import BackendUnavailableError, ConfigError
 from owl2.runtime.fit.machine import driver_version, this_gpu
 from owl2.runtime.fit.products import PRODUCTS, Product, find_product
 from owl2.runtime.placement import EngineKind
-from owl2.runtime.spec import DialectName
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class BuildTarget:
     driver: str | None
 
 
-def choose_target(kind: EngineKind, device: Product, dialect: DialectName, weights: str, *, here: bool) -> BuildTarget:
+def choose_target(kind: EngineKind, device: Product, dialect: str, weights: str, *, here: bool) -> BuildTarget:
     """Check that engines of a bundle can be built for ``device``, and import the module that builds them.
 
     Args:
