@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from numpy.typing import NDArray
 
 from owl2.runtime.backends.tensorrt.cuda import ALIGNMENT, Strided
 from owl2.runtime.errors import BackendError
@@ -56,10 +57,10 @@ class FakeGpu:
     captures: int = 0
     captures_fail: bool = False
     limit: int = 1 << 40
-    allocations: dict[int, np.ndarray] = field(default_factory=dict)
+    allocations: dict[int, NDArray[Any]] = field(default_factory=dict)
     graphs: dict[int, list[Callable[[], None]]] = field(default_factory=dict)
     streams: dict[int, list[Callable[[], None]]] = field(default_factory=dict)
-    _kept: list[np.ndarray] = field(default_factory=list)
+    _kept: list[NDArray[Any]] = field(default_factory=list)
     _recording: list[Callable[[], None]] | None = None
     _handles: int = 100
 
@@ -113,7 +114,7 @@ class FakeGpu:
             raise Misuse("nothing is done while recording, so there is nothing to wait for")
         self._drain(stream)
 
-    def upload(self, address: int, array: np.ndarray, stream: int) -> None:
+    def upload(self, address: int, array: NDArray[Any], stream: int) -> None:
         self._copied("up", address, array.nbytes)
         self._contiguous(array)
         nbytes, alive = array.nbytes, weakref.ref(array)
@@ -126,7 +127,7 @@ class FakeGpu:
 
         self._host_copy(stream, work)
 
-    def download(self, array: np.ndarray, address: int, stream: int) -> None:
+    def download(self, array: NDArray[Any], address: int, stream: int) -> None:
         self._copied("down", address, array.nbytes)
         self._contiguous(array)
         self._host_copy(stream, lambda: np.copyto(_bytes(array), self.bytes(address, array.nbytes)))
@@ -176,7 +177,7 @@ class FakeGpu:
             raise Misuse("the stream is gone")
         (self.streams[stream] if self._recording is None else self._recording).append(work)
 
-    def bytes(self, address: int, nbytes: int) -> np.ndarray:
+    def bytes(self, address: int, nbytes: int) -> NDArray[Any]:
         """The memory at an address, which must lie in one allocation."""
         for start, array in self.allocations.items():
             if start <= address and address + nbytes <= start + array.nbytes:
@@ -191,7 +192,7 @@ class FakeGpu:
             raise Misuse("copies of host memory that is not pinned cannot be recorded")
         self.submit(stream, work)
 
-    def _contiguous(self, array: np.ndarray) -> None:
+    def _contiguous(self, array: NDArray[Any]) -> None:
         if not array.flags.c_contiguous:
             raise Misuse("only contiguous arrays can be copied")
 
@@ -205,7 +206,7 @@ class FakeGpu:
         return self._handles
 
 
-def _bytes(array: np.ndarray) -> np.ndarray:
+def _bytes(array: NDArray[Any]) -> NDArray[Any]:
     return array.reshape(-1).view(np.uint8)
 
 
@@ -316,7 +317,7 @@ class ICudaEngine:
         return len(self.content.profiles)
 
     def get_tensor_name(self, index: int) -> str:
-        return list(self._all)[index]
+        return list(map(str, self._all))[index]
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return tuple(size if isinstance(size, int) else -1 for size in self._all[name].shape)
@@ -324,7 +325,7 @@ class ICudaEngine:
     def get_tensor_dtype(self, name: str) -> Any:
         return NUMPY[self._all[name].type]
 
-    def get_tensor_location(self, name: str) -> str:
+    def get_tensor_location(self, name: str) -> Any:
         return TensorLocation.DEVICE
 
     def get_device_memory_size_for_profile_v2(self, profile_index: int) -> int:
@@ -396,14 +397,14 @@ class IExecutionContext:
         if device.recording and self._ran_in != self._state:
             raise Misuse("a context must run once with its shapes before it is captured")
         self._check()
-        state, shapes, addresses = self._state, dict(self.shapes), dict(self.addresses)
+        state, shapes, addresses, captured = self._state, dict(self.shapes), dict(self.addresses), device.recording
 
-        def work(captured: bool) -> None:
+        def work() -> None:
             if captured and state != self._state:
                 raise Misuse("the context of a captured graph was given other shapes or addresses")
             self._run(shapes, addresses)
 
-        device.submit(stream_handle, lambda captured=device.recording: work(captured))
+        device.submit(stream_handle, work)
         self.enqueued.append(shapes)
         self._ran_in = state
         return True

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from owl2 import BackendUnavailableError, ConfigError, Owl2
+from owl2 import Answer, BackendError, BackendUnavailableError, ConfigError, Owl2
 
 MODULE = '''
 """The CPU's sessions behind an engine of its own, which takes few positions at a time and few in all."""
@@ -93,11 +93,13 @@ def image(golden: Path) -> Path:
 
 @pytest.mark.usefixtures("toy")
 def test_a_model_answers_on_it(bundle_a1: Path, image: Path) -> None:
-    asked = {"question": "What is it?", "images": [image], "max_new_tokens": 12}
-    expected = Owl2.load(bundle_a1).chat().ask(**asked)
+    def ask(owl: Owl2) -> Answer:
+        return owl.chat().ask("What is it?", image, max_new_tokens=12)
+
+    expected = ask(Owl2.load(bundle_a1))
     with Owl2.load(bundle_a1, device="toy:1") as owl:
         assert repr(owl).endswith("on toy:1, context 100>")
-        answer = owl.chat().ask(**asked)
+        answer = ask(owl)
         (engine,) = sys.modules["toymodule"].opened
     assert (answer.text, answer.ids) == (expected.text, expected.ids)
     assert answer.logprobs == pytest.approx(expected.logprobs, abs=1e-3)
@@ -111,7 +113,7 @@ def test_a_model_answers_on_it(bundle_a1: Path, image: Path) -> None:
 def test_its_refusals_and_limits_are_told(bundle_a1: Path, bundle_a1_onnx: Path) -> None:
     with pytest.raises(ConfigError, match="context 101 exceeds the 100 positions that the engine holds"):
         Owl2.load(bundle_a1, device="toy", context=101)
-    with pytest.raises(BackendUnavailableError.__base__, match="the toy runs graphs of the dialect ort only"):
+    with pytest.raises(BackendError, match="the toy runs graphs of the dialect ort only"):
         Owl2.load(bundle_a1_onnx, device="toy")
 
 

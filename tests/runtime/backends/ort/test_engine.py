@@ -12,8 +12,10 @@ import onnxruntime as ort
 import pytest
 
 from owl2 import BackendError, Owl2
-from owl2.runtime.backends.ort.engine import OrtDecoder, OrtEngine, OrtOptions
+from owl2.runtime.backends.ort.engine import OrtDecoder, OrtEngine
+from owl2.runtime.backends.ort.session import OrtOptions
 from owl2.runtime.bundle import Bundle
+from owl2.runtime.engine import Floats
 
 CLOSED = "^this model was closed; load the bundle again$"
 
@@ -82,7 +84,7 @@ def test_a_step_that_is_running_ends(
     engine = OrtEngine(bundle)
     row, buffers = np.zeros((1, bundle.manifest.model.decoder.hidden_size), np.float32), engine.allocate(4, None)
     expected = engine.decode(row, 0, buffers)
-    running, closed, made = threading.Event(), threading.Event(), list[np.ndarray]()
+    running, closed, made = threading.Event(), threading.Event(), list[Floats]()
     original = ort.InferenceSession.run_with_iobinding
 
     def run(session: ort.InferenceSession, *arguments: object) -> None:
@@ -104,11 +106,13 @@ def test_a_step_that_is_running_ends(
 def test_buffers_of_another_engine_are_refused(bundle_a1: Path, bundle_a1_onnx: Path) -> None:
     bundle, other = Bundle.open(bundle_a1), Bundle.open(bundle_a1_onnx)
     config = bundle.manifest.model.decoder
-    row, decoder = np.zeros((1, config.hidden_size), np.float32), OrtDecoder
-    engine = decoder(bundle.decoder_graph(), config, OrtOptions())
+    row, decoder = (
+        np.zeros((1, config.hidden_size), np.float32),
+        OrtDecoder(bundle.decoder_graph(), config, OrtOptions()),
+    )
     with pytest.raises(BackendError, match="belong to another backend: RowBuffers"):
-        engine.decode(row, 0, OrtEngine(other).allocate(4, None))
+        decoder.decode(row, 0, OrtEngine(other).allocate(4, None))
     with pytest.raises(BackendError, match="belong to another model"):
-        engine.decode(row, 0, OrtEngine(bundle).allocate(4, None))
+        decoder.decode(row, 0, OrtEngine(bundle).allocate(4, None))
     with pytest.raises(BackendError, match="belong to another backend: OrtBuffers"):
-        OrtEngine(other).decode(row, 0, engine.allocate(4, None))
+        OrtEngine(other).decode(row, 0, decoder.allocate(4, None))
