@@ -77,9 +77,6 @@ class FakeGpu:
     def use(self) -> None:
         """This one is always in use."""
 
-    def memory(self) -> tuple[int, int]:
-        return self.limit - self.allocated, self.limit
-
     def allocate(self, nbytes: int) -> int:
         if nbytes <= 0:
             raise Misuse(f"{nbytes} bytes were asked for")

@@ -21,8 +21,7 @@ from owl2.runtime.backends.ort.session import (
     ELEMENTS,
     RUN_OPTIONS,
     OrtOptions,
-    check_elements,
-    check_shapes,
+    check_tensors,
     element_of,
     first_line,
     open_session,
@@ -152,7 +151,8 @@ class OrtVision:
         self._session = open_session(path, options)
         size = model.vision.image_size
         rows = (None, model.rows_per_image, model.decoder.hidden_size)
-        check_shapes(path, self._session, {spec.PIXELS: (None, 3, size, size), spec.IMAGE_ROWS: rows})
+        expected = {spec.PIXELS: ((None, 3, size, size), None), spec.IMAGE_ROWS: (rows, None)}
+        check_tensors(path, self._session, expected)
 
     def encode_images(self, pixels: Floats) -> Floats:
         """pixels: [N, 3, R, R] -> image rows [N, queries + 1, C].
@@ -234,15 +234,14 @@ class OrtDecoder:
         self._kv_dtype, element = element_of(path, self._session, self._names[0][0])
         if options.kv_cache is not None:
             element = ELEMENTS[options.kv_cache][1]
-        shapes: dict[str, tuple[int | None, ...]] = {
-            spec.EMBEDS: (None, None, config.hidden_size),
-            spec.LOGITS: (None, config.vocab_size),
-        }
-        buffers = [name for pair in self._names for name in pair]
         self._width = spec.padded_head_dim(config)
-        shape = (None, config.num_attention_heads, None, self._width)
-        check_shapes(path, self._session, shapes | dict.fromkeys(buffers, shape))
-        check_elements(path, self._session, buffers, element)
+        buffer = ((None, config.num_attention_heads, None, self._width), element)
+        expected = {
+            spec.EMBEDS: ((None, None, config.hidden_size), None),
+            spec.LOGITS: ((None, config.vocab_size), None),
+            **{name: buffer for pair in self._names for name in pair},
+        }
+        check_tensors(path, self._session, expected)
         self._memory = Memory.of(options.device)
         # A binding keeps the session alive: here, and not in the buffers, it goes with the decoder.
         self._feeds: WeakKeyDictionary[OrtBuffers, StepFeeds] = WeakKeyDictionary()

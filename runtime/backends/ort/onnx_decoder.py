@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from owl2.runtime import spec
 from owl2.runtime.backends.ort.session import (
     OrtOptions,
-    check_elements,
-    check_shapes,
+    check_tensors,
     element_of,
     open_session,
     run_bound,
@@ -62,14 +61,14 @@ class OnnxDecoder:
         self._dtype, element = element_of(path, self._session, spec.EMBEDS)
         self._width = spec.kv_row_width(config)
         self._names = cache_names(config)
-        rows = [name for pair in self._names for name in pair]
-        shapes: dict[str, tuple[int | None, ...]] = {
-            spec.EMBEDS: (None, None, config.hidden_size),
-            spec.LOGITS: (None, config.vocab_size),
-            spec.ATTENTION_MASK: (None, None),
+        rows = ((None, self._width), element)
+        expected = {
+            spec.EMBEDS: ((None, None, config.hidden_size), element),
+            spec.LOGITS: ((None, config.vocab_size), None),
+            spec.ATTENTION_MASK: ((None, None), element),
+            **{name: rows for pair in self._names for name in pair},
         }
-        check_shapes(path, self._session, shapes | dict.fromkeys(rows, (None, self._width)))
-        check_elements(path, self._session, (*rows, spec.ATTENTION_MASK), element)
+        check_tensors(path, self._session, expected)
         # Read where there are no cached rows: the mask hides numbers, but not the NaN that an undone step may leave.
         self._no_rows = np.zeros((1, self._width), self._dtype)
 

@@ -33,6 +33,8 @@ ELEMENTS: dict[KvType, tuple[Element, str]] = {
     "int8": (np.int8, "tensor(int8)"),
 }
 """Element types of activations and K/V caches, as numpy and ONNX Runtime name them."""
+Tensor = tuple[tuple[int | None, ...], str | None]
+"""Shape and element type of an input or output; None for any."""
 SHAPE_OPERATORS = frozenset({"Cast", "Concat", "Gather", "Shape", "Size", "Slice", "Squeeze", "Unsqueeze"})
 """Operators that may stay on the CPU: ONNX Runtime computes shapes there on purpose, a few integers per step.
 
@@ -175,34 +177,20 @@ def strays(assigned: Iterable[tuple[str, str]], wanted: str) -> Counter[str]:
     )
 
 
-def check_shapes(path: Path, session: ort.InferenceSession, expected: Mapping[str, tuple[int | None, ...]]) -> None:
-    """Compare the shapes of a graph's inputs and outputs with those of the model; None is any size.
+def check_tensors(path: Path, session: ort.InferenceSession, expected: Mapping[str, Tensor]) -> None:
+    """Compare a graph's inputs and outputs with those of the model.
 
     Raises:
-        BackendError: one is missing or has another shape.
+        BackendError: one is missing or has another shape or type.
     """
-    found = {value.name: value.shape for value in (*session.get_inputs(), *session.get_outputs())}
-    for name, shape in expected.items():
-        have = found.get(name)
-        if have is None or len(have) != len(shape) or any(w not in (None, h) for w, h in zip(shape, have)):
+    found = {value.name: value for value in (*session.get_inputs(), *session.get_outputs())}
+    for name, (shape, element) in expected.items():
+        have, of = (found[name].shape, found[name].type) if name in found else ((), None)
+        fits = len(have) == len(shape) and all(wanted in (None, size) for wanted, size in zip(shape, have))
+        if not fits or element not in (None, of):
             raise BackendError(
-                f"{path} does not fit the manifest: {name} has shape {have}, the model needs {list(shape)}; "
-                "export the bundle again"
-            )
-
-
-def check_elements(path: Path, session: ort.InferenceSession, names: Iterable[str], element: str) -> None:
-    """Compare the element types of inputs and outputs, which the graph must have, with ``element``.
-
-    Raises:
-        BackendError: one differs.
-    """
-    found = {value.name: value.type for value in (*session.get_inputs(), *session.get_outputs())}
-    for name in names:
-        if found[name] != element:
-            raise BackendError(
-                f"{path} does not fit the manifest: {name} is a {found[name]}, a {element} is needed; "
-                "export the bundle again"
+                f"{path} does not fit the manifest: {name} has shape {list(have)} and type {of}, the model needs "
+                f"{list(shape)}{f' and {element}' if element else ''}; export the bundle again"
             )
 
 

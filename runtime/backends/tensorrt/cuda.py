@@ -46,9 +46,6 @@ class Gpu(Protocol):
     def use(self) -> None:
         """Make it the GPU of the calling thread, which must come before other calls there."""
 
-    def memory(self) -> tuple[int, int]:
-        """Bytes that are free, and bytes in all."""
-
     def allocate(self, nbytes: int) -> int:
         """Reserve device memory -> address, a multiple of :data:`ALIGNMENT`; the content is undefined."""
 

@@ -232,7 +232,7 @@ class TensorRtEngine:
 
 
 def block_size(record: EngineRecord, count: int, past: int) -> int:
-    """How many of ``count`` rows a step after ``past`` cached positions takes.
+    """Rows, of ``count``, that a step after ``past`` cached positions takes.
 
     Raises:
         ConfigError: not one row fits the engine.

@@ -1,4 +1,4 @@
-"""What is wrong with the engines of a bundle is said before any of them is loaded."""
+"""Engines of a bundle that cannot be used are refused before any of them is loaded."""
 
 from __future__ import annotations
 
