@@ -54,11 +54,12 @@ def diagnose(device: Placement) -> list[str]:
         return [mixed] if mixed else []
     import onnxruntime as ort
 
-    wheel, minimum, available = next(iter(wheels), "onnxruntime"), MINIMUM_VERSIONS[device.kind], PROVIDERS["cuda"]
-    if device.kind == "cuda" and available not in ort.get_available_providers():
+    wheel, minimum = next(iter(wheels), "onnxruntime"), MINIMUM_VERSIONS[device.kind]
+    available = ort.get_available_providers()
+    if device.kind == "cuda" and PROVIDERS["cuda"] not in available:
         return [
-            f"the installed {wheel} {ort.__version__} has only {', '.join(ort.get_available_providers())}, not "
-            f"{available}: pip uninstall -y {wheel}; pip install 'owl2[cuda]'"
+            f"the installed {wheel} {ort.__version__} has only {', '.join(available)}, not {PROVIDERS['cuda']}: "
+            f"pip uninstall -y {wheel}; pip install 'owl2[cuda]'"
         ]
     if is_older(ort.__version__, minimum):
         return [
