@@ -23,8 +23,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from owl2 import Owl2
-from owl2.runtime.backends.ort.engine import OrtEngine
-from owl2.runtime.backends.ort.session import OrtOptions
+from owl2.runtime.backends.ort.engine import OrtEngine, OrtOptions
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.evaluation.verify import golden_positions, read_goldens, run_golden
 from owl2.runtime.families.mplug_owl2.positions import Prompt, embed, encode_prompt

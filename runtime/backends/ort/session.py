@@ -185,13 +185,14 @@ def check_tensors(path: Path, session: ort.InferenceSession, expected: Mapping[s
     """
     found = {value.name: value for value in (*session.get_inputs(), *session.get_outputs())}
     for name, (shape, element) in expected.items():
-        have, of = (found[name].shape, found[name].type) if name in found else ((), None)
-        fits = len(have) == len(shape) and all(wanted in (None, size) for wanted, size in zip(shape, have))
-        if not fits or element not in (None, of):
-            raise BackendError(
-                f"{path} does not fit the manifest: {name} has shape {list(have)} and type {of}, the model needs "
-                f"{list(shape)}{f' and {element}' if element else ''}; export the bundle again"
-            )
+        have, of = (found[name].shape, found[name].type) if name in found else (None, None)
+        problem = ""
+        if have is None or len(have) != len(shape) or any(w not in (None, h) for w, h in zip(shape, have)):
+            problem = f"has shape {have}, the model needs {list(shape)}"
+        elif element not in (None, of):
+            problem = f"is a {of}, a {element} is needed"
+        if problem:
+            raise BackendError(f"{path} does not fit the manifest: {name} {problem}; export the bundle again")
 
 
 def element_of(path: Path, session: ort.InferenceSession, name: str) -> tuple[Element, str]:
