@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 
 from owl2.export.checkpoint.checkpoint import Checkpoint
-from owl2.export.prompts import images_of, prepare
+from owl2.export.prompts import prepare
 from owl2.quant.calibration.samples import load_calibration
 from owl2.quant.models.mplug_owl2 import DecoderLayer, Owl2Model
-from owl2.quant.models.mplug_owl2.decoder import KeyValue
-from owl2.quant.models.mplug_owl2.owl2 import rotary_slice
-from owl2.quant.stream import Sequence
+from owl2.quant.models.mplug_owl2.decoder import KeyValue, rotary_slice
+from owl2.quant.stream import HiddenStates
 from owl2.runtime.evaluation.divergence import Divergence, divergence
 from owl2.runtime.families.mplug_owl2.positions import embed
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
@@ -86,20 +85,20 @@ class Model:
         self.layers: list[DecoderLayer] = list(self.model.model.layers)
 
     @torch.no_grad()
-    def sequences(self, data: Path | None, samples: int) -> list[Sequence]:
+    def sequences(self, data: Path | None, samples: int) -> list[HiddenStates]:
         """Rows of the prompts before the first layer; None for the built-in samples."""
         prompts = prepare(load_calibration(data, samples), self.config, self.tokenizer, calibrate=True)
         chosen = prompts.calibration + prompts.held_out
         rows = {
             digest: self.model.encode_images(torch.from_numpy(image.pixels)[None])[0].numpy()
-            for digest, image in images_of(chosen).items()
+            for digest, image in prompts.images_of(chosen).items()
         }
         table = self.model.model.embed_tokens.weight.numpy()
         made = [embed(prompt.keys, table, rows) for prompt in chosen]
-        return [Sequence.of(torch.from_numpy(embeds), torch.from_numpy(kinds)) for embeds, kinds in made]
+        return [HiddenStates.of(torch.from_numpy(embeds), torch.from_numpy(kinds)) for embeds, kinds in made]
 
     @torch.no_grad()
-    def logits(self, sequence: Sequence, first: int = 0) -> np.ndarray:
+    def logits(self, sequence: HiddenStates, first: int = 0) -> np.ndarray:
         """[T, V] of a sequence whose first position is ``first``."""
         rows, tokens = sequence.rows, len(sequence.rows)
         rotary = rotary_slice(self.config.decoder, first, tokens)
@@ -108,14 +107,14 @@ class Model:
         return self.model.head(self.model.model.norm(rows)).numpy()
 
 
-def modality(sequence: Sequence) -> Tensor:
+def modality(sequence: HiddenStates) -> Tensor:
     """int64 [T], 1 at image rows."""
     kinds = torch.zeros(len(sequence.rows), dtype=torch.int64)
     kinds[sequence.routing.image] = 1
     return kinds
 
 
-def largest(model: Model, sequences: list[Sequence]) -> Tensor:
+def largest(model: Model, sequences: list[HiddenStates]) -> Tensor:
     """Magnitudes [layers, 3 (keys, values, keys by pair), 2 (text, image), H, D]."""
     decoder = model.config.decoder
     most = torch.zeros(len(model.layers), 3, 2, decoder.num_attention_heads, decoder.head_dim)
@@ -137,7 +136,12 @@ def largest(model: Model, sequences: list[Sequence]) -> Tensor:
 
 
 def measure(
-    model: Model, pairs: list[tuple[Sequence, np.ndarray]], most: Tensor, sharing: Sharing, factor: float, first: int
+    model: Model,
+    pairs: list[tuple[HiddenStates, np.ndarray]],
+    most: Tensor,
+    sharing: Sharing,
+    factor: float,
+    first: int,
 ) -> dict[str, float]:
     """KL and agreement of one way of sharing scales, and the share of values beyond the last code."""
     apart, cut, seen = Divergence(), 0, 0

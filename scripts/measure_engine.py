@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from owl2.export.checkpoint.hf_config import model_config
 from owl2.export.graph.builder import GraphBuilder
 from owl2.export.graph.decoder import DecoderGraph
-from owl2.export.graph.dialect import Linear
 from owl2.export.graph.onnx_dialect import OnnxDialect
 from owl2.export.graph.vision import VisionGraph
-from owl2.export.graph.weights import DenseWeight, LinearWeight
+from owl2.export.graph.weights import DenseWeight, IntegerWeight, Linear, LinearWeight
 from owl2.export.job.progress import Terminal
 from owl2.export.tensorrt.build import build_engine
 from owl2.export.tensorrt.profiles import Limits, decoder_profiles, vision_profile
@@ -39,12 +38,12 @@ GROUP = 128
 GIB = 2**30
 
 
-def random_int4(shape: torch.Size) -> QuantizedWeight:
+def random_int4(shape: torch.Size) -> IntegerWeight:
     """Codes of all values, scales of the size that trained weights have."""
     rows, columns = shape
     codes = torch.randint(-8, 8, shape, dtype=torch.int8)
     scales = (torch.rand(rows, columns // GROUP) + 0.5) / (8 * columns**0.5)
-    return QuantizedWeight(codes, scales.half().float(), 4, GROUP)
+    return IntegerWeight(QuantizedWeight(codes, scales.half().float(), 4, GROUP))
 
 
 def write_decoder(folder: Path, config: ModelConfig) -> None:
@@ -54,7 +53,7 @@ def write_decoder(folder: Path, config: ModelConfig) -> None:
         layer = DecoderLayer(decoder)
     gains = (torch.ones(decoder.hidden_size), torch.ones(decoder.hidden_size))
     with GraphBuilder(folder / spec.DECODER_GRAPH, "fp16") as graph:
-        writer = DecoderGraph(graph, OnnxDialect(), decoder)
+        writer = DecoderGraph(OnnxDialect(graph), decoder)
         for index in range(decoder.num_hidden_layers):
             shapes = {name: layer.get_parameter(f"{name}.weight").shape for name in LINEARS}
             linears = {n: Linear(f"layers.{index}.{n}", random_int4(shape)) for n, shape in shapes.items()}
@@ -72,7 +71,7 @@ def write_vision(folder: Path, config: ModelConfig) -> None:
     tower = VisionModel(config.vision)
     abstractor = VisualAbstractor(config.abstractor, config.decoder.hidden_size)
     with GraphBuilder(folder / spec.VISION_GRAPH, "fp16") as graph:
-        VisionGraph(graph, OnnxDialect(), config, make_weight).write(tower, abstractor)
+        VisionGraph(OnnxDialect(graph), config, make_weight).write(tower, abstractor)
 
 
 def main() -> int:

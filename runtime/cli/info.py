@@ -134,7 +134,7 @@ def _kv_caches(findings: Findings) -> dict[str, dict[str, Any]]:
             "minimum_onnxruntime": manifest.kv_cache[kind],
             "usable": installed is not None and not is_older(installed, manifest.kv_cache[kind]),
         }
-        for kind in spec.KV_WIDTHS
+        for kind in spec.DECODER_GRAPHS
         if kind in manifest.kv_cache
     }
 

@@ -24,7 +24,7 @@ from owl2.runtime import spec
 from owl2.runtime.backends.tensorrt.records import check_all
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.config import ModelConfig, from_json, require
-from owl2.runtime.engine import DecoderEngine, EngineOptions, Floats, Ints
+from owl2.runtime.engine import DecoderEngine, EngineOptions, Floats, Ints, KvBuffers
 from owl2.runtime.errors import BundleCorruptError, ConfigError
 from owl2.runtime.evaluation.divergence import row_kl
 from owl2.runtime.families.mplug_owl2.positions import Prompt, embed, encode_prompt
@@ -68,8 +68,8 @@ class Golden:
 
 
 @dataclass(frozen=True, slots=True)
-class Reached:
-    """What the exporting machine reached on a golden.
+class Baseline:
+    """The exporting machine's result on a golden, and the limit for a device.
 
     Attributes:
         name: of the golden.
@@ -197,10 +197,24 @@ def run_golden(
         positions: int64 [R], rising.
     """
     embeds, modality = embed(prompt.keys, table, rows)
+    return stepwise_logits(decoder, embeds, modality, positions, decoder.allocate(len(embeds), None))
+
+
+def stepwise_logits(
+    decoder: DecoderEngine, embeds: Floats, modality: Ints, positions: Ints, buffers: KvBuffers
+) -> Floats:
+    """Logits [R, V] of ``positions``: most of a prompt in one prefill, its end step by step from the KV cache.
+
+    Args:
+        decoder: runs the graph.
+        embeds: [T, C].
+        modality: [T], 1 at image rows.
+        positions: int64 [R], rising.
+        buffers: empty, for T positions.
+    """
     count = len(embeds)
     images = np.flatnonzero(modality)
     first = max(count - DECODED_STEPS, int(images[-1]) + 1 if len(images) else 1)
-    buffers = decoder.allocate(count, None)
     wanted = positions[positions < first]
     asked = wanted if len(wanted) else np.array([first - 1])
     made = [decoder.prefill(embeds[:first], modality[:first], 0, buffers, asked)[: len(wanted)]]
@@ -249,8 +263,8 @@ def read_goldens(bundle: Bundle) -> tuple[Golden, ...]:
         raise BundleCorruptError(f"{path} is no certificate: {error}; export the bundle again") from error
 
 
-def read_limits(bundle: Bundle, goldens: Sequence[Golden]) -> dict[str, Reached]:
-    """What the report says of each golden, by name.
+def read_limits(bundle: Bundle, goldens: Sequence[Golden]) -> dict[str, Baseline]:
+    """The report's entry on each golden, by name.
 
     Raises:
         BundleCorruptError: the report is not what an export writes, or has no entry for a golden.
@@ -258,13 +272,13 @@ def read_limits(bundle: Bundle, goldens: Sequence[Golden]) -> dict[str, Reached]
     path = bundle.path(spec.REPORT)
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))["goldens"]
-        reached = [from_json(Reached, entry, "goldens") for entry in entries]
+        baselines = [from_json(Baseline, entry, "goldens") for entry in entries]
     except (OSError, ValueError, LookupError, TypeError, ConfigError) as error:
         raise BundleCorruptError(f"{path} holds no certificate: {error!r}; export the bundle again") from error
-    missing = [golden.name for golden in goldens if golden.name not in {entry.name for entry in reached}]
+    missing = [golden.name for golden in goldens if golden.name not in {entry.name for entry in baselines}]
     if missing:
         raise BundleCorruptError(f"{path} holds no certificate for {', '.join(missing)}; export the bundle again")
-    return {entry.name: entry for entry in reached}
+    return {entry.name: entry for entry in baselines}
 
 
 def _bytes(text: str) -> NDArray[np.uint8]:

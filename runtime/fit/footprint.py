@@ -34,7 +34,6 @@ Runner = Literal["onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "tensorrt-rt
 MIB = 1 << 20
 FOR_CUDA = "--activations fp16 --vision fp16"
 """Options of ``owl2-export`` for ONNX Runtime on a GPU."""
-WEIGHT_BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "int4": 0.5}
 
 # Measured; see above.
 CPU_RUNTIME = 90 * MIB  # Python, numpy, ONNX Runtime, the tokenizer and two sessions: half of it code
@@ -309,7 +308,7 @@ def decoder_bytes(bundle: BundleSizes, *, resident: bool) -> tuple[float, float,
     """Bytes of the same three, as stored or as ONNX Runtime's CPU provider holds them."""
     counts, weights = decoder_weights(bundle.model.decoder), bundle.weights
     kinds = (weights.decoder, weights.decoder, weights.head)
-    scale = spec.KV_WIDTHS[bundle.activations]
+    scale = _activation(bundle)
     text, image, head = (
         count * _bytes_per_weight(kind, weights.group_size, scale, resident=resident)
         for count, kind in zip(counts, kinds)
@@ -323,11 +322,11 @@ def _bytes_per_weight(kind: str, group_size: int, scale: int, *, resident: bool)
     Raises:
         ConfigError: the manifest names a kind that is not known.
     """
-    require(kind in WEIGHT_BYTES, f"weights {kind!r} are not known; known: {', '.join(WEIGHT_BYTES)}")
+    require(kind in spec.BYTES_PER_VALUE, f"weights {kind!r} are not known; known: {', '.join(spec.BYTES_PER_VALUE)}")
     if kind.startswith("fp"):
-        return 4.0 if resident else WEIGHT_BYTES[kind]
+        return 4.0 if resident else spec.BYTES_PER_VALUE[kind]
     per_group = scale + (4 if resident else 0)
-    return WEIGHT_BYTES[kind] + (per_group / group_size if group_size > 0 else 0)
+    return spec.BYTES_PER_VALUE[kind] + (per_group / group_size if group_size > 0 else 0)
 
 
 def vision_weights(model: ModelConfig) -> int:
@@ -362,7 +361,7 @@ def _resident_vision(scenario: Scenario) -> int:
 
 def _activation(bundle: BundleSizes) -> int:
     """Bytes of an element."""
-    return spec.KV_WIDTHS[bundle.activations]
+    return int(spec.BYTES_PER_VALUE[bundle.activations])
 
 
 def _prefill_bytes(scenario: Scenario) -> tuple[int, int]:

@@ -19,7 +19,6 @@ from owl2.runtime.config import require, resolve_context
 from owl2.runtime.errors import InsufficientMemoryError
 from owl2.runtime.fit.footprint import (
     FOR_CUDA,
-    WEIGHT_BYTES,
     Building,
     BundleSizes,
     Ceiling,
@@ -43,7 +42,7 @@ from owl2.runtime.fit.machine import SYSTEM, SystemPaths, free_swap, gpus, host_
 from owl2.runtime.fit.products import GIB, PRODUCTS, Product
 from owl2.runtime.kv_cache import GROWTH
 from owl2.runtime.placement import KINDS, Placement
-from owl2.runtime.spec import KvType
+from owl2.runtime.spec import BYTES_PER_VALUE, KvType
 
 SHORT_CHAT = 128
 """Positions beside the images below which no context is suggested."""
@@ -255,7 +254,7 @@ def _exported(scenario: Scenario, options: str, **chosen: str) -> Step | None:
     caches: tuple[KvType, ...] = ("fp32", "int8") if plain else (activations,)
     new = replace(old, weights=kinds, dialect=dialect, activations=activations, kv_caches=caches)
     ratio = sum(decoder_bytes(new, resident=False)) / sum(decoder_bytes(old, resident=False))
-    more = vision_weights(old.model) * (WEIGHT_BYTES[vision] - WEIGHT_BYTES[old.weights.vision])
+    more = vision_weights(old.model) * (BYTES_PER_VALUE[vision] - BYTES_PER_VALUE[old.weights.vision])
     new = replace(new, decoder=int(old.decoder * ratio), vision=max(0, int(old.vision + more)))
     settings = scenario.settings
     if settings.kv_cache not in caches:

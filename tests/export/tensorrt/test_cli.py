@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from owl2.export.__main__ import export
+from owl2.export.__main__ import cli
 from owl2.export.tensorrt.cli import engine as command
 from owl2.runtime.backends.tensorrt import records
 from owl2.runtime.bundle import Bundle
@@ -48,7 +48,7 @@ def test_it_needs_neither_torch_nor_onnx_nor_an_onnx_runtime(folder: Path) -> No
 def test_options_that_exclude_each_other(
     sample_checkpoint: Path, tmp_path: Path, options: list[str], message: str
 ) -> None:
-    made = CliRunner().invoke(export, [str(sample_checkpoint), str(tmp_path / "bundle"), *options])
+    made = CliRunner().invoke(cli, [str(sample_checkpoint), str(tmp_path / "bundle"), *options])
     assert made.exit_code == 1
     assert message in made.output
     assert not (tmp_path / "bundle").exists()
@@ -63,7 +63,7 @@ def test_a_bundle_stays_when_its_engines_cannot_be_built(
 
     monkeypatch.setattr("owl2.export.tensorrt.folder.build_engine", refused)
     given = [str(sample_checkpoint), str(tmp_path / "bundle"), "--method", "rtn", "--gpu", "rtx3060", "--samples", "2"]
-    made = CliRunner().invoke(export, given)
+    made = CliRunner().invoke(cli, given)
     assert made.exit_code == 1
     assert f"owl2-export engine {tmp_path / 'bundle'} --gpu rtx3060" in made.output
     assert "equals torch within" in made.output

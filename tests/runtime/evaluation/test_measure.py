@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import reference
 import torch
 from click.testing import CliRunner, Result
 from conftest import ROOT
@@ -297,7 +298,7 @@ class TestTorchEngine:
             checkpoint.load_into(whole, "")
         ids = torch.tensor([model.tokenizer.encode_prompt("USER: <|image|>What is it? ASSISTANT: It is</s>")])
         with torch.no_grad():
-            expected = whole(ids, torch.from_numpy(images[0].pixels)[None])[0].numpy()
+            expected = reference.logits(whole, ids, torch.from_numpy(images[0].pixels)[None])[0].numpy()
         made = np.concatenate([logits for _, logits in subject.logit_blocks(prompt)])
         np.testing.assert_allclose(made, expected, atol=1e-5)
         ((start, again),) = subject.logit_blocks(prompt, 20)  # from the cache
@@ -330,7 +331,7 @@ class TestCommand:
         bad.write_text('{"text": ""}\nno\n')
         result = run(tmp_path / "no bundle", "--data", bad)
         assert result.exit_code == 1
-        assert "2 problems; nothing was measured:\n  line 1: " in result.stderr
+        assert "nothing was measured; 2 problems:\n  line 1: " in result.stderr
         assert run("b", "--data", bad, "--items").exit_code == 1
         good = write(tmp_path / "good.jsonl", {"text": "x"})
         assert "is neither a bundle" in run(tmp_path / "no bundle", "--data", good, "--against", tmp_path).stderr

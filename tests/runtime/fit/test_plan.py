@@ -60,7 +60,8 @@ def stored(weights: str = "int4", dialect: str = "ort", activations: str = "fp32
     config = ExportConfig(Path("in"), Path("out"), weights=weights, dialect=dialect, activations=activations)
     model = replace(MODEL, decoder=replace(MODEL.decoder, **decoder))
     group = 0 if config.quant is None else config.group_size
-    kinds = WeightFormat(weights, config.head, config.vision_type, config.embeddings, "rtn", group)
+    types = config.types
+    kinds = WeightFormat(types.decoder, types.head, types.vision, types.embeddings, "rtn", group)
     caches = ("fp32", "int8") if (dialect, activations) == ("ort", "fp32") else (activations,)
     made = BundleSizes(model, kinds, dialect, activations, caches, 0, 0)
     width = {"fp32": 4, "fp16": 2, "int8": 1}[kinds.vision]

@@ -15,9 +15,8 @@ import torch
 
 from owl2.export.graph.builder import GraphBuilder
 from owl2.export.graph.decoder import DecoderGraph
-from owl2.export.graph.dialect import Linear
 from owl2.export.graph.ort_dialect import OrtDialect
-from owl2.export.graph.weights import DenseWeight, LinearWeight
+from owl2.export.graph.weights import DenseWeight, IntegerWeight, Linear, LinearWeight
 from owl2.quant.grid import QuantizedWeight
 from owl2.quant.layer import LINEARS
 from owl2.runtime import spec
@@ -80,7 +79,7 @@ def measured(script: str, *arguments: object) -> object:
 def random_weight(kind: str, rows: int, columns: int) -> LinearWeight:
     if kind == "int4":
         codes = torch.randint(-7, 8, (rows, columns), dtype=torch.int8)
-        return QuantizedWeight(codes, torch.full((rows, columns // 128), 0.01), 4, 128)
+        return IntegerWeight(QuantizedWeight(codes, torch.full((rows, columns // 128), 0.01), 4, 128))
     return DenseWeight(torch.randn(rows, columns) * 0.02, "fp16")
 
 
@@ -90,7 +89,7 @@ def write_decoder(path: Path, kind: str) -> None:
     wide = {"mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width), "mlp.down_proj": (width, inner)}
     gains = (torch.ones(width), torch.ones(width))
     with GraphBuilder(path) as graph:
-        writer = DecoderGraph(graph, OrtDialect(), DECODER)
+        writer = DecoderGraph(OrtDialect(graph), DECODER)
         for layer in range(DECODER.num_hidden_layers):
             linears = {
                 name: Linear(f"layers.{layer}.{name}", random_weight(kind, *wide.get(name, (width, width))))
