@@ -34,8 +34,7 @@ from owl2.quant.models.mplug_owl2 import Owl2Model
 from owl2.runtime import spec
 from owl2.runtime.config import DecoderConfig
 from owl2.runtime.errors import ConfigError, ExportError
-from owl2.runtime.evaluation.divergence import Divergence, divergence
-from owl2.runtime.evaluation.subject import modality_of
+from owl2.runtime.evaluation.divergence import Divergence, divergence, modality_of
 
 # Copied as they are; the first ones must exist.
 COPIED = (

@@ -91,6 +91,7 @@ if TYPE_CHECKING:
     from owl2.runtime.errors import (
         ReferenceModelError as ReferenceModelError,
     )
+    from owl2.runtime.evaluation.evaluate import evaluate as evaluate
     from owl2.runtime.evaluation.verify import verify as verify
     from owl2.runtime.generate import (
         Answer as Answer,
@@ -117,6 +118,7 @@ _HOMES = {
     "owl2.runtime.sampling": ("GenerationConfig",),
     "owl2.runtime.verification": ("LoadProgress",),
     "owl2.runtime.version": ("__version__",),
+    "owl2.runtime.evaluation.evaluate": ("evaluate",),
     "owl2.runtime.evaluation.verify": ("verify",),
     "owl2.runtime.errors": (
         "BackendError",

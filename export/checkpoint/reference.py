@@ -18,7 +18,7 @@ from owl2.export.decoder import load_layer
 from owl2.quant.models.mplug_owl2 import DecoderLayer, RmsNorm, Routing, VisionModel, VisualAbstractor
 from owl2.quant.models.mplug_owl2.decoder import KeyValue
 from owl2.quant.models.mplug_owl2.owl2 import rotary_slice
-from owl2.runtime.config import DecoderConfig, ModelConfig
+from owl2.runtime.config import DecoderConfig
 from owl2.runtime.engine import PREFILL_BLOCK, Floats, Ints, KvBuffers
 from owl2.runtime.errors import BackendError, BundleError, CheckpointError
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
@@ -108,7 +108,7 @@ class TorchEngine:
         return logits
 
 
-def open_checkpoint(folder: Path) -> tuple[Loaded, ModelConfig]:
+def open_checkpoint(folder: Path) -> Loaded:
     """Load an official checkpoint as the runtime loads a bundle; it stays open while the model lives.
 
     Raises:
@@ -123,8 +123,7 @@ def open_checkpoint(folder: Path) -> tuple[Loaded, ModelConfig]:
     engine = TorchEngine(checkpoint)
     table = checkpoint.tensor("model.embed_tokens.weight").numpy()
     context = config.decoder.max_position_embeddings
-    model = Loaded(str(folder), config, engine, tokenizer, table, ImageEncoder(engine), context)
-    return model, config
+    return Loaded(str(folder), config, engine, tokenizer, table, ImageEncoder(engine), context)
 
 
 def _cut(pair: KeyValue, length: int) -> KeyValue:

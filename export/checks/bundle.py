@@ -24,8 +24,8 @@ from owl2.runtime import spec
 from owl2.runtime.backends.ort.engine import OrtBuffers, OrtOptions, open_decoder
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.engine import DecoderEngine, Floats, Ints, KvBuffers
+from owl2.runtime.evaluation.certificate import GoldenLimit
 from owl2.runtime.evaluation.divergence import Divergence, divergence
-from owl2.runtime.evaluation.verify import Reached
 from owl2.runtime.families.mplug_owl2.positions import Prompt, embed
 from owl2.runtime.spec import FloatType, KvType
 
@@ -60,7 +60,7 @@ class Checks:
 
     parity: Parity
     accuracy: Accuracy
-    goldens: tuple[Reached, ...]
+    goldens: tuple[GoldenLimit, ...]
     kv_int8: KvInt8 | None
 
 

@@ -143,20 +143,26 @@ def checked_record(bundle: Path, manifest: Manifest, name: str) -> EngineRecord:
     return record
 
 
-def check_files(bundle: Path, name: str, record: EngineRecord) -> None:
-    """Verify every file beside the record in the folder of engines of this name.
+def check_files(bundle: Path, name: str, record: EngineRecord, *, force: bool = False) -> None:
+    """Verify every file next to the record in the folder of engines of this name.
+
+    Args:
+        bundle: folder.
+        name: of the folder of engines.
+        record: of these engines.
+        force: hash files again that have not changed since they were last verified.
 
     Raises:
         BundleCorruptError: some are missing, truncated or changed; all of them are named.
     """
     folder = bundle / FOLDER / name
-    problems = verify_files(folder, record.files)
+    problems = verify_files(folder, record.files, force=force)
     if problems:
         raise BundleCorruptError(f"{folder}: {'; '.join(problems)}; {rebuild(bundle, *parse_folder(name))}")
 
 
-def check_all(bundle: Path, manifest: Manifest) -> tuple[dict[str, EngineRecord], list[str]]:
-    """Verify all engines of a bundle.
+def check_all(bundle: Path, manifest: Manifest, *, force: bool = False) -> tuple[dict[str, EngineRecord], list[str]]:
+    """Verify all engines of a bundle; ``force`` as in :func:`check_files`.
 
     Returns:
         The records that are what the manifest names, by name of the folder, and one sentence per problem.
@@ -165,7 +171,7 @@ def check_all(bundle: Path, manifest: Manifest) -> tuple[dict[str, EngineRecord]
     for name in manifest.engines:
         try:
             records[name] = checked_record(bundle, manifest, name)
-            check_files(bundle, name, records[name])
+            check_files(bundle, name, records[name], force=force)
         except BundleError as error:
             problems.append(str(error))
     return records, problems

@@ -745,7 +745,7 @@ class TestChoice:
             Owl2.load(bundle.folder, device=kind, context=301)
 
     def test_certificates_are_replayed_there(self, folder: Path, gpu: FakeGpu) -> None:
-        verdict = verify(folder, Placement("tensorrt"))
+        verdict = verify(folder, device="tensorrt")
         assert verdict.passed, verdict
         assert gpu.launches > 0
 
@@ -782,7 +782,7 @@ class TestChoice:
             Owl2.load(copy, device=device, context=context)
         if context is None:
             with pytest.raises(error, match=message):
-                verify(copy, Placement.parse(device))
+                verify(copy, device=device)
 
     def test_a_bundle_with_engines_is_whole_without_onnxruntime(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -804,8 +804,8 @@ class TestChoice:
         with pytest.raises(InsufficientMemoryError, match="not enough memory"):
             Owl2.load(folder, device="tensorrt")
         with pytest.raises(InsufficientMemoryError, match="not enough memory"):
-            verify(folder, Placement("tensorrt"))
-        assert verify(folder, Placement("tensorrt"), check_memory=False).passed
+            verify(folder, device="tensorrt")
+        assert verify(folder, device="tensorrt", check_memory=False).passed
 
     @pytest.mark.parametrize("place", ["cpu", "tensorrt-rtx"])
     def test_graphs_are_run_by_onnx_runtime(self, float32: Bundle, monkeypatch: pytest.MonkeyPatch, place: Any) -> None:
