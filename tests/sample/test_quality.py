@@ -13,11 +13,12 @@ def scene_pixels(seed):
     return draw(random_scene(rng, 4, held_out=False), rng)
 
 
-@pytest.mark.parametrize("kind", list(DAMAGE))
-def test_each_level_is_further_from_the_original(kind):
+@pytest.mark.parametrize("defect", list(DAMAGE))
+def test_each_level_is_further_from_the_original(defect):
     pixels = scene_pixels(0)
     errors = [
-        np.abs(damage(pixels, kind, level, random.Random(1)).astype(int) - pixels).mean() for level in range(len(WORDS))
+        np.abs(damage(pixels, defect, level, random.Random(1)).astype(int) - pixels).mean()
+        for level in range(len(WORDS))
     ]
     assert errors[0] == 0
     assert len(set(errors)) == len(errors)

@@ -8,7 +8,7 @@ from batches import Mix, batches, collate
 from encoder import EOS, Encoder
 from initial import initialise
 from network import hidden_rows, predictions, sample_config
-from probes import KINDS, as_example, probes
+from probes import SKILLS, as_example, probes
 from quality import WORDS
 from questions import ASK
 
@@ -34,8 +34,8 @@ def model():
 
 def test_prompts_have_the_ids_of_the_runtime_s_tokenizer(encoder, request):
     tokenizer = Tokenizer.load(request.config.rootpath / CHECKPOINT)
-    for kind in KINDS:
-        for probe in probes(kind, 20, 0):
+    for skill in SKILLS:
+        for probe in probes(skill, 20, 0):
             ids = as_example(encoder, probe, with_answer=False).ids
             assert ids == tokenizer.encode_prompt(probe.prompt)
             given = f"{probe.prompt} {probe.answer}</s>"

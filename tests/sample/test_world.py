@@ -118,21 +118,21 @@ def read_answer(scene, turn):
     return "yes" if matching(scene, text.removeprefix("Is there ")) else "no"
 
 
-@pytest.mark.parametrize("kind", list(ASK))
-def test_answers_are_those_of_a_slow_reading_of_the_scene(kind):
-    rng = random.Random(kind)
-    asked = [(s, ASK[kind](s, rng)) for s in scenes(400, seed=7)]
+@pytest.mark.parametrize("skill", list(ASK))
+def test_answers_are_those_of_a_slow_reading_of_the_scene(skill):
+    rng = random.Random(skill)
+    asked = [(s, ASK[skill](s, rng)) for s in scenes(400, seed=7)]
     turns = [(scene, turn) for scene, turn in asked if turn is not None]
     assert len(turns) > 200
     for scene, turn in turns:
-        assert turn.kind == kind
+        assert turn.skill == skill
         assert turn.answer == read_answer(scene, turn), (scene.key, turn)
 
 
-@pytest.mark.parametrize(("kind", "most"), [("colour", 0.25), ("shape", 0.3), ("relation", 0.4), ("count", 0.45)])
-def test_no_kind_can_be_guessed(kind, most):
+@pytest.mark.parametrize(("skill", "most"), [("colour", 0.25), ("shape", 0.3), ("relation", 0.4), ("count", 0.45)])
+def test_no_skill_can_be_guessed(skill, most):
     rng = random.Random(1)
-    answers = [t.answer for s in scenes(1500, seed=2) if (t := ASK[kind](s, rng)) is not None]
+    answers = [t.answer for s in scenes(1500, seed=2) if (t := ASK[skill](s, rng)) is not None]
     commonest = max(answers.count(a) for a in set(answers))
     assert commonest / len(answers) < most
 
@@ -155,7 +155,7 @@ def test_second_question_is_about_the_thing_of_the_first():
             colour = second.question.removeprefix("How many of them are ").rstrip("?")
             assert second.answer == NUMBERS[len(matching(scene, colour))]
             continue
-        if first.kind == "relation":
+        if first.skill == "relation":
             meant = only(matching(scene, first.answer)) if scene_has_one(scene, first.answer) else None
         else:
             meant = only(matching(scene, phrase_of(first)))
@@ -171,16 +171,16 @@ def phrase_of(turn):
     return turn.question.removeprefix("What shape is ").removeprefix("What colour is ").rstrip("?")
 
 
-def test_conversations_have_every_kind_and_no_question_twice():
+def test_conversations_have_every_skill_and_no_question_twice():
     rng = random.Random(6)
     weights = dict.fromkeys((*ASK, "caption", "second"), 1.0)
     seen = set()
     for scene in scenes(200, seed=9):
         talk = converse(scene, rng, turns=5, weights=weights)
-        plain = [turn.question for turn in talk if turn.kind not in ("second", "caption")]
+        plain = [turn.question for turn in talk if turn.skill not in ("second", "caption")]
         assert len(plain) == len(set(plain))
         assert all(isinstance(turn, Turn) for turn in talk)
-        seen |= {turn.kind for turn in talk}
+        seen |= {turn.skill for turn in talk}
     assert seen == set(weights)
 
 
@@ -189,4 +189,4 @@ def test_a_conversation_is_never_empty():
     rng = random.Random(0)
     scene = random_scene(rng, 1, held_out=False)
     (turn,) = converse(scene, rng, turns=4, weights={"relation": 1.0})
-    assert turn.kind == "caption"
+    assert turn.skill == "caption"
