@@ -32,8 +32,8 @@ def recorded(bundle_a1: Path, golden: Path, tmp_path_factory: pytest.TempPathFac
     finally:
         sys.path.remove(str(SCRIPTS))
     (out / "cases.json").write_text(json.dumps(cases))
-    command = [sys.executable, SCRIPTS / "record_run.py", bundle_a1, out / "cases.json", out]
-    subprocess.run(command, check=True, timeout=120)
+    command = [SCRIPTS / "record_run.py", bundle_a1, out / "cases.json", out]
+    subprocess.run([sys.executable, *map(str, command)], check=True, timeout=120)
     return out
 
 

@@ -46,4 +46,4 @@ def test_layers_may_stay_on_disk(golden: Path, monkeypatch: pytest.MonkeyPatch) 
         expected = resident.prefill(embeds, modality, 0, resident.allocate(5, None), rows)
         np.testing.assert_array_equal(logits, expected)
         with pytest.raises(BackendError, match="belong to another backend"):
-            engine.prefill(embeds, modality, 0, object(), rows)
+            engine.prefill(embeds, modality, 0, object(), rows)  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from evaluation_data import write_lines
@@ -62,7 +63,7 @@ def test_what_cannot_work_is_refused_before_a_model_is_loaded(tmp_path: Path, da
 
 
 @pytest.mark.parametrize("options", [{"context": 100}, {"kv_cache": "int8"}, {"device": "cuda"}])
-def test_a_loaded_model_keeps_its_settings(owl: Owl2, data: Path, options: dict[str, object]) -> None:
+def test_a_loaded_model_keeps_its_settings(owl: Owl2, data: Path, options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="a loaded model keeps its device, context and K/V cache"):
         evaluate(owl, data, **options)
 
