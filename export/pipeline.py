@@ -20,8 +20,7 @@ from owl2.export.checks.kv_int8 import can_be_checked
 from owl2.export.config import BYTES, ExportConfig
 from owl2.export.decoder import Streams, export_decoder
 from owl2.export.graph.dialects import MINIMUM_ONNXRUNTIME
-from owl2.export.graph.kv_int8 import MINIMUM_ONNXRUNTIME as KV_INT8_ONNXRUNTIME
-from owl2.export.graph.kv_int8 import write_int8_kv_graph
+from owl2.export.graph.kv_int8 import MINIMUM_ONNXRUNTIME as KV_INT8_ONNXRUNTIME, write_int8_kv_graph
 from owl2.export.job.device import check_device, device_memory_errors
 from owl2.export.job.journal import Journal, journal_size, resume_key
 from owl2.export.job.progress import Reporter, Silent

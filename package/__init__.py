@@ -21,98 +21,51 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from owl2.runtime.bundle import (
         Bundle as Bundle,
-    )
-    from owl2.runtime.bundle import (
         Manifest as Manifest,
-    )
-    from owl2.runtime.chat import (
-        AnswerStream as AnswerStream,
     )
     from owl2.runtime.chat import (
         Chat as Chat,
     )
     from owl2.runtime.errors import (
         BackendError as BackendError,
-    )
-    from owl2.runtime.errors import (
         BackendUnavailableError as BackendUnavailableError,
-    )
-    from owl2.runtime.errors import (
         BundleCorruptError as BundleCorruptError,
-    )
-    from owl2.runtime.errors import (
         BundleError as BundleError,
-    )
-    from owl2.runtime.errors import (
         BundleVersionError as BundleVersionError,
-    )
-    from owl2.runtime.errors import (
         BusyError as BusyError,
-    )
-    from owl2.runtime.errors import (
         CalibrationError as CalibrationError,
-    )
-    from owl2.runtime.errors import (
         CheckpointError as CheckpointError,
-    )
-    from owl2.runtime.errors import (
         ConfigError as ConfigError,
-    )
-    from owl2.runtime.errors import (
         ContextOverflowError as ContextOverflowError,
-    )
-    from owl2.runtime.errors import (
         DataError as DataError,
-    )
-    from owl2.runtime.errors import (
         ExportError as ExportError,
-    )
-    from owl2.runtime.errors import (
         ImageError as ImageError,
-    )
-    from owl2.runtime.errors import (
         InsufficientMemoryError as InsufficientMemoryError,
-    )
-    from owl2.runtime.errors import (
         Owl2Error as Owl2Error,
-    )
-    from owl2.runtime.errors import (
         Owl2Warning as Owl2Warning,
-    )
-    from owl2.runtime.errors import (
         ParityError as ParityError,
-    )
-    from owl2.runtime.errors import (
         PromptError as PromptError,
-    )
-    from owl2.runtime.errors import (
         QuantizationError as QuantizationError,
-    )
-    from owl2.runtime.errors import (
         ReferenceModelError as ReferenceModelError,
     )
     from owl2.runtime.evaluation.evaluate import evaluate as evaluate
     from owl2.runtime.evaluation.verify import verify as verify
     from owl2.runtime.generate import (
         Answer as Answer,
-    )
-    from owl2.runtime.generate import (
         Chunk as Chunk,
-    )
-    from owl2.runtime.generate import (
         FinishReason as FinishReason,
-    )
-    from owl2.runtime.generate import (
         Stats as Stats,
     )
     from owl2.runtime.owl import Owl2 as Owl2
     from owl2.runtime.sampling import GenerationConfig as GenerationConfig
+    from owl2.runtime.stream import AnswerStream as AnswerStream
     from owl2.runtime.verification import LoadProgress as LoadProgress
     from owl2.runtime.version import __version__ as __version__
 
 _HOMES = {
     "owl2.runtime.bundle": ("Bundle", "Manifest"),
-    "owl2.runtime.chat": ("AnswerStream", "Chat"),
+    "owl2.runtime.chat": ("Chat",),
+    "owl2.runtime.stream": ("AnswerStream",),
     "owl2.runtime.generate": ("Answer", "Chunk", "FinishReason", "Stats"),
     "owl2.runtime.owl": ("Owl2",),
     "owl2.runtime.sampling": ("GenerationConfig",),

@@ -19,7 +19,7 @@ from owl2.runtime.version import __version__
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="owl2")
 def cli() -> None:
-    """Ask a model of the mPLUG-Owl2 family about images, on this machine alone.
+    """Ask a model of the mPLUG-Owl2 family about images, on this machine only.
 
     BUNDLE is a folder written by owl2-export.
 

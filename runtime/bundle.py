@@ -20,7 +20,7 @@ from owl2.runtime.verification import FileEntry, OnProgress, verify_files
 
 @dataclass(frozen=True, slots=True)
 class WeightFormat:
-    """How the weights are stored.
+    """Storage types of the weights.
 
     Attributes:
         decoder: fp32, fp16, int8 or int4 linear layers.

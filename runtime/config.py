@@ -182,7 +182,7 @@ def resolve_context(decoder: DecoderConfig, context: int | None) -> int:
 
 @dataclass(frozen=True, slots=True)
 class PreprocessConfig:
-    """How an image becomes the vision tower's input.
+    """Preprocessing of an image into the vision tower's input.
 
     Attributes:
         mode: one of :data:`owl2.runtime.preprocess.MODES`.
@@ -250,7 +250,7 @@ def from_json(cls: type[T], data: Mapping[str, Any], where: str) -> T:
     """Build the dataclass ``cls`` from parsed JSON, refusing unknown and missing keys by name.
 
     Raises:
-        ConfigError: ``data`` is no object, or its keys are not exactly the fields of ``cls``.
+        ConfigError: ``data`` is not an object, or its keys are not exactly the fields of ``cls``.
     """
     require(isinstance(data, Mapping), f"{where}: expected an object, got {type(data).__name__}")
     names = {field.name for field in fields(cls)}  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ PREFILL_BLOCK = 256
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """How a backend opens a bundle.
+    """Settings with which a backend opens a bundle.
 
     Attributes:
         device: where it runs.

@@ -9,7 +9,7 @@ from owl2.runtime.engine import Engine, KvBuffers
 from owl2.runtime.errors import ContextOverflowError
 
 Key = int | tuple[str, int]
-"""What a position holds: a token id, or a row of an image as (digest of its pixels, row)."""
+"""Content of a position: a token id, or a row of an image as (digest of its pixels, row)."""
 
 GROWTH = 256
 
@@ -56,7 +56,7 @@ class KvCache:
         return 0 if self._buffers is None else self._buffers.capacity
 
     def shared_prefix(self, keys: Sequence[Key]) -> int:
-        """How many positions at the start of ``keys`` are held already."""
+        """Number of positions at the start of ``keys`` that the cache holds already."""
         pairs = zip(self._keys, keys)
         return next(
             (index for index, (held, wanted) in enumerate(pairs) if held != wanted),

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from owl2.runtime import spec
 from owl2.runtime.backends.choose import OpenEngine, find_backend
 from owl2.runtime.bundle import Bundle, Manifest, check_files, read_manifest, require_whole
 from owl2.runtime.config import ModelConfig, require, resolve_context
 from owl2.runtime.engine import Engine, EngineOptions
+from owl2.runtime.errors import BundleCorruptError, ConfigError, PromptError
 from owl2.runtime.families.mplug_owl2 import positions
 from owl2.runtime.families.mplug_owl2.positions import Prompt
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
@@ -52,7 +54,13 @@ class Loaded:
         return prepare_images(images, self.config.preprocess, mode)
 
     def encode(self, text: str, images: Sequence[PreparedImage]) -> Prompt:
-        """Tokenize a prompt and merge its images; raises as :func:`positions.encode_prompt`."""
+        """Tokenize a prompt and merge its images.
+
+        Raises:
+            PromptError: it is not a text or empty, or placeholders and images do not agree.
+        """
+        if not isinstance(text, str):
+            raise PromptError(f"a prompt must be a text, got {type(text).__name__}")
         return positions.encode_prompt(text, images, self.tokenizer, self.config.rows_per_image)
 
     def new_cache(self) -> KvCache:
@@ -98,7 +106,10 @@ class Preparation:
         manifest = read_manifest(folder)
         kv_type = manifest.kv_type(options.kv_cache)
         resolve_context(manifest.model.decoder, options.context)
-        check_mode(manifest.model.preprocess.mode)
+        try:
+            check_mode(manifest.model.preprocess.mode)
+        except ConfigError as error:
+            raise BundleCorruptError(f"{folder / spec.MANIFEST}: {error}") from error
         open_engine = find_backend(options.device, manifest.dialect)(folder, manifest, options)
         if check_memory:
             check(manifest, options.context, kv_type, options.device)

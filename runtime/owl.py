@@ -14,15 +14,17 @@ from typing import NoReturn
 import numpy as np
 
 from owl2.runtime.bundle import Bundle
-from owl2.runtime.chat import AnswerStream, Chat, ChatMessage, run
+from owl2.runtime.chat import Chat
 from owl2.runtime.engine import EngineOptions, Floats
 from owl2.runtime.errors import ContextOverflowError, Owl2Error
 from owl2.runtime.generate import Answer, check_context, generate, prompt_logits
 from owl2.runtime.images import Images
 from owl2.runtime.load import Loaded, open_bundle
+from owl2.runtime.messages import ChatMessage
 from owl2.runtime.placement import CPU, Placement
 from owl2.runtime.sampling import GenerationConfig, GenerationOptions
 from owl2.runtime.spec import KvType
+from owl2.runtime.stream import AnswerStream
 from owl2.runtime.verification import OnProgress
 
 if sys.version_info >= (3, 11):
@@ -146,7 +148,7 @@ class Owl2:
             ConfigError: an option that is not known or outside its range.
             BackendError: a step failed.
         """
-        return run(self.stream(prompt, images=images, preprocess=preprocess, config=config, **options))
+        return self.stream(prompt, images=images, preprocess=preprocess, config=config, **options).read()
 
     def stream(
         self,
@@ -166,7 +168,7 @@ class Owl2:
         check_context(cache, merged)
         cancelled = threading.Event()
         chunks = generate(self.model, cache, merged, settings, cancelled, seconds)
-        return AnswerStream(chunks, cancelled, threading.Lock())
+        return AnswerStream(chunks, cancelled, threading.Lock(), lambda _: None)
 
     def logits(self, prompt: str, *, images: Images = None, preprocess: str | None = None) -> Floats:
         """Logits of every position of a raw prompt, image rows included: float32 [T, V].

@@ -11,7 +11,7 @@ from owl2.runtime.config import require
 
 EngineKind = Literal["tensorrt", "tensorrt-rtx"]
 KINDS = ("cpu", "cuda", "tensorrt", "tensorrt-rtx")
-"""Kinds of device this package runs on by itself."""
+"""Kinds of device that this package supports without others."""
 BACKEND_ENTRY_POINTS = "owl2.backends"
 """Group of entry points that add a kind of device: its name, and the :data:`.Backend` that runs it."""
 CPU = "cpu"

@@ -23,7 +23,7 @@ Logits = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class GenerationConfig:
-    """How an answer is generated.
+    """Settings of a generation.
 
     Attributes:
         max_new_tokens: most tokens an answer may have.
@@ -172,7 +172,7 @@ def sample(logits: Logits, config: GenerationConfig, rng: np.random.Generator, p
 
     Args:
         logits: [V] float32, as the model gives them.
-        config: filters; with temperature 0 the most likely token is taken and ``rng`` is left alone.
+        config: filters; with temperature 0 the most likely token is taken and ``rng`` is not advanced.
         rng: advanced by one number when sampling.
         previous_ids: tokens that the repetition penalty looks at.
 

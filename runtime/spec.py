@@ -6,7 +6,7 @@ V vocabulary. "Floats" are of the manifest's activation type, float32 or float16
 
 Dialect ``ort`` is for ONNX Runtime: its attention writes keys and values in place into buffers [B, H, S, padded D].
 Dialect ``onnx`` is for TensorRT and has standard operators only. Its keys and values are rows of W values; the graph
-reads the cached ones and returns those of the new positions alone, which the caller has written right behind the
+reads the cached ones and returns only those of the new positions, which the caller has written right after the
 cached ones. So nothing is copied there either, and no buffer exists twice.
 """
 
@@ -42,7 +42,7 @@ BUNDLE_FILES = (
     GOLDENS,
     REPORT,
 )
-"""Everything beside the manifest and the graphs of narrower K/V caches."""
+"""Every file except the manifest and the graphs of narrower K/V caches."""
 
 # vision.onnx
 PIXELS = "pixel_values"  # float32 [N, 3, R, R]

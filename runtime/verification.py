@@ -41,7 +41,7 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True)
 class LoadProgress:
-    """How far a load has come.
+    """Progress of a load.
 
     Attributes:
         stage: ``verifying`` hashes files and counts bytes; ``loading`` counts graphs.

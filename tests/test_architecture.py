@@ -1,19 +1,68 @@
-"""Who may import whom: the runtime stands alone, without torch; the public names are what they say."""
+"""The plan of the house: who may import whom, what an import costs, what is public."""
 
 import ast
 import importlib
 import os
+import pickle
 import subprocess
 import sys
+import typing
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT
 from isolation import BLOCKED
 
-import owl2.runtime
+import owl2
+from owl2.runtime import errors
 
-RUNTIME_MODULES = {"numpy", "onnxruntime", "PIL", "click", "sentencepiece", "owl2", "typing_extensions"}
+RUNTIME_DEPENDENCIES = {
+    "numpy", "onnxruntime", "packaging", "PIL", "click", "platformdirs", "psutil", "sentencepiece", "typing_extensions",
+}  # fmt: skip
+"""Packages that the runtime may import; ``packaging`` comes with ONNX Runtime, ``psutil`` is for Windows."""
+
+ROOMS = {
+    "runtime": "",
+    "runtime.families": "runtime",
+    "runtime.backends": "runtime runtime.families",
+    "runtime.fit": "runtime",
+    "runtime.load": "runtime runtime.families runtime.backends runtime.fit",
+    "runtime.evaluation": "runtime runtime.families runtime.backends runtime.load",
+    "runtime.cli": "runtime runtime.families runtime.backends runtime.fit runtime.load runtime.evaluation",
+    "quant": "runtime runtime.families runtime.evaluation",
+    "export": "quant runtime runtime.families runtime.backends runtime.fit runtime.load runtime.evaluation runtime.cli",
+}
+"""Each room and those that its modules may import besides itself: the way of the data, read backwards.
+
+``runtime`` is its root without the modules that open backends: these, ``runtime.load`` and what stands on it, count as
+``runtime.load`` here.
+"""
+ON_LOAD = {"load", "generate", "stream", "messages", "chat", "owl"}
+"""Modules in the root of the runtime that run a loaded bundle."""
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    """Every module of the three packages, named as after ``owl2.``, with its file."""
+    for package in ("runtime", "quant", "export"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+
+
+MODULES = dict(modules())
+
+
+def room(module: str) -> str:
+    """The room of a module."""
+    package, _, rest = module.partition(".")
+    if package == "runtime" and rest in ON_LOAD:
+        return "runtime.load"
+    if rest == "__main__":
+        return "runtime.cli" if package == "runtime" else package
+    known = [name for name in ROOMS if module == name or module.startswith(f"{name}.")]
+    return max(known, key=len)
 
 
 def imports(path: Path) -> set[str]:
@@ -23,23 +72,51 @@ def imports(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            inner = {name for name in names if name.removeprefix("owl2.") in MODULES}
+            found |= inner or {node.module}
     return found
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "runtime").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
-def test_the_runtime_imports_its_few_dependencies_only(path: Path) -> None:
-    for name in imports(path):
-        top = name.split(".")[0]
-        assert top in sys.stdlib_module_names or top in RUNTIME_MODULES, name
-        assert not name.startswith(("owl2.export", "owl2.quant")), name
+def neighbours(path: Path) -> set[str]:
+    """Modules of this project that a file imports."""
+    return {name.removeprefix("owl2.") for name in imports(path) if name.startswith("owl2.")}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_room_imports_only_those_before_it(module: str) -> None:
+    home = room(module)
+    allowed = {home, *ROOMS[home].split()}
+    wrong = {other: room(other) for other in neighbours(MODULES[module]) if room(other) not in allowed}
+    assert not wrong, f"{module} ({home}) imports {wrong}; {home} may import {', '.join(sorted(allowed))}"
+
+
+def test_there_is_no_import_cycle() -> None:
+    graph = {module: neighbours(path) & set(MODULES) for module, path in MODULES.items()}
+    done: set[str] = set()
+
+    def visit(module: str, way: tuple[str, ...]) -> None:
+        assert module not in way, " -> ".join((*way[way.index(module) :], module))
+        if module not in done:
+            for other in sorted(graph[module]):
+                visit(other, (*way, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module.startswith("runtime")])
+def test_the_runtime_imports_its_few_dependencies_only(module: str) -> None:
+    tops = {name.split(".")[0] for name in imports(MODULES[module])} - {"owl2"}
+    assert tops <= {*sys.stdlib_module_names, *RUNTIME_DEPENDENCIES}
 
 
 SCRIPTS = sorted(path for folder in ("scripts", "sample") for path in (ROOT / folder).rglob("*.py"))
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: str(p.relative_to(ROOT)))
-def test_scripts_import_what_is_there(path: Path) -> None:
+def test_scripts_import_what_exists(path: Path) -> None:
     """Names of this project that scripts take, which no test runs."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("owl2"):
@@ -48,35 +125,113 @@ def test_scripts_import_what_is_there(path: Path) -> None:
                 assert hasattr(module, alias.name), f"{node.module} has no {alias.name}"
 
 
+def run_python(script: str) -> str:
+    """What a script prints in a process of its own."""
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=os.sep, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
 def test_the_runtime_answers_without_torch(bundle_a1: Path, golden: Path) -> None:
     """A real answer about an image in a process where torch and the exporter cannot be imported."""
     image = golden / "images" / "00_rgb_landscape_97x61.png"
-    script = BLOCKED + (
-        "from owl2.runtime.__main__ import main\n"
+    assert run_python(
+        BLOCKED + "from owl2.runtime.__main__ import main\n"
         f"sys.argv = ['owl2', 'ask', {str(bundle_a1)!r}, 'What is it?', '--image', {str(image)!r}, "
         "'--max-new-tokens', '5']\n"
         "try:\n    main()\n"
         "finally:\n    assert not {'torch', 'transformers', 'onnx'} & set(sys.modules)\n"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=os.sep, timeout=120
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip()
 
 
 def test_importing_has_no_side_effects() -> None:
     """No environment edits, no logging configuration, no threads."""
-    script = (
+    run_python(
         "import os, logging, threading; before = dict(os.environ), threading.active_count()\n"
-        "import owl2.runtime\n"
+        "import owl2; owl2.Owl2\n"
         "assert (dict(os.environ), threading.active_count()) == before\n"
         "assert not logging.getLogger().handlers\n"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
 
-def test_public_names() -> None:
-    assert owl2.runtime.__all__ == sorted(owl2.runtime.__all__)
-    for name in owl2.runtime.__all__:
-        assert getattr(owl2.runtime, name).__doc__ or name == "__version__"
+def test_importing_owl2_imports_nothing_heavy() -> None:
+    assert (
+        run_python("import owl2, sys; print(sorted({'numpy', 'PIL', 'onnxruntime', 'torch'} & set(sys.modules)))")
+        == "[]"
+    )
+    heavy = "{'onnxruntime', 'torch', 'tensorrt', 'owl2.runtime.fit', 'owl2.runtime.evaluation', 'owl2.runtime.cli'}"
+    assert run_python(f"from owl2 import Owl2; import sys; print(sorted({heavy} & set(sys.modules)))") == "[]"
+    assert run_python("import owl2.export, sys; print('torch' in sys.modules)") == "False"
+
+
+POSIX_ONLY = ("fcntl", "grp", "posix", "pty", "pwd", "readline", "resource", "syslog", "termios", "tty")
+
+
+def test_the_runtime_needs_no_module_that_only_posix_has() -> None:
+    """As on Windows, but for what Python itself imports."""
+    names = [f"owl2.{module}" for module in MODULES if module.startswith("runtime") and not module.endswith("__main__")]
+    run_python(
+        "import importlib, importlib.util, sys\n"
+        "import click, numpy, onnxruntime, PIL.Image, platformdirs, sentencepiece, subprocess, concurrent.futures\n"
+        f"blocked = {POSIX_ONLY!r}\n"
+        "for name in blocked:\n    sys.modules[name] = None\n"
+        f"for name in {names!r}:\n    importlib.import_module(name)\n"
+        "import owl2\n"
+        "for name in owl2.__all__:\n    getattr(owl2, name)\n"
+    )
+
+
+class TestPublicNames:
+    def test_all_of_them_exist_and_are_documented(self) -> None:
+        assert owl2.__all__ == sorted(owl2.__all__)
+        for name in owl2.__all__:
+            assert name == "FinishReason" or getattr(owl2, name).__doc__, name
+        assert set(owl2.__all__) <= set(dir(owl2))
+
+    def test_a_type_checker_sees_the_same_names(self) -> None:
+        tree = ast.parse((ROOT / "package" / "__init__.py").read_text(encoding="utf-8"))
+        (block,) = (node for node in tree.body if isinstance(node, ast.If))
+        seen = [alias.name for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names]
+        assert sorted(seen) == owl2.__all__
+
+    def test_a_name_that_does_not_exist(self) -> None:
+        with pytest.raises(AttributeError, match="module 'owl2' has no attribute 'Owl3'"):
+            owl2.Owl3  # noqa: B018
+        with pytest.raises(ImportError, match="cannot import name 'Owl3'"):
+            exec("from owl2 import Owl3")
+
+    def test_subpackages_are_attributes(self) -> None:
+        assert run_python("import owl2; print(owl2.export.__name__, owl2.quant.__name__)") == "owl2.export owl2.quant"
+
+    def test_types_can_be_read(self) -> None:
+        for name in owl2.__all__:
+            value = getattr(owl2, name)
+            if isinstance(value, type):
+                for member in vars(value).values():
+                    function = getattr(member, "__func__", member)
+                    if callable(function) and not isinstance(function, type):
+                        typing.get_type_hints(function)
+
+
+def error_instances() -> list[errors.Owl2Error]:
+    arguments: dict[type, tuple[Any, ...]] = {
+        errors.InsufficientMemoryError: (3 << 30, 2 << 30, ["weights 3 GiB"], ["close programs"], "owl2 plan BUNDLE"),
+        errors.ContextOverflowError: (3, 6, 8, "shorten the prompt"),
+    }
+    classes = [
+        value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, errors.Owl2Error)
+    ]
+    return [error(*arguments.get(error, ("a message",))) for error in classes]
+
+
+@pytest.mark.parametrize("error", error_instances(), ids=lambda error: type(error).__name__)
+def test_errors_survive_pickling(error: errors.Owl2Error) -> None:
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))
+
+
+def test_every_error_is_drawn_in_the_tree() -> None:
+    drawn = errors.__doc__ or ""
+    assert all(type(error).__name__ in drawn for error in error_instances())

@@ -10,8 +10,7 @@ from typing import cast
 import numpy as np
 
 from owl2.export.checks.certificate import certify, float_rows, make_goldens
-from owl2.export.checks.kv_int8 import FloatLogits, check_codes, summary
-from owl2.export.checks.kv_int8 import compare as compare_kv_int8
+from owl2.export.checks.kv_int8 import FloatLogits, check_codes, compare as compare_kv_int8, summary
 from owl2.export.checks.parity import Parity, compare, with_float_activations
 from owl2.export.decoder import ExportedDecoder
 from owl2.export.job.progress import Reporter

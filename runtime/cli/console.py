@@ -12,9 +12,9 @@ from typing import Any, TextIO
 
 import click
 
-from owl2.runtime.chat import AnswerStream
 from owl2.runtime.errors import Owl2Error, Owl2Warning
 from owl2.runtime.generate import Answer
+from owl2.runtime.stream import AnswerStream
 from owl2.runtime.verification import LoadProgress, OnProgress
 
 STOPPED = 130

@@ -11,7 +11,7 @@ from typing import Any, get_args
 import click
 from PIL import Image
 
-from owl2.runtime.chat import AnswerStream, Chat
+from owl2.runtime.chat import Chat
 from owl2.runtime.cli.console import load_progress
 from owl2.runtime.errors import ConfigError
 from owl2.runtime.owl import Owl2
@@ -19,6 +19,7 @@ from owl2.runtime.placement import CPU, KINDS, Placement
 from owl2.runtime.preprocess import MODES
 from owl2.runtime.sampling import GenerationConfig
 from owl2.runtime.spec import KvType
+from owl2.runtime.stream import AnswerStream
 
 DEFAULTS = GenerationConfig()
 

@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from owl2.quant.config import QuantConfig
 from owl2.quant.grid import QuantizedWeight, compute_scales, rtn

@@ -2,18 +2,15 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from owl2 import Owl2
-from owl2.runtime.backends.ort.installation import check_onnxruntime
 from owl2.runtime.bundle import Bundle, Manifest, read_manifest
 from owl2.runtime.errors import (
     BackendError,
-    BackendUnavailableError,
     BundleCorruptError,
     BundleError,
     BundleVersionError,
@@ -73,10 +70,24 @@ def test_everything_wrong_is_named_at_once(copy: Path) -> None:
     assert "tokenizer.model is missing" in str(caught.value)
 
 
-@pytest.mark.parametrize("version", [0, 2, 4, "3", None, [3]])
+def test_a_bundle_of_the_version_before(copy: Path) -> None:
+    """It called the family by the name of its template."""
+    path = copy / "owl2.json"
+    data = json.loads(path.read_text())
+    data["template"] = data.pop("family")
+    expected = Owl2.load(copy).chat().ask("Hi", max_new_tokens=5)
+    path.write_text(json.dumps(data | {"format": 3}))
+    assert read_manifest(copy).family == "mplug_owl2"
+    assert Owl2.load(copy).chat().ask("Hi", max_new_tokens=5).ids == expected.ids
+
+
+@pytest.mark.parametrize("version", [0, 2, 5, "4", None, [4]])
 def test_unknown_format_version(copy: Path, version: object) -> None:
     edit(copy, format=version)
-    with pytest.raises(BundleVersionError, match="is not known; this owl2 reads version 3; export the checkpoint"):
+    with pytest.raises(
+        BundleVersionError,
+        match=r"this owl2 reads versions 3 and 4; export the checkpoint again \(owl2-export CHECKPOINT BUNDLE --over",
+    ):
         Owl2.load(copy)
 
 
@@ -87,7 +98,7 @@ def test_unknown_format_version(copy: Path, version: object) -> None:
         ({"dialect": "tflite"}, "dialect: expected one of ort, onnx, got 'tflite'"),
         ({"activations": "bf16"}, "activations: expected one of fp32, fp16, got 'bf16'"),
         ({"family": "vicuna"}, "family: expected one of mplug_owl2, got 'vicuna'"),
-        ({"minimum_onnxruntime": "new"}, "minimum_onnxruntime 'new' is no version"),
+        ({"minimum_onnxruntime": "new"}, "minimum_onnxruntime 'new' is not a version"),
         ({"weights": {"decoder": "int4"}}, "weights: missing keys"),
         ({"files": []}, "files: expected an object"),
         ({"files": {"decoder.onnx": {"size": "big", "sha256": "x"}}}, "size: expected int, got 'big'"),
@@ -99,9 +110,9 @@ def test_a_manifest_that_was_edited(copy: Path, changes: dict[str, object], mess
         Owl2.load(copy)
 
 
-def test_a_manifest_that_is_no_json(copy: Path) -> None:
+def test_a_manifest_that_is_not_json(copy: Path) -> None:
     (copy / "owl2.json").write_text('{"format": 3')
-    with pytest.raises(BundleCorruptError, match=r"owl2\.json is no readable JSON"):
+    with pytest.raises(BundleCorruptError, match=r"owl2\.json is not readable JSON"):
         Owl2.load(copy)
 
 
@@ -109,12 +120,12 @@ def test_files_outside_the_bundle_are_not_followed(copy: Path, tmp_path: Path) -
     (tmp_path / "outside").write_bytes(b"secret")
     files = json.loads((copy / "owl2.json").read_text())["files"]
     edit(copy, files=files | {"../outside": {"size": 6, "sha256": "0" * 64}})
-    with pytest.raises(BundleCorruptError, match=r"\.\./outside lies outside the bundle"):
+    with pytest.raises(BundleCorruptError, match=r"\.\./outside is outside the bundle"):
         Owl2.load(copy)
 
 
-def test_a_folder_that_is_no_bundle(tmp_path: Path, golden: Path) -> None:
-    with pytest.raises(BundleError, match=r"owl2\.json is missing; expected a folder written by owl2-export"):
+def test_a_folder_that_is_not_a_bundle(tmp_path: Path, golden: Path) -> None:
+    with pytest.raises(BundleError, match=r"owl2\.json is missing; give a folder written by owl2-export"):
         Owl2.load(tmp_path)
     with pytest.raises(BundleError, match="nowhere does not exist; give a folder written by owl2-export"):
         Owl2.load(tmp_path / "nowhere")
@@ -156,7 +167,12 @@ def test_a_graph_that_onnxruntime_refuses(copy: Path) -> None:
         ("abstractor", {"num_learnable_queries": 3}, BackendError, "does not fit the manifest: image_rows has shape"),
         ("preprocess", {"mean": [1.0, 2.0]}, BundleCorruptError, "mean: expected a list of 3"),
         ("preprocess", {"std": ["a", "b", "c"]}, BundleCorruptError, "std: expected float, got 'a'"),
-        ("preprocess", {"mode": "stretch"}, BundleCorruptError, "mode: expected one of resize, pad, crop"),
+        (
+            "preprocess",
+            {"mode": "stretch"},
+            BundleCorruptError,
+            "preprocess 'stretch' is not known; use resize",
+        ),
     ],
 )
 def test_a_model_that_was_edited(
@@ -168,29 +184,10 @@ def test_a_model_that_was_edited(
         Owl2.load(copy)
 
 
-def test_an_older_onnxruntime_than_needed() -> None:
-    with pytest.raises(BackendUnavailableError, match=r"needs onnxruntime 99\.1 or newer, .* upgrade it"):
-        check_onnxruntime("99.1")
-    check_onnxruntime("1.2")
-
-
-def test_the_wheel_that_is_installed_is_upgraded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second one would overwrite its files."""
-    with pytest.raises(BackendUnavailableError, match=r"upgrade it \(pip install -U onnxruntime\)"):
-        check_onnxruntime("99.1")
-    info = tmp_path / "onnxruntime_gpu-1.31.1.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: onnxruntime-gpu\nVersion: 1.31.1\n")
-    (info / "RECORD").write_text("onnxruntime/__init__.py,sha256=x,1\n")
-    monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    with pytest.raises(BackendUnavailableError, match=r"upgrade it \(pip install -U onnxruntime-gpu\)"):
-        check_onnxruntime("99.1")
-
-
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"device": "abacus"}, ConfigError, "device 'abacus' is not known; give cpu, cuda"),
+        ({"device": "abacus"}, ConfigError, "device 'abacus' is not known; use cpu, cuda"),
         ({"threads": 0}, ConfigError, "threads must be positive, got 0"),
         ({"threads": 100_000}, ConfigError, "threads 100000 is more than this machine can use; give at most"),
         ({"context": 0}, ConfigError, "context must be positive, got 0"),

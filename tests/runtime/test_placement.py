@@ -24,9 +24,9 @@ def test_names(text: str, device: Placement) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "gpu", "CUDA", "cpu:0", "cuda:", "cuda:-1", "cuda:first", "cuda:1:2", "cuda:²"])
-def test_what_is_no_name(text: str) -> None:
+def test_what_is_not_a_name(text: str) -> None:
     with pytest.raises(
-        ConfigError, match=r"is not known; give cpu, cuda\[:N\] or tensorrt\[:N\] or tensorrt-rtx\[:N\], as in cuda:1"
+        ConfigError, match=r"is not known; use cpu, cuda\[:N\] or tensorrt\[:N\] or tensorrt-rtx\[:N\], as in cuda:1"
     ):
         Placement.parse(text)
 

@@ -7,16 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from PIL import Image
 
+from owl2 import Owl2
 from owl2.runtime.config import PreprocessConfig
 from owl2.runtime.errors import ImageError
-from owl2.runtime.preprocess import MAX_PIXELS, digest, load_image, preprocess
+from owl2.runtime.preprocess import FORMATS, MAX_PIXELS, MODES, digest, load_image, preprocess
 
 CASES = [("a1_base_bin", 56), ("a2_fp16_safetensors", 70)]
-MODES = ["resize", "pad", "crop"]
 SMALL = PreprocessConfig("resize", 56, 56)
 
 
@@ -85,7 +84,7 @@ def test_one_pixel_becomes_a_plain_square(mode):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 300), st.integers(1, 300), st.sampled_from(MODES), st.integers(0, 2**32 - 1))
+@given(st.integers(1, 300), st.integers(1, 300), st.sampled_from(list(MODES)), st.integers(0, 2**32 - 1))
 def test_every_shape_gives_finite_square_pixels(width, height, mode, seed):
     array = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     pixels = preprocess(load_image(array), PreprocessConfig(mode, 28, 28))
@@ -218,3 +217,23 @@ def test_digest_tells_images_apart(golden):
     assert digest(first) == digest(first.copy()) != digest(second)
     assert digest(np.asfortranarray(first)) == digest(first)
     assert digest(np.zeros(1, np.float32)) == "df3f619804a92fdb4057192dc43dd748ea778adc52bc498ce80524c014b81119"
+
+
+class TestExtension:
+    """A mode and a file format of another package: one entry each."""
+
+    def test_a_mode(self, monkeypatch: pytest.MonkeyPatch, bundle_a1: Path) -> None:
+        monkeypatch.setitem(MODES, "mirror", lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+        image = Image.fromarray(np.arange(56 * 56 * 3, dtype=np.uint8).reshape(56, 56, 3))
+        mirrored = preprocess(image, SMALL, "mirror")
+        np.testing.assert_array_equal(mirrored, preprocess(image, SMALL, "crop")[:, :, ::-1])
+        with Owl2.load(bundle_a1) as owl:
+            assert owl.logits("<|image|>?", images=image, preprocess="mirror").shape[1] == owl.config.decoder.vocab_size
+
+    def test_a_file_format(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        path = tmp_path / "image.pcx"
+        Image.new("RGB", (4, 4), (255, 0, 0)).save(path)
+        with pytest.raises(ImageError, match="give an intact image in one of these formats: BMP"):
+            load_image(path)
+        monkeypatch.setattr("owl2.runtime.preprocess.FORMATS", (*FORMATS, "PCX"))
+        assert load_image(path).getpixel((0, 0)) == (255, 0, 0)

@@ -4,8 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
-from hypothesis import strategies as st
+from hypothesis import assume, given, strategies as st
 from hypothesis.extra.numpy import arrays
 
 from owl2.runtime.errors import BackendError, ConfigError
@@ -161,8 +160,8 @@ def test_broken_logits_are_reported(bad, temperature):
         ("min_p", 1.5, r"min_p 1\.5 must be between 0 \(off\) and 1"),
         ("repetition_penalty", 0.0, r"repetition_penalty 0\.0 must be between 0\.01 and 100"),
         ("seed", -1, "seed -1 must be None or a number from 0 upwards"),
-        ("stop", "###", r"stop '###' must be a tuple of non-empty strings"),
-        ("stop", ("",), r"stop \(''\,\) must be a tuple of non-empty strings"),
+        ("stop", 3, r"stop 3 must be a non-empty string, or several"),
+        ("stop", ("",), r"stop \(''\,\) must be a non-empty string, or several"),
     ],
 )
 def test_bad_settings_are_refused(name, value, message):

@@ -25,7 +25,7 @@ FIXED_SETTINGS = {"add_bos_token": True, "add_eos_token": False, "additional_spe
 
 @dataclass(frozen=True, slots=True)
 class SpecialToken:
-    """A string that stands for one id wherever it occurs, and whether it swallows the blanks beside it."""
+    """A string that stands for one id wherever it occurs, and whether it swallows the blanks next to it."""
 
     id: int
     strip_left: bool
@@ -41,7 +41,7 @@ class Tokenizer:
         specials: special strings, as the tokenizer's files name them.
         surfaces: text of every id, with spaces as "▁"; one ``bytes`` for a byte piece.
         bos_id, eos_id, unk_id: ids of the three roles every LLaMA tokenizer has.
-        legacy: whether text behind a special string gets a leading space, as in mPLUG-Owl2.
+        legacy: whether text after a special string gets a leading space, as in mPLUG-Owl2.
     """
 
     model: SentencePieceProcessor
@@ -105,7 +105,7 @@ class Tokenizer:
     def encode_prompt(self, prompt: str, *, parse_special: bool = True) -> list[int]:
         """Ids of a prompt, with -200 for every image placeholder.
 
-        Each chunk between placeholders is tokenized by itself and gets its own leading space. BOS goes to the
+        Each chunk between placeholders is tokenized separately and gets its own leading space. BOS goes to the
         first chunk only, or to every chunk if the prompt starts with a placeholder: the original's rule.
 
         Args:
@@ -152,7 +152,7 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Text of ids; invalid UTF-8 gives one U+FFFD per byte.
 
-        With ``skip_special`` off, special ids are written out and each run between them is decoded by itself.
+        With ``skip_special`` off, special ids are written out and each run between them is decoded separately.
         transformers 4.31 puts a space in front of a run that a special id closes, and so does this.
 
         Raises:
@@ -264,7 +264,10 @@ def _load_model(path: Path) -> SentencePieceProcessor:
     except (OSError, RuntimeError) as error:
         raise _unreadable(path, error) from error
     if not keeps_text:
-        raise BundleError(f"{path} is no LLaMA tokenizer: it must keep text as it is, with byte fallback")
+        raise BundleError(
+            f"{path} is not a LLaMA tokenizer: it must keep text as it is, with byte fallback; copy it from the "
+            "original checkpoint"
+        )
     return model
 
 
@@ -287,7 +290,7 @@ def _named(role: str, config: dict[str, Any], special_map: dict[str, Any]) -> tu
     """String of a special token and whether it strips blanks left and right; None if the files name none."""
     entry = special_map.get(role)
     if isinstance(entry, str):
-        # As in transformers, only this way of naming a token makes it swallow the blanks beside it.
+        # As in transformers, only this way of naming a token makes it swallow the blanks next to it.
         return entry, True, True
     entry = entry or config.get(role) or DEFAULT_SPECIALS.get(role)
     if isinstance(entry, dict):

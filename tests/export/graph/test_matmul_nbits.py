@@ -2,8 +2,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from owl2.export.graph.matmul_nbits import dequantize, pack, pack_zero_points, unpack, unpack_zero_points

@@ -34,9 +34,7 @@ from owl2.runtime.backends import choose
 from owl2.runtime.backends.ort.engine import OrtEngine
 from owl2.runtime.backends.ort.installation import driver_problem
 from owl2.runtime.backends.steps import row_inputs
-from owl2.runtime.backends.tensorrt import context as tensorrt_context
-from owl2.runtime.backends.tensorrt import cuda as cuda_memory
-from owl2.runtime.backends.tensorrt import engine as tensorrt
+from owl2.runtime.backends.tensorrt import context as tensorrt_context, cuda as cuda_memory, engine as tensorrt
 from owl2.runtime.backends.tensorrt.cuda import CudaGpu, Slots, Strided, version_problem
 from owl2.runtime.backends.tensorrt.engine import (
     DeviceRows,

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import GOLDEN
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from owl2.runtime.config import IMAGE_TOKEN, IMAGE_TOKEN_ID
 from owl2.runtime.errors import BundleCorruptError, BundleError, PromptError

@@ -1,0 +1,107 @@
+"""Messages as other libraries have them, and the turns of a conversation that they become."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from owl2.runtime.config import IMAGE_TOKEN
+from owl2.runtime.errors import PromptError
+from owl2.runtime.families.mplug_owl2.template import with_images
+from owl2.runtime.images import PreparedImage
+from owl2.runtime.load import Loaded
+from owl2.runtime.preprocess import ImageInput
+
+ChatMessage = Mapping[str, Any]
+"""A message as in transformers: ``role`` is ``user`` or ``assistant``, ``content`` a text or a list of parts.
+
+A part is ``{"type": "text", "text": …}`` or ``{"type": "image", "image": …}`` with a path, PIL image or array; an image
+part may have ``"preprocess": "pad"`` (or another mode).
+"""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question with its images, and the answer.
+
+    Attributes:
+        question: text with one ``<|image|>`` per image.
+        parts: the images as parts of a message.
+        images: the same, preprocessed.
+        answer: text.
+    """
+
+    question: str
+    parts: tuple[ChatMessage, ...]
+    images: tuple[PreparedImage, ...]
+    answer: str
+
+    def messages(self) -> list[dict[str, Any]]:
+        """The two messages of this turn; :func:`read_turns` is the inverse."""
+        content: str | list[ChatMessage] = self.question
+        if self.parts:
+            content = []
+            for text, image in zip(self.question.split(IMAGE_TOKEN), (*self.parts, None)):
+                content += [{"type": "text", "text": text}] if text else []
+                content += [image] if image is not None else []
+        return [{"role": "user", "content": content}, {"role": "assistant", "content": self.answer}]
+
+
+def image_part(image: ImageInput, preprocess: str | None) -> ChatMessage:
+    """An image as part of a message."""
+    part: dict[str, Any] = {"type": "image", "image": image}
+    return part if preprocess is None else part | {"preprocess": preprocess}
+
+
+def read_turns(model: Loaded, messages: Sequence[ChatMessage]) -> list[Turn]:
+    """The turns of a conversation that a caller gives.
+
+    Raises:
+        PromptError: the messages are not user and assistant in turn, or one has content that cannot be used.
+        ImageError: an image cannot be read.
+    """
+    turns = []
+    for index, message in enumerate(messages):
+        expected = ("user", "assistant")[index % 2]
+        where = f"message {index}"
+        if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
+            raise PromptError(f"{where} is {message!r:.80}, expected {{'role': …, 'content': …}}")
+        if message["role"] != expected:
+            raise PromptError(
+                f"{where} has the role {message['role']!r}, expected {expected!r}: user and assistant take turns, and "
+                "this model has no system message"
+            )
+    if len(messages) % 2:
+        raise PromptError("the last message is the user's; leave it out and ask it: chat.ask(question, images)")
+    for index in range(0, len(messages), 2):
+        question, parts = _read_content(messages[index]["content"], f"message {index}")
+        answer, more = _read_content(messages[index + 1]["content"], f"message {index + 1}")
+        if more or IMAGE_TOKEN in answer:
+            raise PromptError(f"message {index + 1} has an image; only the user's messages may")
+        question = with_images(question, len(parts))
+        images = [image for part in parts for image in model.prepare([part["image"]], part.get("preprocess"))]
+        turns.append(Turn(question, tuple(parts), tuple(images), answer))
+    return turns
+
+
+def _read_content(content: object, where: str) -> tuple[str, list[ChatMessage]]:
+    """Text with a placeholder for each image, and the image parts."""
+    if isinstance(content, str):
+        return content, []
+    if not isinstance(content, Sequence) or isinstance(content, bytes):
+        raise PromptError(f"the content of {where} must be a text or a list of parts, got {type(content).__name__}")
+    text, images = "", []
+    for part in content:
+        match part:
+            case {"type": "text", "text": str(words)}:
+                text += words
+            case {"type": "image", "image": _}:
+                text += IMAGE_TOKEN
+                images.append(part)
+            case _:
+                raise PromptError(
+                    f"{where} has the part {part!r:.80}, expected {{'type': 'text', 'text': …}} or "
+                    "{'type': 'image', 'image': …}"
+                )
+    return text, images

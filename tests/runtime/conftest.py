@@ -1,0 +1,10 @@
+"""Fixtures of the runtime's tests."""
+
+import pytest
+from cases import CASES, Case
+from conftest import GOLDEN
+
+
+@pytest.fixture(scope="module", params=list(CASES))
+def case(request: pytest.FixtureRequest) -> Case:
+    return Case(GOLDEN / CASES[request.param], request.getfixturevalue(f"bundle_{request.param}"))

@@ -1,0 +1,422 @@
+"""Conversations: what is reused, what a failed or abandoned turn leaves, messages in and out, threads."""
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import Case
+from conftest import MakeCheckpoint
+from PIL import Image
+
+from owl2 import (
+    Answer,
+    BusyError,
+    Chat,
+    Chunk,
+    ConfigError,
+    ContextOverflowError,
+    ImageError,
+    Owl2,
+    Owl2Error,
+    PromptError,
+)
+from owl2.export.config import ExportConfig
+from owl2.export.pipeline import export_bundle
+from owl2.runtime.families.mplug_owl2.template import Message, render
+
+
+def ask_first(case: Case) -> tuple[Chat, str]:
+    """A chat with one turn about an image, and its answer."""
+    chat = case.owl.chat()
+    return chat, chat.ask("What is this?", images=case.files[:1], max_new_tokens=6).text
+
+
+def engine_of(case: Case) -> type:
+    return type(case.owl.model.engine)
+
+
+class TestReuse:
+    def test_second_turn_equals_a_cold_start(self, case: Case) -> None:
+        chat, first = ask_first(case)
+        second = chat.ask("And its colour?", max_new_tokens=12)
+        prompt = render(
+            [
+                Message("USER", "<|image|>What is this?"),
+                Message("ASSISTANT", first),
+                Message("USER", "And its colour?"),
+                Message("ASSISTANT"),
+            ]
+        )
+        cold = case.owl.generate(prompt, images=case.files[:1], max_new_tokens=12)
+        assert (second.text, second.ids) == (cold.text, cold.ids)
+        assert second.stats.images_encoded == 0
+        assert second.stats.reused_tokens > case.owl.config.rows_per_image
+        assert second.stats.prompt_tokens == cold.stats.prompt_tokens
+        assert cold.stats.reused_tokens == 0
+
+    def test_reused_prefix_has_the_logits_of_a_cold_start(self, case: Case) -> None:
+        """The log-probabilities of the chosen tokens depend on every cached position."""
+        chat, _ = ask_first(case)
+        again = case.owl.chat(messages=chat.messages)
+        warm = chat.ask("Why?", max_new_tokens=8)
+        cold = again.ask("Why?", max_new_tokens=8)
+        assert cold.stats.reused_tokens == 0
+        np.testing.assert_allclose(warm.logprobs, cold.logprobs, atol=1e-4, rtol=0)
+
+    def test_another_image_is_not_taken_for_the_first(self, case: Case) -> None:
+        chat = case.owl.chat()
+        chat.ask("q", images=case.files[:1], max_new_tokens=4)
+        chat.reset()
+        warm = chat.ask("q", images=case.files[1:2], max_new_tokens=4)
+        cold = case.owl.chat().ask("q", images=case.files[1:2], max_new_tokens=4)
+        assert warm.text == cold.text
+        assert warm.stats.reused_tokens == 0
+
+    def test_kv_buffers_are_written_in_place_and_grow(self, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+        allocate, sizes = engine_of(case).allocate, []
+
+        def counted(self: Any, capacity: int, previous: Any) -> Any:
+            sizes.append(capacity)
+            return allocate(self, capacity, previous)
+
+        monkeypatch.setattr(engine_of(case), "allocate", counted)
+        chat = case.owl.chat()
+        chat.ask("q", images=case.files[:1], max_new_tokens=4)
+        chat.ask("r", max_new_tokens=4)
+        assert len(sizes) == 1
+        stats = chat.ask("word " * 120, max_new_tokens=4).stats
+        assert len(sizes) == 2
+        assert sizes[1] == stats.kv_cache_positions > sizes[0]
+
+    def test_keys_of_stretched_positions_are_not_reused(self, make_checkpoint: MakeCheckpoint, tmp_path: Any) -> None:
+        """Dynamic scaling turns the keys of a long sequence by other angles than those of a short one."""
+        scaling = {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 48}
+        export_bundle(ExportConfig(make_checkpoint(top=scaling), tmp_path / "bundle", weights="fp32"))
+        owl = Owl2.load(tmp_path / "bundle", context=400)
+
+        def logprobs(chat: Chat, question: str) -> tuple[float, ...]:
+            return chat.ask(question, max_new_tokens=4).logprobs
+
+        chat = owl.chat()
+        next(chat.stream("word " * 40))  # longer than the limit, and left again
+        np.testing.assert_allclose(logprobs(chat, "Hi"), logprobs(owl.chat(), "Hi"), atol=1e-5, rtol=0)
+        second = chat.ask("Hello", max_new_tokens=4)
+        assert second.stats.reused_tokens > 0  # as long as everything stays short, the cache is used
+        again = owl.chat(messages=chat.messages)
+        warm, cold = logprobs(chat, "word " * 40), logprobs(again, "word " * 40)
+        np.testing.assert_allclose(warm, cold, atol=1e-5, rtol=0)
+
+
+class TestUnfinished:
+    """A turn that does not come to its end leaves the conversation as it was."""
+
+    def expect_as_before(self, case: Case, chat: Chat, before: list[dict[str, Any]]) -> None:
+        assert chat.messages == before
+        expected = ask_first(case)[0].ask("Why?", max_new_tokens=8).text
+        assert chat.ask("Why?", max_new_tokens=8).text == expected
+
+    def test_leaving_a_stream_half_read(self, case: Case) -> None:
+        chat, _ = ask_first(case)
+        before = chat.messages
+        for chunk in chat.stream("And then?", images=case.files[1:3], max_new_tokens=50):
+            if chunk.text:
+                break
+        self.expect_as_before(case, chat, before)
+
+    def test_a_refused_question(self, case: Case) -> None:
+        chat, _ = ask_first(case)
+        before = chat.messages
+        with pytest.raises(PromptError, match=r"has 2 <\|image\|> placeholders, but 1 image given"):
+            chat.ask("<|image|> or <|image|>?", images=case.files[:1])
+        with pytest.raises(ContextOverflowError, match=f"the context holds {case.owl.context} positions"):
+            chat.ask("word " * 3000)
+        with pytest.raises(ConfigError, match="preprocess 'stretch' is not known; use resize, pad, crop"):
+            chat.ask("What?", images=case.files[:1], preprocess="stretch")
+        self.expect_as_before(case, chat, before)
+
+    @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+    def test_a_failing_step(self, case: Case, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]) -> None:
+        chat, _ = ask_first(case)
+        before = chat.messages
+        decode, calls = engine_of(case).decode, []
+
+        def failing(self: Any, *arguments: Any) -> Any:
+            calls.append(1)
+            if len(calls) == 3:
+                raise error("the third step fails")
+            return decode(self, *arguments)
+
+        monkeypatch.setattr(engine_of(case), "decode", failing)
+        with pytest.raises(error, match="third step"):
+            chat.ask("Why?", max_new_tokens=8)
+        monkeypatch.undo()
+        self.expect_as_before(case, chat, before)
+
+    def test_an_abandoned_stream_does_not_disturb_the_next_question(self, case: Case) -> None:
+        chat, _ = ask_first(case)
+        stream = chat.stream("And then?", max_new_tokens=50)
+        next(stream)
+        self.expect_as_before(case, chat, chat.messages)
+        with pytest.raises(Owl2Error, match="a newer question was asked in this chat"):
+            next(stream)
+        with pytest.raises(Owl2Error, match="the answer is not finished; read the stream to its end"):
+            _ = stream.answer
+        assert len(chat.messages) == 4
+
+    def test_reset_while_an_answer_streams(self, case: Case) -> None:
+        chat, _ = ask_first(case)
+        stream = chat.stream("Why?", max_new_tokens=50)
+        next(stream)
+        chat.reset()
+        with pytest.raises(Owl2Error, match="can no longer be generated"):
+            next(stream)
+        assert chat.messages == []
+        assert chat.ask("Hi", max_new_tokens=5).text == case.owl.chat().ask("Hi", max_new_tokens=5).text
+
+    def test_cancelling(self, case: Case) -> None:
+        chat, _ = ask_first(case)
+        before = chat.messages
+        stream = chat.stream("And then?", max_new_tokens=50)
+        read = []
+        for chunk in stream:
+            read.append(chunk.text)
+            if len(read) == 3:
+                stream.cancel()
+        assert (len(read), stream.answer.finish_reason) == (3, "cancelled")
+        assert stream.answer.text == "".join(read)
+        self.expect_as_before(case, chat, before)
+
+    def test_cancelling_before_the_start_runs_nothing(self, case: Case) -> None:
+        chat = case.owl.chat()
+        stream = chat.stream("Hi", max_new_tokens=1)
+        stream.cancel()
+        assert list(stream) == []
+        assert (stream.answer.text, stream.answer.stats.generated_tokens) == ("", 0)
+        assert chat.messages == []
+
+    def test_cancelling_takes_effect_between_blocks_of_a_long_prompt(
+        self, case: Case, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        stream = case.owl.chat().stream("word " * 80, max_new_tokens=5)
+        prefill, blocks = engine_of(case).prefill, []
+
+        def counted(self: Any, embeds: Any, *others: Any) -> Any:
+            blocks.append(len(embeds))
+            stream.cancel()
+            return prefill(self, embeds, *others)
+
+        monkeypatch.setattr(engine_of(case), "block", 32)
+        monkeypatch.setattr(engine_of(case), "prefill", counted)
+        assert list(stream) == []
+        assert blocks == [32]
+
+
+class TestMessages:
+    def test_they_can_be_read_while_an_answer_streams(self, case: Case) -> None:
+        chat, first = ask_first(case)
+        stream = chat.stream("Why?", max_new_tokens=8)
+        seen = [(chunk.text, len(chat.messages)) for chunk in stream]
+        # The turn counts with the last chunk: a caller may not come back for more.
+        assert [count for _, count in seen] == [2] * (len(seen) - 1) + [4]
+        assert [message["content"] for message in chat.messages[1::2]] == [first, stream.answer.text]
+
+    def test_images_stand_where_they_were_asked_about(self, case: Case) -> None:
+        chat = case.owl.chat()
+        one, two = case.files[:2]
+        chat.ask("A <|image|> and <|image|>?", images=[one, two], preprocess="pad", max_new_tokens=3)
+        chat.ask("<|image|>", images=one, max_new_tokens=3)
+        assert [message["content"] for message in chat.messages[::2]] == [
+            [
+                {"type": "text", "text": "A "},
+                {"type": "image", "image": one, "preprocess": "pad"},
+                {"type": "text", "text": " and "},
+                {"type": "image", "image": two, "preprocess": "pad"},
+                {"type": "text", "text": "?"},
+            ],
+            [{"type": "image", "image": one}],
+        ]
+        again = case.owl.chat(messages=chat.messages)
+        assert again.messages == chat.messages
+        assert again.ask("Why?", max_new_tokens=6).ids == chat.ask("Why?", max_new_tokens=6).ids
+
+    def test_a_history_of_another_program(self, case: Case) -> None:
+        path = case.files[0]
+        with Image.open(path) as image:
+            loaded = image.convert("RGB")
+        parts = [{"type": "image", "image": loaded}, {"type": "text", "text": "Hi"}]
+        chat = case.owl.chat([{"role": "user", "content": parts}, {"role": "assistant", "content": "Hello"}])
+        expected = case.owl.generate(
+            "USER: <|image|>Hi ASSISTANT: Hello</s>USER: Why? ASSISTANT:", images=path, max_new_tokens=6
+        )
+        assert chat.ask("Why?", max_new_tokens=6).ids == expected.ids
+
+    @pytest.mark.parametrize(
+        ("messages", "message"),
+        [
+            (["Hi"], r"message 0 is 'Hi', expected \{'role': …, 'content': …\}"),
+            (
+                [{"role": "system", "content": "x"}],
+                "message 0 has the role 'system', expected 'user'.*no system message",
+            ),
+            ([{"role": "user", "content": "x"}], "the last message is the user's; leave it out and ask it"),
+            (
+                [{"role": "user", "content": 3}, {"role": "assistant", "content": ""}],
+                "must be a text or a list of parts",
+            ),
+            (
+                [{"role": "user", "content": [{"type": "audio"}]}, {"role": "assistant", "content": ""}],
+                r"message 0 has the part \{'type': 'audio'\}, expected \{'type': 'text'",
+            ),
+            (
+                [{"role": "user", "content": "<|image|>?"}, {"role": "assistant", "content": ""}],
+                r"1 <\|image\|> placeholder, but 0 images given",
+            ),
+            (
+                [{"role": "user", "content": "x"}, {"role": "assistant", "content": "<|image|>"}],
+                "message 1 has an image; only the user's messages may",
+            ),
+        ],
+    )
+    def test_what_is_not_a_history(self, case: Case, messages: Any, message: str) -> None:
+        with pytest.raises(PromptError, match=message):
+            case.owl.chat(messages=messages)
+
+    def test_an_image_of_the_history_that_cannot_be_read(self, case: Case) -> None:
+        parts = [{"type": "image", "image": "nowhere.png"}]
+        with pytest.raises(ImageError, match=r"cannot read nowhere\.png"):
+            case.owl.chat([{"role": "user", "content": parts}, {"role": "assistant", "content": "x"}])
+
+    def test_a_placeholder_that_the_model_wrote_stands_for_no_image(
+        self, case: Case, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        chat, _ = ask_first(case)
+        last = chat.ask("Why?", max_new_tokens=2)
+
+        def written(*_: object) -> Iterator[Chunk]:
+            yield Chunk("It is <|image|>.", 5, 0.0, "stop")
+            return replace(last, text="It is <|image|>.")
+
+        monkeypatch.setattr("owl2.runtime.chat.generate", written)
+        assert chat.ask("What?").text == "It is <|image|>."
+        assert chat.messages[-1]["content"] == "It is <image>."
+
+    def test_undo(self, case: Case) -> None:
+        chat, _ = ask_first(case)
+        before = chat.messages
+        chat.ask("Why?", images=case.files[1], max_new_tokens=4)
+        chat.undo()
+        assert chat.messages == before
+        assert chat.ask("Why?", max_new_tokens=8).text == ask_first(case)[0].ask("Why?", max_new_tokens=8).text
+        chat.undo()
+        chat.undo()
+        with pytest.raises(Owl2Error, match="no turn to undo"):
+            chat.undo()
+
+    def test_a_fork_goes_its_own_way_and_runs_nothing_again(self, case: Case) -> None:
+        chat, _ = ask_first(case)
+        other = chat.fork()
+        answers = [chat.ask("Why?", max_new_tokens=8), other.ask("Why?", max_new_tokens=8)]
+        assert answers[0].ids == answers[1].ids
+        assert answers[0].stats.reused_tokens == answers[1].stats.reused_tokens > case.owl.config.rows_per_image
+        other.ask("More", max_new_tokens=4)
+        assert (len(chat.messages), len(other.messages)) == (4, 6)
+        assert (
+            chat.ask("And?", max_new_tokens=8).ids == case.owl.chat(chat.messages[:4]).ask("And?", max_new_tokens=8).ids
+        )
+
+    def test_representations(self, case: Case) -> None:
+        chat, first = ask_first(case)
+        assert f"<Chat of {case.bundle}: 1 turn, " in repr(chat)
+        stream = chat.stream("Hi", max_new_tokens=1)
+        assert repr(stream) == "<AnswerStream not finished>"
+        list(stream)
+        assert repr(stream) == f"<AnswerStream {stream.answer.text!r}>"
+        assert repr(stream.answer).startswith("Answer(text=")
+        assert first
+
+
+def together(count: int, work: Callable[[int], Any]) -> list[Any]:
+    """Results and errors of threads that start at the same time."""
+    barrier = threading.Barrier(count)
+
+    def run(index: int) -> Any:
+        barrier.wait()
+        try:
+            return work(index)
+        except Owl2Error as error:
+            return error
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(run, range(count)))
+
+
+class TestThreads:
+    def test_one_chat_used_by_four_threads_says_so_and_loses_nothing(self, case: Case) -> None:
+        chat, _ = ask_first(case)
+        results = together(4, lambda index: chat.ask(f"Question {index}?", max_new_tokens=40))
+        answers = {index: result for index, result in enumerate(results) if isinstance(result, Answer)}
+        errors = [result for result in results if not isinstance(result, Answer)]
+        assert answers
+        assert all(
+            isinstance(error, BusyError) and "another thread is using this chat" in str(error) for error in errors
+        )
+        asked = [message["content"] for message in chat.messages[2::2]]
+        assert sorted(asked) == sorted(f"Question {index}?" for index in answers)
+        told = dict(zip(asked, [message["content"] for message in chat.messages[3::2]]))
+        assert told == {f"Question {index}?": answer.text for index, answer in answers.items()}
+        cold = case.owl.chat(messages=chat.messages)
+        assert chat.ask("Why?", max_new_tokens=8).ids == cold.ask("Why?", max_new_tokens=8).ids
+
+    def test_different_chats_of_one_model_do_not_meet(self, case: Case) -> None:
+        def talk(index: int) -> list[tuple[int, ...]]:
+            chat = case.owl.chat()
+            image = case.files[index % len(case.files)]
+            return [chat.ask(q, i, max_new_tokens=8).ids for q, i in (("What?", image), ("Why?", None))]
+
+        assert together(4, talk) == [talk(index) for index in range(4)]
+
+    def test_a_stream_of_another_thread_is_in_the_way_until_it_is_cancelled(self, case: Case) -> None:
+        chat, _ = ask_first(case)
+        stream = chat.stream("Why?", max_new_tokens=50)
+        next(stream)
+        (error,) = together(1, lambda _: chat.ask("Hi"))
+        assert isinstance(error, BusyError)
+        next(stream)
+        stream.cancel()
+        (answer,) = together(1, lambda _: chat.ask("Hi", max_new_tokens=4))
+        assert answer.text == ask_first(case)[0].ask("Hi", max_new_tokens=4).text
+
+    def test_asking_after_a_cancel_waits_for_the_step_in_progress(
+        self, case: Case, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        chat, _ = ask_first(case)
+        before = chat.messages
+        decode, inside, go = engine_of(case).decode, threading.Event(), threading.Event()
+
+        def slow(self: Any, *arguments: Any) -> Any:
+            inside.set()
+            go.wait(10)
+            return decode(self, *arguments)
+
+        monkeypatch.setattr(engine_of(case), "decode", slow)
+        stream = chat.stream("Why?", max_new_tokens=50)
+        with ThreadPoolExecutor(2) as pool:
+            reading = pool.submit(list, stream)
+            assert inside.wait(10)
+            stream.cancel()
+            asking = pool.submit(chat.ask, "Hi", max_new_tokens=4)
+            go.set()
+            reading.result(10)
+            answer = asking.result(10)
+        assert chat.messages[:2] == before
+        assert answer.text == ask_first(case)[0].ask("Hi", max_new_tokens=4).text
+
+
+def test_preparing_images_counts_as_time_to_the_first_token(case: Case) -> None:
+    stats = case.owl.chat().ask("What?", images=case.files[:3], max_new_tokens=1).stats
+    assert stats.preprocess_seconds > 0
+    assert stats.time_to_first_token > stats.preprocess_seconds + stats.vision_seconds + stats.prefill_seconds
