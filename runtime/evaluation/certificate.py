@@ -1,4 +1,4 @@
-"""The certificate of a bundle: golden prompts with the logits they must lead to, and how far a device may be off.
+"""The golden prompts of a bundle, with the logits they must lead to and the divergence that a device may show.
 
 The expected logits in ``goldens.npz`` are those of the bundle's own graphs, its vision side included, with activations
 in float32: every device should come close to them, whichever kernels it has. So a replay measures the device, not what
@@ -111,7 +111,9 @@ def read_goldens(bundle: Bundle) -> tuple[Golden, ...]:
         require(0 < count <= MAX_GOLDENS, f"it has {count} prompts, expected 1 to {MAX_GOLDENS}")
         return tuple(_golden(arrays, index, bundle.manifest.model) for index in range(count))
     except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile, NotImplementedError) as error:
-        raise BundleCorruptError(f"{path} is not a certificate: {error}; export the bundle again") from error
+        raise BundleCorruptError(
+            f"{path} cannot be read as golden prompts: {error}; export the bundle again"
+        ) from error
 
 
 def read_limits(bundle: Bundle, goldens: Sequence[Golden]) -> dict[str, GoldenLimit]:
@@ -125,10 +127,14 @@ def read_limits(bundle: Bundle, goldens: Sequence[Golden]) -> dict[str, GoldenLi
         entries = json.loads(path.read_text(encoding="utf-8"))["goldens"]
         limits = {entry["name"]: from_json(GoldenLimit, entry, "goldens") for entry in entries}
     except (OSError, ValueError, LookupError, TypeError, ConfigError) as error:
-        raise BundleCorruptError(f"{path} has no limits for its goldens: {error!r}; export the bundle again") from error
+        raise BundleCorruptError(
+            f"{path} has no limits for golden prompts: {error!r}; export the bundle again"
+        ) from error
     missing = [golden.name for golden in goldens if golden.name not in limits]
     if missing:
-        raise BundleCorruptError(f"{path} has no limits for {', '.join(missing)}; export the bundle again")
+        raise BundleCorruptError(
+            f"{path} has no limits for the golden prompts {', '.join(missing)}; export the bundle again"
+        )
     return limits
 
 

@@ -30,12 +30,12 @@ DECODED_STEPS = 4
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """Result of this device on a golden.
+    """Result of this device on a golden prompt.
 
     Attributes:
-        name, positions, kl, top1_agreement, limit: as of :class:`GoldenLimit`, but of this device.
+        name, positions, kl, top1_agreement, limit: as in :class:`GoldenLimit`, but of this device.
         exported_kl: of the exporting machine.
-        problem: why the golden was not compared; empty if it was.
+        problem: why nothing was compared; empty if it was.
     """
 
     name: str
@@ -81,7 +81,7 @@ def verify(
     check_memory: bool = True,
     progress: OnProgress | None = None,
 ) -> Verdict:
-    """Hash every file of a bundle, those of all its engines included, and replay its goldens on a device.
+    """Hash every file of a bundle, those of all its engines included, and replay its golden prompts on a device.
 
     Args:
         bundle: folder written by ``owl2-export``.
@@ -89,8 +89,8 @@ def verify(
         progress: called with a :class:`LoadProgress` a few times a second.
 
     Raises:
-        BundleError: the folder is not a bundle, has no engines that the device can run, or has a certificate that
-            cannot be read though its hash is right.
+        BundleError: the folder is not a bundle, has no engines that the device can run, or has golden prompts that
+            cannot be read though their hash is right.
         BackendError: the device is not available or cannot run the bundle, which is checked before files are hashed;
             or a graph cannot be loaded or fails.
         InsufficientMemoryError: the model cannot fit.

@@ -1,4 +1,4 @@
-"""The format of a bundle's certificate: its goldens, its limits, and files that only claim to be one."""
+"""The golden prompts of a bundle, their limits, and files that only claim to hold them."""
 
 import io
 import json
@@ -98,7 +98,7 @@ class TestHostileFiles:
     def test_arrays(self, copy: Path, changes: dict[str, object], message: str) -> None:
         rewrite(copy, **changes)
         with pytest.raises(
-            BundleCorruptError, match=rf"goldens.npz is not a certificate: .*({message}).*export the bundle"
+            BundleCorruptError, match=rf"goldens.npz cannot be read as golden prompts: .*({message}).*export the bundle"
         ):
             verify(copy)
 
@@ -123,7 +123,7 @@ class TestHostileFiles:
     def test_not_a_zip(self, copy: Path) -> None:
         (copy / spec.GOLDENS).write_bytes(b"nothing")
         rehash(copy, spec.GOLDENS)
-        with pytest.raises(BundleCorruptError, match="is not a certificate: File is not a zip file"):
+        with pytest.raises(BundleCorruptError, match="cannot be read as golden prompts: File is not a zip file"):
             read_goldens(Bundle.open(copy))
 
     @pytest.mark.parametrize("goldens", [None, 3, [], [{"name": "text"}], [{"name": "text", "kl": "low"}]])
