@@ -9,7 +9,7 @@ from typing import Any
 from owl2.export.checks.parity import Parity
 from owl2.export.vision import PartReport
 from owl2.quant.layer import ModuleReport
-from owl2.runtime.evaluation.certificate import GoldenLimit
+from owl2.runtime.evaluation.certificate import Baseline
 from owl2.runtime.evaluation.divergence import Divergence
 
 
@@ -121,7 +121,7 @@ class Report:
     calibration: CalibrationRecord
     parity: tuple[Parity, ...]
     accuracy: Accuracy
-    goldens: tuple[GoldenLimit, ...]
+    goldens: tuple[Baseline, ...]
     kv_int8: KvInt8 | None
     modules: Mapping[str, ModuleReport]
     vision: tuple[PartReport, ...]

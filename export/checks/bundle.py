@@ -23,7 +23,7 @@ from owl2.runtime import spec
 from owl2.runtime.backends.ort.engine import OrtBuffers, OrtOptions, open_decoder
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.engine import DecoderEngine, Floats, Ints, KvBuffers
-from owl2.runtime.evaluation.certificate import GoldenLimit
+from owl2.runtime.evaluation.certificate import Baseline
 from owl2.runtime.evaluation.divergence import Divergence, divergence
 from owl2.runtime.families.mplug_owl2.positions import Prompt, embed
 from owl2.runtime.spec import FloatType, KvType
@@ -59,7 +59,7 @@ class Checks:
 
     parity: Parity
     accuracy: Accuracy
-    goldens: tuple[GoldenLimit, ...]
+    goldens: tuple[Baseline, ...]
     kv_int8: KvInt8 | None
 
 

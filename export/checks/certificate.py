@@ -14,7 +14,7 @@ from owl2.runtime import spec
 from owl2.runtime.backends.ort.engine import OrtOptions, open_session
 from owl2.runtime.bundle import Bundle, WeightFormat
 from owl2.runtime.engine import DecoderEngine, Floats
-from owl2.runtime.evaluation.certificate import Golden, GoldenLimit, golden_positions, write_goldens
+from owl2.runtime.evaluation.certificate import Golden, Baseline, golden_positions, write_goldens
 from owl2.runtime.evaluation.verify import distance, run_golden
 from owl2.runtime.families.mplug_owl2.positions import Prompt, embed
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
@@ -85,7 +85,7 @@ def certify(
     session: DecoderEngine,
     probes: Sequence[Prompt],
     rows: Mapping[str, Floats],
-) -> tuple[GoldenLimit, ...]:
+) -> tuple[Baseline, ...]:
     """What the graphs reach as they run on this machine, and what a device has to.
 
     Args:
@@ -100,7 +100,7 @@ def certify(
         made = run_golden(session, bundle.embeddings(), prompt, rows, golden.positions)
         kl, agreement = distance(golden.logits, made)
         most = limit(kl, bundle.manifest.weights)
-        reached.append(GoldenLimit(golden.name, len(golden.positions), kl, agreement, most))
+        reached.append(Baseline(golden.name, len(golden.positions), kl, agreement, most))
     return tuple(reached)
 
 

@@ -58,13 +58,13 @@ class Golden:
 
 
 @dataclass(frozen=True, slots=True)
-class GoldenLimit:
-    """Entry of the report for a golden: the result of the exporting machine, and the limit for a device.
+class Baseline:
+    """The exporting machine's result on a golden, and the limit for a device: an entry of the report.
 
     Attributes:
         name: of the golden.
         positions: compared.
-        kl: mean Kullback-Leibler divergence of the exporter's distributions from the expected ones, nats.
+        kl: mean Kullback-Leibler divergence of its distributions from the expected ones, nats.
         top1_agreement: share of positions with the same most likely token.
         limit: the largest ``kl`` at which a device passes.
     """
@@ -116,7 +116,7 @@ def read_goldens(bundle: Bundle) -> tuple[Golden, ...]:
         ) from error
 
 
-def read_limits(bundle: Bundle, goldens: Sequence[Golden]) -> dict[str, GoldenLimit]:
+def read_limits(bundle: Bundle, goldens: Sequence[Golden]) -> dict[str, Baseline]:
     """The report's entry of each golden, by name.
 
     Raises:
@@ -125,7 +125,7 @@ def read_limits(bundle: Bundle, goldens: Sequence[Golden]) -> dict[str, GoldenLi
     path = bundle.path(spec.REPORT)
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))["goldens"]
-        limits = {entry["name"]: from_json(GoldenLimit, entry, "goldens") for entry in entries}
+        limits = {entry["name"]: from_json(Baseline, entry, "goldens") for entry in entries}
     except (OSError, ValueError, LookupError, TypeError, ConfigError) as error:
         raise BundleCorruptError(
             f"{path} has no limits for golden prompts: {error!r}; export the bundle again"

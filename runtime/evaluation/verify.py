@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from owl2.runtime.backends.tensorrt.records import check_all
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.engine import DecoderEngine, EngineOptions, Floats, Ints, KvBuffers
-from owl2.runtime.evaluation.certificate import Golden, GoldenLimit, read_goldens, read_limits
+from owl2.runtime.evaluation.certificate import Golden, Baseline, read_goldens, read_limits
 from owl2.runtime.evaluation.divergence import row_kl
 from owl2.runtime.families.mplug_owl2.positions import Prompt, embed
 from owl2.runtime.load import Loaded, Preparation
@@ -33,7 +33,7 @@ class Replay:
     """Result of this device on a golden prompt.
 
     Attributes:
-        name, positions, kl, top1_agreement, limit: as in :class:`GoldenLimit`, but of this device.
+        name, positions, kl, top1_agreement, limit: as in :class:`Baseline`, but of this device.
         exported_kl: of the exporting machine.
         problem: why nothing was compared; empty if it was.
     """
@@ -112,17 +112,17 @@ def verify(
     return Verdict((), replays, loaded - began, time.perf_counter() - loaded)
 
 
-def replay(model: Loaded, golden: Golden, limit: GoldenLimit) -> Replay:
+def replay(model: Loaded, golden: Golden, baseline: Baseline) -> Replay:
     """Run a golden and compare its logits; raises as :meth:`Engine.prefill`."""
     if model.tokenizer.encode_prompt(golden.prompt) != golden.ids.tolist():
         problem = "the tokenizer splits the prompt differently than on the exporting machine"
-        return Replay(golden.name, 0, math.nan, 0.0, limit.limit, limit.kl, problem)
+        return Replay(golden.name, 0, math.nan, 0.0, baseline.limit, baseline.kl, problem)
     prompt = model.encode(golden.prompt, model.prepare(list(golden.images)))
     prompt = Prompt(prompt.keys[: model.config.decoder.max_position_embeddings], prompt.images)
     rows, _ = model.encoder.rows(list(prompt.images.values()))
     logits = run_golden(model.engine, model.table, prompt, rows, golden.positions)
     kl, agreement = distance(golden.logits, logits)
-    return Replay(golden.name, len(golden.positions), kl, agreement, limit.limit, limit.kl)
+    return Replay(golden.name, len(golden.positions), kl, agreement, baseline.limit, baseline.kl)
 
 
 def run_golden(
@@ -142,11 +142,11 @@ def run_golden(
         positions: int64 [R], rising.
     """
     embeds, modality = embed(prompt.keys, table, rows)
-    return stepwise_logits(decoder, embeds, modality, decoder.allocate(len(embeds), None), positions)
+    return stepwise_logits(decoder, embeds, modality, positions, decoder.allocate(len(embeds), None))
 
 
 def stepwise_logits(
-    decoder: DecoderEngine, embeds: Floats, modality: Ints, buffers: KvBuffers, positions: Ints
+    decoder: DecoderEngine, embeds: Floats, modality: Ints, positions: Ints, buffers: KvBuffers
 ) -> Floats:
     """Logits [R, V] of some positions: most of a prompt in one prefill, its last text step by step from the KV cache.
 
@@ -154,8 +154,8 @@ def stepwise_logits(
         decoder: runs the graph.
         embeds: [T, C].
         modality: [T], 1 at image rows.
-        buffers: empty, with room for T positions; hold the prompt's keys and values afterwards.
         positions: int64 [R], rising.
+        buffers: empty, with room for T positions; hold the prompt's keys and values afterwards.
     """
     count, images = len(embeds), np.flatnonzero(modality)
     first = max(count - DECODED_STEPS, int(images[-1]) + 1 if len(images) else 1)
