@@ -14,7 +14,7 @@ from owl2.runtime import spec
 from owl2.runtime.backends.ort.engine import OrtOptions, open_session
 from owl2.runtime.bundle import Bundle, WeightFormat
 from owl2.runtime.engine import DecoderEngine, Floats
-from owl2.runtime.evaluation.certificate import Golden, Baseline, golden_positions, write_goldens
+from owl2.runtime.evaluation.certificate import Baseline, Golden, golden_positions, write_goldens
 from owl2.runtime.evaluation.verify import distance, run_golden
 from owl2.runtime.families.mplug_owl2.positions import Prompt, embed
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer

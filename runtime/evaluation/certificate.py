@@ -116,7 +116,7 @@ def read_goldens(bundle: Bundle) -> tuple[Golden, ...]:
         ) from error
 
 
-def read_limits(bundle: Bundle, goldens: Sequence[Golden]) -> dict[str, Baseline]:
+def read_baselines(bundle: Bundle, goldens: Sequence[Golden]) -> dict[str, Baseline]:
     """The report's entry of each golden, by name.
 
     Raises:
@@ -125,17 +125,17 @@ def read_limits(bundle: Bundle, goldens: Sequence[Golden]) -> dict[str, Baseline
     path = bundle.path(spec.REPORT)
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))["goldens"]
-        limits = {entry["name"]: from_json(Baseline, entry, "goldens") for entry in entries}
+        baselines = {entry["name"]: from_json(Baseline, entry, "goldens") for entry in entries}
     except (OSError, ValueError, LookupError, TypeError, ConfigError) as error:
         raise BundleCorruptError(
             f"{path} has no limits for golden prompts: {error!r}; export the bundle again"
         ) from error
-    missing = [golden.name for golden in goldens if golden.name not in limits]
+    missing = [golden.name for golden in goldens if golden.name not in baselines]
     if missing:
         raise BundleCorruptError(
             f"{path} has no limits for the golden prompts {', '.join(missing)}; export the bundle again"
         )
-    return limits
+    return baselines
 
 
 def _read_arrays(archive: zipfile.ZipFile) -> dict[str, NDArray[Any]]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from owl2.runtime.backends.tensorrt.records import check_all
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.engine import DecoderEngine, EngineOptions, Floats, Ints, KvBuffers
-from owl2.runtime.evaluation.certificate import Golden, Baseline, read_goldens, read_limits
+from owl2.runtime.evaluation.certificate import Baseline, Golden, read_baselines, read_goldens
 from owl2.runtime.evaluation.divergence import row_kl
 from owl2.runtime.families.mplug_owl2.positions import Prompt, embed
 from owl2.runtime.load import Loaded, Preparation
@@ -103,12 +103,12 @@ def verify(
         return Verdict(tuple(problems), (), 0.0, 0.0)
     intact = Bundle(folder, prepared.manifest)
     goldens = read_goldens(intact)
-    limits = read_limits(intact, goldens)
+    baselines = read_baselines(intact, goldens)
     began = time.perf_counter()
     _, model = prepared.open(on_progress=progress)
     loaded = time.perf_counter()
     with closing(model):
-        replays = tuple(replay(model, golden, limits[golden.name]) for golden in goldens)
+        replays = tuple(replay(model, golden, baselines[golden.name]) for golden in goldens)
     return Verdict((), replays, loaded - began, time.perf_counter() - loaded)
 
 

@@ -15,7 +15,7 @@ from owl2.quant.calibration.samples import probe_samples
 from owl2.runtime import spec
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.errors import BundleCorruptError
-from owl2.runtime.evaluation.certificate import read_goldens, read_limits, write_goldens
+from owl2.runtime.evaluation.certificate import read_baselines, read_goldens, write_goldens
 from owl2.runtime.evaluation.divergence import row_kl
 
 NAMES = ["text", "one picture", "two pictures"]
@@ -43,7 +43,7 @@ class TestGoldens:
             logits = owl.logits(golden.prompt, images=list(golden.images))
             assert golden.positions[-1] == len(logits) - 1
             np.testing.assert_allclose(logits[golden.positions], golden.logits, atol=1e-4)
-        for entry in read_limits(Bundle.open(bundle_a1), ()).values():
+        for entry in read_baselines(Bundle.open(bundle_a1), ()).values():
             assert entry.kl < 1e-9
             assert entry.limit == FLOAT_FLOOR
 
@@ -61,7 +61,7 @@ class TestGoldens:
 
 def test_the_expected_logits_do_not_depend_on_fast_kernels(sample_bundle: Path, owl: Owl2) -> None:
     """Full runs of the bundle come as near as the report says, and not nearer by accident."""
-    limits = read_limits(Bundle.open(sample_bundle), ())
+    limits = read_baselines(Bundle.open(sample_bundle), ())
     for golden in read_goldens(Bundle.open(sample_bundle)):
         logits = owl.logits(golden.prompt, images=list(golden.images))[golden.positions]
         assert float(row_kl(golden.logits, logits).mean()) == pytest.approx(limits[golden.name].kl, rel=0.5)
