@@ -61,10 +61,10 @@ class TestGoldens:
 
 def test_the_expected_logits_do_not_depend_on_fast_kernels(sample_bundle: Path, owl: Owl2) -> None:
     """Full runs of the bundle come as near as the report says, and not nearer by accident."""
-    limits = read_baselines(Bundle.open(sample_bundle), ())
+    baselines = read_baselines(Bundle.open(sample_bundle), ())
     for golden in read_goldens(Bundle.open(sample_bundle)):
         logits = owl.logits(golden.prompt, images=list(golden.images))[golden.positions]
-        assert float(row_kl(golden.logits, logits).mean()) == pytest.approx(limits[golden.name].kl, rel=0.5)
+        assert float(row_kl(golden.logits, logits).mean()) == pytest.approx(baselines[golden.name].kl, rel=0.5)
 
 
 def rewrite(bundle: Path, **changes: object) -> None:
