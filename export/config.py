@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from owl2.quant.config import Method, QuantConfig
 from owl2.runtime.config import require
-from owl2.runtime.spec import DialectName, FloatType
+from owl2.runtime.fit.storage import StorageTypes, storage_types
+from owl2.runtime.spec import FloatType, VisionType, WeightType
 
-WeightType = Literal["int4", "int8", "fp16", "fp32"]
-VisionType = Literal["int8", "fp16", "fp32"]
 Layout = Literal["bundle", "gptq"]
-
-DEFAULT_WEIGHTS: WeightType = "int4"
-DEFAULT_GROUP_SIZE = 128
-VISION_BESIDE: dict[WeightType, VisionType] = {"int4": "int8", "int8": "int8", "fp16": "fp16", "fp32": "fp32"}
-BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "int4": 0.5}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,18 +22,17 @@ class ExportConfig:
     Attributes:
         checkpoint: folder in the official layout.
         bundle: folder to write.
-        weights: of the decoder's linear layers.
-        vision: of the vision tower's and the abstractor's linear layers; None for int8 beside integer weights
-            (fp16 where the graph cannot compute with it) and for the decoder's own type otherwise.
-        method: how integer weights are found.
+        weights: type of the decoder's linear layers.
+        vision: type of the vision tower's and the abstractor's linear layers; for None see :func:`storage_types`.
+        method: how weights are rounded to integers.
         group_size: columns that share a scale.
         calibration: folder of images or JSONL file; None for the built-in set.
-        samples: most calibration samples used.
-        overwrite: replace a bundle that is there.
+        samples: calibration samples used, at most.
+        overwrite: replace an existing bundle.
         layout: ``bundle``, or ``gptq`` for a checkpoint in the layout of AutoGPTQ, GPTQModel and Optimum.
-        dialect: operators of the graphs: ``ort`` for ONNX Runtime, ``onnx`` for TensorRT.
-        activations: type in which the graphs compute; None for fp32 in the dialect ort and beside fp32 weights, fp16
-            in the dialect onnx.
+        dialect: operators of the graphs: ``ort`` for ONNX Runtime, ``onnx`` for TensorRT, or another one of
+            :data:`owl2.export.graph.dialect.DIALECTS`.
+        activations: type in which the graphs compute; for None see :func:`storage_types`.
         device: where layers are computed and quantized: ``cpu``, ``cuda`` or ``cuda:N``.
         fresh: start over where an interrupted export could be continued.
 
@@ -49,70 +42,50 @@ class ExportConfig:
 
     checkpoint: Path
     bundle: Path
-    weights: WeightType = DEFAULT_WEIGHTS
+    weights: WeightType = "int4"
     vision: VisionType | None = None
     method: Method = "gptq"
-    group_size: int = DEFAULT_GROUP_SIZE
+    group_size: int = 128
     calibration: Path | None = None
     samples: int = 128
     overwrite: bool = False
     layout: Layout = "bundle"
-    dialect: DialectName = "ort"
+    dialect: str = "ort"
     activations: FloatType | None = None
     device: str = "cpu"
     fresh: bool = False
 
     def __post_init__(self) -> None:
-        require(
-            self.weights in get_args(WeightType),
-            f"weights {self.weights!r}: use one of {', '.join(get_args(WeightType))}",
-        )
-        require(
-            self.vision is None or self.vision in get_args(VisionType),
-            f"vision {self.vision!r}: use one of {', '.join(get_args(VisionType))}",
-        )
+        from owl2.export.graph.dialect import DIALECTS  # only an export needs torch
+
+        _require_one_of("weights", self.weights, get_args(WeightType))
+        _require_one_of("vision", self.vision, (None, *get_args(VisionType)))
+        _require_one_of("layout", self.layout, get_args(Layout))
+        _require_one_of("dialect", self.dialect, tuple(DIALECTS))
+        _require_one_of("activations", self.activations, (None, *get_args(FloatType)))
         require(
             re.fullmatch(r"cpu|cuda(:\d+)?", self.device) is not None,
             f"device {self.device!r}: use cpu, cuda or cuda:N",
         )
         require(self.samples > 0, f"samples must be positive, got {self.samples}")
-        require(self.layout in get_args(Layout), f"layout {self.layout!r}: use bundle or gptq")
-        require(
-            self.layout == "bundle" or (self.weights in ("int4", "int8") and self.vision in (None, "fp16")),
-            f"layout gptq has integer weights and the vision side in fp16; got weights {self.weights}, vision "
-            f"{self.vision}",
-        )
-        require(
-            self.dialect in get_args(DialectName),
-            f"dialect {self.dialect!r}: use one of {', '.join(get_args(DialectName))}",
-        )
-        require(
-            self.activations in (None, *get_args(FloatType)),
-            f"activations {self.activations!r}: use one of {', '.join(get_args(FloatType))}",
-        )
-        self._check_types()
-        _ = self.quant
+        if self.layout == "gptq":
+            require(
+                self.weights in ("int4", "int8") and self.vision in (None, "fp16"),
+                f"layout gptq has integer weights and the vision side in fp16; got weights {self.weights}, vision "
+                f"{self.vision}",
+            )
+            require(
+                self.dialect == "ort" and self.activations is None,
+                "a checkpoint of layout gptq has no graphs: leave dialect and activations out",
+            )
+        _ = self.types, self.quant  # refuse what does not go together
 
-    def _check_types(self) -> None:
-        """Refuse types of weights that a graph cannot compute with."""
-        require(
-            self.layout == "bundle" or (self.dialect == "ort" and self.activations is None),
-            "a checkpoint of layout gptq has no graphs: leave dialect and activations out",
-        )
-        types = f"weights {self.weights}, vision {self.vision_type}, activations {self.activation_type}"
-        require(
-            self.activation_type == "fp32" or "fp32" not in (self.weights, self.vision_type),
-            f"fp32 weights need fp32 activations; got {types}",
-        )
-        require(
-            self.activation_type == "fp32" or self.vision_type != "int8",
-            f"an int8 vision side computes with fp32 activations; give --vision fp16; got {types}",
-        )
-        require(
-            self.dialect == "ort" or "int8" not in (self.weights, self.vision_type),
-            "the dialect onnx is for TensorRT, which does not take int8 weights as they are made here; use int4, fp16 "
-            f"or fp32; got {types}",
-        )
+    @property
+    def types(self) -> StorageTypes:
+        """The types of everything that is written, defaults resolved."""
+        if self.layout == "gptq":
+            return replace(storage_types(self.weights, vision="fp16"), head="fp16")
+        return storage_types(self.weights, self.dialect, self.activations, self.vision)
 
     @property
     def quant(self) -> QuantConfig | None:
@@ -126,35 +99,9 @@ class ExportConfig:
             group_size=self.group_size,
             method=self.method,
             signed_scales=signed,
-            scale_dtype="fp16" if self.layout == "gptq" else self.activation_type,
+            scale_dtype="fp16" if self.layout == "gptq" else self.types.activations,
         )
 
-    @property
-    def head(self) -> WeightType:
-        """The output head's type: int8 beside integer weights, where 4 bits would cost the most; fp16 for TensorRT."""
-        if self.layout == "gptq":
-            return "fp16"
-        if self.weights in ("fp16", "fp32"):
-            return self.weights
-        return "int8" if self.dialect == "ort" else "fp16"
 
-    @property
-    def activation_type(self) -> FloatType:
-        """The activations' type, the default resolved."""
-        if self.activations is not None:
-            return self.activations
-        return "fp32" if self.dialect == "ort" or self.weights == "fp32" else "fp16"
-
-    @property
-    def vision_type(self) -> VisionType:
-        """The vision side's type, the default resolved."""
-        if self.vision is not None:
-            return self.vision
-        usual = VISION_BESIDE[self.weights]
-        floating = self.layout == "gptq" or self.dialect == "onnx" or self.activation_type == "fp16"
-        return "fp16" if floating and usual == "int8" else usual
-
-    @property
-    def embeddings(self) -> Literal["fp32", "fp16"]:
-        """The token table's type."""
-        return "fp32" if self.weights == "fp32" else "fp16"
+def _require_one_of(name: str, value: str | None, allowed: tuple[Any, ...]) -> None:
+    require(value in allowed, f"{name} {value!r}: use one of {', '.join(filter(None, allowed))}")

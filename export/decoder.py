@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Literal, Protocol
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from owl2.export.checkpoint.checkpoint import Checkpoint
+from owl2.export.checkpoint.modules import head_name, load_layer, load_norm
 from owl2.export.checkpoint.source import remaining
 from owl2.export.config import ExportConfig
-from owl2.export.graph.builder import GraphBuilder
-from owl2.export.graph.decoder import DecoderGraph
-from owl2.export.graph.dialect import Linear
-from owl2.export.graph.dialects import DIALECTS
-from owl2.export.graph.weights import DenseWeight, LinearWeight, PermutedWeight, dequantized_blocks
-from owl2.export.job.journal import Journal
-from owl2.export.job.progress import Reporter
+from owl2.export.graph.weights import DenseWeight, IntegerWeight, Linear, LinearWeight, dequantized_blocks
+from owl2.export.job.device import device_memory_errors
+from owl2.export.job.job import ExportJob
+from owl2.export.streams import Streams
 from owl2.quant.config import QuantConfig
 from owl2.quant.grid import QuantizedWeight, rtn
-from owl2.quant.kv import RoundedStream, watched
+from owl2.quant.kv import KvScales
 from owl2.quant.layer import LINEARS, ModuleReport, quantize_layer
-from owl2.quant.models.mplug_owl2 import DecoderLayer, RmsNorm
-from owl2.quant.stream import Calibration, Sequence, Stream
-from owl2.runtime import spec
+from owl2.quant.models.mplug_owl2 import DecoderLayer
+from owl2.quant.models.mplug_owl2.decoder import KeyValue
 from owl2.runtime.engine import Floats
 from owl2.runtime.errors import QuantizationError
 
@@ -38,69 +32,40 @@ NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 @dataclass(frozen=True)
-class Streams:
-    """Prompts on their way through the layers.
-
-    Attributes:
-        calibration: for GPTQ; None where it is not used.
-        stored: the measured prompts, through the stored weights.
-        reference: the measured prompts, through the original weights.
-        kv_int8: the probes, through the stored weights with keys and values as an int8 cache holds them.
-    """
-
-    calibration: Calibration | None
-    stored: Stream
-    reference: Stream
-    kv_int8: RoundedStream
-
-    def arrays(self) -> list[NDArray[Any]]:
-        """All that changes from layer to layer; :meth:`restore` takes it."""
-        return [sequence.rows.numpy() for sequence in self._sequences()] + self.kv_int8.arrays()
-
-    def restore(self, arrays: list[NDArray[Any]]) -> None:
-        """Bring streams before the first layer to where :meth:`arrays` was asked."""
-        sequences = self._sequences()
-        for sequence, rows in zip(sequences, arrays):
-            sequence.rows = torch.from_numpy(rows)
-        self.kv_int8.restore(arrays[len(sequences) :])
-
-    def _sequences(self) -> list[Sequence]:
-        calibration = [] if self.calibration is None else [self.calibration.quantized, self.calibration.original]
-        streams = [*calibration, self.stored, self.reference]
-        return [sequence for stream in streams for sequence in stream.sequences]
-
-
-@dataclass(frozen=True)
 class ExportedDecoder:
-    """What the export of the decoder yields.
+    """Torch's results on the way through the decoder.
 
     Attributes:
-        modules: what GPTQ cost, by name of the linear layer; empty for other methods.
-        stored: rows [T, C] of each measured prompt behind the final norm, from torch on the stored weights.
-        reference: the same on the original weights.
+        modules: cost of GPTQ, by name of the linear layer; empty for other methods.
+        quantized: rows [T, C] of each measured prompt after the final norm, from torch on the stored weights.
+        original: the same on the checkpoint's weights.
         kv_int8: the same of each probe on the stored weights, with keys and values as an int8 cache holds them.
-        stored_head: the head's weight as the bundle has it.
-        reference_head: the checkpoint's own tensor [V, C], as it lies in its file.
+        kv_codes: what the first layer's int8 cache holds of each probe.
+        kv_scales: of the int8 cache, by layer.
+        quantized_head: the head's weight as it is stored.
+        original_head: the checkpoint's own tensor [V, C], as it is in its file.
     """
 
     modules: dict[str, ModuleReport]
-    stored: list[Tensor]
-    reference: list[Tensor]
+    quantized: list[Tensor]
+    original: list[Tensor]
     kv_int8: list[Tensor]
-    stored_head: LinearWeight
-    reference_head: Tensor
+    kv_codes: list[KeyValue]
+    kv_scales: list[KvScales]
+    quantized_head: LinearWeight
+    original_head: Tensor
 
-    def stored_logits(self, index: int) -> Floats:
+    def quantized_logits(self, index: int) -> Floats:
         """Logits [T, V] of one measured prompt on the stored weights."""
-        return _logits(self.stored[index], dequantized_blocks(self.stored_head, HEAD_BLOCK))
+        return _logits(self.quantized[index], dequantized_blocks(self.quantized_head, HEAD_BLOCK))
 
     def kv_int8_logits(self, index: int) -> Floats:
         """Logits [T, V] of one probe on the stored weights, with an int8 K/V cache."""
-        return _logits(self.kv_int8[index], dequantized_blocks(self.stored_head, HEAD_BLOCK))
+        return _logits(self.kv_int8[index], dequantized_blocks(self.quantized_head, HEAD_BLOCK))
 
-    def reference_logits(self, index: int) -> Floats:
-        """The same on the original weights."""
-        return _logits(self.reference[index], (block.float() for block in torch.split(self.reference_head, HEAD_BLOCK)))
+    def original_logits(self, index: int) -> Floats:
+        """Logits [T, V] of one measured prompt on the checkpoint's weights."""
+        return _logits(self.original[index], (block.float() for block in torch.split(self.original_head, HEAD_BLOCK)))
 
 
 def _logits(rows: Tensor, head: Iterable[Tensor]) -> Floats:
@@ -109,7 +74,7 @@ def _logits(rows: Tensor, head: Iterable[Tensor]) -> Floats:
 
 
 class LayerWriter(Protocol):
-    """Where finished layers go."""
+    """Takes finished layers."""
 
     def layer(self, linears: Mapping[str, Linear], gains: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """The next layer: linear layers by their name within it, text and image gain (float32 [C]) of both norms."""
@@ -118,155 +83,102 @@ class LayerWriter(Protocol):
         """After the last one: the final norm's gain (float32 [C]) and the output head."""
 
 
-def export_decoder(
-    checkpoint: Checkpoint, folder: Path, config: ExportConfig, streams: Streams, journal: Journal, reporter: Reporter
+def export_layers(
+    job: ExportJob,
+    writer: LayerWriter,
+    streams: Streams,
+    modules: dict[str, ModuleReport],
+    *,
+    first: int = 0,
+    keep: Callable[[], None] | None = None,
 ) -> ExportedDecoder:
-    """Write ``decoder.onnx``, from where ``journal`` has it.
+    """Quantize and write the layers from ``first`` on, and what comes after them.
+
+    Args:
+        job: gives checkpoint and settings.
+        writer: takes the layers.
+        streams: stand before layer ``first``.
+        modules: reports of the earlier layers; those of the others are added.
+        first: number of the first layer.
+        keep: is called after each layer.
 
     Raises:
         CalibrationError, QuantizationError: a weight cannot be quantized.
+        ExportError: the device has too little memory.
     """
-    decoder = checkpoint.config.decoder
-    layers = decoder.num_hidden_layers
-    reporter.stage(stage_name(config, checkpoint), layers + 1, done=journal.layers)
-    modules: dict[str, ModuleReport] = {}
-    path, resume = folder / spec.DECODER_GRAPH, journal.layers > 0
-    with GraphBuilder(path, config.activation_type, resume=resume) as graph:
-        writer = DecoderGraph(graph, DIALECTS[config.dialect], decoder)
-        if journal.layers:
-            modules = journal.restore_layers(writer, streams.restore)
-        journal.usage.begin_layers()
-        for index in range(journal.layers, layers):
-            export_layer(checkpoint, writer, config, index, streams, modules)
-            journal.keep_layer(writer, streams.arrays(), modules)
-            reporter.advance()
-        made = finish_decoder(checkpoint, writer, config, streams, modules)
+    config, usage, reporter = job.config, job.usage, job.reporter
+    method = f", {config.method.upper()}" if config.quant is not None and remaining(job.checkpoint) else ""
+    reporter.stage(f"decoder layers, {config.weights}{method}", job.layers + 1, done=first)
+    usage.begin_layers()
+    for index in range(first, job.layers):
+        with device_memory_errors(config.device):
+            modules |= export_layer(job, writer, streams, index)
+        usage.end_layer()
+        if keep is not None:
+            keep()
         reporter.advance()
-    return made
+    exported = _finish(job, writer, streams, modules)
+    reporter.advance()
+    return exported
 
 
-def finish_decoder(
-    checkpoint: Checkpoint,
-    writer: LayerWriter,
-    config: ExportConfig,
-    streams: Streams,
-    modules: dict[str, ModuleReport],
-) -> ExportedDecoder:
-    """Write what comes after the last layer."""
-    norm, head, reference_head = _finish(checkpoint, writer, config)
-    with torch.no_grad():
-        stored = [norm(sequence.rows) for sequence in streams.stored.sequences]
-        reference = [norm(sequence.rows) for sequence in streams.reference.sequences]
-        kv_int8 = [norm(sequence.rows) for sequence in streams.kv_int8.stream.sequences]
-    return ExportedDecoder(modules, stored, reference, kv_int8, head, reference_head)
+def export_layer(job: ExportJob, writer: LayerWriter, streams: Streams, index: int) -> dict[str, ModuleReport]:
+    """Quantize and write one layer, and move all streams past it; nothing of it stays in memory.
 
-
-def export_layer(
-    checkpoint: Checkpoint,
-    writer: LayerWriter,
-    config: ExportConfig,
-    index: int,
-    streams: Streams,
-    modules: dict[str, ModuleReport],
-) -> None:
-    """Quantize and write one layer, and move all streams behind it; nothing of it stays in memory."""
-    name = f"layers.{index}"
-    layer = load_layer(checkpoint, index, config.device)
-    streams.reference.advance(layer)
+    Returns:
+        Cost of GPTQ, by name of the linear layer.
+    """
+    config, name = job.config, f"layers.{index}"
+    layer, kept = load_layer(job.checkpoint, index, config.device)
+    streams.original.advance(layer)
     original = None if streams.calibration is None else copy.deepcopy(layer)
-    kept = _kept_weights(checkpoint, f"model.{name}.")
-    if config.activation_type == "fp16":
-        kept = {linear: _with_half_scales(weight, f"{name}.{linear}") for linear, weight in kept.items()}
+    if config.types.activations == "fp16":
         for linear, weight in kept.items():
-            _parameter(layer, f"{linear}.weight").copy_(weight.dequantize())
-    weights = _store_layer(layer, original, kept, streams.calibration, config, name, modules)
-    _store_floats(layer, config)
-    _advance_stored(streams, layer, original)
+            kept[linear] = _with_half_scales(weight, f"{name}.{linear}")
+            _parameter(layer, f"{linear}.weight").copy_(kept[linear].dequantize())
+    reports = {}
+    if config.quant is None:
+        weights: dict[str, LinearWeight] = _store_dense(layer, "fp32" if config.weights == "fp32" else "fp16")
+    else:
+        quantized = quantize_layer(layer, original, streams.calibration, config.quant, name, kept)
+        for linear, entry in quantized.items():
+            codes, scales = entry.weight.codes.cpu(), entry.weight.scales.cpu()
+            kept[linear] = replace(entry.weight, codes=codes, scales=scales)
+            if entry.report is not None:
+                reports[f"{name}.{linear}"] = entry.report
+        weights = {linear: IntegerWeight(weight) for linear, weight in kept.items()}
+    _round_floats(layer, config)
+    streams.advance(layer, original)
     writer.layer(_linears(layer, weights, name), _gains(layer))
+    return reports
 
 
-def _advance_stored(streams: Streams, layer: DecoderLayer, original: DecoderLayer | None) -> None:
-    """Move what passes through the stored weights behind ``layer``, and the calibration prompts behind both."""
-    with watched(layer) as seen:
-        if streams.calibration is None or original is None:
-            streams.stored.advance(layer)
-        else:
-            streams.calibration.advance(layer, original)
-    if streams.calibration is not None:
-        streams.stored.advance(layer)
-    streams.kv_int8.advance(layer, seen.scales())
-
-
-def load_layer(checkpoint: Checkpoint, index: int, device: str) -> DecoderLayer:
-    """One layer on the checkpoint's weights, float32."""
-    with torch.device("meta"):  # no time for random weights that are replaced at once
-        layer = DecoderLayer(checkpoint.config.decoder).eval()
-    layer.to_empty(device=device)
-    checkpoint.load_into(layer, f"model.layers.{index}.")
-    return layer
-
-
-def stage_name(config: ExportConfig, checkpoint: Checkpoint) -> str:
-    """What the reporter is told."""
-    method = f", {config.method.upper()}" if config.quant is not None and remaining(checkpoint) else ""
-    return f"decoder layers, {config.weights}{method}"
-
-
-def _kept_weights(checkpoint: Checkpoint, prefix: str) -> dict[str, LinearWeight]:
-    """Integers that the checkpoint itself holds, by name within the layer."""
-    return {
-        linear: checkpoint.quantized_weight(prefix + linear)
-        for linear in LINEARS
-        if prefix + linear in checkpoint.quantized
-    }
-
-
-def _with_half_scales(weight: LinearWeight, name: str) -> LinearWeight:
+def _with_half_scales(weight: QuantizedWeight, name: str) -> QuantizedWeight:
     """A kept weight with its scales as a graph with float16 activations stores them.
 
     Raises:
         QuantizationError: float16 cannot hold a scale.
     """
-    if isinstance(weight, PermutedWeight):
-        inner = _with_half_scales(weight.weight, name)
-        return replace(weight, weight=cast(QuantizedWeight, inner))
-    stored = cast(QuantizedWeight, weight)
-    scales = stored.scales.half().float()
-    if not bool(((scales != 0) == (stored.scales != 0)).all()) or not bool(scales.isfinite().all()):
+    scales = weight.scales.half().float()
+    if not bool(((scales != 0) == (weight.scales != 0)).all()) or not bool(scales.isfinite().all()):
         raise QuantizationError(f"{name}: float16 cannot hold every scale of this weight; use --activations fp32")
-    return replace(stored, scales=scales)
+    return replace(weight, scales=scales)
 
 
-def _store_layer(
-    layer: DecoderLayer,
-    original: DecoderLayer | None,
-    kept: dict[str, LinearWeight],
-    calibration: Calibration | None,
-    config: ExportConfig,
-    name: str,
-    modules: dict[str, ModuleReport],
-) -> dict[str, LinearWeight]:
-    """The stored form of each linear layer's weight; ``layer`` computes with these from now on."""
-    if config.quant is None:
-        dtype: Literal["fp32", "fp16"] = "fp32" if config.weights == "fp32" else "fp16"
-        weights: dict[str, LinearWeight] = {}
-        for linear in LINEARS:
-            weight = _parameter(layer, f"{linear}.weight")
-            weights[linear] = stored = DenseWeight(weight.clone().cpu(), dtype)
-            weight.copy_(stored.dequantize())
-        return weights
-    done = quantize_layer(layer, original, calibration, config.quant, name, kept)
-    modules.update({f"{name}.{linear}": entry.report for linear, entry in done.items() if entry.report is not None})
-    return kept | {
-        linear: replace(entry.weight, codes=entry.weight.codes.cpu(), scales=entry.weight.scales.cpu())
-        for linear, entry in done.items()
-    }
+def _store_dense(layer: DecoderLayer, dtype: Literal["fp32", "fp16"]) -> dict[str, LinearWeight]:
+    """The weights of linear layers in floating point; ``layer`` computes with these from now on."""
+    weights: dict[str, LinearWeight] = {}
+    for linear in LINEARS:
+        weight = _parameter(layer, f"{linear}.weight")
+        weights[linear] = stored = DenseWeight(weight.clone().cpu(), dtype)
+        weight.copy_(stored.dequantize())
+    return weights
 
 
 @torch.no_grad()
-def _store_floats(module: nn.Module, config: ExportConfig) -> None:
+def _round_floats(module: nn.Module, config: ExportConfig) -> None:
     """Let ``module`` compute with norms and biases as a graph with this type of activations stores them."""
-    if config.activation_type == "fp16":
+    if config.types.activations == "fp16":
         for name, parameter in module.named_parameters():
             if name.removesuffix(".weight") not in LINEARS:
                 parameter.copy_(parameter.half().float())
@@ -278,12 +190,12 @@ def _parameter(layer: DecoderLayer, name: str) -> Tensor:
 
 def _linears(layer: DecoderLayer, weights: Mapping[str, LinearWeight], name: str) -> dict[str, Linear]:
     """Graph linears by their name within the layer, biases included."""
-    parameters = dict(layer.named_parameters())
-    biases = {linear: parameters.get(f"{linear}.bias") for linear in weights}
-    return {
-        linear: Linear(f"{name}.{linear}", weight, None if (bias := biases[linear]) is None else bias.detach().cpu())
-        for linear, weight in weights.items()
+    biases = {
+        key.removesuffix(".bias"): value.detach().cpu()
+        for key, value in layer.named_parameters()
+        if key.endswith(".bias")
     }
+    return {linear: Linear(f"{name}.{linear}", weight, biases.get(linear)) for linear, weight in weights.items()}
 
 
 def _gains(layer: DecoderLayer) -> dict[str, tuple[Tensor, Tensor]]:
@@ -296,21 +208,29 @@ def _gains(layer: DecoderLayer) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 @torch.no_grad()
-def _finish(checkpoint: Checkpoint, writer: LayerWriter, config: ExportConfig) -> tuple[RmsNorm, LinearWeight, Tensor]:
-    """Write norm and head; returns the norm, and the head as stored and as it was."""
-    decoder = checkpoint.config.decoder
-    norm = RmsNorm(decoder.hidden_size, decoder.rms_norm_eps)
-    checkpoint.load_into(norm, "model.norm.")
-    _store_floats(norm, config)
-    name = "model.embed_tokens.weight" if decoder.tie_word_embeddings else "lm_head.weight"
-    head = _store_head(checkpoint.tensor(name), config)
+def _finish(job: ExportJob, writer: LayerWriter, streams: Streams, modules: dict[str, ModuleReport]) -> ExportedDecoder:
+    """Write norm and head, and take the streams past the norm."""
+    checkpoint, config = job.checkpoint, job.config
+    norm = load_norm(checkpoint)
+    _round_floats(norm, config)
+    head = _store_head(checkpoint.tensor(head_name(checkpoint)), config)
     writer.finish(norm.weight.detach(), head)
-    return norm, head, checkpoint.stored(name)
+    return ExportedDecoder(
+        modules=modules,
+        quantized=[norm(sequence.rows) for sequence in streams.quantized.sequences],
+        original=[norm(sequence.rows) for sequence in streams.original.sequences],
+        kv_int8=[norm(sequence.rows) for sequence in streams.kv_int8.stream.sequences],
+        kv_codes=streams.kv_int8.codes,
+        kv_scales=streams.kv_int8.scales,
+        quantized_head=head,
+        original_head=checkpoint.stored(head_name(checkpoint)),
+    )
 
 
 def _store_head(weight: Tensor, config: ExportConfig) -> LinearWeight:
-    if config.head == "int8":
+    types = config.types
+    if types.head == "int8":
         # Eight bits leave rounding nothing to gain from a Hessian.
-        scales = config.activation_type
-        return rtn(weight, QuantConfig(bits=8, group_size=config.group_size, method="rtn", scale_dtype=scales))
-    return DenseWeight(weight, "fp32" if config.head == "fp32" else "fp16")
+        settings = QuantConfig(bits=8, group_size=config.group_size, method="rtn", scale_dtype=types.activations)
+        return IntegerWeight(rtn(weight, settings))
+    return DenseWeight(weight, "fp32" if types.head == "fp32" else "fp16")

@@ -1,4 +1,4 @@
-"""What an export cost, as ``report.json`` in the bundle and as a table on the terminal."""
+"""Results of an export, as ``report.json`` in the bundle."""
 
 from __future__ import annotations
 
@@ -6,11 +6,48 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from owl2.export.checks.parity import Parity
-from owl2.export.vision import PartReport
+from owl2.export.prompts import Prompts, digests, fingerprint
 from owl2.quant.layer import ModuleReport
 from owl2.runtime.evaluation.certificate import Baseline
 from owl2.runtime.evaluation.divergence import Divergence
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """How a graph compares with torch; differences are relative to the RMS of torch's values.
+
+    Attributes:
+        graph: file name.
+        values: how many were compared.
+        exact: largest difference to torch on the stored weights, activations in float32.
+        limit: the bound on it.
+        activations: RMS difference that the graph's own activation types add.
+        weights: RMS difference between stored and original weights, both in torch.
+        total: RMS difference between the graph as it runs and torch on the original weights.
+    """
+
+    graph: str
+    values: int
+    exact: float
+    limit: float
+    activations: float
+    weights: float
+    total: float
+
+
+@dataclass(frozen=True, slots=True)
+class PartReport:
+    """Cost of int8 in a part of the vision side.
+
+    Attributes:
+        part: name of a layer of the tower or of a linear layer of the abstractor, as in the checkpoint.
+        effect: RMS change of the image rows when only this part is int8, over the rows' RMS.
+        kept: whether it is stored in fp16 for that reason.
+    """
+
+    part: str
+    effect: float
+    kept: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,22 +72,22 @@ class Accuracy:
     top1_agreement_image: float
 
     @classmethod
-    def of(cls, measured_on: str, apart: Divergence) -> Accuracy:
+    def of(cls, measured_on: str, difference: Divergence) -> Accuracy:
         """The means of what was summed up."""
         return cls(
             measured_on=measured_on,
-            positions=int(sum(apart.positions)),
-            mean_abs_logit_difference=apart.mean_difference,
-            kl_text=apart.mean_kl(0),
-            kl_image=apart.mean_kl(1),
-            top1_agreement_text=apart.agreement(0),
-            top1_agreement_image=apart.agreement(1),
+            positions=int(sum(difference.positions)),
+            mean_abs_logit_difference=difference.mean_difference,
+            kl_text=difference.mean_kl(0),
+            kl_image=difference.mean_kl(1),
+            top1_agreement_text=difference.agreement(0),
+            top1_agreement_image=difference.agreement(1),
         )
 
 
 @dataclass(frozen=True, slots=True)
 class KvInt8:
-    """What an int8 K/V cache costs and saves beside the same bundle's float32 one, on the prompts of the accuracy.
+    """Costs and savings of an int8 K/V cache against the same bundle's float32 one, on the prompts of the accuracy.
 
     Attributes:
         scales_from: ``calibration``, or ``the measured prompts`` where there was none: their loss is then that of
@@ -76,9 +113,19 @@ class KvInt8:
     bytes_per_position_fp32: int
 
 
+@dataclass(frozen=True)
+class Checks:
+    """Results of comparing what was written with torch; :class:`Report` describes each."""
+
+    accuracy: Accuracy
+    parity: tuple[Parity, ...] = ()
+    goldens: tuple[Baseline, ...] = ()
+    kv_int8: KvInt8 | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class CalibrationRecord:
-    """What the quantizer looked at.
+    """The data that the quantizer looked at.
 
     Attributes:
         source: ``built-in``, a name, or ``none``.
@@ -95,6 +142,23 @@ class CalibrationRecord:
     fingerprint: str
     notes: tuple[str, ...]
 
+    @classmethod
+    def of(cls, prompts: Prompts) -> CalibrationRecord:
+        """The record of an export's calibration prompts."""
+        calibration = prompts.calibration
+        if not calibration:
+            return cls("none", 0, 0, 0, 0, "", ())
+        image_rows = sum(isinstance(key, tuple) for prompt in calibration for key in prompt.keys)
+        return cls(
+            source=prompts.source,
+            samples=len(calibration),
+            images=len(digests(calibration)),
+            text_rows=sum(len(prompt.keys) for prompt in calibration) - image_rows,
+            image_rows=image_rows,
+            fingerprint=fingerprint(calibration),
+            notes=prompts.notes,
+        )
+
 
 @dataclass(frozen=True)
 class Report:
@@ -102,19 +166,19 @@ class Report:
 
     Attributes:
         recipe: the settings, defaults resolved.
-        calibration: what the quantizer looked at.
+        calibration: the data that the quantizer looked at.
         parity: each graph against torch.
         accuracy: the bundle against the checkpoint.
-        goldens: what this machine reached on the certificate's prompts, and what a device must.
-        kv_int8: what an int8 K/V cache costs; None where the bundle offers none.
-        modules: what GPTQ cost, by linear layer.
-        vision: what int8 costs each part of the vision side; empty for floating point.
+        goldens: this machine's results on the certificate's prompts, and the limits for a device.
+        kv_int8: cost of an int8 K/V cache; None if the bundle offers none.
+        modules: cost of GPTQ, by linear layer.
+        vision: cost of int8 in each part of the vision side; empty for floating point.
         size: bytes of the bundle.
         seconds: wall time of the export.
         layer_seconds: of each decoder layer.
         peak_memory: largest resident size of the process, bytes; mapped files count.
         peak_own_memory: the largest part of it that is not mapped files, which the system may drop at any time;
-            None where the system does not tell.
+            None if the system does not tell.
     """
 
     recipe: Mapping[str, Any]

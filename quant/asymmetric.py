@@ -1,10 +1,10 @@
 """Asymmetric calibration: aim at what the layer computed before anything was quantized.
 
-The layers before have moved a layer's inputs from x to x'. GPTQ keeps ``W x'``; what is wanted is ``W x``. The
-weight that gets closest to it in the least-squares sense is ``W + W D H^-1`` with ``D = sum (x - x') x'^T`` and
-``H = sum x' x'^T``; rounding this weight for the inputs x' minimizes ``|W x - Q x'|^2`` (the objective of Li et
-al. 2025, GPTAQ, section 3, here solved before rounding instead of inside it). Taken whole it follows the noise
-of the calibration data; a part of the way is better.
+Quantizing the layers before has moved a layer's inputs from x to x'. GPTQ preserves ``W x'``; the original model
+computes ``W x``. The weight that gets closest to it in the least-squares sense is ``W + W D H^-1`` with
+``D = sum (x - x') x'^T`` and ``H = sum x' x'^T``; rounding this weight for the inputs x' minimizes ``|W x - Q x'|^2``
+(the objective of Li et al. 2025, GPTAQ, section 3, here solved before rounding instead of inside it). The whole
+correction follows the noise of the calibration data; a part of it is better.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from owl2.quant.gptq import damped_cholesky
 
 
 def asymmetric_target(weight: Tensor, hessian: Tensor, deviation: Tensor, damping: float, share: float) -> Tensor:
-    """``weight`` moved by ``share`` of the way to the weight that makes up for changed inputs: [N, K].
+    """Move a weight by ``share`` of the way to the one that makes up for changed inputs: -> [N, K].
 
     Args:
         weight: [N, K] in the dtype of ``hessian``.

@@ -12,7 +12,7 @@ ScaleType = Literal["fp32", "fp16"]
 
 BITS = (4, 8)
 GROUP_SIZES = (16, 32, 64, 128, 256)
-MOST_SWEEPS = 100
+MAX_SWEEPS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,16 +28,16 @@ class QuantConfig:
             columns in the file.
         damping: added to the Hessian's diagonal, as a fraction of its mean.
         sweeps: of coordinate descent over all codes after GPTQ; 0 for none.
-        image_weight: what an image row counts in the Hessian of a projection that both modalities share, a text
-            row counting 1. Nothing is read from the model's output at image rows, they only lend keys and values
-            to the text after them, so their errors matter less (Li et al. 2024, MBQ, section 3.1).
-        asymmetry: how far GPTQ aims at the output of the original model instead of the output that the weight
-            would have on inputs that quantizing the layers before has changed; 0 not at all, 1 all the way.
+        image_weight: weight of an image row in the Hessian of a projection that both modalities share; a text row
+            counts 1. Nothing is read from the model's output at image rows, they only lend keys and values to the
+            text after them, so their errors matter less (Li et al. 2024, MBQ, section 3.1).
+        asymmetry: how far GPTQ aims at the output of the original model instead of the weight's output on inputs
+            that quantizing earlier layers has changed; 0 not at all, 1 all the way.
         clip_search: try scales that clip the largest weights and keep the one with the least error.
         signed_scales: let a scale be negative, so that the largest weight may use the one extra code on the
             negative side. Lowers the squared error by 6 to 12 % (4 bits) at no cost in ONNX Runtime; TensorRT
             refuses scales that are not positive.
-        scale_dtype: scales are exact in this type; what is rounded to fit takes the rounded scale into account.
+        scale_dtype: scales are exact in this type; codes are chosen for the rounded scale.
 
     Raises:
         ConfigError: a value outside these sets.
@@ -70,7 +70,7 @@ class QuantConfig:
             0.0 < self.damping <= 1.0,
             f"damping {self.damping} must be above 0 and at most 1 (a fraction of the mean of the diagonal)",
         )
-        require(0 <= self.sweeps <= MOST_SWEEPS, f"sweeps {self.sweeps} must be 0 to {MOST_SWEEPS}")
+        require(0 <= self.sweeps <= MAX_SWEEPS, f"sweeps {self.sweeps} must be 0 to {MAX_SWEEPS}")
         require(
             0.0 < self.image_weight <= 1000.0,
             f"image_weight {self.image_weight} must be above 0 and at most 1000 (a text row counts 1)",

@@ -1,4 +1,4 @@
-"""Coordinate descent on the codes: what GPTQ's single pass leaves on the table.
+"""Coordinate descent on the codes, after GPTQ's single pass.
 
 GPTQ rounds each column once, when later columns are not yet on the grid. Afterwards every code can be chosen
 again with all others fixed: the squared error of the layer's output is a convex parabola in it, so its best

@@ -1,4 +1,4 @@
-"""GPTQ: round a weight column by column, letting later columns make up for the error of earlier ones.
+"""GPTQ: round a weight column by column, and let later columns make up for the error of earlier ones.
 
 Frantar et al. 2022, section 3, in the form of an LDL decomposition, which gives the same codes (Chee et al.
 2023, QuIP). With ``H = U D U^T``, U unit upper triangular, column k is rounded as
@@ -24,12 +24,12 @@ from owl2.quant.descent import descend
 from owl2.quant.grid import QuantizedWeight, check_weight, compute_scales, round_to_grid, rtn
 from owl2.runtime.errors import QuantizationError
 
-MOST_SAMPLED = 1024
+MAX_SAMPLED_ROWS = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class GptqReport:
-    """What quantizing one weight cost.
+    """Error of quantizing one weight.
 
     Attributes:
         error: squared error of the layer's output over its energy, as :func:`relative_error` of sampled rows.
@@ -57,8 +57,8 @@ def gptq(weight: Tensor, hessian: Tensor, config: QuantConfig) -> tuple[Quantize
     """Quantize a weight for inputs with the given second moment.
 
     Computes in the Hessian's dtype. float32 is meant for real layers: the damping (1 % of the mean) is far
-    above its rounding even at K = 11008, and it halves time and memory (three [K, K] matrices beside the
-    Hessian).
+    above its rounding even at K = 11008, and it halves time and memory (three [K, K] matrices in addition to
+    the Hessian).
 
     Args:
         weight: [N, K] float of any width.
@@ -66,7 +66,7 @@ def gptq(weight: Tensor, hessian: Tensor, config: QuantConfig) -> tuple[Quantize
         config: settings of the grid and of GPTQ.
 
     Returns:
-        Codes and scales in the original order of columns, and what they cost.
+        Codes and scales in the original order of columns, and their error.
 
     Raises:
         QuantizationError: NaN or infinite values, shapes that do not fit, a Hessian that is zero, has a
@@ -111,8 +111,8 @@ def gptq(weight: Tensor, hessian: Tensor, config: QuantConfig) -> tuple[Quantize
 
 
 def sampled_rows(weight: Tensor) -> slice:
-    """Output rows that stand for all in a report: evenly spread, at most 1024 of N, since an energy costs N·K²."""
-    return slice(None, None, -(-len(weight) // MOST_SAMPLED))
+    """Output rows that represent all of them in a report: evenly spread, at most 1024, since an energy costs N·K²."""
+    return slice(None, None, -(-len(weight) // MAX_SAMPLED_ROWS))
 
 
 def relative_error(weight: Tensor, stored: Tensor, hessian: Tensor) -> float:
@@ -137,7 +137,7 @@ def _check_hessian(weight: Tensor, hessian: Tensor) -> None:
         raise QuantizationError(f"{bad} values of the Hessian are NaN or infinite; check the calibration inputs")
     diagonal = hessian.diagonal()
     if bool((diagonal < 0).any()):
-        raise QuantizationError("the Hessian has negative values on its diagonal; it is no sum of x x^T")
+        raise QuantizationError("the Hessian has negative values on its diagonal; it is not a sum of x x^T")
     if not bool(diagonal.any()):
         raise QuantizationError(
             "the Hessian is zero: every calibration input of this layer was zero, so it would be rounded "
@@ -194,7 +194,7 @@ def damped_cholesky(matrix: Tensor, diagonal: Tensor, damping: float) -> tuple[T
             return lower, damping
         damping *= 10.0
     raise QuantizationError(
-        "the Hessian is not positive definite even with damping 1; it is no sum of x x^T, or its rows were "
+        "the Hessian is not positive definite even with damping 1; it is not a sum of x x^T, or its rows were "
         "summed with too little precision"
     )
 

@@ -11,15 +11,15 @@ from owl2.runtime.errors import CalibrationError
 class HessianAccumulator:
     """Sums ``x x^T`` over the input rows x of one layer (GPTQ, Frantar et al. 2022, section 3).
 
-    Beside it, the sum of ``d x^T``, where d is what quantizing the layers before has taken from a row: the row
-    as the original model has it, minus x. Both are plain sums, since any positive multiple serves as well.
+    In addition the sum of ``d x^T``, where d is the row as the original model has it, minus x: the change made by
+    quantizing the layers before. Both are plain sums, since any positive multiple serves as well.
 
     Memory: two [K, K] float32 matrices, whose rounding stays far below the damping that GPTQ adds.
 
     Args:
         width: K, the layer's input features.
-        name: what the rows are, for messages: ``layer 3 k_proj, image rows``.
-        device: where the matrices live and where rows are expected.
+        name: of the rows, for messages: ``layer 3 k_proj, image rows``.
+        device: of the matrices and of the rows to add.
     """
 
     def __init__(self, width: int, name: str, device: torch.device | str = "cpu") -> None:
@@ -30,7 +30,7 @@ class HessianAccumulator:
         self._deviation: Tensor | None = torch.zeros(width, width, dtype=torch.float32, device=device)
 
     def add(self, rows: Tensor, original: Tensor) -> None:
-        """Add rows [n, K] float and what they are in the original model, [n, K]; n may be 0.
+        """Add rows [n, K] float and the same rows in the original model, [n, K]; n may be 0.
 
         Raises:
             CalibrationError: the wrong shape, or values that are not finite.
@@ -58,12 +58,16 @@ class HessianAccumulator:
         Raises:
             CalibrationError: no row was added. Quantizing without data would be plain rounding in disguise.
         """
-        self._require_rows()
+        if self.count == 0:
+            raise CalibrationError(
+                f"{self.name}: the calibration data has no such rows, so the weight would be rounded blindly; "
+                "add samples that reach it (image rows need samples with images, text rows need text)"
+            )
         return self._moment
 
     @property
     def deviation(self) -> Tensor:
-        """Sum of ``d x^T``: [K, K] float32; there is none after :meth:`release_deviation`."""
+        """Sum of ``d x^T``: [K, K] float32; not available after :meth:`release_deviation`."""
         if self._deviation is None:
             raise RuntimeError(f"{self.name}: the deviation was released")
         return self._deviation
@@ -81,12 +85,5 @@ class HessianAccumulator:
         return both
 
     def release_deviation(self) -> None:
-        """Free the memory of :attr:`deviation`, which must not be asked for any more."""
+        """Free the memory of :attr:`deviation`, which is not available any more."""
         self._deviation = None
-
-    def _require_rows(self) -> None:
-        if self.count == 0:
-            raise CalibrationError(
-                f"{self.name}: no such rows in the calibration data, so the weight would be rounded blindly; "
-                "add samples that reach it (image rows need samples with images, text rows need text)"
-            )

@@ -2,9 +2,9 @@
 
 They are static, taken on rows of both modalities, since ONNX Runtime's attention takes one scale per channel for all
 positions. Keys have outlier channels that stay the same over the positions (KIVI, Liu et al. 2024, section 3), which
-is what a scale per channel follows. A key's two channels of one rotary pair share the largest length of the pair:
-rotation moves magnitude from one to the other with the position, so that the largest value of a channel holds for the
-positions it was seen at alone, and later ones would be cut.
+a scale per channel follows. A key's two channels of one rotary pair share the largest length of the pair: rotation
+moves magnitude from one to the other with the position, so the largest value of a channel holds only for the positions
+where it was seen, and later ones would be cut.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from owl2.quant.models.mplug_owl2 import DecoderLayer
 from owl2.quant.models.mplug_owl2.decoder import KeyValue
 from owl2.quant.stream import Stream
 
-LARGEST_CODE = 127
+MAX_CODE = 127
 # Room for magnitudes that calibration has not seen, since cut values cost more than wider steps. KL of the sample model
 # at text positions, by factor (scripts/compare_kv_scales.py), calibrated with data of its own domain: 1.1 0.0005,
 # 1.25 0.0007, 1.5 0.0010, 2 0.0018; with the built-in data: 1.1 0.0051, 1.25 0.0025, 1.5 0.0013, 2 0.0017.
@@ -41,59 +41,56 @@ class KvScales:
     values: Tensor
 
     def codes(self, keys: Tensor, values: Tensor) -> KeyValue:
-        """What stands for rotated keys and values [B, H, T, D]: int8 of the same shapes."""
+        """Codes of rotated keys and values [B, H, T, D]: int8 of the same shapes."""
         return _codes(keys, self.keys), _codes(values, self.values)
 
     def values_of(self, codes: KeyValue) -> KeyValue:
-        """What attention reads where ``codes`` are stored: float32 [B, H, T, D] twice."""
+        """Keys and values that ``codes`` stand for: float32 [B, H, T, D] each."""
         keys, values = codes
         return keys * self.keys[:, None], values * self.values[:, None]
 
 
 def _codes(x: Tensor, scales: Tensor) -> Tensor:
-    return (x / scales[:, None]).round().clamp(-LARGEST_CODE - 1, LARGEST_CODE).to(torch.int8)
+    return (x / scales[:, None]).round().clamp(-MAX_CODE - 1, MAX_CODE).to(torch.int8)
 
 
 class KvRange:
-    """The largest magnitudes of one layer's rotary pairs of keys, and of its values, so far."""
+    """The largest magnitudes so far of one layer's rotary pairs of keys, and of its values."""
 
     def __init__(self) -> None:
         self._largest: list[Tensor] = []
 
     def add(self, keys: Tensor, values: Tensor) -> None:
-        """Look at rotated keys and values [B, H, T, D]."""
+        """Include rotated keys and values [B, H, T, D]."""
         lengths = torch.hypot(*keys.chunk(2, dim=-1))
         seen = [x.abs().amax((0, 2)) for x in (torch.cat([lengths, lengths], dim=-1), values)]
         self._largest = [torch.maximum(*pair) for pair in zip(self._largest, seen)] if self._largest else seen
 
     def scales(self) -> KvScales:
         """Scales that reach beyond everything added by the factor :data:`HEADROOM`."""
-        keys, values = ((HEADROOM / LARGEST_CODE * most).clamp(min=1e-6) for most in self._largest)
+        keys, values = ((HEADROOM / MAX_CODE * largest).clamp(min=1e-6) for largest in self._largest)
         return KvScales(keys, values)
 
 
 @contextmanager
 def watched(layer: DecoderLayer) -> Iterator[KvRange]:
-    """The range of all keys and values that ``layer`` makes while the context lasts."""
+    """The range of all keys and values that ``layer`` computes while the context lasts."""
     seen = KvRange()
 
-    def see(_module: object, _inputs: object, made: KeyValue) -> None:
-        seen.add(*made)
+    def see(_module: object, _inputs: object, computed: KeyValue) -> None:
+        seen.add(*computed)
 
-    handle = layer.self_attn.new_kv.register_forward_hook(see)
-    try:
+    with layer.self_attn.new_kv.register_forward_hook(see):
         yield seen
-    finally:
-        handle.remove()
 
 
 class RoundedStream:
-    """A stream whose layers attend to what an int8 cache holds of their keys and values.
+    """A stream whose layers attend to keys and values as an int8 cache holds them.
 
     Attributes:
         stream: moves along.
         scales: of every layer it has passed.
-        codes: what the first layer's cache holds of each sequence.
+        codes: keys and values of each sequence in the first layer's cache.
     """
 
     def __init__(self, stream: Stream) -> None:
@@ -102,21 +99,18 @@ class RoundedStream:
         self.codes: list[KeyValue] = []
 
     def advance(self, layer: DecoderLayer, scales: KvScales) -> None:
-        """Move every sequence behind ``layer``."""
+        """Move every sequence through ``layer``."""
         first = not self.scales
         self.scales.append(KvScales(scales.keys.cpu(), scales.values.cpu()))
 
-        def call(_module: object, _inputs: object, made: KeyValue) -> KeyValue:
-            codes = scales.codes(*made)
+        def replace(_module: object, _inputs: object, computed: KeyValue) -> KeyValue:
+            codes = scales.codes(*computed)
             if first:
                 self.codes.append((codes[0].cpu(), codes[1].cpu()))
             return scales.values_of(codes)
 
-        handle = layer.self_attn.new_kv.register_forward_hook(call)
-        try:
+        with layer.self_attn.new_kv.register_forward_hook(replace):
             self.stream.advance(layer)
-        finally:
-            handle.remove()
 
     def arrays(self) -> list[NDArray[Any]]:
         """All that changes from layer to layer; :meth:`restore` takes it."""
@@ -126,7 +120,7 @@ class RoundedStream:
         return [part.numpy() for part in (*rows, *codes, *scales)]
 
     def restore(self, arrays: list[NDArray[Any]]) -> None:
-        """Bring a stream before the first layer to where :meth:`arrays` was asked, behind one layer or more."""
+        """Move a stream before the first layer to where :meth:`arrays` was called, after one layer or more."""
         parts, count = [torch.from_numpy(array) for array in arrays], len(self.stream.sequences)
         for sequence, rows in zip(self.stream.sequences, parts):
             sequence.rows = rows

@@ -1,8 +1,8 @@
 """Quantizing the linear layers of one decoder layer, in the order in which rows pass through them.
 
-"True sequential" (Frantar et al. 2022, code of the paper): each linear layer sees the inputs that the already
-quantized ones before it produce, within the layer too. A projection that belongs to one modality branch sees
-the rows of that modality only; shared ones see all rows.
+"True sequential" (Frantar et al. 2022, code of the paper): each linear layer sees inputs that the quantized ones
+before it have computed, within the layer too. A projection of one modality branch sees only the rows of that modality;
+shared ones see all rows.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import contextlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from owl2.quant.asymmetric import asymmetric_target
@@ -20,26 +19,25 @@ from owl2.quant.gptq import gptq, relative_error, sampled_rows
 from owl2.quant.grid import QuantizedWeight, rtn
 from owl2.quant.hessian import HessianAccumulator
 from owl2.quant.models.mplug_owl2 import DecoderLayer
-from owl2.quant.stream import Calibration, Sequence, Stream
+from owl2.quant.stream import Calibration, HiddenStates, Stream
 from owl2.runtime.errors import CalibrationError, QuantizationError
 
-ATTENTION = "self_attn.q_proj"
 TEXT_BRANCH = ("self_attn.k_proj.multiway.0", "self_attn.v_proj.multiway.0")
 IMAGE_BRANCH = ("self_attn.k_proj.multiway.1", "self_attn.v_proj.multiway.1")
 SITES = (
-    (ATTENTION, *TEXT_BRANCH, *IMAGE_BRANCH),
+    ("self_attn.q_proj", *TEXT_BRANCH, *IMAGE_BRANCH),
     ("self_attn.o_proj",),
     ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
 )
-"""Linear layers that share an input, in order; the first of each is fed all rows."""
+"""Linear layers that share an input, in order; the first of each receives all rows."""
 
 LINEARS = tuple(name for site in SITES for name in site)
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleReport:
-    """What GPTQ cost in one linear layer; errors are squared, relative to the energy of the layer's output.
+    """Error of GPTQ in one linear layer; squared, relative to the energy of the layer's output.
 
     The layer before rounding is the one that GPTQ aims at (:mod:`owl2.quant.asymmetric`).
 
@@ -61,38 +59,28 @@ class ModuleReport:
 
 @dataclass(frozen=True)
 class QuantizedLinear:
-    """A quantized weight and, for GPTQ, what it cost."""
+    """A quantized weight and, for GPTQ, its error."""
 
     weight: QuantizedWeight
     report: ModuleReport | None
 
 
 class _InputSeen(Exception):
-    """Ends a forward pass once the wanted input was seen."""
+    """Ends a forward pass after the wanted input was seen."""
 
 
-@contextlib.contextmanager
-def _watching(module: nn.Module, seen: list[Tensor]) -> Iterator[None]:
-    """Put the input of ``module`` into ``seen`` and end the forward pass there."""
+def site_inputs(layer: DecoderLayer, name: str, stream: Stream) -> Iterator[tuple[HiddenStates, Tensor]]:
+    """Each sequence with the rows [T, K] that enter the linear layer ``name`` of ``layer``."""
+    seen: list[Tensor] = []
 
-    def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+    def see(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         seen.append(arguments[0])
         raise _InputSeen
 
-    handle = module.register_forward_pre_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def site_inputs(layer: DecoderLayer, name: str, stream: Stream) -> Iterator[tuple[Sequence, Tensor]]:
-    """Each sequence with the rows [T, K] that enter the linear layer ``name`` of ``layer``."""
     for sequence in stream.sequences:
-        seen: list[Tensor] = []
-        with _watching(layer.get_submodule(name), seen), contextlib.suppress(_InputSeen):
+        with layer.get_submodule(name).register_forward_pre_hook(see), contextlib.suppress(_InputSeen):
             next(Stream(stream.config, [sequence]).outputs(layer))
-        yield sequence, seen[0]
+        yield sequence, seen.pop()
 
 
 def quantize_layer(
@@ -101,7 +89,7 @@ def quantize_layer(
     calibration: Calibration | None,
     config: QuantConfig,
     name: str,
-    kept: Collection[str] = (),
+    skip: Collection[str] = (),
 ) -> dict[str, QuantizedLinear]:
     """Quantize the linear layers of ``layer`` and leave their dequantized weights in it.
 
@@ -111,7 +99,7 @@ def quantize_layer(
         calibration: rows before this layer, not moved; ``rtn`` needs none.
         config: settings of all weights.
         name: of the layer, for messages.
-        kept: names of linear layers that stay as they are.
+        skip: names of linear layers to leave as they are.
 
     Returns:
         One entry per other name of :data:`LINEARS`.
@@ -120,82 +108,82 @@ def quantize_layer(
         CalibrationError: GPTQ without calibration, or a branch that sees no rows.
         QuantizationError: a weight cannot be quantized; the message names it.
     """
-    if config.method == "rtn":
-        done = {
-            linear: QuantizedLinear(rtn(_weight(layer, linear), config), None)
-            for linear in LINEARS
-            if linear not in kept
-        }
-        for linear, quantized in done.items():
-            _store(layer, linear, quantized)
-        return done
-    if calibration is None or original is None:
-        if all(linear in kept for linear in LINEARS):
-            return {}
-        raise CalibrationError(f"{name}: GPTQ needs calibration rows; give some, or choose method rtn on purpose")
-    done = {}
+    done: dict[str, QuantizedLinear] = {}
     for site in SITES:
-        wanted = [linear for linear in site if linear not in kept]
-        if not wanted:
+        linears = [linear for linear in site if linear not in skip]
+        if not linears:
             continue
-        text, image = _moments(layer, original, site, calibration, name)
-        shared = text.joined(image, config.image_weight)
-        if site[0] != ATTENTION:  # no branch asks for its own; half a GB each for down_proj at full size
-            text.release_deviation()
-            image.release_deviation()
-        for linear in wanted:
-            seen = (None if linear in IMAGE_BRANCH else text), (None if linear in TEXT_BRANCH else image)
+        moments = None if config.method == "rtn" else _moments(layer, original, site, calibration, config, name)
+        for linear in linears:
+            weight = _weight(layer, linear)
             try:
-                done[linear] = _quantize(_weight(layer, linear), seen, shared, config)
+                if moments is None:
+                    done[linear] = QuantizedLinear(rtn(weight, config), None)
+                else:
+                    done[linear] = _gptq(weight, linear, moments, config)
             except QuantizationError as error:
                 raise QuantizationError(f"{name} {linear}: {error}") from error
-            _store(layer, linear, done[linear])
+            weight.copy_(done[linear].weight.dequantize())
     return done
 
 
+@dataclass(frozen=True)
+class _Moments:
+    """Moments of the text rows, the image rows, and both."""
+
+    text: HessianAccumulator
+    image: HessianAccumulator
+    shared: HessianAccumulator
+
+
 def _moments(
-    layer: DecoderLayer, original: DecoderLayer, site: tuple[str, ...], calibration: Calibration, name: str
-) -> tuple[HessianAccumulator, HessianAccumulator]:
-    """Moments of the text rows and of the image rows that enter the linear layers of ``site``."""
-    weight = _weight(layer, site[0])
-    what = "keys and values" if site[0] == ATTENTION else site[0]
-    text, image = (
-        HessianAccumulator(weight.shape[1], f"{name} {what}, {kind} rows", weight.device) for kind in ("text", "image")
-    )
-    inputs = site_inputs(layer, site[0], calibration.quantized)
-    exact_inputs = site_inputs(original, site[0], calibration.original)
-    for (sequence, rows), (_, exact) in zip(inputs, exact_inputs, strict=True):
-        routing = sequence.routing.to(weight.device)
-        text.add(rows[routing.text], exact[routing.text])
-        image.add(rows[routing.image], exact[routing.image])
-    return text, image
-
-
-def _quantize(
-    weight: Tensor,
-    seen: tuple[HessianAccumulator | None, HessianAccumulator | None],
-    shared: HessianAccumulator,
+    layer: DecoderLayer,
+    original: DecoderLayer | None,
+    site: tuple[str, ...],
+    calibration: Calibration | None,
     config: QuantConfig,
-) -> QuantizedLinear:
-    """GPTQ on the rows that a linear layer sees: text, image (None if it never does), or both as ``shared``."""
-    alone = seen[1] if seen[0] is None else seen[0] if seen[1] is None else None
-    rows = shared if alone is None else alone
-    target = asymmetric_target(weight, rows.hessian, rows.deviation, config.damping, config.asymmetry)
-    quantized, cost = gptq(target, rows.hessian, config)
+    name: str,
+) -> _Moments:
+    """Moments of the rows that enter the linear layers of ``site``."""
+    if calibration is None or original is None:
+        raise CalibrationError(f"{name}: GPTQ needs calibration rows; give some, or choose method rtn on purpose")
+    weight = _weight(layer, site[0])
+    inputs = "keys and values" if site is SITES[0] else site[0]
+    text, image = (
+        HessianAccumulator(weight.shape[1], f"{name} {inputs}, {modality} rows", weight.device)
+        for modality in ("text", "image")
+    )
+    quantized_inputs = site_inputs(layer, site[0], calibration.quantized)
+    original_inputs = site_inputs(original, site[0], calibration.original)
+    for (sequence, rows), (_, original_rows) in zip(quantized_inputs, original_inputs, strict=True):
+        routing = sequence.routing.to(weight.device)
+        text.add(rows[routing.text], original_rows[routing.text])
+        image.add(rows[routing.image], original_rows[routing.image])
+    shared = text.joined(image, config.image_weight)
+    if site is not SITES[0]:  # no branch asks for its own; half a GB each for down_proj at full size
+        text.release_deviation()
+        image.release_deviation()
+    return _Moments(text, image, shared)
+
+
+def _gptq(weight: Tensor, linear: str, moments: _Moments, config: QuantConfig) -> QuantizedLinear:
+    """GPTQ on the rows that a linear layer sees."""
+    for_text, for_image = linear not in IMAGE_BRANCH, linear not in TEXT_BRANCH
+    seen = moments.shared if for_text and for_image else moments.text if for_text else moments.image
+    target = asymmetric_target(weight, seen.hessian, seen.deviation, config.damping, config.asymmetry)
+    quantized, cost = gptq(target, seen.hessian, config)
     sampled = sampled_rows(target)
     stored = quantized.dequantize()[sampled]
-    text, image = (None if m is None else relative_error(target[sampled], stored, m.hessian) for m in seen)
-    return QuantizedLinear(
-        quantized, ModuleReport(cost.error, cost.rtn_error, text, image, cost.damping, cost.dead_columns)
+    report = ModuleReport(
+        error=cost.error,
+        rtn_error=cost.rtn_error,
+        text_error=relative_error(target[sampled], stored, moments.text.hessian) if for_text else None,
+        image_error=relative_error(target[sampled], stored, moments.image.hessian) if for_image else None,
+        damping=cost.damping,
+        dead_columns=cost.dead_columns,
     )
+    return QuantizedLinear(quantized, report)
 
 
-def _weight(layer: DecoderLayer, name: str) -> Tensor:
-    weight = layer.get_submodule(name).weight
-    assert isinstance(weight, Tensor)
-    return weight.detach()
-
-
-@torch.no_grad()
-def _store(layer: DecoderLayer, name: str, quantized: QuantizedLinear) -> None:
-    _weight(layer, name).copy_(quantized.weight.dequantize())
+def _weight(layer: DecoderLayer, linear: str) -> Tensor:
+    return layer.get_parameter(f"{linear}.weight").detach()

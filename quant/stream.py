@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,37 +13,37 @@ from owl2.runtime.config import DecoderConfig
 
 
 @dataclass(eq=False)
-class Sequence:
-    """One prompt.
+class HiddenStates:
+    """One sequence before a layer.
 
     Attributes:
-        rows: float32 [T, C], input of the layer that comes next.
-        routing: which of the T rows are text and which are image.
+        rows: float32 [T, C], input of the next layer.
+        routing: of the T rows.
     """
 
     rows: Tensor
     routing: Routing
 
     @classmethod
-    def of(cls, rows: Tensor, modality: Tensor) -> Sequence:
+    def of(cls, rows: Tensor, modality: Tensor) -> HiddenStates:
         """rows: [T, C]; modality: int64 [T], 1 at image rows."""
         return cls(rows, Routing.of(modality))
 
 
 class Stream:
-    """Sequences that all stand before the same layer.
+    """Sequences before the same layer.
 
-    Memory: one [T, C] float32 matrix per sequence, whatever the depth of the model. They stay where they are, on
-    the CPU; one sequence at a time visits the device of the layer.
+    Memory: one [T, C] float32 matrix per sequence, whatever the depth of the model. They stay on their device, the
+    CPU; one sequence at a time visits the device of the layer.
     """
 
-    def __init__(self, config: DecoderConfig, sequences: Iterable[Sequence]) -> None:
+    def __init__(self, config: DecoderConfig, sequences: Iterable[HiddenStates]) -> None:
         self.config = config
         self.sequences = list(sequences)
 
     def copy(self) -> Stream:
         """A second stream that starts from the same rows."""
-        return Stream(self.config, [Sequence(s.rows, s.routing) for s in self.sequences])
+        return Stream(self.config, map(replace, self.sequences))
 
     @property
     def text_rows(self) -> int:
@@ -57,7 +57,7 @@ class Stream:
 
     @torch.no_grad()
     def outputs(self, layer: DecoderLayer) -> Iterator[Tensor]:
-        """The rows that ``layer`` makes of each sequence, each [T, C] on the layer's device."""
+        """The output rows of ``layer`` for each sequence, each [T, C] on the layer's device."""
         device = next(layer.parameters()).device
         for sequence in self.sequences:
             tokens = len(sequence.rows)
@@ -67,25 +67,25 @@ class Stream:
             yield rows
 
     def advance(self, layer: DecoderLayer) -> None:
-        """Move every sequence behind ``layer``."""
+        """Move every sequence through ``layer``."""
         for sequence, rows in zip(self.sequences, self.outputs(layer)):
             sequence.rows = rows.to(sequence.rows.device)
 
 
 class Calibration:
-    """The calibration prompts twice, on their way through the layers: quantized and as they were.
+    """The calibration prompts twice, on their way through the layers.
 
     Attributes:
-        quantized: through the stored weights.
+        quantized: through the quantized weights.
         original: through the checkpoint's weights.
     """
 
     def __init__(self, stream: Stream) -> None:
-        """Both begin with the rows of ``stream``, which stands before the first layer."""
+        """Both begin with the rows of ``stream``, which is before the first layer."""
         self.quantized = stream
         self.original = stream.copy()
 
     def advance(self, quantized: DecoderLayer, original: DecoderLayer) -> None:
-        """Move each stream behind its layer."""
+        """Move each stream through its layer."""
         self.quantized.advance(quantized)
         self.original.advance(original)

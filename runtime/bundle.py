@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from owl2.runtime import spec
-from owl2.runtime.config import ModelConfig, from_json, require
+from owl2.runtime.config import DecoderConfig, ModelConfig, from_json, require
 from owl2.runtime.errors import BundleCorruptError, BundleError, BundleVersionError, ConfigError
-from owl2.runtime.spec import DialectName, FloatType, KvType
+from owl2.runtime.spec import DialectName, FloatType, KvType, VisionType, WeightType
 from owl2.runtime.verification import FileEntry, OnProgress, verify_files
 
 
@@ -32,9 +32,9 @@ class WeightFormat:
         group_size: columns per scale; 0 where nothing is grouped.
     """
 
-    decoder: str
-    head: str
-    vision: str
+    decoder: WeightType
+    head: WeightType
+    vision: VisionType
     embeddings: Literal["fp32", "fp16"]
     method: str
     group_size: int
@@ -153,10 +153,14 @@ class Bundle:
 
     def embeddings(self) -> NDArray[np.floating[Any]]:
         """The token table, memory-mapped: float16 or float32 [V, C]; only rows in use become resident."""
-        decoder = self.manifest.model.decoder
-        dtype = np.float16 if self.manifest.weights.embeddings == "fp16" else np.float32
-        shape = (decoder.vocab_size, decoder.hidden_size)
-        return np.memmap(self.path(spec.EMBEDDINGS), dtype=dtype, mode="r", shape=shape)
+        return open_embeddings(self.folder, self.manifest.model.decoder, self.manifest.weights.embeddings)
+
+
+def open_embeddings(folder: Path, decoder: DecoderConfig, stored: FloatType) -> NDArray[np.floating[Any]]:
+    """The token table of a bundle's folder, as :meth:`Bundle.embeddings`."""
+    dtype = np.float16 if stored == "fp16" else np.float32
+    shape = (decoder.vocab_size, decoder.hidden_size)
+    return np.memmap(folder / spec.EMBEDDINGS, dtype=dtype, mode="r", shape=shape)
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -24,10 +24,12 @@ DECODER_GRAPH = "decoder.onnx"
 DialectName = Literal["ort", "onnx"]
 FloatType = Literal["fp32", "fp16"]
 KvType = Literal["fp32", "fp16", "int8"]
+WeightType = Literal["int4", "int8", "fp16", "fp32"]
+VisionType = Literal["int8", "fp16", "fp32"]
+BYTES_PER_VALUE = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "int4": 0.5}
+"""For every type above; scales of groups not included."""
 DECODER_GRAPHS: dict[KvType, str] = {"fp32": DECODER_GRAPH, "fp16": DECODER_GRAPH, "int8": "decoder.kv_int8.onnx"}
 """The graph for each type of K/V cache; all use the weights in ``decoder.onnx.data``."""
-KV_WIDTHS: dict[KvType, int] = {"fp32": 4, "fp16": 2, "int8": 1}
-"""Bytes of an element."""
 EMBEDDINGS = "embeddings.bin"
 REPORT = "report.json"
 GOLDENS = "goldens.npz"
@@ -100,4 +102,4 @@ def kv_row_width(config: DecoderConfig) -> int:
 def kv_bytes(config: DecoderConfig, kind: KvType, dialect: DialectName = "ort") -> int:
     """Bytes that keys and values of one position take in all layers."""
     width = config.num_attention_heads * padded_head_dim(config) if dialect == "ort" else kv_row_width(config)
-    return 2 * config.num_hidden_layers * width * KV_WIDTHS[kind]
+    return 2 * config.num_hidden_layers * width * int(BYTES_PER_VALUE[kind])

@@ -38,7 +38,7 @@ from owl2.quant.grid import rtn
 from owl2.quant.hessian import HessianAccumulator
 from owl2.quant.layer import IMAGE_BRANCH, LINEARS, SITES, quantize_layer, site_inputs
 from owl2.quant.models.mplug_owl2 import DecoderLayer, Owl2Model, rotary_tables
-from owl2.quant.stream import Calibration, Sequence, Stream
+from owl2.quant.stream import Calibration, HiddenStates, Stream
 from owl2.runtime.evaluation.divergence import IMAGE, TEXT, Divergence, divergence
 from owl2.runtime.families.mplug_owl2.positions import embed
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
@@ -217,7 +217,7 @@ class Bench:
         return embedded
 
     def _stream(self, embedded: list[tuple[Tensor, Tensor]]) -> Stream:
-        return Stream(self.config.decoder, [Sequence.of(rows, modality) for rows, modality in embedded])
+        return Stream(self.config.decoder, [HiddenStates.of(rows, modality) for rows, modality in embedded])
 
     @torch.no_grad()
     def _logits(self) -> list[Tensor]:
@@ -247,7 +247,7 @@ class Bench:
         counts = torch.zeros(2)
         generator = torch.Generator().manual_seed(0)
         for embedded, modality in self.sets[0]:
-            sequence = Sequence.of(embedded.clone().requires_grad_(), modality)
+            sequence = HiddenStates.of(embedded.clone().requires_grad_(), modality)
             outputs: list[Tensor] = []
             rotary = rotary_tables(self.config.decoder, len(modality), len(modality))
             hidden = sequence.rows

@@ -17,7 +17,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from owl2.export.checkpoint.checkpoint import Checkpoint
 from owl2.export.config import ExportConfig
 from owl2.export.gptq_checkpoint import export_gptq
-from owl2.export.graph.weights import PermutedWeight
 from owl2.export.pipeline import export_bundle
 from owl2.quant.grid import QuantizedWeight
 from owl2.quant.layer import LINEARS
@@ -164,11 +163,9 @@ def integers(module: Any) -> Tensor:  # noqa: ANN401
     return values
 
 
-def our_integers(weight: QuantizedWeight | PermutedWeight) -> Tensor:
+def our_integers(weight: QuantizedWeight) -> Tensor:
     """Code minus zero point as owl2 reads them, [N, K]."""
-    plain = weight.weight if isinstance(weight, PermutedWeight) else weight
-    ones = QuantizedWeight(plain.codes, torch.ones_like(plain.scales), plain.bits, plain.group_size, plain.zero_points)
-    return (PermutedWeight(ones, weight.columns) if isinstance(weight, PermutedWeight) else ones).dequantize()
+    return replace(weight, scales=torch.ones_like(weight.scales)).dequantize()
 
 
 def join(text: Path, image: Path, official: Path, target: Path) -> None:
@@ -225,8 +222,8 @@ def check_reading(official: Path, work: Path, variant: Variant, record: Path | N
     models = {branch: load(folder) for branch, folder in zip(BRANCHES, folders)}
     with Checkpoint(joined) as checkpoint:
         layers, different = compare(checkpoint, models)
-        permuted = sum(isinstance(checkpoint.quantized_weight(n), PermutedWeight) for n in checkpoint.quantized)
-        zeros = sum(_plain(checkpoint.quantized_weight(n)).zero_points is not None for n in checkpoint.quantized)
+        permuted = sum(checkpoint.quantized_weight(n).columns is not None for n in checkpoint.quantized)
+        zeros = sum(checkpoint.quantized_weight(n).zero_points is not None for n in checkpoint.quantized)
         settings = checkpoint.gptq
         assert settings is not None
         if record is not None and variant.recorded:
@@ -239,10 +236,6 @@ def check_reading(official: Path, work: Path, variant: Variant, record: Path | N
         f"points, {permuted} with another order of columns; bundle equals torch within {report.parity[1].exact:.1e}"
     )
     return different == 0
-
-
-def _plain(weight: QuantizedWeight | PermutedWeight) -> QuantizedWeight:
-    return weight.weight if isinstance(weight, PermutedWeight) else weight
 
 
 def record_variant(joined: Path, models: Mapping[int, Any], target: Path) -> None:
@@ -261,7 +254,7 @@ def record_variant(joined: Path, models: Mapping[int, Any], target: Path) -> Non
 def check_writing(official: Path, work: Path, bits: int, results: list[str]) -> bool:
     """Compare what GPTQModel reads from a checkpoint written by owl2: integers, weights, logits."""
     folder = work / f"written{bits}"
-    export_gptq(ExportConfig(official, folder, weights=f"int{bits}", group_size=16, layout="gptq"), shard_bytes=200_000)  # type: ignore[arg-type]
+    export_gptq(ExportConfig(official, folder, weights=f"int{bits}", group_size=16, layout="gptq"))  # type: ignore[arg-type]
     shards = sorted(folder.glob("*.safetensors"))
     tensors = {name: value for shard in shards for name, value in load_file(shard).items()}
     quantization = json.loads((folder / "quantize_config.json").read_text())

@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 
 from owl2.export.checkpoint.checkpoint import Checkpoint
-from owl2.export.prompts import images_of, prepare
+from owl2.export.prompts import prepare
 from owl2.quant.calibration.samples import load_calibration
 from owl2.quant.models.mplug_owl2 import DecoderLayer, Owl2Model
-from owl2.quant.models.mplug_owl2.decoder import KeyValue
-from owl2.quant.models.mplug_owl2.owl2 import rotary_slice
-from owl2.quant.stream import Sequence
+from owl2.quant.models.mplug_owl2.decoder import KeyValue, rotary_slice
+from owl2.quant.stream import HiddenStates
 from owl2.runtime.engine import Floats
 from owl2.runtime.evaluation.divergence import IMAGE, TEXT, Divergence, divergence
 from owl2.runtime.families.mplug_owl2.positions import embed
@@ -86,20 +85,20 @@ class Model:
         self.layers = [layer for layer in self.model.model.layers if isinstance(layer, DecoderLayer)]
 
     @torch.no_grad()
-    def sequences(self, data: Path | None, samples: int) -> list[Sequence]:
+    def sequences(self, data: Path | None, samples: int) -> list[HiddenStates]:
         """Rows of the prompts before the first layer; None for the built-in samples."""
         prompts = prepare(load_calibration(data, samples), self.config, self.tokenizer, calibrate=True)
         chosen = prompts.calibration + prompts.held_out
         rows = {
             digest: self.model.encode_images(torch.from_numpy(image.pixels)[None])[0].numpy()
-            for digest, image in images_of(chosen).items()
+            for digest, image in prompts.images_of(chosen).items()
         }
         table = self.model.model.embed_tokens.weight.numpy()
         embedded = [embed(prompt.keys, table, rows) for prompt in chosen]
-        return [Sequence.of(torch.from_numpy(embeds), torch.from_numpy(modality)) for embeds, modality in embedded]
+        return [HiddenStates.of(torch.from_numpy(embeds), torch.from_numpy(modality)) for embeds, modality in embedded]
 
     @torch.no_grad()
-    def logits(self, sequence: Sequence, first: int = 0) -> Floats:
+    def logits(self, sequence: HiddenStates, first: int = 0) -> Floats:
         """[T, V] of a sequence whose first position is ``first``."""
         rows, tokens = sequence.rows, len(sequence.rows)
         rotary = rotary_slice(self.config.decoder, first, tokens)
@@ -109,14 +108,14 @@ class Model:
         return logits
 
 
-def modality_of(sequence: Sequence) -> Tensor:
+def modality_of(sequence: HiddenStates) -> Tensor:
     """int64 [T], 1 at image rows."""
     modality = torch.zeros(len(sequence.rows), dtype=torch.int64)
     modality[sequence.routing.image] = 1
     return modality
 
 
-def largest_values(model: Model, sequences: list[Sequence]) -> Tensor:
+def largest_values(model: Model, sequences: list[HiddenStates]) -> Tensor:
     """Magnitudes [layers, 3 (keys, values, keys by pair), 2 (text, image), H, D]."""
     decoder = model.config.decoder
     largest = torch.zeros(len(model.layers), 3, 2, decoder.num_attention_heads, decoder.head_dim)
@@ -138,7 +137,7 @@ def largest_values(model: Model, sequences: list[Sequence]) -> Tensor:
 
 
 def measure(
-    model: Model, pairs: list[tuple[Sequence, Floats]], largest: Tensor, sharing: Sharing, factor: float, first: int
+    model: Model, pairs: list[tuple[HiddenStates, Floats]], largest: Tensor, sharing: Sharing, factor: float, first: int
 ) -> dict[str, float]:
     """KL and agreement of one way of sharing scales, and the share of values beyond the last code."""
     total, clipped, seen = Divergence(), 0, 0

@@ -28,7 +28,7 @@ from random_checkpoint import write_checkpoint
 
 from owl2.quant.calibration.samples import probe_samples
 from owl2.quant.config import QuantConfig
-from owl2.quant.gptq import MOST_SAMPLED
+from owl2.quant.gptq import MAX_SAMPLED_ROWS
 
 POLL_SECONDS = 0.05
 GIB = 2**30
@@ -98,7 +98,7 @@ def gptq_work(width: int, inner: int, calibration: int, measured: int) -> Work:
         forward=2.0 * (2 * calibration * sites + 2 * measured * (attention + mlp)),
         hessian=2.0 * 2.0 * calibration * (3 * width**2 + inner**2),
         factorize=sum(2 * k**3 / 3 for _, k in shapes),
-        update=sum(per_weight * n * k**2 + 5 * 2.0 * min(n, MOST_SAMPLED) * k**2 for n, k in shapes),
+        update=sum(per_weight * n * k**2 + 5 * 2.0 * min(n, MAX_SAMPLED_ROWS) * k**2 for n, k in shapes),
     )
 
 

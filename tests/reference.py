@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from owl2.quant.models.mplug_owl2 import Owl2Model
+from owl2.runtime.config import IMAGE_TOKEN_ID
+
+IGNORED_LABEL = -100
 
 Array = NDArray[np.float64]
 
@@ -79,3 +90,79 @@ def gptq_by_columns(
 def output_error(weight: Array, rounded: Array, inputs: Array) -> float:
     """Squared error of the layer's output over its energy, from the inputs [n, K] themselves."""
     return float(np.sum((inputs @ (weight - rounded).T) ** 2) / np.sum((inputs @ weight.T) ** 2))
+
+
+def unpack_nbits(packed: NDArray[np.uint8], bits: int, width: int) -> NDArray[np.int8]:
+    """The first signed numbers of each row of bytes [N, ...], two in a byte if of 4 bits, the low half first."""
+    codes = np.zeros((len(packed), width), dtype=np.int8)
+    for row, stored in enumerate(packed):
+        numbers = stored.reshape(-1).tolist()
+        halves = [half for byte in numbers for half in (byte % 16, byte // 16)]
+        codes[row] = [number - 2 ** (bits - 1) for number in (halves if bits == 4 else numbers)[:width]]
+    return codes
+
+
+def by_column(values: NDArray[Any], group_size: int, width: int) -> NDArray[Any]:
+    """One value per group [N, G] -> one per column [N, width]."""
+    return np.stack([values[:, column // group_size] for column in range(width)], axis=1)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A batch whose placeholders are replaced by image rows; short sequences are padded on the right.
+
+    Attributes:
+        embeds: [B, L, C]; zero at padding.
+        modality: int64 [B, L]; 1 at image rows.
+        labels: int64 [B, L]; -100 at image rows and padding.
+        mask: bool [B, L]; False at padding.
+    """
+
+    embeds: Tensor
+    modality: Tensor
+    labels: Tensor
+    mask: Tensor
+
+
+def merge(
+    model: Owl2Model, ids: Tensor, blocks: list[Tensor], labels: Tensor | None = None, mask: Tensor | None = None
+) -> Merged:
+    """Merge text and images position by position, as the original does in training.
+
+    Args:
+        model: has the token table.
+        ids: int64 [B, T]; -200 where a block goes.
+        blocks: one [rows, C] per placeholder in order of appearance over the batch. A sequence without any
+            placeholder still uses up one block.
+        labels: int64 [B, T]; None for no loss.
+        mask: [B, T], 0 at padding ids; None keeps padding ids as ordinary text.
+    """
+    labels = torch.full_like(ids, IGNORED_LABEL) if labels is None else labels
+    mask = torch.ones_like(ids) if mask is None else mask
+    unused, sequences = iter(blocks), []
+    for row, row_labels, row_mask in zip(ids, labels, mask):
+        if blocks and IMAGE_TOKEN_ID not in row:
+            next(unused)
+        pieces = []
+        for token, label, visible in zip(row, row_labels, row_mask):
+            if token == IMAGE_TOKEN_ID:
+                block = next(unused)
+                image = torch.ones(len(block), dtype=torch.int64)
+                pieces.append((block, image, image * IGNORED_LABEL, image.bool()))
+            else:
+                text = torch.zeros(1, dtype=torch.int64)
+                pieces.append((model.embed(token[None]), text, label[None], visible[None].bool()))
+        sequences.append([torch.cat(column) for column in zip(*pieces)])
+    embeds, modality, merged_labels, merged_mask = zip(*sequences)
+    return Merged(
+        pad_sequence(list(embeds), batch_first=True),
+        pad_sequence(list(modality), batch_first=True),
+        pad_sequence(list(merged_labels), batch_first=True, padding_value=IGNORED_LABEL),
+        pad_sequence(list(merged_mask), batch_first=True),
+    )
+
+
+def logits(model: Owl2Model, ids: Tensor, pixels: Tensor | None = None) -> Tensor:
+    """ids: int64 [B, T] with -200 per image, pixels: [N, 3, R, R] -> logits [B, L, V], in one run of the model."""
+    merged = merge(model, ids, [] if pixels is None else list(model.encode_images(pixels)))
+    return model.head(model.decode(merged.embeds, merged.modality)[0])

@@ -7,21 +7,18 @@ safetensors shards are read by slice.
 from __future__ import annotations
 
 import json
-import re
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from owl2.export.checkpoint.gptq_layout import GptqTensors, read_format, unpack
+from owl2.export.checkpoint.gptq_format import read_format
+from owl2.export.checkpoint.gptq_layout import GptqTensors, unpack
 from owl2.export.checkpoint.hf_config import model_config
-from owl2.export.graph.weights import PermutedWeight
+from owl2.export.checkpoint.shard import Shard
 from owl2.quant.grid import QuantizedWeight
 from owl2.quant.models.mplug_owl2 import Owl2Model
 from owl2.runtime.config import ModelConfig
@@ -37,33 +34,27 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
 )
-# What AutoGPTQ called its one file.
+# AutoGPTQ's name for its one file.
 GPTQ_FILES = "gptq_model-*bit-*g.safetensors"
 FLOAT_TYPES = ("float32", "float16", "bfloat16")
-SAFETENSORS_TYPES = {
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F64": "float64",
-    "I32": "int32",
-}
 DECODER_LAYERS = "model.layers."
-Expected = dict[str, tuple[tuple[int, ...], tuple[str, ...]]]
-"""Shape and allowed dtypes of each tensor."""
 OPTIONAL_SUFFIXES = (".q_pos_embed", ".k_pos_embed")
 IGNORED_SUFFIX = ".rotary_emb.inv_freq"
-OPEN_SHARDS = 2
-LISTED_PROBLEMS = 40
+MAX_OPEN_SHARDS = 2
+MAX_LISTED_PROBLEMS = 40
+
+Expected = dict[str, tuple[tuple[int, ...], tuple[str, ...]]]
+"""Shape and allowed dtypes of each tensor."""
 
 
 class Checkpoint:
     """An open checkpoint folder whose names and shapes have all been checked.
 
     Attributes:
-        folder: where it lies.
-        config: what its JSON files say.
+        folder: of the files.
+        config: the model that its JSON files describe.
         gptq: how quantized layers are stored; None for a checkpoint that is not quantized.
-        quantized: names of the linear layers that are, as in ``model.layers.0.mlp.up_proj``.
+        quantized: names of the quantized linear layers, as in ``model.layers.0.mlp.up_proj``.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -72,7 +63,7 @@ class Checkpoint:
         Raises:
             CheckpointError: files are missing or unreadable, or tensors are missing, unexpected or misshaped;
                 all of them are named at once.
-            ConfigError: config.json describes a model that is not supported.
+            ConfigError: config.json describes an unsupported model.
         """
         self.folder = folder
         self._check_files()
@@ -83,11 +74,15 @@ class Checkpoint:
             self._json("preprocessor_config.json"),
             self._json("generation_config.json") if (folder / "generation_config.json").exists() else {},
         )
-        self._shards: OrderedDict[str, _Shard] = OrderedDict()
+        self._shards: OrderedDict[str, Shard] = OrderedDict()
         self._weight_map = self._read_weight_map()
         # AutoGPTQ wrote a bias of zeros where a layer has none.
         self._idle_biases: set[str] = set()
-        self.quantized = frozenset(name.removesuffix(".qweight") for name in self._weight_map if _is_qweight(name))
+        self.quantized = frozenset(
+            name.removesuffix(".qweight")
+            for name in self._weight_map
+            if name.startswith(DECODER_LAYERS) and name.endswith(".qweight")
+        )
         self._check_tensors()
 
     def __enter__(self) -> Checkpoint:
@@ -102,7 +97,7 @@ class Checkpoint:
             self._shards.popitem()[1].close()
 
     def __contains__(self, name: str) -> bool:
-        return name in self._weight_map or self._linear(name) in self.quantized
+        return name in self._weight_map
 
     @property
     def weight_files(self) -> list[str]:
@@ -114,13 +109,11 @@ class Checkpoint:
         return self._shard(self._weight_map[name]).tensor(name)
 
     def tensor(self, name: str) -> Tensor:
-        """Read one tensor as float32; the weight of a quantized layer is what its integers stand for.
+        """Read one tensor as float32.
 
         Raises:
             CheckpointError: the tensor holds NaN or infinity.
         """
-        if name not in self._weight_map and self._linear(name) in self.quantized:
-            return self.quantized_weight(self._linear(name)).dequantize()
         value = self.stored(name).to(torch.float32, copy=True)
         bad = int((~value.isfinite()).sum())
         if bad:
@@ -130,36 +123,36 @@ class Checkpoint:
             )
         return value
 
-    def quantized_weight(self, linear: str) -> QuantizedWeight | PermutedWeight:
+    def quantized_weight(self, linear: str) -> QuantizedWeight:
         """The integers of a layer named in :attr:`quantized`, as they are in the file.
 
         Raises:
             CheckpointError: they are damaged or malformed.
         """
         assert self.gptq is not None
-
-        def read(suffix: str) -> Tensor:
-            name = f"{linear}.{suffix}"
-            return self._shard(self._weight_map[name]).tensor(name)
-
         bias = f"{linear}.bias"
-        if bias in self._idle_biases and bias in self._weight_map and bool(read("bias").any()):
+        if bias in self._idle_biases and bias in self and bool(self.stored(bias).any()):
             raise CheckpointError(f"{self.folder}: {bias} is not zero, but config.json describes a model without it")
-        g_idx = read("g_idx") if f"{linear}.g_idx" in self._weight_map else None
-        tensors = GptqTensors(read("qweight"), read("qzeros"), read("scales"), g_idx)
-        return unpack(tensors, self.gptq, f"{self.folder}: {linear}")
+        qweight, qzeros, scales = (self.stored(f"{linear}.{suffix}") for suffix in ("qweight", "qzeros", "scales"))
+        g_idx = self.stored(f"{linear}.g_idx") if f"{linear}.g_idx" in self else None
+        return unpack(GptqTensors(qweight, qzeros, scales, g_idx), self.gptq, f"{self.folder}: {linear}")
 
-    @staticmethod
-    def _linear(weight: str) -> str:
-        return weight.removesuffix(".weight") if weight.startswith(DECODER_LAYERS) else ""
+    @torch.no_grad()
+    def load_into(self, module: torch.nn.Module, prefix: str) -> dict[str, QuantizedWeight]:
+        """Fill ``module`` from the tensors under ``prefix``; absent position buffers keep their computed values.
 
-    def load_into(self, module: torch.nn.Module, prefix: str) -> None:
-        """Fill ``module`` from the tensors under ``prefix``; absent position buffers keep their computed values."""
-        targets: Mapping[str, Tensor] = dict(module.named_parameters()) | dict(module.named_buffers())
-        with torch.no_grad():
-            for name, target in targets.items():
-                if prefix + name in self:
-                    target.copy_(self.tensor(prefix + name))
+        Returns:
+            The integers of quantized linear layers, by their names within ``module``, which holds what they stand for.
+        """
+        integers = {}
+        for name, target in (*module.named_parameters(), *module.named_buffers()):
+            linear = name.removesuffix(".weight")
+            if prefix + linear in self.quantized:
+                integers[linear] = weight = self.quantized_weight(prefix + linear)
+                target.copy_(weight.dequantize())
+            elif prefix + name in self:
+                target.copy_(self.tensor(prefix + name))
+        return integers
 
     def _check_files(self) -> None:
         if not self.folder.is_dir():
@@ -186,7 +179,7 @@ class Checkpoint:
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} is no readable JSON: {error}") from error
+            raise CheckpointError(f"{path} is not readable JSON: {error}") from error
         if not isinstance(value, dict):
             raise CheckpointError(f"{path} must hold a JSON object, got {type(value).__name__}")
         return value
@@ -195,14 +188,14 @@ class Checkpoint:
         name = self._weight_file()
         assert name is not None
         if not name.endswith(".index.json"):
-            return dict.fromkeys(self._shard(name).names(), name)
+            return dict.fromkeys(self._shard(name).names, name)
         weight_map = self._json(name).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
             raise CheckpointError(f"{self.folder / name}: weight_map must map tensor names to file names")
         shards = sorted(set(weight_map.values()))
         outside = [shard for shard in shards if Path(shard).name != shard]
         if outside:
-            raise CheckpointError(f"{self.folder / name}: shards must lie beside it, not at {', '.join(outside)}")
+            raise CheckpointError(f"{self.folder / name}: shards must be next to it, not at {', '.join(outside)}")
         missing = [shard for shard in shards if not (self.folder / shard).is_file()]
         if missing:
             raise CheckpointError(
@@ -231,7 +224,7 @@ class Checkpoint:
         ]
         problems += self._misshaped(expected)
         if problems:
-            shown = problems[:LISTED_PROBLEMS]
+            shown = problems[:MAX_LISTED_PROBLEMS]
             if len(problems) > len(shown):
                 shown.append(f"… and {len(problems) - len(shown)} more")
             raise CheckpointError(
@@ -242,15 +235,18 @@ class Checkpoint:
         """Expect the tensors of quantized layers instead of their weights; returns the names of optional ones.
 
         Raises:
-            CheckpointError: the JSON files and the tensors disagree on whether there are any.
+            CheckpointError: the JSON files and the tensors disagree on whether any layer is quantized.
         """
         if self.gptq is None and self.quantized:
             raise CheckpointError(
                 f"{self.folder}: {len(self.quantized)} layers are quantized, but neither config.json nor "
-                "quantize_config.json says how; copy quantize_config.json from where the checkpoint comes from"
+                "quantize_config.json says how; copy quantize_config.json from the source of the checkpoint"
             )
         if self.gptq is not None and not self.quantized:
-            raise CheckpointError(f"{self.folder} is said to be quantized, but no layer of the decoder is")
+            raise CheckpointError(
+                f"{self.folder}: its JSON files describe a quantized checkpoint, but no layer is quantized; export the "
+                "original checkpoint"
+            )
         optional = set()
         for linear in self.quantized:
             weight = expected.pop(f"{linear}.weight", None)
@@ -259,7 +255,7 @@ class Checkpoint:
             rows, width = weight[0]
             for suffix, (shape, dtypes) in GptqTensors.shapes(rows, width, self.gptq).items():
                 expected[f"{linear}.{suffix}"] = shape, dtypes
-            optional.add(f"{linear}.g_idx")  # older programs wrote none where it says nothing
+            optional.add(f"{linear}.g_idx")  # older programs left it out where columns are in order
             if f"{linear}.bias" not in expected:
                 self._idle_biases.add(f"{linear}.bias")
                 expected[f"{linear}.bias"] = (rows,), FLOAT_TYPES
@@ -280,68 +276,11 @@ class Checkpoint:
                 *most, last = dtypes
                 yield f"{name} is stored as {dtype}; expected {', '.join(most)}{' or ' if most else ''}{last}"
 
-    def _shard(self, file: str) -> _Shard:
+    def _shard(self, file: str) -> Shard:
         if file in self._shards:
             self._shards.move_to_end(file)
         else:
-            self._shards[file] = _Shard(self.folder / file)
-            if len(self._shards) > OPEN_SHARDS:
+            self._shards[file] = Shard(self.folder / file)
+            if len(self._shards) > MAX_OPEN_SHARDS:
                 self._shards.popitem(last=False)[1].close()
         return self._shards[file]
-
-
-def _is_qweight(name: str) -> bool:
-    return name.startswith(DECODER_LAYERS) and name.endswith(".qweight")
-
-
-class _Shard:
-    """One weight file, opened lazily; both formats answer the same three questions."""
-
-    def __init__(self, path: Path) -> None:
-        self._stack = ExitStack()
-        self._bin: Mapping[str, Tensor] | None = None
-        try:
-            if path.suffix == ".safetensors":
-                self._safe = self._stack.enter_context(safe_open(path, framework="pt"))
-                self._names = set(self._safe.keys())
-                return
-            loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except UnpicklingError as error:
-            # Torch's own text advises to switch this protection off.
-            found = re.search(r"GLOBAL ([\w.]+)", str(error))
-            reason = f"it asks for {found[1]}" if found else "its pickle is damaged"
-            raise CheckpointError(
-                f"{path} holds more than tensors, or no tensors at all, and was not loaded: {reason}"
-            ) from error
-        except Exception as error:  # A damaged pickle raises nearly anything.
-            reason = f"{type(error).__name__}: {error}"
-            if "mmap can only be used" in reason:
-                reason = "it is not the zip file that torch has written since version 1.6"
-            raise CheckpointError(f"{path} cannot be read; it is truncated or damaged: {reason}") from error
-        if not isinstance(loaded, Mapping):
-            raise CheckpointError(f"{path}: expected a dictionary of tensors, got {type(loaded).__name__}")
-        self._bin = {
-            name: value for name, value in loaded.items() if isinstance(name, str) and isinstance(value, Tensor)
-        }
-        self._names = set(self._bin)
-
-    def names(self) -> set[str]:
-        return self._names
-
-    def describe(self, name: str) -> tuple[tuple[int, ...], str] | None:
-        """Shape and dtype without reading the numbers; None when this file does not hold the tensor."""
-        if name not in self._names:
-            return None
-        value = self.tensor(name) if self._bin is not None else None
-        if value is not None:
-            return tuple(value.shape), str(value.dtype).removeprefix("torch.")
-        view = self._safe.get_slice(name)
-        stored: str = view.get_dtype()
-        return tuple(view.get_shape()), SAFETENSORS_TYPES.get(stored, stored)
-
-    def tensor(self, name: str) -> Tensor:
-        return self._bin[name] if self._bin is not None else self._safe.get_tensor(name)
-
-    def close(self) -> None:
-        self._bin = None
-        self._stack.close()

@@ -7,96 +7,25 @@ A weight [N, K] is four tensors, here for b bits, G groups of columns and f = 32
 * ``scales`` fp16 [G, N];
 * ``g_idx`` int32 [K]: the group of each input; ``i // group_size`` unless inputs were quantized in another order.
 
-The weight is ``(code - zero) * scale``. Version 1 (``checkpoint_format: gptq``, and what says nothing) stores the zero
-points minus one, version 2 (``gptq_v2``) as they are.
+The weight is ``(code - zero) * scale``. Version 1 (``checkpoint_format: gptq``, the default) stores the zero points
+minus one, version 2 (``gptq_v2``) as they are.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from owl2.export.graph.weights import PermutedWeight
-from owl2.quant.config import BITS, GROUP_SIZES
+from owl2.export.checkpoint.gptq_format import GptqFormat
 from owl2.quant.grid import QuantizedWeight
 from owl2.runtime.errors import CheckpointError, QuantizationError
 
-WORD = 32
-CONFIG_FILE = "quantize_config.json"
-CONFIG_KEY = "quantization_config"
-FORMATS: dict[str, Literal[1, 2]] = {"gptq": 1, "gptq_v2": 2}
-# Blocks of this many columns are the fastest in ONNX Runtime; longer groups are cut into them.
-BLOCK = 128
-ALIASES = {
-    "w_bit": "bits",
-    "wbits": "bits",
-    "q_group_size": "group_size",
-    "groupsize": "group_size",
-    "quant_method": "method",
-    "checkpoint_format": "format",
-}
-# What changes the result in a way that the four tensors do not show.
-REFUSED = ("adapter", "rotation", "activation")
-
-
-@dataclass(frozen=True, slots=True)
-class GptqFormat:
-    """What the JSON files of such a checkpoint say of its tensors.
-
-    Attributes:
-        bits: 4 or 8.
-        group_size: columns that share a scale; -1 for whole rows.
-        desc_act: whether inputs were quantized by importance, so that ``g_idx`` matters.
-        symmetric: all zero points are 2^(bits-1); None where nothing is said.
-        version: 1 where zero points are stored minus one, 2 where they are not.
-        producer: the program and its version, as far as it is told.
-    """
-
-    bits: int
-    group_size: int
-    desc_act: bool = False
-    symmetric: bool | None = True
-    version: Literal[1, 2] = 1
-    producer: str = ""
-
-    @property
-    def block(self) -> int:
-        """Columns per scale in a bundle; repeating the scales of longer groups changes no value."""
-        if self.group_size in GROUP_SIZES:
-            return self.group_size
-        return next(size for size in (BLOCK, 64, 32, 16) if self.group_size == -1 or self.group_size % size == 0)
-
-    def group_columns(self, width: int) -> int:
-        """Columns per scale in the file, for K = ``width``."""
-        return width if self.group_size == -1 else self.group_size
-
-    def groups(self, width: int) -> int:
-        """G for K = ``width``."""
-        return -(-width // self.group_columns(width))
-
-    def to_json(self) -> dict[str, Any]:
-        """The content of ``quantize_config.json``, with the names that all readers know."""
-        return {
-            "bits": self.bits,
-            "group_size": self.group_size,
-            "desc_act": self.desc_act,
-            "sym": bool(self.symmetric),
-            "lm_head": False,
-            "true_sequential": True,
-            "static_groups": False,
-            "quant_method": "gptq",
-            "checkpoint_format": next(name for name, version in FORMATS.items() if version == self.version),
-            "pack_dtype": "int32",
-            "meta": {"quantizer": [self.producer]},
-        }
+WORD_BITS = 32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -118,7 +47,7 @@ class GptqTensors:
     @staticmethod
     def shapes(rows: int, width: int, form: GptqFormat) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
         """Shape and possible dtypes of each tensor of a weight [rows, width]."""
-        groups, packed = form.groups(width), WORD // form.bits
+        groups, packed = form.groups(width), WORD_BITS // form.bits
         return {
             "qweight": ((width // packed, rows), ("int32",)),
             "qzeros": ((groups, -(-rows // packed)), ("int32",)),
@@ -127,84 +56,7 @@ class GptqTensors:
         }
 
 
-def read_format(folder: Path, config: Mapping[str, Any]) -> GptqFormat | None:
-    """What a checkpoint says of its quantization; None for one that is not quantized.
-
-    Args:
-        folder: the checkpoint's.
-        config: its config.json.
-
-    Raises:
-        CheckpointError: a quantization that is not supported, settings that are missing, or two files that disagree.
-    """
-    sources = {}
-    if config.get(CONFIG_KEY) is not None:
-        sources[f"config.json, {CONFIG_KEY}"] = config[CONFIG_KEY]
-    path = folder / CONFIG_FILE
-    if path.is_file():
-        try:
-            sources[CONFIG_FILE] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} is no readable JSON: {error}") from error
-    if not sources:
-        return None
-    settings: dict[str, Any] = {}
-    for name, source in sources.items():
-        if not isinstance(source, Mapping):
-            raise CheckpointError(f"{folder}: {name} must be a JSON object, got {source!r}")
-        for key, value in _canonical(source).items():
-            if settings.setdefault(key, value) != value and key in ("bits", "group_size", "format", "method"):
-                raise CheckpointError(f"{folder}: {key} is {settings[key]!r} in one place and {value!r} in {name}")
-    return _checked(settings, f"{folder}: {' and '.join(sources)}")
-
-
-def _canonical(source: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings under the names used here; other spellings of the same setting must agree, the last one wins."""
-    return {ALIASES.get(key, key): value for key, value in source.items() if value is not None}
-
-
-def _checked(settings: Mapping[str, Any], where: str) -> GptqFormat:
-    def require(condition: bool, message: str) -> None:
-        if not condition:
-            raise CheckpointError(f"{where}: {message}")
-
-    method, form = str(settings.get("method", "gptq")).lower(), str(settings.get("format", "gptq")).lower()
-    require(
-        method == "gptq" and form in FORMATS and not settings.get("is_marlin_format"),
-        f"the weights are quantized as {method}, format {form}; of quantized checkpoints only gptq in the formats "
-        f"{' and '.join(FORMATS)} can be read. Export the original checkpoint instead",
-    )
-    for key, right in (("bits", BITS), ("group_size", None)):
-        value = settings.get(key)
-        number = isinstance(value, int) and not isinstance(value, bool)
-        require(number, f"{key} must be an integer, got {value!r}")
-        require(right is None or value in right, f"{key} is {value}; only {right} can be read")
-    size = settings["group_size"]
-    require(size == -1 or (size > 0 and size % 16 == 0), f"group_size is {size}; -1 and multiples of 16 can be read")
-    for key in ("desc_act", "sym", "lm_head"):
-        value = settings.get(key)
-        require(value is None or isinstance(value, bool), f"{key} must be true or false, got {value!r}")
-    require(not settings.get("lm_head"), "the output head is quantized too; only decoder layers can be")
-    for key in REFUSED:
-        require(not settings.get(key), f"{key} is used, which cannot be read")
-    pack = str(settings.get("pack_dtype", "int32")).removeprefix("torch.")
-    require(pack == "int32", f"numbers are packed in {pack}; only int32 can be read")
-    dynamic = settings.get("dynamic") or {}
-    changed = [pattern for pattern in dynamic if not str(pattern).startswith("-:")]
-    require(not changed, f"dynamic gives some layers settings of their own ({', '.join(map(str, changed[:3]))})")
-    meta = settings.get("meta")
-    producer = meta.get("quantizer") if isinstance(meta, Mapping) else None
-    return GptqFormat(
-        bits=settings["bits"],
-        group_size=size,
-        desc_act=bool(settings.get("desc_act", False)),
-        symmetric=settings.get("sym"),
-        version=FORMATS[form],
-        producer=", ".join(map(str, producer)) if isinstance(producer, list) else str(producer or ""),
-    )
-
-
-def unpack(tensors: GptqTensors, form: GptqFormat, name: str) -> QuantizedWeight | PermutedWeight:
+def unpack(tensors: GptqTensors, form: GptqFormat, name: str) -> QuantizedWeight:
     """Integers and scales exactly as they are in the file, shapes having been checked.
 
     Args:
@@ -238,8 +90,7 @@ def unpack(tensors: GptqTensors, form: GptqFormat, name: str) -> QuantizedWeight
         return values[groups].T.repeat_interleave(repeats, dim=1)[:, : -(-width // form.block)].contiguous()
 
     kept = None if zeros is None else blocks(torch.from_numpy(zeros))
-    weight = QuantizedWeight(signed.T.contiguous(), blocks(scales), form.bits, form.block, kept)
-    return weight if columns is None else PermutedWeight(weight, columns)
+    return QuantizedWeight(signed.T.contiguous(), blocks(scales), form.bits, form.block, kept, columns)
 
 
 def _zero_points(packed: NDArray[np.int32], rows: int, form: GptqFormat, name: str) -> NDArray[np.int8] | None:
@@ -253,7 +104,7 @@ def _zero_points(packed: NDArray[np.int32], rows: int, form: GptqFormat, name: s
                 f"{name}: a zero point does not fit version 1 of the format (checkpoint_format gptq); programs "
                 "disagree on what it means. Save the checkpoint as gptq_v2, or quantize with sym true"
             )
-        ones = np.uint32(sum(1 << shift for shift in range(0, WORD, form.bits)))
+        ones = np.uint32(sum(1 << shift for shift in range(0, WORD_BITS, form.bits)))
         packed = (packed.view(np.uint32) + ones).view(np.int32)  # GPTQModel subtracts this from the word
     unsigned = unpack_words(packed.T, form.bits)[:rows].T
     if (unsigned == middle).all():
@@ -295,16 +146,19 @@ def pack(weight: QuantizedWeight, form: GptqFormat) -> GptqTensors:
     """The four tensors of a symmetric weight; :func:`unpack` gives back the same integers and scales.
 
     Raises:
-        QuantizationError: scales that are not positive or that fp16 does not hold, zero points, or a shape that does
-            not fill whole words.
+        QuantizationError: scales that are not positive or that fp16 does not hold, zero points, another order of
+            columns, or a shape that does not fill whole words.
     """
     rows, width = weight.codes.shape
-    packed = WORD // weight.bits
+    packed = WORD_BITS // weight.bits
     if rows % packed or width % packed:
         raise QuantizationError(f"a weight of {rows}x{width} does not fill words of {packed} numbers in this layout")
     halves = weight.scales.half()
-    if weight.zero_points is not None or not torch.equal(halves.float(), weight.scales) or bool((halves <= 0).any()):
-        raise QuantizationError("this layout needs symmetric weights whose scales are positive and exact in fp16")
+    plain = weight.zero_points is None and weight.columns is None
+    if not plain or not torch.equal(halves.float(), weight.scales) or bool((halves <= 0).any()):
+        raise QuantizationError(
+            "this layout needs symmetric weights whose scales are positive and exact in fp16, and columns in order"
+        )
     unsigned = (weight.codes.to(torch.int16) + 2 ** (weight.bits - 1)).to(torch.uint8).numpy()
     zero = 2 ** (weight.bits - 1) - (form.version == 1)
     zeros = np.full((halves.shape[1], rows), zero, dtype=np.uint8)
@@ -318,7 +172,7 @@ def pack(weight: QuantizedWeight, form: GptqFormat) -> GptqTensors:
 
 def pack_words(values: NDArray[np.uint8], bits: int) -> NDArray[np.int32]:
     """Put runs of 32 / bits rows into words, the first in the lowest bits: [R, M] -> [R · bits / 32, M]."""
-    packed = WORD // bits
+    packed = WORD_BITS // bits
     words = np.zeros((len(values) // packed, values.shape[1]), dtype=np.uint32)
     for place in range(packed):
         words |= values[place::packed].astype(np.uint32) << np.uint32(bits * place)
@@ -327,7 +181,7 @@ def pack_words(values: NDArray[np.uint8], bits: int) -> NDArray[np.int32]:
 
 def unpack_words(words: NDArray[np.int32], bits: int) -> NDArray[np.uint8]:
     """Undo :func:`pack_words`: [R, M] -> [R · 32 / bits, M]."""
-    packed, unsigned = WORD // bits, np.ascontiguousarray(words).view(np.uint32)
+    packed, unsigned = WORD_BITS // bits, np.ascontiguousarray(words).view(np.uint32)
     values = np.empty((len(words) * packed, words.shape[1]), dtype=np.uint8)
     for place in range(packed):
         values[place::packed] = (unsigned >> np.uint32(bits * place)) & np.uint32(2**bits - 1)

@@ -1,13 +1,14 @@
 """Translation of a checkpoint's foreign JSON files to :class:`owl2.runtime.config.ModelConfig`.
 
-The files hold many keys that mean nothing here (generation defaults of transformers, for instance): each
-function lists the keys it reads and ignores the rest.
+The files hold many keys that mean nothing here (generation defaults of transformers, for instance). Those that have the
+names of fields of these classes are read, some more that are named here, and no others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import fields
+from typing import Any, TypeVar
 
 from owl2.runtime.config import (
     AbstractorConfig,
@@ -20,16 +21,17 @@ from owl2.runtime.config import (
 )
 
 Json = Mapping[str, Any]
+T = TypeVar("T")
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+# The default of the CLIP processor, which is not the model's.
+CLIP_SIZE = 224
 
 
 def model_config(config: Json, preprocessor: Json, generation: Json) -> ModelConfig:
     """Read config.json, preprocessor_config.json and generation_config.json (may be empty).
 
     Raises:
-        ConfigError: a key has a value that the official code cannot run or that is not supported here.
+        ConfigError: a value that the official code cannot run, or that is not supported here.
     """
     model_type = config.get("model_type")
     require(
@@ -52,74 +54,58 @@ def _section(parent: Json, key: str) -> Json:
     return value
 
 
-def _integer(source: Json, key: str, default: int) -> int:
+def _read(cls: type[T], source: Json, given: Mapping[str, Any]) -> T:
+    """Build ``cls`` from the keys that are called as its numbers and flags are, its own defaults where one is absent.
+
+    Args:
+        source: part of config.json.
+        given: the fields that are not read in this way.
+
+    Raises:
+        ConfigError: a value has another type, or a number is not positive.
+    """
+    defaults: dict[str, Any] = {field.name: field.default for field in fields(cls)}  # type: ignore[arg-type]
+    read = {name: _value(source, name, default) for name, default in defaults.items() if name not in given}
+    return cls(**read, **given)
+
+
+def _value(source: Json, key: str, default: bool | int | float) -> bool | int | float:
+    """A flag or a positive number, whichever ``default`` is."""
     value = source.get(key)
     if value is None:
         return default
-    right = isinstance(value, int) and not isinstance(value, bool) and value > 0
-    require(right, f"config.json: {key} must be a positive integer, got {value!r}")
-    return int(value)
-
-
-def _number(source: Json, key: str, default: float) -> float:
-    value = source.get(key)
-    if value is None:
-        return default
-    right = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-    require(right, f"config.json: {key} must be a positive number, got {value!r}")
-    return float(value)
-
-
-def _flag(source: Json, key: str, default: bool) -> bool:
-    value = source.get(key)
-    if value is None:
-        return default
-    require(isinstance(value, bool), f"config.json: {key} must be true or false, got {value!r}")
-    return bool(value)
+    if isinstance(default, bool):
+        require(isinstance(value, bool), f"config.json: {key} must be true or false, got {value!r}")
+        return bool(value)
+    real = isinstance(default, float)
+    right = isinstance(value, int | float if real else int) and not isinstance(value, bool) and value > 0
+    require(right, f"config.json: {key} must be a positive {'number' if real else 'integer'}, got {value!r}")
+    return float(value) if real else int(value)
 
 
 def _vision(source: Json) -> VisionConfig:
-    return VisionConfig(
-        hidden_size=_integer(source, "hidden_size", 1024),
-        intermediate_size=_integer(source, "intermediate_size", 4096),
-        num_hidden_layers=_integer(source, "num_hidden_layers", 24),
-        num_attention_heads=_integer(source, "num_attention_heads", 16),
-        image_size=_integer(source, "image_size", 448),
-        patch_size=_integer(source, "patch_size", 14),
-        hidden_act=str(source.get("hidden_act", "quick_gelu")),
-        layer_norm_eps=_number(source, "layer_norm_eps", 1e-6),
-        use_cls_token=_flag(source, "use_cls_token", True),
-        use_post_layernorm=_flag(source, "use_post_layernorm", True),
-    )
+    return _read(VisionConfig, source, {"hidden_act": str(source.get("hidden_act", VisionConfig().hidden_act))})
 
 
 def _abstractor(source: Json) -> AbstractorConfig:
-    hidden_size = _integer(source, "hidden_size", 1024)
-    encoder_hidden_size = _integer(source, "encoder_hidden_size", hidden_size)
+    # A grid of 0 stands for the default too.
+    config = _read(AbstractorConfig, source if source.get("grid_size") else {**source, "grid_size": None}, {})
+    encoder_hidden_size = _value(source, "encoder_hidden_size", config.hidden_size)
     require(
-        encoder_hidden_size == hidden_size,
+        encoder_hidden_size == config.hidden_size,
         f"config.json: visual_abstractor.encoder_hidden_size {encoder_hidden_size} must equal its hidden_size "
-        f"{hidden_size}; the official code runs no other",
+        f"{config.hidden_size}; the official code runs no other",
     )
     require(
         not source.get("add_v2t_pos_emb"),
         "config.json: visual_abstractor.add_v2t_pos_emb must be false; the official code crashes with it",
     )
-    return AbstractorConfig(
-        hidden_size=hidden_size,
-        num_hidden_layers=_integer(source, "num_hidden_layers", 6),
-        num_attention_heads=_integer(source, "num_attention_heads", 16),
-        intermediate_size=_integer(source, "intermediate_size", 2816),
-        num_learnable_queries=_integer(source, "num_learnable_queries", 64),
-        grid_size=_integer(source, "grid_size", 32) if source.get("grid_size") else 32,
-        layer_norm_eps=_number(source, "layer_norm_eps", 1e-6),
-        use_cls_token=_flag(source, "use_cls_token", True),
-    )
+    return config
 
 
 def _decoder(source: Json, generation: Json) -> DecoderConfig:
-    heads = _integer(source, "num_attention_heads", 32)
-    key_value_heads = _integer(source, "num_key_value_heads", heads)
+    heads = _value(source, "num_attention_heads", DecoderConfig().num_attention_heads)
+    key_value_heads = _value(source, "num_key_value_heads", heads)
     require(
         key_value_heads == heads,
         f"config.json: num_key_value_heads {key_value_heads} must equal num_attention_heads {heads}; the "
@@ -127,24 +113,11 @@ def _decoder(source: Json, generation: Json) -> DecoderConfig:
     )
     hidden_act = source.get("hidden_act", "silu")
     require(hidden_act == "silu", f"config.json: hidden_act is {hidden_act!r}; only 'silu' is supported")
-    eos = generation.get("eos_token_id", source.get("eos_token_id", 2))
+    eos = generation.get("eos_token_id", source.get("eos_token_id", DecoderConfig().eos_token_id))
     right = isinstance(eos, int) and not isinstance(eos, bool) and eos >= 0
     require(right, f"generation_config.json: eos_token_id must be one integer, got {eos!r}")
-    return DecoderConfig(
-        vocab_size=_integer(source, "vocab_size", 32000),
-        hidden_size=_integer(source, "hidden_size", 4096),
-        intermediate_size=_integer(source, "intermediate_size", 11008),
-        num_hidden_layers=_integer(source, "num_hidden_layers", 32),
-        num_attention_heads=heads,
-        max_position_embeddings=_integer(source, "max_position_embeddings", 2048),
-        rms_norm_eps=_number(source, "rms_norm_eps", 1e-6),
-        rope_theta=_number(source, "rope_theta", 10000.0),
-        rope_scaling=_rope_scaling(source.get("rope_scaling")),
-        attention_bias=_flag(source, "attention_bias", False),
-        tie_word_embeddings=_flag(source, "tie_word_embeddings", False),
-        bos_token_id=_integer(source, "bos_token_id", 1),
-        eos_token_id=eos,
-    )
+    given = {"rope_scaling": _rope_scaling(source.get("rope_scaling")), "eos_token_id": eos}
+    return _read(DecoderConfig, source, given)
 
 
 def _rope_scaling(value: Any) -> RopeScaling | None:  # noqa: ANN401 - any JSON value
@@ -175,13 +148,13 @@ def _preprocess(source: Json, image_aspect_ratio: str | None) -> PreprocessConfi
         mode=modes.get(image_aspect_ratio, "crop"),
         size=_edge(source, "size", "shortest_edge"),
         crop_size=_edge(source, "crop_size", "height"),
-        mean=_channels(source, "image_mean", CLIP_MEAN),
-        std=_channels(source, "image_std", CLIP_STD),
+        mean=_channels(source, "image_mean", PreprocessConfig().mean),
+        std=_channels(source, "image_std", PreprocessConfig().std),
     )
 
 
 def _edge(source: Json, key: str, name: str) -> int:
-    value = source.get(key, 224)
+    value = source.get(key, CLIP_SIZE)
     if isinstance(value, Mapping):
         square = value.get("height") == value.get("width")
         require(square, f"preprocessor_config.json: {key} must be square, got {value!r}")

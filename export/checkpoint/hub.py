@@ -1,4 +1,4 @@
-"""Where a checkpoint lies: a local folder, or a model of the Hugging Face hub that the user asks to download."""
+"""Finding a checkpoint: a local folder, or a model of the Hugging Face hub that the user asks to download."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from owl2.export.checkpoint.checkpoint import REQUIRED_FILES
-from owl2.export.checkpoint.gptq_layout import CONFIG_FILE
+from owl2.export.checkpoint.gptq_format import CONFIG_FILE
 from owl2.runtime.errors import CheckpointError
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -18,15 +18,15 @@ def local_checkpoint(name: str, *, download: bool) -> Path:
     """The folder of a checkpoint; downloads it only when asked to.
 
     Raises:
-        CheckpointError: there is no such folder, or the download failed.
+        CheckpointError: the folder does not exist, or the download failed.
     """
     if not download:
         folder = Path(name)
         if not folder.exists() and HUB_ID.fullmatch(name):
-            raise CheckpointError(f"there is no folder {name}; if it is a hub id, add --download")
+            raise CheckpointError(f"folder {name} does not exist; if it is a hub id, add --download")
         return folder
     if not HUB_ID.fullmatch(name):
-        raise CheckpointError(f"{name!r} is no hub id; expected OWNER/MODEL, as in MAGAer13/mplug-owl2-llama2-7b")
+        raise CheckpointError(f"{name!r} is not a hub id; expected OWNER/MODEL, as in MAGAer13/mplug-owl2-llama2-7b")
     if importlib.util.find_spec("huggingface_hub") is None:
         raise CheckpointError("downloading needs huggingface_hub: pip install 'owl2[hub]'")
     from huggingface_hub import HfApi, snapshot_download
@@ -34,7 +34,7 @@ def local_checkpoint(name: str, *, download: bool) -> Path:
     try:
         files = HfApi().list_repo_files(name)
         weights = "*.safetensors" if any("/" not in f and f.endswith(".safetensors") for f in files) else "*.bin"
-        # What lies in folders are checkpoints of the training run.
+        # Subfolders hold checkpoints of the training run.
         return Path(snapshot_download(name, allow_patterns=[*JSON_FILES, weights], ignore_patterns=["*/*"]))
     except Exception as error:  # its errors come from several libraries below it
         reason = (str(error).splitlines() or [type(error).__name__])[0]

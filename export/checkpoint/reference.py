@@ -1,26 +1,23 @@
-"""An official checkpoint as a backend of the runtime, in torch and float32: what a bundle is compared with.
+"""An official checkpoint as a backend of the runtime, in torch and float32, to compare bundles with.
 
-Found by the runtime through the entry point ``owl2.references``, which never imports torch itself.
+The runtime, which never imports torch itself, finds it through the entry point ``owl2.references``.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
-from torch import Tensor
 
 from owl2.export.checkpoint.checkpoint import Checkpoint
-from owl2.export.decoder import load_layer
-from owl2.quant.models.mplug_owl2 import DecoderLayer, RmsNorm, Routing, VisionModel, VisualAbstractor
-from owl2.quant.models.mplug_owl2.decoder import KeyValue
-from owl2.quant.models.mplug_owl2.owl2 import rotary_slice
-from owl2.runtime.config import DecoderConfig
-from owl2.runtime.engine import PREFILL_BLOCK, Floats, Ints, KvBuffers
-from owl2.runtime.errors import BackendError, BundleError, CheckpointError
+from owl2.export.checkpoint.modules import TABLE, head_name, load_layer, load_norm, load_vision
+from owl2.quant.models.mplug_owl2 import DecoderLayer, Routing
+from owl2.quant.models.mplug_owl2.decoder import KeyValue, rotary_slice
+from owl2.runtime.engine import PREFILL_BLOCK, Floats, Ints, KvBuffers, own
+from owl2.runtime.errors import BundleError, CheckpointError
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
 from owl2.runtime.images import ImageEncoder
 from owl2.runtime.load import Loaded
@@ -47,17 +44,11 @@ class TorchEngine:
     """See :class:`owl2.runtime.engine.Engine`."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        """Load the vision side and what surrounds the layers; the checkpoint must stay open."""
-        config = checkpoint.config
-        self._config = config.decoder
-        self._tower = VisionModel(config.vision).eval()
-        self._abstractor = VisualAbstractor(config.abstractor, config.decoder.hidden_size).eval()
-        self._norm = RmsNorm(config.decoder.hidden_size, config.decoder.rms_norm_eps)
-        checkpoint.load_into(self._tower, "model.vision_model.")
-        checkpoint.load_into(self._abstractor, "model.visual_abstractor.")
-        checkpoint.load_into(self._norm, "model.norm.")
-        tied = config.decoder.tie_word_embeddings
-        self._head = checkpoint.tensor("model.embed_tokens.weight" if tied else "lm_head.weight")
+        """Load the vision side, the last norm and the head; the checkpoint must stay open."""
+        self._config = checkpoint.config.decoder
+        self._tower, self._abstractor = load_vision(checkpoint)
+        self._norm = load_norm(checkpoint)
+        self._head = checkpoint.tensor(head_name(checkpoint))
         self._layer = _layers(checkpoint)
 
     @property
@@ -86,18 +77,17 @@ class TorchEngine:
     @torch.no_grad()
     def prefill(self, embeds: Floats, modality: Ints, past: int, buffers: KvBuffers, logit_rows: Ints) -> Floats:
         """Run T mixed positions after ``past`` cached ones -> logits [R, V]."""
-        if not isinstance(buffers, TorchBuffers):
-            raise BackendError(f"these K/V buffers belong to another backend: {type(buffers).__name__}")
         tokens = len(embeds)
+        cache = own(buffers, TorchBuffers, past + tokens)
         rotary = rotary_slice(self._config, past, tokens)
         routing = Routing.of(torch.from_numpy(modality)[None])
         rows = torch.from_numpy(embeds)
         presents = []
         for index in range(self._config.num_hidden_layers):
-            cached = _cut(buffers.presents[index], past) if past else None
+            cached = _cut(cache.presents[index], past) if past else None
             rows, present = self._layer(index)(rows, routing, (1, tokens), rotary, cached)
             presents.append(present)
-        buffers.presents = presents
+        cache.presents = presents
         logits: Floats = (self._norm(rows[torch.from_numpy(logit_rows)]) @ self._head.T).numpy()
         return logits
 
@@ -121,7 +111,7 @@ def open_checkpoint(folder: Path) -> Loaded:
         raise CheckpointError(str(error)) from error
     config = checkpoint.config
     engine = TorchEngine(checkpoint)
-    table = checkpoint.tensor("model.embed_tokens.weight").numpy()
+    table = checkpoint.tensor(TABLE).numpy()
     context = config.decoder.max_position_embeddings
     return Loaded(str(folder), config, engine, tokenizer, table, ImageEncoder(engine), context)
 
@@ -132,22 +122,14 @@ def _cut(pair: KeyValue, length: int) -> KeyValue:
 
 
 def _layers(checkpoint: Checkpoint) -> Callable[[int], DecoderLayer]:
-    """Gives a layer by its number, from memory where all of them fit."""
+    """A function that gives a layer by its number, from memory where all of them fit."""
     config = checkpoint.config.decoder
 
     def load(index: int) -> DecoderLayer:
-        return load_layer(checkpoint, index, "cpu")
+        return load_layer(checkpoint, index, "cpu")[0]
 
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if _layer_bytes(config) * config.num_hidden_layers > RESIDENT_SHARE * memory:
+    with torch.device("meta"):
+        layer_bytes = sum(parameter.nbytes for parameter in DecoderLayer(config).parameters())
+    if layer_bytes * config.num_hidden_layers > RESIDENT_SHARE * psutil.virtual_memory().total:
         return load
     return [load(index) for index in range(config.num_hidden_layers)].__getitem__
-
-
-def _layer_bytes(config: DecoderConfig) -> int:
-    with torch.device("meta"):
-        return sum(_bytes(parameter) for parameter in DecoderLayer(config).parameters())
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * 4

@@ -1,46 +1,55 @@
-"""What a checkpoint that is quantized already decides of an export, and what remains to be done."""
+"""What a checkpoint decides about its export: settings that a quantized one brings along, and what is left to do."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from owl2.export.checkpoint.checkpoint import DECODER_LAYERS, Checkpoint
-from owl2.export.checkpoint.gptq_layout import read_format
-from owl2.export.config import DEFAULT_GROUP_SIZE, DEFAULT_WEIGHTS, ExportConfig, WeightType
+from owl2.export.checkpoint.gptq_format import read_format
+from owl2.export.checkpoint.gptq_layout import WORD_BITS
+from owl2.export.config import ExportConfig
 from owl2.quant.layer import LINEARS
 from owl2.runtime.config import require
 
-KEPT = "gptq checkpoint"
-"""The method in the manifest where the checkpoint's own integers were kept."""
+GPTQ_CHECKPOINT = "gptq checkpoint"
+"""The method in the manifest if the checkpoint's own integers were kept."""
 
 
-def default_settings(folder: Path) -> tuple[WeightType, int]:
-    """Weights and group size where the user says nothing: those of a quantized checkpoint, else the usual ones.
+def default_settings(folder: Path) -> dict[str, Any]:
+    """Settings that a quantized checkpoint brings along, by the names of :class:`ExportConfig`; none for others.
 
     Raises:
-        CheckpointError: the checkpoint is quantized in a way that is not supported.
+        CheckpointError: the checkpoint is quantized in an unsupported way.
     """
-    usual = DEFAULT_WEIGHTS, DEFAULT_GROUP_SIZE
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return usual  # opening the checkpoint says what is wrong with it
+        return {}  # opening the checkpoint says what is wrong with it
     form = read_format(folder, config) if isinstance(config, dict) else None
-    return usual if form is None else (_weights(form.bits), form.block)
+    return {} if form is None else {"weights": f"int{form.bits}", "group_size": form.block}
 
 
 def check_settings(config: ExportConfig, checkpoint: Checkpoint) -> None:
-    """Refuse settings that contradict a quantized checkpoint.
+    """Refuse settings that the checkpoint cannot be exported with.
 
     Raises:
-        ConfigError: other weights or another group size than its own.
+        ConfigError: other weights, another group size or another dialect than a quantized checkpoint has, or shapes
+            that the layout gptq cannot hold.
     """
-    form = checkpoint.gptq
+    form, decoder = checkpoint.gptq, checkpoint.config.decoder
     if form is None:
+        if config.layout == "gptq" and config.quant is not None:
+            packed = WORD_BITS // config.quant.bits
+            for name in ("hidden_size", "intermediate_size"):
+                require(
+                    getattr(decoder, name) % packed == 0,
+                    f"{name} {getattr(decoder, name)} is not a multiple of {packed}; layout gptq packs {packed} "
+                    f"numbers of {config.quant.bits} bits into a word and cannot hold this model",
+                )
         return
-    own, group = _weights(form.bits), "whole rows" if form.group_size == -1 else f"groups of {form.group_size}"
+    own, group = f"int{form.bits}", "whole rows" if form.group_size == -1 else f"groups of {form.group_size}"
     require(
         config.layout == "bundle",
         f"{config.checkpoint} is in the GPTQ layout already; copy it, or convert the original checkpoint",
@@ -55,7 +64,6 @@ def check_settings(config: ExportConfig, checkpoint: Checkpoint) -> None:
         f"group size {config.group_size} was asked for, but {config.checkpoint} has {group}, stored in a bundle as "
         f"{form.block}; leave --group-size out or give {form.block}, or convert the original checkpoint",
     )
-
     require(
         config.dialect == "ort" or form.symmetric is not False,
         f"{config.checkpoint} has zero points (sym false), which TensorRT does not take; leave --dialect onnx out, or "
@@ -84,7 +92,7 @@ def source_record(checkpoint: Checkpoint) -> dict[str, Any]:
     if form is None:
         return {"kind": "checkpoint"}
     return {
-        "kind": KEPT,
+        "kind": GPTQ_CHECKPOINT,
         "quantizer": form.producer,
         "bits": form.bits,
         "group_size": form.group_size,
@@ -93,7 +101,3 @@ def source_record(checkpoint: Checkpoint) -> dict[str, Any]:
         "kept": len(checkpoint.quantized),
         "quantized_here": remaining(checkpoint),
     }
-
-
-def _weights(bits: int) -> WeightType:
-    return next(kind for kind in get_args(WeightType) if kind == f"int{bits}")

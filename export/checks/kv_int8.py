@@ -1,4 +1,4 @@
-"""The int8 K/V cache as part of an export: written where it can be checked, compared with torch, its loss measured."""
+"""Checks of the int8 K/V cache: its graph against torch, and the loss against a float32 cache."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ Codes = Sequence[NDArray[Any]]
 
 # Of the RMS that rounding keys and values changes. Where noise puts a value of torch and of the graph on either side of
 # the border between two codes, they differ by a whole step, and later layers see that: measured 0.00004 with 3 layers,
-# 0.04 with 32 of width 64. Two roundings that have nothing in common any more would differ by the root of 2; scales of
-# the wrong heads, layers or width cost far more than rounding does.
+# 0.04 with 32 of width 64. Two unrelated roundings would differ by the root of 2; scales of the wrong heads, layers or
+# width cost far more than rounding does.
 DIFFERENCE_LIMIT = 2.0
 # Noise puts few values on the other side of a border: none of 57,000 with the sample model.
 FLIPPED_LIMIT = 0.01
-# Beside what is below the resolution of float32; relative to the RMS of the logits.
+# Differences below the resolution of float32 always pass; relative to the RMS of the logits.
 EXACT_LIMIT = 1e-3
-KEPT_LOGITS = 256 << 20  # bytes; 2097 positions of a vocabulary of 32000
+MAX_KEPT_BYTES = 256 << 20  # of logits: 2097 positions of a vocabulary of 32000
 
 
 @dataclass
 class FloatLogits:
-    """Prompts with their logits under a float32 K/V cache, as many as fit :data:`KEPT_LOGITS`.
+    """Prompts with their logits under a float32 K/V cache, up to :data:`MAX_KEPT_BYTES`.
 
     Attributes:
         prompts: embeds [T, C], modality [T] and logits [T, V] each.
@@ -46,20 +46,20 @@ class FloatLogits:
 
     def offer(self, embeds: Floats, modality: Ints, logits: Floats) -> None:
         """Keep a prompt if there is room."""
-        if logits.nbytes + sum(kept.nbytes for _, _, kept in self.prompts) <= KEPT_LOGITS:
+        if logits.nbytes + sum(kept.nbytes for _, _, kept in self.prompts) <= MAX_KEPT_BYTES:
             self.prompts.append((embeds, modality, logits))
 
 
 def can_be_checked() -> bool:
-    """Whether the installed ONNX Runtime runs the graph; what cannot be checked is not written."""
+    """Whether the installed ONNX Runtime runs the graph; a graph that cannot be checked is not written."""
     return not is_older(onnxruntime.__version__, MINIMUM_ONNXRUNTIME)
 
 
-def compare(*, made: Floats, rounded: Floats, unrounded: Floats) -> float:
+def compare(*, graph: Floats, rounded: Floats, unrounded: Floats) -> float:
     """Measure the graph against torch and judge.
 
     Args:
-        made: logits of the graph, activations in float32.
+        graph: logits of the graph, activations in float32.
         rounded: torch's logits on the stored weights with keys and values rounded as the cache rounds them.
         unrounded: the same with keys and values in float32. All three have one shape.
 
@@ -67,9 +67,9 @@ def compare(*, made: Floats, rounded: Floats, unrounded: Floats) -> float:
         RMS of the difference, as a fraction of what the rounding changes in torch.
 
     Raises:
-        ParityError: the graph does something else than rounding keys and values.
+        ParityError: the graph does something other than rounding keys and values.
     """
-    effect, difference = rms(rounded - unrounded), rms(made - rounded)
+    effect, difference = rms(rounded - unrounded), rms(graph - rounded)
     allowed = max(DIFFERENCE_LIMIT * effect, EXACT_LIMIT * rms(unrounded))
     # Written so that NaN fails.
     if not difference <= allowed:
@@ -81,18 +81,18 @@ def compare(*, made: Floats, rounded: Floats, unrounded: Floats) -> float:
     return difference / effect if effect > 0 else 0.0
 
 
-def check_codes(made: Codes, expected: Codes, decoder: DecoderConfig) -> None:
-    """Compare what the first layer stores, which nothing that was rounded before can disturb.
+def check_codes(stored: Codes, expected: Codes, decoder: DecoderConfig) -> None:
+    """Compare the codes of the first layer, which no earlier rounding can disturb.
 
     Args:
-        made: key and value codes of the graph, int8 [1, H, at least T, padded D].
+        stored: key and value codes of the graph, int8 [1, H, at least T, padded D].
         expected: torch's, int8 [1, H, T, D].
         decoder: of the model.
 
     Raises:
         ParityError: more codes differ than float32 noise explains.
     """
-    for name, one, other in zip(("keys", "values"), made, expected):
+    for name, one, other in zip(("keys", "values"), stored, expected):
         tokens, half = other.shape[2], decoder.head_dim // 2
         halves = one[:, :, :tokens].reshape(*other.shape[:-1], 2, -1)[..., :half]
         differences = np.abs(halves.reshape(other.shape).astype(np.int16) - other)
@@ -105,14 +105,14 @@ def check_codes(made: Codes, expected: Codes, decoder: DecoderConfig) -> None:
             )
 
 
-def summary(apart: Divergence, torch_difference: float, decoder: DecoderConfig, *, calibrated: bool) -> KvInt8:
-    """The report of how far the two caches lie apart."""
+def summary(loss: Divergence, torch_difference: float, decoder: DecoderConfig, *, calibrated: bool) -> KvInt8:
+    """The report on the divergence between the two caches."""
     return KvInt8(
         scales_from="calibration" if calibrated else "the measured prompts",
-        positions=int(sum(apart.positions)),
-        kl_text=apart.mean_kl(0),
-        kl_image=apart.mean_kl(1),
-        agreement=apart.agreement(0),
+        positions=int(sum(loss.positions)),
+        kl_text=loss.mean_kl(0),
+        kl_image=loss.mean_kl(1),
+        agreement=loss.agreement(0),
         torch_difference=torch_difference,
         bytes_per_position=spec.kv_bytes(decoder, "int8"),
         bytes_per_position_fp16=spec.kv_bytes(decoder, "fp16"),

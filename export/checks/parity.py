@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from owl2.export.graph.builder import CONTRIB
+from owl2.export.report import Parity
 from owl2.runtime.engine import Floats
 from owl2.runtime.errors import ParityError
 from owl2.runtime.spec import FloatType
@@ -29,34 +29,11 @@ ACTIVATIONS: dict[FloatType, tuple[str, str]] = {
     "fp32": ("int8", "use fp16 or fp32 weights for this part"),
     "fp16": ("fp16", "values may leave the range of float16 (65504); use --activations fp32"),
 }
-"""What a graph rounds activations to while it runs, and what to do where that is too much."""
-
-
-@dataclass(frozen=True, slots=True)
-class Parity:
-    """How a graph compares with torch; differences are relative to the RMS of torch's values.
-
-    Attributes:
-        graph: file name.
-        values: how many were compared.
-        exact: largest difference to torch on the stored weights, activations in float32.
-        limit: the bound on it.
-        activations: RMS difference that the graph's own activation types add.
-        weights: RMS difference between stored and original weights, both in torch.
-        total: RMS difference between the graph as it runs and torch on the original weights.
-    """
-
-    graph: str
-    values: int
-    exact: float
-    limit: float
-    activations: float
-    weights: float
-    total: float
+"""The type to which a graph rounds activations while it runs, and what to do if that costs too much."""
 
 
 def compare(
-    graph: str, *, exact: Floats, actual: Floats, stored: Floats, reference: Floats, activations: FloatType
+    graph: str, *, exact: Floats, actual: Floats, quantized: Floats, original: Floats, activations: FloatType
 ) -> Parity:
     """Measure and judge.
 
@@ -65,21 +42,21 @@ def compare(
         activations: type in which the graph computes.
         exact: the graph's values with float32 activations.
         actual: the graph's values as it runs.
-        stored: torch's values on the stored weights.
-        reference: torch's values on the original weights. All four arrays have one shape.
+        quantized: torch's values on the stored weights.
+        original: torch's values on the checkpoint's weights. All four arrays have one shape.
 
     Raises:
-        ParityError: the graph is not torch's equal, with the numbers.
+        ParityError: the graph does not compute what torch computes, with the numbers.
     """
-    scale = rms(reference) or 1.0
+    scale = rms(original) or 1.0
     parity = Parity(
         graph=graph,
-        values=reference.size,
-        exact=float(np.max(np.abs(exact - stored))) / scale,
+        values=original.size,
+        exact=float(np.max(np.abs(exact - quantized))) / scale,
         limit=EXACT_LIMIT,
         activations=rms(actual - exact) / scale,
-        weights=rms(stored - reference) / scale,
-        total=rms(actual - reference) / scale,
+        weights=rms(quantized - original) / scale,
+        total=rms(actual - original) / scale,
     )
     # Written so that NaN fails.
     if not parity.exact <= EXACT_LIMIT:
@@ -89,10 +66,10 @@ def compare(
             "please report this with your config.json"
         )
     if not parity.activations <= ACTIVATION_LIMIT:
-        kind, mend = ACTIVATIONS[activations]
+        rounded, remedy = ACTIVATIONS[activations]
         raise ParityError(
-            f"{graph}: {kind} activations change the result by {parity.activations:.3g} of its RMS, at most "
-            f"{ACTIVATION_LIMIT:g} is allowed. Nothing was written; {mend}"
+            f"{graph}: {rounded} activations change the result by {parity.activations:.3g} of its RMS, at most "
+            f"{ACTIVATION_LIMIT:g} is allowed. Nothing was written; {remedy}"
         )
     return parity
 
@@ -106,7 +83,7 @@ def rms(values: Floats) -> float:
 def with_float_activations(path: Path) -> Iterator[Path]:
     """A graph like the one at ``path``, on the same weights, that keeps activations in float32.
 
-    It lies beside it while the context lasts and shares its external data.
+    It exists next to it while the context lasts and shares its external data.
     """
     model = onnx.load(path, load_external_data=False)
     nodes = []
@@ -133,7 +110,7 @@ def with_float_activations(path: Path) -> Iterator[Path]:
 
 def _widen(graph: onnx.GraphProto) -> None:
     """Let a graph with float16 activations compute in float32, on the same weights; others stay as they are."""
-    values = [value for value in (*graph.input, *graph.output) if _element(value) == TensorProto.FLOAT16]
+    values = [v for v in (*graph.input, *graph.output) if v.type.tensor_type.elem_type == TensorProto.FLOAT16]
     casts = [a for node in graph.node if node.op_type == "Cast" for a in node.attribute if a.i == TensorProto.FLOAT16]
     if not values and not casts:
         return
@@ -148,10 +125,6 @@ def _widen(graph: onnx.GraphProto) -> None:
                 node.input[index] = f"{name}.wide"
     for name in halves:
         graph.node.insert(0, helper.make_node("Cast", [name], [f"{name}.wide"], to=TensorProto.FLOAT))
-
-
-def _element(value: onnx.ValueInfoProto) -> int:
-    return int(value.type.tensor_type.elem_type)
 
 
 def _dequantized(node: onnx.NodeProto) -> list[onnx.NodeProto]:

@@ -1,6 +1,6 @@
 """Which linear layers of the vision side suffer most from int8, by measurement.
 
-Each part is set to int8 alone, weights and activations, and the change of the decoder's image rows is taken.
+One part at a time is set to int8, weights and activations, and the change of the decoder's image rows is taken.
 Such errors are independent: their squares add up to the error of all parts together (on the sample model
 1.50 % of the RMS by the sum against 1.46 % measured). So the parts worth keeping in floating point are those
 with the largest squared effect for their share of the work.
@@ -21,7 +21,7 @@ from owl2.quant.models.mplug_owl2 import VisionModel, VisualAbstractor
 
 # Parts are kept until a quarter of the error is left, or a tenth of the multiply-adds is in floating point.
 ERROR_LEFT = 0.25
-MOST_WORK = 0.1
+MAX_FLOAT_WORK = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +70,7 @@ def measure_parts(tower: VisionModel, abstractor: VisualAbstractor, pixels: Tens
 def choose_kept(parts: Sequence[Part]) -> list[Part]:
     """The parts to keep in floating point, those that gain most for their work first."""
     left = sum(part.effect**2 for part in parts)
-    enough, budget = ERROR_LEFT**2 * left, MOST_WORK * sum(part.work for part in parts)
+    enough, budget = ERROR_LEFT**2 * left, MAX_FLOAT_WORK * sum(part.work for part in parts)
     kept = []
     for part in sorted(parts, key=lambda part: -(part.effect**2) / part.work):
         if left <= enough:
@@ -87,7 +87,7 @@ def _linears(module: nn.Module) -> tuple[nn.Linear, ...]:
 
 
 def _finish(tower: VisionModel, x: Tensor) -> Tensor:
-    """What the abstractor gets of the tower's last rows."""
+    """The abstractor's input from the tower's last rows."""
     return x if tower.post_layernorm is None else tower.post_layernorm(x)
 
 

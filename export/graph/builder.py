@@ -1,7 +1,6 @@
-"""A small ONNX writer: nodes in memory, weights straight to an external file.
+"""A small ONNX writer: nodes are kept in memory, weights go straight to an external file.
 
-Weights are appended to ``<graph>.data`` as they arrive, so that a graph of any size is written with the
-memory of one weight.
+Weights are appended to ``<graph>.data`` as they arrive, so writing a graph of any size takes the memory of one weight.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -19,8 +17,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from owl2.export import __version__
 from owl2.runtime.spec import FloatType
+from owl2.runtime.version import __version__
 
 OPSET = 21
 IR_VERSION = 10
@@ -33,17 +31,16 @@ INLINE_BYTES = 1024
 
 Attribute = int | float | str | Sequence[int]
 Axis = int | str
-ELEMENTS: dict[FloatType, int] = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16}
-"""ONNX's numbers of floating-point types."""
+DTYPES: dict[FloatType, type[np.float32 | np.float16]] = {"fp32": np.float32, "fp16": np.float16}
 
 
 @dataclass(frozen=True)
 class BuilderState:
-    """What has been built so far, the external data aside.
+    """A graph under construction, without its external data.
 
     Attributes:
         graph: serialized GraphProto of nodes and initializers.
-        names: how many names were given out.
+        names: number of generated tensor names.
         length: bytes of the external data.
         sha256: hex digest of the external data written since the state before this one.
     """
@@ -55,7 +52,7 @@ class BuilderState:
 
 
 def data_path(path: Path) -> Path:
-    """Where the external data of the graph at ``path`` lies."""
+    """The file with the external data of the graph at ``path``."""
     return path.with_name(path.name + ".data")
 
 
@@ -71,7 +68,7 @@ class GraphBuilder:
         Args:
             path: the file to write.
             activations: type in which the graph computes.
-            resume: keep the external data that is there for :meth:`restore`.
+            resume: keep the existing external data for :meth:`restore`.
         """
         self.path = path
         self.activations = activations
@@ -88,9 +85,7 @@ class GraphBuilder:
     def __enter__(self) -> GraphBuilder:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._data.close()
 
     def input(self, name: str, dtype: int, shape: Sequence[Axis]) -> str:
@@ -111,7 +106,7 @@ class GraphBuilder:
         domain: str = "",
         **attributes: Attribute,
     ) -> list[str]:
-        """Append a node and return its output names; a number of outputs lets the builder name them."""
+        """Append a node and return its output names; for a number of outputs, the builder makes up the names."""
         return self._append(op, inputs, outputs, domain, attributes)
 
     def op(self, op: str, *inputs: str, domain: str = "", **attributes: Attribute) -> str:
@@ -157,22 +152,22 @@ class GraphBuilder:
     @property
     def element(self) -> int:
         """ONNX's number of the activation type."""
-        return ELEMENTS[self.activations]
+        return helper.np_dtype_to_tensor_dtype(np.dtype(DTYPES[self.activations]))
 
     def floats(self, name: str, values: NDArray[np.floating[Any]]) -> str:
         """As :meth:`constant`, in the activation type."""
-        return self.constant(name, values.astype(np.float16 if self.activations == "fp16" else np.float32))
+        return self.constant(name, values.astype(DTYPES[self.activations]))
 
     def cast(self, x: str, element: int) -> str:
-        """``x`` in the activation type -> in another, without a node where that is the same."""
+        """Convert ``x`` from the activation type to another; the same type takes no node."""
         return x if element == self.element else self.op("Cast", x, to=element)
 
     def from_float32(self, x: str) -> str:
-        """float32 ``x`` -> in the activation type, without a node where that is the same."""
+        """Convert a float32 ``x`` to the activation type; the same type takes no node."""
         return x if self.activations == "fp32" else self.op("Cast", x, to=self.element)
 
     def int4(self, name: str, codes: NDArray[np.int8]) -> str:
-        """Add signed 4-bit integers [...] as an INT4 initializer: two in a byte, the first in the low half."""
+        """Add signed 4-bit integers [...] as an INT4 initializer: two per byte, the first in the low half."""
         if name not in self._initializers:
             halves = np.pad(codes.reshape(-1), (0, codes.size % 2)).view(np.uint8) & 0xF
             packed = halves[0::2] | np.left_shift(halves[1::2], 4, dtype=np.uint8)
@@ -187,12 +182,7 @@ class GraphBuilder:
         self._write(b"\0" * (-self._data.tell() % ALIGNMENT))
         offset = self._data.tell()
         self._write(values.data)
-        tensor = TensorProto(
-            name=name,
-            data_type=element,
-            dims=shape,
-            data_location=TensorProto.EXTERNAL,
-        )
+        tensor = TensorProto(name=name, data_type=element, dims=shape, data_location=TensorProto.EXTERNAL)
         entries = {"location": self._data_path.name, "offset": offset, "length": values.nbytes}
         for key, value in entries.items():
             tensor.external_data.add(key=key, value=str(value))
@@ -203,15 +193,15 @@ class GraphBuilder:
         self._written.update(data)
 
     def state(self) -> BuilderState:
-        """What has been built so far; the external data is on the disk when this returns."""
+        """The graph so far; its external data is on the disk when this returns."""
         self._data.flush()
         os.fsync(self._data.fileno())
         graph = onnx.GraphProto(node=self._nodes, initializer=self._initializers.values())
-        written, self._written = self._written.hexdigest(), hashlib.sha256()
-        return BuilderState(graph.SerializeToString(), self._counter, self._data.tell(), written)
+        digest, self._written = self._written.hexdigest(), hashlib.sha256()
+        return BuilderState(graph.SerializeToString(), self._counter, self._data.tell(), digest)
 
     def restore(self, state: BuilderState) -> None:
-        """Go on from ``state``: its nodes and initializers take the place of those here, inputs and outputs stay."""
+        """Continue from ``state``: its nodes and initializers replace those here, inputs and outputs stay."""
         graph = onnx.GraphProto.FromString(state.graph)
         self._nodes = list(graph.node)
         self._initializers = {tensor.name: tensor for tensor in graph.initializer}
@@ -221,7 +211,7 @@ class GraphBuilder:
         self._written = hashlib.sha256()
 
     def save(self) -> None:
-        """Write the graph file; the external data is complete by then."""
+        """Write the graph file and complete its external data."""
         self._data.flush()
         graph = helper.make_graph(
             self._nodes, self.path.stem, self._inputs, self._outputs, list(self._initializers.values())

@@ -14,22 +14,22 @@ import numpy as np
 from onnx import TensorProto
 from torch import Tensor
 
-from owl2.export.graph.builder import BuilderState, GraphBuilder
-from owl2.export.graph.dialect import Dialect, Linear
-from owl2.export.graph.weights import LinearWeight
+from owl2.export.graph.builder import BuilderState
+from owl2.export.graph.dialect import Dialect
+from owl2.export.graph.weights import Linear, LinearWeight
 from owl2.runtime import spec
 from owl2.runtime.config import DecoderConfig
 
 
 @dataclass(frozen=True)
 class DecoderState:
-    """Where the next layer of a decoder graph goes on.
+    """A decoder graph between two layers.
 
     Attributes:
         builder: the nodes so far.
         residual: tensor that holds the residual stream.
         pending: tensor not yet added to it; empty before the first layer.
-        layers: how many are written.
+        layers: number of layers written.
     """
 
     builder: BuilderState
@@ -41,29 +41,26 @@ class DecoderState:
 class DecoderGraph:
     """Writes the decoder layer by layer; call :meth:`layer` for each, then :meth:`finish`."""
 
-    def __init__(self, graph: GraphBuilder, dialect: Dialect, config: DecoderConfig) -> None:
-        self.graph, self.dialect, self.config = graph, dialect, config
-        self._declare_inputs()
-        flat = graph.op("Reshape", spec.EMBEDS, graph.indices(-1, config.hidden_size))
-        self._residual, self._pending = flat, ""
-        self._index = 0
-
-    def _declare_inputs(self) -> None:
-        graph, config = self.graph, self.config
+    def __init__(self, ops: Dialect, config: DecoderConfig) -> None:
+        self.ops, self.graph, self.config = ops, ops.graph, config
+        graph = self.graph
         graph.input(spec.EMBEDS, graph.element, ["B", "T", config.hidden_size])
         graph.input(spec.MODALITY, TensorProto.INT64, ["M"])
         graph.input(spec.TEXT_ROWS, TensorProto.INT64, ["text"])
         graph.input(spec.IMAGE_ROW_INDEX, TensorProto.INT64, ["image"])
         graph.input(spec.ROW_ORDER, TensorProto.INT64, ["M"])
         graph.input(spec.LOGIT_ROWS, TensorProto.INT64, ["R"])
-        self.dialect.declare_cache(graph, config)
+        ops.declare_cache(config)
+        self._residual = graph.op("Reshape", spec.EMBEDS, graph.indices(-1, config.hidden_size))
+        self._pending = ""
+        self._index = 0
 
     def state(self) -> DecoderState:
-        """Where the next layer goes on; the weights so far are on the disk when this returns."""
+        """The graph so far; its weights are on the disk when this returns."""
         return DecoderState(self.graph.state(), self._residual, self._pending, self._index)
 
     def restore(self, state: DecoderState) -> None:
-        """Go on from ``state``; the builder was opened to be resumed."""
+        """Continue from ``state``; the builder was opened to be resumed."""
         self.graph.restore(state.builder)
         self._residual, self._pending, self._index = state.residual, state.pending, state.layers
 
@@ -74,54 +71,51 @@ class DecoderGraph:
             linears: one per name of :data:`owl2.quant.layer.LINEARS`.
             gains: text and image gain, float32 [C] each, of ``input_layernorm`` and ``post_attention_layernorm``.
         """
-        graph, dialect = self.graph, self.dialect
+        ops = self.ops
         rows = self._norm(gains["input_layernorm"], "input_layernorm")
-        attention = self._attention(rows, linears)
-        self._pending = dialect.linear(graph, attention, linears["self_attn.o_proj"])
+        self._pending = linears["self_attn.o_proj"].apply(ops, self._attention(rows, linears))
         rows = self._norm(gains["post_attention_layernorm"], "post_attention_layernorm")
-        gate = dialect.silu(graph, dialect.linear(graph, rows, linears["mlp.gate_proj"]))
-        up = dialect.linear(graph, rows, linears["mlp.up_proj"])
-        self._pending = dialect.linear(graph, graph.op("Mul", gate, up), linears["mlp.down_proj"])
+        gate = ops.silu(linears["mlp.gate_proj"].apply(ops, rows))
+        up = linears["mlp.up_proj"].apply(ops, rows)
+        self._pending = linears["mlp.down_proj"].apply(ops, self.graph.op("Mul", gate, up))
         self._index += 1
 
-    def _normalised(self) -> str:
-        """Add what the last block produced to the residual stream and normalise it."""
-        width, eps = self.config.hidden_size, self.config.rms_norm_eps
-        if not self._pending:
-            return self.dialect.rms_norm(self.graph, self._residual, width, eps)
-        normed, self._residual = self.dialect.add_rms_norm(self.graph, self._residual, self._pending, width, eps)
-        return normed
-
     def _norm(self, gains: tuple[Tensor, Tensor], name: str) -> str:
+        """Add the last block's result to the residual stream, normalise it, and apply the gain of each row."""
         table = np.stack([gain.numpy() for gain in gains])
         constant = self.graph.floats(f"layers.{self._index}.{name}.gains", table)
-        return self.graph.op("Mul", self._normalised(), self.graph.op("Gather", constant, spec.MODALITY))
+        width, eps = self.config.hidden_size, self.config.rms_norm_eps
+        if self._pending:
+            normed, self._residual = self.ops.add_rms_norm(self._residual, self._pending, width, eps)
+        else:
+            normed = self.ops.rms_norm(self._residual, width, eps)
+        return self.graph.op("Mul", normed, self.graph.op("Gather", constant, spec.MODALITY))
 
     def _attention(self, rows: str, linears: Mapping[str, Linear]) -> str:
-        graph, config = self.graph, self.config
+        graph, ops = self.graph, self.ops
         text = graph.op("Gather", rows, spec.TEXT_ROWS)
         image = graph.op("Gather", rows, spec.IMAGE_ROW_INDEX)
 
         def routed(name: str) -> str:
             branches = [
-                self.dialect.linear(graph, branch, linears[f"self_attn.{name}.multiway.{index}"])
+                linears[f"self_attn.{name}.multiway.{index}"].apply(ops, branch)
                 for index, branch in enumerate((text, image))
             ]
             joined = graph.node("Concat", branches, axis=0)[0]
             return graph.op("Gather", joined, spec.ROW_ORDER)
 
-        q = self.dialect.linear(graph, rows, linears["self_attn.q_proj"])
-        return self.dialect.causal_attention(graph, (q, routed("k_proj"), routed("v_proj")), self._index, config)
+        q = linears["self_attn.q_proj"].apply(ops, rows)
+        return ops.causal_attention((q, routed("k_proj"), routed("v_proj")), self._index, self.config)
 
     def finish(self, norm: Tensor, head: LinearWeight) -> None:
-        """Append final norm (float32 [C]) and head, whose rows are those asked for; write the graph file."""
-        graph, config = self.graph, self.config
+        """Append the final norm (float32 [C]) and the head on the requested rows; write the graph file."""
+        graph, ops, config = self.graph, self.ops, self.config
         total = graph.op("Add", self._residual, self._pending)
-        wanted = graph.op("Gather", total, spec.LOGIT_ROWS)
-        normed = self.dialect.rms_norm(graph, wanted, config.hidden_size, config.rms_norm_eps)
+        requested = graph.op("Gather", total, spec.LOGIT_ROWS)
+        normed = ops.rms_norm(requested, config.hidden_size, config.rms_norm_eps)
         scaled = graph.op("Mul", normed, graph.floats("norm.weight", norm.numpy()))
-        logits = self.dialect.linear(graph, scaled, Linear("lm_head", head))
+        logits = Linear("lm_head", head).apply(ops, scaled)
         graph.node("Identity", [graph.cast(logits, TensorProto.FLOAT)], outputs=[spec.LOGITS])
         graph.output(spec.LOGITS, TensorProto.FLOAT, ["R", config.vocab_size])
-        self.dialect.declare_present(graph, config)
+        ops.declare_present(config)
         graph.save()

@@ -1,6 +1,6 @@
-"""The decoder graph with an int8 K/V cache, derived from the finished one.
+"""The decoder graph with an int8 K/V cache, derived from the finished one of the dialect ort.
 
-Weights stay where they are, in the external data of the first graph; new are the types of the cache and its scales.
+Weights stay in the external data of the first graph; only the types of the cache and its scales are new.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from owl2.runtime.config import DecoderConfig
 
 # The lowest version whose CPU GroupQueryAttention takes int8 K/V; 1.25 and 1.26 know the types but fail in the kernel.
 MINIMUM_ONNXRUNTIME = "1.27"
-BEFORE_SCALES = 12  # inputs of GroupQueryAttention, the optional ones included
+FIRST_SCALES_INPUT = 12  # of GroupQueryAttention; 8 to 11 are optional inputs that stay empty
 
 
 def write_int8_kv_graph(source: Path, target: Path, config: DecoderConfig, scales: Sequence[KvScales]) -> None:
-    """Write ``target`` beside ``source``.
+    """Write ``target``.
 
     Args:
-        source: the decoder graph of the ort dialect with float32 K/V.
-        target: the file to write; reads the external data of ``source``.
+        source: decoder graph with float32 K/V.
+        target: the file to write, in the same folder; it reads the external data of ``source``.
         config: of the model.
         scales: one entry per layer.
     """
@@ -41,16 +41,16 @@ def write_int8_kv_graph(source: Path, target: Path, config: DecoderConfig, scale
             values[name].type.tensor_type.elem_type = TensorProto.INT8
         names = [f"layers.{layer}.{which}.cache_scales" for which in ("k", "v")]
         for name, steps in zip(names, (entry.keys, entry.values)):
-            graph.initializer.append(numpy_helper.from_array(padded(steps.numpy(), config), name))
+            graph.initializer.append(numpy_helper.from_array(padded_scales(steps.numpy(), config), name))
         node = attention[past[0]]
-        node.input.extend([""] * (BEFORE_SCALES - len(node.input)) + names)
+        node.input.extend([""] * (FIRST_SCALES_INPUT - len(node.input)) + names)
         settings = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
         node.attribute.extend(helper.make_attribute(key, value) for key, value in settings.items())
     target.write_bytes(model.SerializeToString())
 
 
-def padded(steps: NDArray[np.float32], config: DecoderConfig) -> NDArray[np.float32]:
-    """Scales [H, D] as the graph takes them: [1, H, 1, padded D], with the padding behind each rotary half.
+def padded_scales(steps: NDArray[np.float32], config: DecoderConfig) -> NDArray[np.float32]:
+    """Scales [H, D] as the graph takes them: [1, H, 1, padded D], with padding after each rotary half.
 
     Padded channels hold zeros, whose scale may be any positive number.
     """

@@ -8,9 +8,8 @@ import torch
 from onnx import TensorProto
 from torch import Tensor, nn
 
-from owl2.export.graph.builder import GraphBuilder
-from owl2.export.graph.dialect import Dialect, Linear
-from owl2.export.graph.weights import LinearWeight
+from owl2.export.graph.dialect import Dialect
+from owl2.export.graph.weights import Linear, LinearWeight
 from owl2.quant.models.mplug_owl2 import VisionModel, VisualAbstractor
 from owl2.quant.models.mplug_owl2.abstractor import CrossAttentionBlock
 from owl2.quant.models.mplug_owl2.vision import Layer
@@ -18,14 +17,14 @@ from owl2.runtime import spec
 from owl2.runtime.config import ModelConfig
 
 MakeWeight = Callable[[nn.Linear, Tensor], LinearWeight]
-"""A linear layer and its weight float32 [N, K], rows perhaps reordered -> the stored form of that weight."""
+"""A linear layer and its weight float32 [N, K], whose rows may be reordered -> the form to store that weight in."""
 
 
 class VisionGraph:
     """Writes the vision graph from the two torch modules."""
 
-    def __init__(self, graph: GraphBuilder, dialect: Dialect, config: ModelConfig, make_weight: MakeWeight) -> None:
-        self.graph, self.dialect, self.config, self.make_weight = graph, dialect, config, make_weight
+    def __init__(self, ops: Dialect, config: ModelConfig, make_weight: MakeWeight) -> None:
+        self.ops, self.graph, self.config, self.make_weight = ops, ops.graph, config, make_weight
 
     def write(self, tower: VisionModel, abstractor: VisualAbstractor) -> None:
         """Append all nodes and write the graph file."""
@@ -45,9 +44,10 @@ class VisionGraph:
     def _constant(self, name: str, tensor: Tensor) -> str:
         return self.graph.floats(name, tensor.detach().numpy())
 
-    def _module(self, x: str, module: nn.Linear, name: str) -> str:
-        made = self.make_weight(module, module.weight.detach())
-        return self.dialect.linear(self.graph, x, Linear(name, made, module.bias.detach()))
+    def _linear(self, x: str, module: nn.Linear, name: str, order: Tensor | slice = slice(None)) -> str:
+        """A linear layer with its outputs in ``order``."""
+        weight = self.make_weight(module, module.weight.detach()[order])
+        return Linear(name, weight, module.bias.detach()[order]).apply(self.ops, x)
 
     def _layer_norm(self, x: str, norm: nn.LayerNorm, name: str) -> str:
         weight = self._constant(name + ".weight", norm.weight)
@@ -74,25 +74,24 @@ class VisionGraph:
         return self._layer_norm(graph.op("Add", x, positions), embeddings.pre_layernorm, "vision.pre_layernorm")
 
     def _layer(self, x: str, layer: Layer, name: str) -> str:
-        graph, heads = self.graph, self.config.vision.num_attention_heads
-        width = self.config.vision.hidden_size
+        graph, heads, width = self.graph, self.config.vision.num_attention_heads, self.config.vision.hidden_size
         normed = self._layer_norm(x, layer.input_layernorm, name + ".input_layernorm")
-        weight, bias = split_heads_first(layer.self_attn.query_key_value, heads)
-        made = self.make_weight(layer.self_attn.query_key_value, weight.detach())
-        fused = self.dialect.linear(graph, normed, Linear(name + ".query_key_value", made, bias.detach()))
+        # The fused projection's outputs are [heads, 3, head_dim]; to be split they have to be [3, heads, head_dim].
+        order = torch.arange(3 * width).view(heads, 3, -1).transpose(0, 1).reshape(-1)
+        fused = self._linear(normed, layer.self_attn.query_key_value, name + ".query_key_value", order)
         q, k, v = graph.node("Split", [fused, graph.indices(width, width, width)], outputs=3, axis=-1)
-        attention = self.dialect.full_attention(graph, (q, k, v), heads, width)
-        x = graph.op("Add", x, self._module(attention, layer.self_attn.dense, name + ".dense"))
+        attention = self.ops.full_attention((q, k, v), heads, width)
+        x = graph.op("Add", x, self._linear(attention, layer.self_attn.dense, name + ".dense"))
         normed = self._layer_norm(x, layer.post_attention_layernorm, name + ".post_attention_layernorm")
-        hidden = self._module(normed, layer.mlp.fc1, name + ".fc1")
-        hidden = self.dialect.activation(graph, hidden, self.config.vision.hidden_act)
-        return graph.op("Add", x, self._module(hidden, layer.mlp.fc2, name + ".fc2"))
+        hidden = self._linear(normed, layer.mlp.fc1, name + ".fc1")
+        hidden = self.ops.activation(hidden, self.config.vision.hidden_act)
+        return graph.op("Add", x, self._linear(hidden, layer.mlp.fc2, name + ".fc2"))
 
     def _abstract(self, patches: str, abstractor: VisualAbstractor) -> str:
         queries = self._batched(abstractor.query_embeds, "abstractor.query_embeds")
         for index in range(self.config.abstractor.num_hidden_layers):
             queries = self._cross_attend(queries, patches, abstractor.encoder.block(index), f"abstractor.{index}")
-        rows = self._module(queries, abstractor.visual_fc, "abstractor.visual_fc")
+        rows = self._linear(queries, abstractor.visual_fc, "abstractor.visual_fc")
         end = self._batched(abstractor.vit_eos, "abstractor.vit_eos")
         return self.graph.node("Concat", [rows, end], axis=1)[0]
 
@@ -104,20 +103,14 @@ class VisionGraph:
         positions = torch.cat([attention.q_pos_embed, attention.k_pos_embed])
         placed_queries = graph.op("Add", queries, self._constant(name + ".q_pos", attention.q_pos_embed))
         placed_context = graph.op("Add", context, self._constant(name + ".k_pos", positions))
-        q = self._module(placed_queries, attention.query, name + ".query")
-        k = self._module(placed_context, attention.key, name + ".key")
-        v = self._module(context, attention.value, name + ".value")
+        q = self._linear(placed_queries, attention.query, name + ".query")
+        k = self._linear(placed_context, attention.key, name + ".key")
+        v = self._linear(context, attention.value, name + ".value")
         heads, width = self.config.abstractor.num_attention_heads, self.config.abstractor.hidden_size
-        joined = self.dialect.full_attention(graph, (q, k, v), heads, width)
-        x = graph.op("Add", queries, self._module(joined, output.out_proj, name + ".out_proj"))
+        joined = self.ops.full_attention((q, k, v), heads, width)
+        x = graph.op("Add", queries, self._linear(joined, output.out_proj, name + ".out_proj"))
         normed = self._layer_norm(x, output.norm2, name + ".norm2")
-        gate = self.dialect.silu(graph, self._module(normed, output.mlp.w1, name + ".w1"))
-        hidden = graph.op("Mul", gate, self._module(normed, output.mlp.w3, name + ".w3"))
+        gate = self.ops.silu(self._linear(normed, output.mlp.w1, name + ".w1"))
+        hidden = graph.op("Mul", gate, self._linear(normed, output.mlp.w3, name + ".w3"))
         hidden = self._layer_norm(hidden, output.mlp.ffn_ln, name + ".ffn_ln")
-        return graph.op("Add", x, self._module(hidden, output.mlp.w2, name + ".w2"))
-
-
-def split_heads_first(fused: nn.Linear, heads: int) -> tuple[Tensor, Tensor]:
-    """Reorder a fused projection from [heads, 3, head_dim] to [3, heads, head_dim] output channels."""
-    order = torch.arange(fused.out_features).view(heads, 3, -1).transpose(0, 1).reshape(-1)
-    return fused.weight[order], fused.bias[order]
+        return graph.op("Add", x, self._linear(hidden, output.mlp.w2, name + ".w2"))

@@ -28,7 +28,7 @@ def check_device(name: str) -> torch.device:
     count = torch.cuda.device_count()
     if count == 0:
         raise ConfigError(
-            f"device {name}: {build} (CUDA {torch.version.cuda}) finds no GPU; look for the driver with nvidia-smi, or "
+            f"device {name}: {build} (CUDA {torch.version.cuda}) finds no GPU; check the driver with nvidia-smi, or "
             "use device cpu"
         )
     if device.index is not None and device.index >= count:
@@ -48,5 +48,5 @@ def device_memory_errors(name: str) -> Iterator[None]:
     except torch.cuda.OutOfMemoryError as error:
         raise ExportError(
             f"device {name} has too little free memory for a decoder layer and its Hessian (about 6 GiB at 7B); end "
-            "what else uses it, or use device cpu"
+            "other programs on it, or use device cpu"
         ) from error

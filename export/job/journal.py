@@ -1,14 +1,14 @@
-"""What an export has finished, so that one that was interrupted goes on there.
+"""A record of what an export has finished, so that the next one continues there after an interruption.
 
-Beside the unfinished files of the bundle lies a folder with::
+It is a folder next to the unfinished files of the bundle::
 
     journal.json     what is finished, and the SHA-256 of everything that it relies on
     vision.rows      the rows of all images
-    layer-K.graph    nodes of the decoder graph after K layers; its weights lie in decoder.onnx.data
-    layer-K.rows     hidden rows of all prompts behind K layers, and what else the layers to come depend on
+    layer-K.graph    nodes of the decoder graph after K layers; its weights are in decoder.onnx.data
+    layer-K.rows     hidden rows of all prompts after K layers, and what else the layers to come depend on
 
-A step counts once ``journal.json`` names it, and that file is replaced as a whole: what it names is on the disk
-before, what it no longer names is removed after. So a kill at any moment leaves one consistent state.
+A step counts once ``journal.json`` names it, and that file is replaced as a whole: the files it names are on the disk
+before, those it no longer names are removed after. So a kill at any moment leaves one consistent state.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,27 +28,25 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 
-from owl2.export import __version__
-from owl2.export.checkpoint.checkpoint import Checkpoint
-from owl2.export.checks.parity import Parity
-from owl2.export.config import ExportConfig
 from owl2.export.graph.builder import BuilderState, data_path
 from owl2.export.graph.decoder import DecoderGraph, DecoderState
-from owl2.export.job.staging import Staging, sync
-from owl2.export.job.usage import Usage
-from owl2.export.prompts import Prompts, fingerprint
-from owl2.export.vision import ExportedVision, PartReport
+from owl2.export.job.job import ExportJob
+from owl2.export.job.staging import sync
+from owl2.export.prompts import fingerprint
+from owl2.export.report import Parity, PartReport
+from owl2.export.vision import ExportedVision
 from owl2.quant.layer import ModuleReport
 from owl2.runtime import spec
-from owl2.runtime.config import ModelConfig, from_json
+from owl2.runtime.config import from_json
 from owl2.runtime.verification import HASH_BLOCK, hash_file
+from owl2.runtime.version import __version__
 
 Array = NDArray[Any]
 FORMAT = 1
 INDEX = "journal.json"
 VISION_ROWS = "vision.rows"
-# These say where things lie; what lies there is in the key by its content or its file times.
-NO_SETTINGS = ("checkpoint", "bundle", "calibration", "overwrite", "fresh")
+# These name files, which are in the key by their content or times, or say what to do with earlier ones.
+UNKEYED_SETTINGS = ("checkpoint", "bundle", "calibration", "overwrite", "fresh")
 
 
 class _UnusableError(Exception):
@@ -60,36 +58,25 @@ class Journal:
 
     Attributes:
         layers: finished decoder layers.
-        usage: time and memory, those of earlier runs included.
     """
 
-    def __init__(self, staging: Staging, key: Mapping[str, str], total: int, usage: Usage) -> None:
-        """Begin an empty journal.
-
-        Args:
-            staging: entered.
-            key: everything that decides about the files, by name; see :func:`resume_key`.
-            total: decoder layers of the model.
-            usage: entered.
-        """
+    def __init__(self, job: ExportJob) -> None:
+        """Begin an empty journal; the staging folder of ``job`` is entered."""
         self.layers = 0
-        self.usage = usage
-        self._staging, self._key, self._total = staging, dict(key), total
+        self._job, self._staging = job, job.staging
+        self._key = resume_key(job)
         self._vision: dict[str, Any] | None = None
         self._decoder: dict[str, Any] | None = None
 
-    def resume(self, *, fresh: bool) -> str:
-        """Take up what an earlier run left, or clear it away.
+    def resume(self) -> None:
+        """Take up what an earlier run left, or clear it away, and tell the user."""
+        if remark := self._resume():
+            self._job.reporter.note(remark)
 
-        Args:
-            fresh: clear it away in any case.
-
-        Returns:
-            What the user should know; empty when nothing was there.
-        """
+    def _resume(self) -> str:
         left = (self._staging.journal / INDEX).exists()
         try:
-            if fresh or not left:
+            if self._job.config.fresh or not left:
                 self._staging.clear()
                 return "starting over; what an earlier export had finished is removed" if left else ""
             content = self._read()
@@ -98,22 +85,22 @@ class Journal:
             return f"what an interrupted export left cannot be continued: {error}; starting over"
         vision = content["vision"]  # the first that is committed
         self._vision, self._decoder = vision, content["decoder"]
-        self.usage.restore(content["usage"])
+        self._job.usage.restore(content["usage"])
         self._remove_others()
-        # What came after the last commit is made again; what was there for a moment only must not stay.
+        # What came after the last commit is made again; temporary files must not stay.
         weights = data_path(Path(spec.DECODER_GRAPH)).name
         _remove_all_but({*vision["files"], weights}, self._staging.folder)
         if self._decoder is None:
-            return "continuing an interrupted export behind the vision tower"
+            return "continuing an interrupted export after the vision tower"
         self.layers = self._decoder["layers"]
         self._keep()
-        if self.layers == self._total:
-            return f"continuing an interrupted export behind the last of {self._total} layers"
-        return f"continuing an interrupted export at layer {self.layers + 1} of {self._total}"
+        if self.layers == self._job.layers:
+            return f"continuing an interrupted export after the last of {self._job.layers} layers"
+        return f"continuing an interrupted export at layer {self.layers + 1} of {self._job.layers}"
 
     def keep_vision(self, vision: ExportedVision) -> None:
-        """The vision side is finished and its files are closed."""
-        named = [*vision.reference.items(), *vision.rows.items()]
+        """Note that the vision side is finished; its files are closed."""
+        named = [*vision.original.items(), *vision.rows.items()]
         graph = self._staging.folder / spec.VISION_GRAPH
         for path in (graph, data_path(graph)):
             sync(path)
@@ -121,14 +108,14 @@ class Journal:
             "files": {path.name: hash_file(path) for path in (graph, data_path(graph))},
             "rows": self._write_arrays(VISION_ROWS, [rows for _, rows in named]),
             "digests": [digest for digest, _ in named],
-            "references": len(vision.reference),
+            "references": len(vision.original),
             "parity": asdict(vision.parity),
             "sensitivity": [asdict(part) for part in vision.sensitivity],
         }
         self._commit()
 
     def vision(self) -> ExportedVision | None:
-        """The vision side as an earlier run left it; None where it is still to be exported."""
+        """The vision side as an earlier run left it; None if it is still to be exported."""
         if self._vision is None:
             return None
         arrays = self._read_arrays(self._vision["rows"])
@@ -138,21 +125,20 @@ class Journal:
         return ExportedVision(dict(named[:first]), dict(named[first:]), parity, parts)
 
     def keep_layer(self, writer: DecoderGraph, arrays: Sequence[Array], modules: Mapping[str, ModuleReport]) -> None:
-        """The next layer is finished.
+        """Note that the next layer is finished.
 
         Args:
-            writer: has it.
+            writer: of the graph, which has the layer.
             arrays: everything else that the layers to come depend on, in an order that :meth:`restore_layers` keeps.
             modules: the reports of all linear layers so far.
         """
         state = writer.state()
         name, builder = f"layer-{state.layers}", state.builder
         earlier = self._decoder["segments"] if self._decoder is not None else []
-        self.usage.end_layer()
         self._decoder = {
             "layers": state.layers,
             "segments": [*earlier, [builder.length, builder.sha256]],
-            "graph": self._write_bytes(f"{name}.graph", builder.graph),
+            "graph": self._write(f"{name}.graph", [builder.graph]),
             "names": builder.names,
             "residual": state.residual,
             "pending": state.pending,
@@ -168,7 +154,7 @@ class Journal:
 
         Args:
             writer: without any layer.
-            restore: takes the arrays that were kept with the last layer; nothing here holds on to them.
+            restore: takes the arrays that were kept with the last layer; no reference to them is kept here.
 
         Returns:
             The reports that were kept with them.
@@ -183,32 +169,32 @@ class Journal:
         return {name: from_json(ModuleReport, report, INDEX) for name, report in record["modules"].items()}
 
     def _keep(self) -> None:
-        self._staging.keep(f"{self.layers} of {self._total} decoder layers")
+        self._staging.kept = f"{self.layers} of {self._job.layers} decoder layers"
 
     def _commit(self) -> None:
         sync(self._staging.folder)
         content = {
             "format": FORMAT,
             "key": self._key,
-            "usage": self.usage.to_json(),
+            "usage": self._job.usage.to_json(),
             "vision": self._vision,
             "decoder": self._decoder,
         }
         text = json.dumps(content)
         complete = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "content": text}
-        written = self._write_bytes(INDEX + ".new", json.dumps(complete).encode())
+        written = self._write(INDEX + ".new", [json.dumps(complete).encode()])
         (self._staging.journal / written["file"]).rename(self._staging.journal / INDEX)
         sync(self._staging.journal)
         self._remove_others()
 
     def _remove_others(self) -> None:
-        """Remove what the journal no longer names."""
+        """Remove files that the journal no longer names."""
         records = [record for record in (self._vision, self._decoder) if record is not None]
         named = {record[part]["file"] for record in records for part in ("graph", "rows") if part in record}
         _remove_all_but(named | {INDEX}, self._staging.journal)
 
     def _read(self) -> dict[str, Any]:
-        """The content of the journal, once everything it relies on was found unchanged."""
+        """The content of the journal, after checking that everything it relies on is unchanged."""
         try:
             complete = json.loads((self._staging.journal / INDEX).read_text(encoding="utf-8"))
             text = complete["content"]
@@ -223,42 +209,31 @@ class Journal:
         different = _differences(content["key"], self._key)
         if different:
             raise _UnusableError(different)
-        for record in (content["vision"], content["decoder"]):
-            self._check(record or {})
-        return content
-
-    def _check(self, record: Mapping[str, Any]) -> None:
-        """Compare the files that one part of the journal names with their hashes."""
-        files, journal = self._staging.folder, self._staging.journal
-        hashes = {files / name: sha256 for name, sha256 in record.get("files", {}).items()}
-        hashes |= {
-            journal / record[part]["file"]: record[part]["sha256"] for part in ("graph", "rows") if part in record
-        }
+        vision, decoder = content["vision"], content["decoder"]
+        hashes = {self._staging.folder / name: sha256 for name, sha256 in vision["files"].items()}
+        for entry in (vision["rows"], *((decoder["graph"], decoder["rows"]) if decoder else ())):
+            hashes[self._staging.journal / entry["file"]] = entry["sha256"]
         for path, sha256 in hashes.items():
             if not path.is_file() or hash_file(path) != sha256:
                 raise _UnusableError(f"{path.name} is missing or damaged")
-        if "segments" in record:
-            _check_segments(data_path(files / spec.DECODER_GRAPH), record["segments"])
+        if decoder:
+            _check_segments(data_path(self._staging.folder / spec.DECODER_GRAPH), decoder["segments"])
+        return content
 
-    def _write_bytes(self, name: str, data: bytes) -> dict[str, Any]:
+    def _write(self, name: str, parts: Iterable[bytes | memoryview]) -> dict[str, Any]:
+        digest = hashlib.sha256()
         with (self._staging.journal / name).open("wb") as file:
-            file.write(data)
+            for part in parts:
+                file.write(part)
+                digest.update(part)
             file.flush()
             os.fsync(file.fileno())
-        return {"file": name, "sha256": hashlib.sha256(data).hexdigest()}
+        return {"file": name, "sha256": digest.hexdigest()}
 
     def _write_arrays(self, name: str, arrays: Sequence[Array]) -> dict[str, Any]:
-        """Write arrays of any type one behind the other."""
-        written = hashlib.sha256()
-        with (self._staging.journal / name).open("wb") as file:
-            for array in arrays:
-                data = np.ascontiguousarray(array).data
-                file.write(data)
-                written.update(data)
-            file.flush()
-            os.fsync(file.fileno())
-        kinds = [[array.dtype.str, array.shape] for array in arrays]
-        return {"file": name, "sha256": written.hexdigest(), "arrays": kinds}
+        """Write arrays of any type one after the other."""
+        layout = {"arrays": [[array.dtype.str, array.shape] for array in arrays]}
+        return self._write(name, (np.ascontiguousarray(array).data for array in arrays)) | layout
 
     def _read_arrays(self, record: Mapping[str, Any]) -> list[Array]:
         with (self._staging.journal / record["file"]).open("rb") as file:
@@ -268,14 +243,15 @@ class Journal:
             ]
 
 
-def resume_key(config: ExportConfig, checkpoint: Checkpoint, prompts: Prompts) -> dict[str, str]:
+def resume_key(job: ExportJob) -> dict[str, str]:
     """Everything that decides about the files of a bundle, by a name for messages.
 
-    Weight files stand in it by size and time of change: hashing a full-size checkpoint takes a minute.
+    Weight files are named with size and time of change: hashing a full-size checkpoint takes a minute.
     """
+    config, checkpoint, prompts = job.config, job.checkpoint, job.prompts
     versions = {"owl2": __version__}
     versions |= {module.__name__: module.__version__ for module in (torch, onnx, onnxruntime)}
-    settings = {name: value for name, value in asdict(config).items() if name not in NO_SETTINGS}
+    settings = {name: value for name, value in asdict(config).items() if name not in UNKEYED_SETTINGS}
     settings["quantization"] = config.quant
     small = [
         path for path in checkpoint.folder.iterdir() if path.suffix == ".json" or path.name in spec.TOKENIZER_FILES
@@ -289,16 +265,16 @@ def resume_key(config: ExportConfig, checkpoint: Checkpoint, prompts: Prompts) -
     )
 
 
-def journal_size(prompts: Prompts, model: ModelConfig) -> int:
-    """Most bytes that the journal takes at a time: the rows behind two layers and those of the images."""
-    measured = sum(len(prompt.keys) for prompt in prompts.measured)
-    calibration = sum(len(prompt.keys) for prompt in prompts.calibration)
+def journal_size(job: ExportJob) -> int:
+    """Most bytes that the journal takes at a time: the rows after two layers and those of the images."""
+    model, prompts = job.model, job.prompts
+    positions = sum(len(prompt.keys) for prompt in (*prompts.measured, *prompts.calibration))
     images = 2 * len(prompts.images) * model.rows_per_image
-    return 4 * model.decoder.hidden_size * (4 * (measured + calibration) + images)
+    return 4 * model.decoder.hidden_size * (4 * positions + images)
 
 
 def _differences(old: Mapping[str, str], new: Mapping[str, str]) -> str:
-    """What changed, with the values where these are short enough to mean something; empty when nothing did."""
+    """The names that changed, with their values if these are short enough to mean something; empty if none did."""
     changed = sorted(name for name in set(old) | set(new) if old.get(name) != new.get(name))
     described = [
         f"{name} was {old[name]}, now {new[name]}"

@@ -1,4 +1,4 @@
-"""Telling how far long work has come."""
+"""Progress of long work, on a terminal or elsewhere."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from owl2.runtime.cli.console import notice
 
 
 class Reporter(Protocol):
-    """Is told of stages and their steps."""
+    """Shows stages and their steps to the user."""
 
     def stage(self, name: str, total: int, done: int = 0) -> None:
-        """A stage of ``total`` steps begins, ``done`` of them by an earlier run; the stage before it is done."""
+        """Begin a stage of ``total`` steps, ``done`` of them by an earlier run; it ends the stage before."""
 
     def advance(self) -> None:
-        """One step is done."""
+        """Count one step as done."""
 
     def note(self, text: str) -> None:
-        """Something the user should know now."""
+        """Tell the user something now."""
 
 
 class Silent:
-    """Says nothing."""
+    """Shows nothing."""
 
     def stage(self, name: str, total: int, done: int = 0) -> None:
         """Ignored."""
@@ -48,7 +48,7 @@ class Silent:
 
 
 class Notes:
-    """No progress, but what the user should know, on stderr."""
+    """Shows no progress, only notes on stderr."""
 
     def stage(self, name: str, total: int, done: int = 0) -> None:
         """Ignored."""
@@ -57,12 +57,12 @@ class Notes:
         """Ignored."""
 
     def note(self, text: str) -> None:
-        """A line of its own."""
+        """Write a line of its own."""
         notice(text)
 
 
 class Terminal:
-    """Bars with the time left on a terminal, one line per finished stage elsewhere; both on stderr."""
+    """Shows bars with the time left on a terminal, one line per finished stage elsewhere; both on stderr."""
 
     def __init__(self) -> None:
         self._bars = Progress(
@@ -102,7 +102,7 @@ class Terminal:
             self._bars.advance(self._task)
 
     def note(self, text: str) -> None:
-        """A line above the bars."""
+        """Write a line above the bars."""
         if self._bars.disable:
             notice(text)
         else:

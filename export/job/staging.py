@@ -1,6 +1,6 @@
-"""A folder that appears whole or not at all, and what an interrupted export leaves for the next one.
+"""A folder that appears whole or not at all, and the files that an interrupted export leaves for the next one.
 
-Everything lies in one hidden folder beside the target until it is complete::
+Everything is in one hidden folder next to the target until it is complete::
 
     .NAME.partial/
         lock       held while an export runs; names its process
@@ -12,14 +12,14 @@ Everything lies in one hidden folder beside the target until it is complete::
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+
+from filelock import FileLock, Timeout
 
 from owl2.runtime import spec
 from owl2.runtime.errors import (
@@ -31,34 +31,35 @@ from owl2.runtime.errors import (
     QuantizationError,
 )
 
-# A file that tells what was written here from what users have of their own.
-WRITTEN = ((spec.MANIFEST,), ("quantize_config.json", spec.REPORT))
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Files that tell an export's folder from what users have of their own: those of a bundle, or of a GPTQ checkpoint.
+MARKS_OF_AN_EXPORT = ((spec.MANIFEST,), ("quantize_config.json", spec.REPORT))
 # The same command would meet these again: what led to them is not worth keeping.
-LASTING = (CalibrationError, CheckpointError, ConfigError, ParityError, QuantizationError)
+LASTING_ERRORS = (CalibrationError, CheckpointError, ConfigError, ParityError, QuantizationError)
 LOCK = "lock"
-LOCK_ATTEMPTS = 10
+LOCK_SECONDS = 0.5  # a process that is just ending removes its lock
 
 
 class Staging:
-    """Collects files beside the target under a hidden name; :meth:`publish` renames them into place.
+    """Collects files next to the target under a hidden name; :meth:`publish` renames them into place.
 
-    Left without publishing, everything is removed, unless :meth:`keep` was called and what ended the export does
-    not lie in the export itself (Ctrl-C, a full disk, a kill). One process at a time writes to a target.
+    Left without publishing, everything is removed, unless :attr:`kept` is set and the export ended for a reason that
+    may be gone next time (Ctrl-C, a full disk, a kill). One process at a time writes to a target.
 
     Attributes:
-        target: the bundle's folder.
-        folder: where the files go until then.
-        journal: where notes on them go that are not part of the bundle.
+        target: folder to write.
+        work: the hidden folder.
+        folder: in it, the files until they are complete.
+        journal: in it, notes that do not become part of the target.
+        kept: says what is finished, once the next export can continue there if this one is interrupted; empty before.
     """
 
     def __init__(self, target: Path, *, source: Path | None = None, overwrite: bool) -> None:
-        """Check the target; nothing is written yet, but what a kill left half done is put right.
+        """Check the target; nothing is written yet, but a publication that a kill interrupted is put right.
 
         Args:
             target: folder to write.
-            source: what it is made from, which is never replaced.
-            overwrite: whether a bundle that is there may be replaced.
+            source: folder that is read, which is never replaced.
+            overwrite: whether an existing bundle may be replaced.
 
         Raises:
             ExportError: the target exists and may not be replaced, or another process is writing to it.
@@ -67,15 +68,18 @@ class Staging:
         if source is not None and target == Path(os.path.realpath(source)):
             raise ExportError(f"{target} is the checkpoint itself; choose another folder")
         if target.exists() and not _replaceable(target):
-            raise ExportError(f"{target} exists and is no bundle; it is left alone: choose another folder")
+            raise ExportError(f"{target} exists and is not a bundle; it is left alone: choose another folder")
         self.work = target.with_name(f".{target.name}.partial")
         self.folder, self.journal = self.work / "bundle", self.work / "journal"
         self._replaced = self.work / "replaced"
-        self._lock: int | None = None
-        self._kept = ""
+        self._lock = FileLock(self.work / LOCK, timeout=LOCK_SECONDS)
+        self.kept = ""
         if self.work.exists():
-            with self._locked():
+            self._acquire()
+            try:
                 self._recover()
+            finally:
+                self._lock.release()
         if not overwrite and target.exists() and any(target.iterdir()):
             raise ExportError(f"{target} exists; give --overwrite to replace it or choose another folder")
 
@@ -84,7 +88,7 @@ class Staging:
         try:
             self._make_folders()
         except OSError as error:
-            self._release()
+            self._lock.release()
             raise _unwritable(self.target, error) from error
         return self
 
@@ -92,20 +96,16 @@ class Staging:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if isinstance(error, LASTING):
-                self._kept = ""
-            if not self._kept:
+            if isinstance(error, LASTING_ERRORS):
+                self.kept = ""
+            if not self.kept:
                 self._remove()
         finally:
-            self._release()
-
-    def keep(self, what: str) -> None:
-        """From now on an interrupted export leaves its files to the next one; ``what`` says what is finished."""
-        self._kept = what
+            self._lock.release()
 
     def clear(self) -> None:
         """Begin with empty folders."""
-        self._kept = ""
+        self.kept = ""
         for folder in (self.journal, self.folder):
             shutil.rmtree(folder, ignore_errors=True)
         self._make_folders()
@@ -117,23 +117,18 @@ class Staging:
 
     @property
     def used(self) -> int:
-        """Bytes that lie here."""
+        """Bytes of all files here."""
         return sum(path.stat().st_size for path in self.work.rglob("*") if path.is_file())
 
     @property
     def left(self) -> str:
-        """What an export that ends now leaves behind, as a sentence without its full stop."""
-        if not self._kept:
+        """A sentence without its full stop on the files that an export leaves behind if it ends now."""
+        if not self.kept:
             return "Nothing was left behind"
         return (
-            f"{self._kept} are kept in {self.work} ({self.used / 1e6:.0f} MB): the same command continues there, "
+            f"{self.kept} are kept in {self.work} ({self.used / 1e6:.0f} MB): the same command continues there, "
             "with --fresh it starts over"
         )
-
-    @property
-    def kept(self) -> bool:
-        """Whether an export that is interrupted now leaves something to continue."""
-        return bool(self._kept)
 
     def publish(self) -> None:
         """Put the files in the target's place."""
@@ -149,7 +144,7 @@ class Staging:
                 raise
         else:
             self.folder.rename(self.target)
-        self._kept = ""
+        self.kept = ""
         sync(self.target.parent)
 
     def _make_folders(self) -> None:
@@ -157,7 +152,7 @@ class Staging:
             folder.mkdir(exist_ok=True)
 
     def _recover(self) -> None:
-        """Finish what a kill interrupted: put back a bundle that was to be replaced, remove what is published."""
+        """After a kill: put back a bundle that was to be replaced, remove what is left of one that was published."""
         if self._replaced.exists() and not self.target.exists():
             self._replaced.rename(self.target)
         if not self.folder.exists():
@@ -172,63 +167,32 @@ class Staging:
             (self.work / LOCK).unlink()
             self.work.rmdir()
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        self._acquire()
-        try:
-            yield
-        finally:
-            self._release()
-
-    def _acquire(self) -> None:
-        """Lock the hidden folder, which is made where it is missing.
+    def _acquire(self, attempts: int = 3) -> None:
+        """Lock the hidden folder, which is made if it is missing.
 
         Raises:
             ExportError: another process holds it, or the folder cannot be written to.
         """
-        failure: OSError = FileNotFoundError(errno.ENOENT, "its files come and go")
-        for _ in range(LOCK_ATTEMPTS):
-            try:
-                self.work.mkdir(parents=True, exist_ok=True)
-                handle = os.open(self.work / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-            except OSError as error:  # or the process that had it has just removed it
-                failure = error
-                continue
-            if self._take(handle):
-                return
-            os.close(handle)
-        raise _unwritable(self.target, failure) from failure
-
-    def _take(self, handle: int) -> bool:
-        """Lock the open file ``handle``; False where it is no longer the one in the folder."""
         path = self.work / LOCK
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.read(handle, 20).decode(errors="replace")
-            os.close(handle)
+            self.work.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+            path.write_text(str(os.getpid()), encoding="ascii")
+        except Timeout as error:
+            holder = path.read_text(encoding="utf-8", errors="replace") if path.exists() else "which just ended"
             raise ExportError(
                 f"another owl2-export (process {holder}) is writing to {self.target}; wait for it, or choose "
                 "another folder"
             ) from error
         except OSError as error:
-            os.close(handle)
+            self._lock.release()
+            if attempts > 1 and isinstance(error, FileNotFoundError):  # another process has just removed the folder
+                return self._acquire(attempts - 1)
             raise _unwritable(self.target, error) from error
-        if not path.exists() or path.stat().st_ino != os.fstat(handle).st_ino:
-            return False
-        os.truncate(handle, 0)
-        os.write(handle, str(os.getpid()).encode())
-        self._lock = handle
-        return True
-
-    def _release(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold a file, or a folder's list of names, before anything that relies on it is written."""
+    """Flush a file, or a folder's list of names, to the disk before anything that relies on it is written."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -237,48 +201,15 @@ def sync(path: Path) -> None:
 
 
 def _replaceable(target: Path) -> bool:
-    """Whether it is an empty folder or one that was written here: a bundle, or a checkpoint with a report."""
+    """Whether it is an empty folder or one that an export has written: a bundle, or a checkpoint with a report."""
     if not target.is_dir():
         return False
-    written = any(all((target / name).is_file() for name in names) for names in WRITTEN)
-    return written or not any(target.iterdir())
+    exported = any(all((target / name).is_file() for name in names) for names in MARKS_OF_AN_EXPORT)
+    return exported or not any(target.iterdir())
 
 
 def _unwritable(target: Path, error: OSError) -> ExportError:
     return ExportError(f"cannot write to {target.parent}: {error.strerror or error}")
-
-
-@contextlib.contextmanager
-def disk_errors(staging: Staging, needed: int) -> Iterator[None]:
-    """Turn a full disk into an error that says how much is needed and what was kept; goes around ``staging``.
-
-    Raises:
-        ExportError: writing failed for lack of space.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        raise ExportError(_no_space(staging, needed)) from error
-
-
-def check_space(staging: Staging, needed: int) -> None:
-    """Refuse to start what cannot be finished.
-
-    Raises:
-        ExportError: less than ``needed`` bytes, minus those that lie there already, are free.
-    """
-    if shutil.disk_usage(staging.target.parent).free < needed - staging.used:
-        raise ExportError(_no_space(staging, needed))
-
-
-def _no_space(staging: Staging, needed: int) -> str:
-    free = shutil.disk_usage(staging.target.parent).free
-    return (
-        f"not enough space in {staging.target.parent}: the export takes about {needed / 1e6:.0f} MB, "
-        f"{free / 1e6:.0f} MB are free; make room or write to another disk. {staging.left}"
-    )
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import re
 import threading
 import time
 from collections.abc import Mapping
-from pathlib import Path
-from types import TracebackType
 from typing import Any
+
+import psutil
 
 from owl2.runtime.memory import peak_memory
 
@@ -18,24 +16,19 @@ SAMPLING_SECONDS = 0.1
 
 
 def own_memory() -> int | None:
-    """Bytes of memory that are this process's own now; None where the system does not tell (other than Linux).
+    """Bytes of memory that belong to this process alone now; None if the system does not tell (other than Linux).
 
     Pages of mapped files, which the system may drop at any time, do not count.
     """
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-    except OSError:
-        return None
-    found = re.search(r"^RssAnon:\s+(\d+) kB$", status, re.MULTILINE)
-    return int(found[1]) * 1024 if found else None
+    memory = psutil.Process().memory_info()
+    return memory.rss - memory.shared if hasattr(memory, "shared") else None
 
 
 def return_memory() -> None:
-    """Give back to the system what is not used any more: the C library keeps what many small arrays took."""
+    """Give unused memory back to the system: the C library keeps what many small arrays took."""
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
-    if trim is not None:
-        trim(0)
+    if hasattr(psutil, "heap_trim"):  # not with every C library
+        psutil.heap_trim()
 
 
 class Usage:
@@ -43,6 +36,7 @@ class Usage:
 
     Attributes:
         layer_seconds: one entry per finished decoder layer.
+        own_peak: the largest :func:`own_memory`, sampled ten times a second; None if the system does not tell.
     """
 
     def __init__(self) -> None:
@@ -50,7 +44,7 @@ class Usage:
         self._began = self._last = time.perf_counter()
         self._earlier_seconds = 0.0
         self._peak = 0
-        self._own_peak: int | None = None
+        self.own_peak: int | None = None
         self._stopped = threading.Event()
         self._sampler = threading.Thread(target=self._sample, daemon=True)
 
@@ -58,25 +52,23 @@ class Usage:
         self._sampler.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stopped.set()
         self._sampler.join()
 
     def begin_layers(self) -> None:
-        """The first layer's time begins here."""
+        """Start the time of the first layer."""
         self._last = time.perf_counter()
 
     def end_layer(self) -> None:
-        """A layer is done; the next one's time begins."""
+        """Note the time of a layer, and start that of the next one."""
         now = time.perf_counter()
         self.layer_seconds.append(round(now - self._last, 3))
         self._last = now
 
     @property
     def seconds(self) -> float:
-        """Wall time so far, of interrupted runs what they had finished."""
+        """Wall time so far; of interrupted runs, that of the parts they finished."""
         return self._earlier_seconds + time.perf_counter() - self._began
 
     @property
@@ -84,22 +76,17 @@ class Usage:
         """Largest resident size, bytes; pages of mapped files count."""
         return max(self._peak, peak_memory())
 
-    @property
-    def own_peak(self) -> int | None:
-        """The largest :func:`own_memory`, sampled ten times a second; None where the system does not tell."""
-        return self._own_peak
-
     def to_json(self) -> dict[str, Any]:
-        """What a later run has to know; :meth:`restore` takes it."""
+        """The figures that a later run needs; :meth:`restore` takes them."""
         return {
             "seconds": self.seconds,
             "layer_seconds": self.layer_seconds,
             "peak": self.peak,
-            "own_peak": self._own_peak,
+            "own_peak": self.own_peak,
         }
 
     def restore(self, earlier: Mapping[str, Any]) -> None:
-        """Add what an interrupted run has used."""
+        """Add the figures of an interrupted run."""
         self._earlier_seconds = earlier["seconds"]
         self.layer_seconds = list(earlier["layer_seconds"])
         self._peak = earlier["peak"]
@@ -113,4 +100,4 @@ class Usage:
 
     def _note(self, size: int | None) -> None:
         if size is not None:
-            self._own_peak = max(self._own_peak or 0, size)
+            self.own_peak = max(self.own_peak or 0, size)

@@ -1,8 +1,7 @@
-"""The built-in calibration set: images drawn here and conversations about them, and plain conversations.
+"""The built-in calibration set: drawn images with conversations about them, and plain conversations.
 
-It is a stand-in for data of the user's own domain: enough that every branch of the decoder sees rows of its
-modality, not enough to represent photographs. Everything is drawn or written by this project and depends on
-nothing but the code below.
+It stands in for data of the user's own domain: every branch of the decoder sees rows of its modality, but drawings do
+not represent photographs. Everything is drawn or written by this project and depends only on the code below.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from owl2.runtime.config import IMAGE_TOKEN
 from owl2.runtime.families.mplug_owl2.template import Message, render
 
-SIDE = 224
+IMAGE_SIDE = 224
 IMAGES = 72
 QUESTIONS = (
     "Describe the image.",
@@ -43,7 +42,7 @@ COLOURS = {
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """An image and what one would say about it."""
+    """An image, a caption, and questions about it with their answers."""
 
     image: Image.Image
     caption: str
@@ -71,40 +70,30 @@ def text_conversations() -> list[str]:
 def drawings(count: int, seed: int) -> list[Drawing]:
     """``count`` different images; the same ones for the same seed."""
     rng = random.Random(f"drawings {seed}")
-    kinds = (_shapes, _shapes, _landscape, _stripes, _gradient, _texture, _chart)
-    return [kinds[i % len(kinds)](rng) for i in range(count)]
+    draw = (_shapes, _shapes, _landscape, _stripes, _gradient, _texture, _chart)
+    return [draw[i % len(draw)](rng) for i in range(count)]
 
 
-def _two(rng: random.Random) -> tuple[str, str]:
+def _two_colours(rng: random.Random) -> tuple[str, str]:
     first, second = rng.sample(sorted(COLOURS), 2)
     return first, second
 
 
 def _canvas(colour: str) -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    image = Image.new("RGB", (SIDE, SIDE), COLOURS[colour])
+    image = Image.new("RGB", (IMAGE_SIDE, IMAGE_SIDE), COLOURS[colour])
     return image, ImageDraw.Draw(image)
 
 
 Box = tuple[float, float, float, float]
+Colour = tuple[int, int, int]
 
 
-def _circle(pen: ImageDraw.ImageDraw, box: Box, colour: str) -> None:
-    pen.ellipse(box, fill=COLOURS[colour])
-
-
-def _square(pen: ImageDraw.ImageDraw, box: Box, colour: str) -> None:
-    pen.rectangle(box, fill=COLOURS[colour])
-
-
-def _triangle(pen: ImageDraw.ImageDraw, box: Box, colour: str) -> None:
-    left, top, right, bottom = box
-    pen.polygon([((left + right) / 2, top), (right, bottom), (left, bottom)], fill=COLOURS[colour])
-
-
-SHAPES: dict[str, Callable[[ImageDraw.ImageDraw, Box, str], None]] = {
-    "circle": _circle,
-    "square": _square,
-    "triangle": _triangle,
+SHAPES: dict[str, Callable[[ImageDraw.ImageDraw, Box, Colour], None]] = {
+    "circle": lambda pen, box, colour: pen.ellipse(box, fill=colour),
+    "square": lambda pen, box, colour: pen.rectangle(box, fill=colour),
+    "triangle": lambda pen, box, colour: pen.polygon(
+        [((box[0] + box[2]) / 2, box[1]), (box[2], box[3]), (box[0], box[3])], fill=colour
+    ),
 }
 
 
@@ -114,16 +103,16 @@ def _shapes(rng: random.Random) -> Drawing:
     names = [rng.choice(sorted(SHAPES)) for _ in colours]
     for index, (name, colour) in enumerate(zip(names, colours)):
         size = rng.uniform(50, 90)
-        left, top = rng.uniform(5, 15) + index * SIDE / 2, rng.uniform(10, SIDE - size - 10)
-        SHAPES[name](pen, (left, top, left + size, top + size), colour)
-    one, other = (f"{colour} {name}" for colour, name in zip(colours, names))
+        left, top = rng.uniform(5, 15) + index * IMAGE_SIDE / 2, rng.uniform(10, IMAGE_SIDE - size - 10)
+        SHAPES[name](pen, (left, top, left + size, top + size), COLOURS[colour])
+    left_shape, right_shape = (f"{colour} {name}" for colour, name in zip(colours, names))
     return Drawing(
         image,
-        f"A {one} on the left and a {other} on the right, on a {ground} background.",
+        f"A {left_shape} on the left and a {right_shape} on the right, on a {ground} background.",
         (
             (f"What colour is the {names[0]} on the left?", f"It is {colours[0]}."),
             ("How many shapes are there?", "There are two shapes."),
-            (f"Is the {other} left of the {one}?", "No, it is on the right."),
+            (f"Is the {right_shape} left of the {left_shape}?", "No, it is on the right."),
         ),
     )
 
@@ -131,11 +120,11 @@ def _shapes(rng: random.Random) -> Drawing:
 def _landscape(rng: random.Random) -> Drawing:
     sky, land = ("blue", "green") if rng.random() < 0.5 else ("orange", "brown")
     image, pen = _canvas(sky)
-    horizon = rng.uniform(0.4, 0.7) * SIDE
-    pen.rectangle((0, horizon, SIDE, SIDE), fill=COLOURS[land])
-    peak = rng.uniform(0.2, 0.8) * SIDE
+    horizon = rng.uniform(0.4, 0.7) * IMAGE_SIDE
+    pen.rectangle((0, horizon, IMAGE_SIDE, IMAGE_SIDE), fill=COLOURS[land])
+    peak = rng.uniform(0.2, 0.8) * IMAGE_SIDE
     pen.polygon([(peak, horizon - 80), (peak + 90, horizon), (peak - 90, horizon)], fill=COLOURS["grey"])
-    sun = rng.uniform(20, SIDE - 60)
+    sun = rng.uniform(20, IMAGE_SIDE - 60)
     pen.ellipse((sun, 15, sun + 40, 55), fill=COLOURS["yellow"])
     time = "at noon" if sky == "blue" else "in the evening"
     return Drawing(
@@ -149,46 +138,49 @@ def _landscape(rng: random.Random) -> Drawing:
 
 
 def _stripes(rng: random.Random) -> Drawing:
-    one, other = _two(rng)
-    image, pen = _canvas(one)
+    ground, stripes = _two_colours(rng)
+    image, pen = _canvas(ground)
     width, upright = rng.choice((8, 14, 28)), rng.random() < 0.5
-    for start in range(0, SIDE, 2 * width):
-        pen.rectangle((start, 0, start + width, SIDE) if upright else (0, start, SIDE, start + width), COLOURS[other])
+    for start in range(0, IMAGE_SIDE, 2 * width):
+        pen.rectangle(
+            (start, 0, start + width, IMAGE_SIDE) if upright else (0, start, IMAGE_SIDE, start + width),
+            COLOURS[stripes],
+        )
     direction = "vertical" if upright else "horizontal"
     return Drawing(
         image,
-        f"A pattern of {direction} {one} and {other} stripes.",
+        f"A pattern of {direction} {ground} and {stripes} stripes.",
         (("Which direction do the stripes have?", f"They are {direction}."),),
     )
 
 
 def _gradient(rng: random.Random) -> Drawing:
-    one, other = _two(rng)
-    ramp = np.linspace(0, 1, SIDE)[None, :, None]
-    row = (1 - ramp) * np.array(COLOURS[one]) + ramp * np.array(COLOURS[other])
-    pixels = np.broadcast_to(row, (SIDE, SIDE, 3)).astype(np.uint8)
+    left, right = _two_colours(rng)
+    ramp = np.linspace(0, 1, IMAGE_SIDE)[None, :, None]
+    row = (1 - ramp) * np.array(COLOURS[left]) + ramp * np.array(COLOURS[right])
+    pixels = np.broadcast_to(row, (IMAGE_SIDE, IMAGE_SIDE, 3)).astype(np.uint8)
     return Drawing(
         Image.fromarray(np.ascontiguousarray(pixels)),
-        f"A smooth gradient from {one} on the left to {other} on the right.",
+        f"A smooth gradient from {left} on the left to {right} on the right.",
         (("Is the picture sharp or blurry?", "There are no edges; the colours change smoothly."),),
     )
 
 
 def _texture(rng: random.Random) -> Drawing:
-    """Noise of one or several scales, grey or coloured: high frequencies that drawn shapes lack."""
+    """Noise of one or several scales, grey or coloured: the high frequencies that drawn shapes lack."""
     numbers = np.random.default_rng(rng.getrandbits(32))
-    pixels = np.zeros((SIDE, SIDE, 3))
+    pixels = np.zeros((IMAGE_SIDE, IMAGE_SIDE, 3))
     scales = rng.choice(((1,), (4, 16), (2, 8, 32)))
     for scale in scales:
-        grain = numbers.uniform(0, 255, (SIDE // scale, SIDE // scale, 3)).astype(np.uint8)
-        pixels += np.asarray(Image.fromarray(grain).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+        grain = numbers.uniform(0, 255, (IMAGE_SIDE // scale, IMAGE_SIDE // scale, 3)).astype(np.uint8)
+        pixels += np.asarray(Image.fromarray(grain).resize((IMAGE_SIDE, IMAGE_SIDE), Image.Resampling.BICUBIC))
     image = Image.fromarray((pixels / len(scales)).astype(np.uint8))
     if rng.random() < 0.5:
         image = image.convert("L").convert("RGB")
-    kind = "fine noise" if scales == (1,) else "cloudy patches"
+    noise = "fine noise" if scales == (1,) else "cloudy patches"
     return Drawing(
         image,
-        f"An abstract texture of {kind} without any objects.",
+        f"An abstract texture of {noise} without any objects.",
         (("How would you rate the quality of this image?", "The quality of the image is poor."),),
     )
 
@@ -199,8 +191,8 @@ def _chart(rng: random.Random) -> Drawing:
     colour = rng.choice(("blue", "red", "green"))
     for index, height in enumerate(heights):
         left = 24 + index * 48
-        pen.rectangle((left, SIDE - 20 - height * 180, left + 30, SIDE - 20), fill=COLOURS[colour])
-        pen.text((left + 8, SIDE - 16), "ABCD"[index], fill=COLOURS["black"])
+        pen.rectangle((left, IMAGE_SIDE - 20 - height * 180, left + 30, IMAGE_SIDE - 20), fill=COLOURS[colour])
+        pen.text((left + 8, IMAGE_SIDE - 16), "ABCD"[index], fill=COLOURS["black"])
     tallest = "ABCD"[heights.index(max(heights))]
     return Drawing(
         image,

@@ -1,26 +1,32 @@
-"""Calibration data: which prompts and images the quantizer looks at.
+"""Calibration data: the prompts and images that weights are quantized for.
 
-Three sources: a folder of images (optionally each with a text beside it), a JSONL file of conversations in
-the fine-tuning format of mPLUG-Owl2, or the built-in set.
+Three sources: a folder of images, each with an optional text of the same name; a JSONL file of conversations
+(:mod:`owl2.runtime.evaluation.conversations`); or the built-in set.
 """
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from owl2.quant.calibration import builtin
 from owl2.runtime.config import IMAGE_TOKEN
-from owl2.runtime.errors import CalibrationError, ConfigError, ImageError
-from owl2.runtime.families.mplug_owl2.template import Message, Role, check_placeholders, render, with_images
-from owl2.runtime.preprocess import ImageInput, load_image
+from owl2.runtime.errors import CalibrationError, ConfigError, DataError
+from owl2.runtime.evaluation.conversations import (
+    Record,
+    conversation,
+    evenly,
+    image_names,
+    list_problems,
+    read_records,
+    unusable_images,
+)
+from owl2.runtime.families.mplug_owl2.template import Message, render
+from owl2.runtime.preprocess import ImageInput
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".jp2", ".png", ".ppm", ".tif", ".tiff", ".webp")
-ROLES: dict[str, Role] = {"human": "USER", "user": "USER", "gpt": "ASSISTANT", "assistant": "ASSISTANT"}
 LISTED_PROBLEMS = 10
 BUILT_IN = "built-in"
 
@@ -40,32 +46,32 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class CalibrationSet:
-    """Samples and where they came from.
+    """Samples and their source.
 
     Attributes:
         source: ``built-in``, or the name of the folder or file.
         samples: in a fixed order.
-        notes: what a reader of the report should know, a sentence each.
+        notes: for readers of the report, a sentence each.
     """
 
     source: str
     samples: tuple[Sample, ...]
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     @property
     def images(self) -> int:
-        """How many images the samples hold."""
+        """Number of images in the samples."""
         return sum(len(sample.images) for sample in self.samples)
 
 
 def load_calibration(path: Path | None, limit: int, *, need_images: bool = True) -> CalibrationSet:
     """Read at most ``limit`` samples, spread evenly over the source; None gives the built-in set.
 
-    Only the images of the chosen samples are opened.
+    At least one sample has an image if any does. Only the images of the chosen samples are opened.
 
     Raises:
-        CalibrationError: the path is missing, empty or unreadable, lines are malformed or images unusable (all of
-            them are named), or no sample has an image though ``need_images``.
+        CalibrationError: the path is missing, empty or unreadable, lines are malformed or images unusable (each
+            is named), or no sample has an image though ``need_images``.
         ConfigError: the limit is not positive.
     """
     if limit < 1:
@@ -87,10 +93,13 @@ def load_calibration(path: Path | None, limit: int, *, need_images: bool = True)
             "norms of their own for image rows; without images these would be rounded blindly. Add conversations "
             "with images, or use a folder of images"
         )
-    result = CalibrationSet(whole.source, _evenly(whole.samples, limit), whole.notes)
-    if path is not None:
-        _check_images(path, [image for sample in result.samples for image in sample.images])
-    return result
+    samples = evenly(whole.samples, limit)
+    with_image = next((sample for sample in whole.samples if sample.images), None)
+    if with_image is not None and not any(sample.images for sample in samples):
+        samples[0] = with_image
+    files = [image for sample in samples for image in sample.images if isinstance(image, Path)]
+    _raise_problems(whole.source, list(unusable_images(files).values()))
+    return CalibrationSet(whole.source, tuple(samples), whole.notes)
 
 
 def builtin_set() -> CalibrationSet:
@@ -110,26 +119,15 @@ def builtin_set() -> CalibrationSet:
 
 
 def probe_samples() -> tuple[Sample, ...]:
-    """Prompts on which every exported graph is compared with torch: no image, one, several, in the middle."""
-    one, two, three = (drawing.image for drawing in builtin.drawings(3, 1))
+    """Prompts on which every exported graph is compared with torch: with no image, with one, with two amid text."""
+    first, second, third = (drawing.image for drawing in builtin.drawings(3, 1))
     return (
         Sample("USER: What is the capital of France? ASSISTANT: The capital of France is Paris.</s>"),
         Sample(
-            f"USER: {IMAGE_TOKEN}What is in the picture? ASSISTANT: A drawing.</s>USER: And why? ASSISTANT:", (one,)
+            f"USER: {IMAGE_TOKEN}What is in the picture? ASSISTANT: A drawing.</s>USER: And why? ASSISTANT:", (first,)
         ),
-        Sample(f"USER: Compare {IMAGE_TOKEN} and {IMAGE_TOKEN}, please. ASSISTANT: They differ.</s>", (two, three)),
+        Sample(f"USER: Compare {IMAGE_TOKEN} and {IMAGE_TOKEN}, please. ASSISTANT: They differ.</s>", (second, third)),
     )
-
-
-def _evenly(samples: Sequence[Sample], limit: int) -> tuple[Sample, ...]:
-    """At most ``limit`` samples from the whole length; one with an image among them if there is any."""
-    if len(samples) <= limit:
-        return tuple(samples)
-    chosen = [samples[i * len(samples) // limit] for i in range(limit)]
-    imaged = next((sample for sample in samples if sample.images), None)
-    if imaged is not None and not any(sample.images for sample in chosen):
-        chosen[0] = imaged
-    return tuple(chosen)
 
 
 def _from_folder(folder: Path) -> CalibrationSet:
@@ -137,7 +135,7 @@ def _from_folder(folder: Path) -> CalibrationSet:
     if not paths:
         raise CalibrationError(
             f"{folder} holds no images; expected files ending in {', '.join(IMAGE_SUFFIXES)}, "
-            "each optionally with a text of the same name ending in .txt"
+            "each with an optional text of the same name ending in .txt"
         )
     samples, without = [], 0
     for index, path in enumerate(paths):
@@ -148,74 +146,25 @@ def _from_folder(folder: Path) -> CalibrationSet:
         samples.append(Sample(render([question, Message("ASSISTANT", answer or None)]), (path,)))
     if not without:
         return CalibrationSet(folder.name, tuple(samples))
-    # Images alone leave the text branch with a handful of questions.
+    # Images without texts leave the text branch with a handful of questions.
     texts = [Sample(text) for text in builtin.text_conversations()]
-    note = f"{without} of {len(paths)} images have no text beside them; {len(texts)} built-in conversations were added"
+    note = f"{without} of {len(paths)} images have no text of their own; {len(texts)} built-in conversations were added"
     return CalibrationSet(folder.name, tuple(samples + texts), (note,))
 
 
-def _check_images(source: Path, images: Sequence[ImageInput]) -> None:
-    problems = []
-    for image in images:
-        try:
-            load_image(image)
-        except ImageError as error:
-            problems.append(str(error))
-    _raise_problems(source, problems)
-
-
-def _raise_problems(source: Path, problems: Sequence[str]) -> None:
-    if problems:
-        shown = list(problems[:LISTED_PROBLEMS])
-        if len(problems) > len(shown):
-            shown.append(f"… and {len(problems) - len(shown)} more")
-        raise CalibrationError(f"{source}: {len(problems)} problems:\n  " + "\n  ".join(shown))
-
-
 def _from_jsonl(path: Path) -> CalibrationSet:
+    def sample(_: int, record: Record) -> Sample:
+        names = image_names(record)
+        return Sample(render(conversation(record, len(names))), tuple(path.parent / name for name in names))
+
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(
-            f"{path} cannot be read: {error}; expected UTF-8 text, one JSON object per line"
-        ) from error
-    if text.lstrip().startswith("["):
-        raise CalibrationError(f"{path} is one JSON array; expected one JSON object per line")
-    samples, problems = [], []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            samples.append(_sample(json.loads(line), path.parent))
-        except ValueError as error:  # PromptError too
-            problems.append(f"line {number}: {error}")
-    _raise_problems(path, problems)
-    if not samples:
-        raise CalibrationError(f"{path} holds no conversations; expected one JSON object per line")
+        samples, problems = read_records(path, sample)
+    except DataError as error:
+        raise CalibrationError(str(error)) from error
+    _raise_problems(str(path), problems)
     return CalibrationSet(path.name, tuple(samples))
 
 
-def _sample(record: Any, folder: Path) -> Sample:  # noqa: ANN401 - any JSON value
-    """One line: ``{"image": "a.png" or [...], "conversations": [{"from": "human", "value": "..."}, ...]}``."""
-    if not isinstance(record, Mapping) or not isinstance(record.get("conversations"), list):
-        raise ValueError('expected an object with "conversations" and, where there are images, "image"')
-    named = record.get("image") or []
-    names = [named] if isinstance(named, str) else named
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f'"image" must be a file name or a list of them, got {named!r}')
-    messages = [_message(entry) for entry in record["conversations"]]
-    if not messages:
-        raise ValueError('"conversations" is empty')
-    if not any(IMAGE_TOKEN in (message.text or "") for message in messages):
-        messages[0] = Message(messages[0].role, with_images(messages[0].text or "", len(names)))
-    prompt = render(messages)
-    check_placeholders(prompt, len(names))
-    return Sample(prompt, tuple(folder / name for name in names))
-
-
-def _message(entry: Any) -> Message:  # noqa: ANN401 - any JSON value
-    given: Mapping[str, Any] = entry if isinstance(entry, Mapping) else {}
-    role, text = ROLES.get(str(given.get("from"))), given.get("value")
-    if role is None or not isinstance(text, str):
-        raise ValueError(f'a turn must be {{"from": "human" or "gpt", "value": text}}, got {entry!r}')
-    return Message(role, text)
+def _raise_problems(source: str, problems: Sequence[str]) -> None:
+    if problems:
+        raise CalibrationError(f"{source}: {list_problems(problems, LISTED_PROBLEMS)}")

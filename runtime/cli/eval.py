@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from owl2.runtime.cli.options import (
     preprocess_option,
     threads_option,
 )
+from owl2.runtime.cli.table import section, table
 from owl2.runtime.config import require
 from owl2.runtime.evaluation.divergence import IMAGE, TEXT, Divergence
 from owl2.runtime.evaluation.evaluate import (
@@ -162,8 +163,7 @@ def eval_command(  # noqa: PLR0913 - one parameter per option
 @contextmanager
 def _progress() -> Iterator[OnEvaluationProgress | None]:
     """Bars on stderr, if that is a terminal: while files are hashed, then while items are measured."""
-    with ExitStack() as loading, ExitStack() as measuring:
-        show_load = loading.enter_context(load_progress())
+    with load_progress() as show_load, ExitStack() as bars:
         if show_load is None:
             yield None
             return
@@ -175,10 +175,9 @@ def _progress() -> Iterator[OnEvaluationProgress | None]:
                 show_load(progress)
                 return
             if bar is None:
-                loading.close()
-                label, total = "measuring", progress.total
-                bar = measuring.enter_context(
-                    click.progressbar(length=total, label=label, show_pos=True, file=sys.stderr)
+                length = progress.total
+                bar = bars.enter_context(
+                    click.progressbar(length=length, label="measuring", show_pos=True, file=sys.stderr)
                 )
             bar.update(progress.done - bar.pos)
 
@@ -198,9 +197,9 @@ def _table(evaluation: Evaluation, against: Path | None) -> str:
         if (changes := task.whole.changes) is not None:
             better_or_worse = f"{changes.better} better, {changes.worse} worse"
             rows.append(("  answers changed", "", str(changes.changed), better_or_worse))
-    blocks = [_aligned(rows)]
+    blocks = [table(rows, "<>>>")]
     if summary.divergence is not None:
-        blocks.append(f"against {against}\n" + _aligned(_divergence_rows(summary.divergence)))
+        blocks.append(section(f"against {against}", table(_divergence_rows(summary.divergence), "<>>")))
     per_item = evaluation.seconds / max(summary.items, 1)
     count = "1 item" if summary.items == 1 else f"{summary.items} items"
     blocks.append(f"{count} in {duration(evaluation.seconds)}, {duration(per_item)} each; ± is the standard error")
@@ -226,16 +225,7 @@ def _divergence_rows(divergence: Divergence) -> list[Row]:
     modalities = (TEXT, IMAGE)
     return [
         ("", "text", "image"),
-        ("  positions", *(str(int(divergence.positions[modality])) for modality in modalities)),
-        ("  KL (nats)", *(f"{divergence.mean_kl(modality):.3g}" for modality in modalities)),
-        ("  same best token", *(f"{divergence.agreement(modality):.1%}" for modality in modalities)),
+        ("positions", *(str(int(divergence.positions[modality])) for modality in modalities)),
+        ("KL (nats)", *(f"{divergence.mean_kl(modality):.3g}" for modality in modalities)),
+        ("same best token", *(f"{divergence.agreement(modality):.1%}" for modality in modalities)),
     ]
-
-
-def _aligned(rows: Sequence[Row]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = (
-        "  ".join([f"{row[0]:{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:]))])
-        for row in rows
-    )
-    return "\n".join(line.rstrip() for line in lines)

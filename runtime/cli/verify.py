@@ -11,6 +11,7 @@ import click
 
 from owl2.runtime.cli.console import duration, load_progress, reports_errors
 from owl2.runtime.cli.options import bundle_argument, device_option, memory_option, threads_option
+from owl2.runtime.cli.table import table
 from owl2.runtime.evaluation.verify import Replay, Verdict, verify
 
 
@@ -58,15 +59,13 @@ def _table(folder: Path, verdict: Verdict) -> str:
     if verdict.problems:
         lines = [f"  {problem}" for problem in verdict.problems]
         return "\n".join([f"{folder}: files differ from the export; nothing was replayed", *lines, "FAIL"])
-    width = max((len(replay.name) for replay in verdict.replays), default=0)
-    lines = [f"{'golden':{width}}  {'KL (nats)':>10}  {'limit':>8}  {'exporter':>8}  same best token"]
-    lines += [_row(replay, width) for replay in verdict.replays]
+    rows = [("golden", "KL (nats)", "limit", "exporter", "same best token", ""), *map(_row, verdict.replays)]
+    problems = [f"{replay.name}: {replay.problem}" for replay in verdict.replays if replay.problem]
     times = f"loaded in {duration(verdict.load_seconds)}, replayed in {duration(verdict.replay_seconds)}"
-    return "\n".join([*lines, "", f"all files verified; {times}", "pass" if verdict.passed else "FAIL"])
+    result = "pass" if verdict.passed else "FAIL"
+    return "\n".join([table(rows, "<>>>>"), *problems, "", f"all files verified; {times}", result])
 
 
-def _row(replay: Replay, width: int) -> str:
-    if replay.problem:
-        return f"{replay.name:{width}}  FAIL: {replay.problem}"
-    figures = f"{replay.kl:10.2e}  {replay.limit:8.1e}  {replay.exported_kl:8.1e}  {replay.top1_agreement:6.1%}"
-    return f"{replay.name:{width}}  {figures}  {'pass' if replay.passed else 'FAIL'}"
+def _row(replay: Replay) -> tuple[str, ...]:
+    figures = (f"{replay.kl:.2e}", f"{replay.limit:.1e}", f"{replay.exported_kl:.1e}", f"{replay.top1_agreement:.1%}")
+    return replay.name, *(("", "", "", "") if replay.problem else figures), "pass" if replay.passed else "FAIL"

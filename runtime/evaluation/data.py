@@ -2,7 +2,7 @@
 
 =========================================  ==================================================================
 ``{"question", "answers": [...]}``         a short answer, against those that people gave
-``{"question", "choices": [...],           the likeliest of several answers
+``{"question", "choices": [...],           the most likely of several answers
 "answer": number or text}``
 ``{"captions": [...]}``                    a description, against those that people wrote
 ``{"conversations": [{"from", "value"}]}`` the likelihood of the assistant's turns, as in calibration data
@@ -16,22 +16,26 @@ image.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from owl2.runtime.config import IMAGE_TOKEN, require
-from owl2.runtime.errors import DataError, ImageError
-from owl2.runtime.families.mplug_owl2.template import Message, Role, check_placeholders, render, with_images
-from owl2.runtime.preprocess import load_image
+from owl2.runtime.errors import DataError
+from owl2.runtime.evaluation.conversations import (
+    Record,
+    conversation,
+    evenly,
+    image_names,
+    list_problems,
+    read_records,
+    unusable_images,
+    valid_text,
+)
+from owl2.runtime.families.mplug_owl2.template import Message, with_images
 
 CAPTION_QUESTION = "Provide a one-sentence caption for the provided image."
 MAX_LISTED_PROBLEMS = 100
-ROLES: dict[str, Role] = {"human": "USER", "user": "USER", "gpt": "ASSISTANT", "assistant": "ASSISTANT"}
-
-Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,73 +107,19 @@ def read_items(path: Path, limit: int | None = None) -> list[Item]:
         ConfigError: the limit is not positive.
     """
     require(limit is None or limit > 0, f"limit {limit} must be at least 1")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}; give a UTF-8 file with one JSON object per line") from error
-    if lines[0].lstrip().startswith("["):
-        raise DataError(f"{path} is a JSON array; give one JSON object per line")
-    items, problems = [], []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            items.append(parse_line(line, number, path.parent))
-        except ValueError as error:  # PromptError too
-            problems.append(f"line {number}: {error}")
+    items, problems = read_records(path, lambda line, record: _item(line, record, path.parent))
     raise_problems(str(path), problems)
-    if not items:
-        raise DataError(f"{path} is empty; give one JSON object per line")
-    chosen = items if limit is None or limit >= len(items) else [items[i * len(items) // limit] for i in range(limit)]
-    raise_problems(str(path), image_problems(chosen))
+    chosen = evenly(items, limit)
+    unusable = unusable_images(image for item in chosen for image in item.images)
+    problems = [f"line {item.line}: {unusable[image]}" for item in chosen for image in item.images if image in unusable]
+    raise_problems(str(path), problems)
     return chosen
-
-
-def parse_line(line: str, number: int, folder: Path) -> Item:
-    """Read one line; its images are in ``folder``.
-
-    Raises:
-        ValueError: the line cannot be used; says why.
-    """
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"is not JSON: {error}") from error
-    except RecursionError:
-        raise ValueError("is nested too deeply") from None
-    if not isinstance(record, Mapping):
-        raise ValueError(f"expected a JSON object, got {type(record).__name__}")
-    images = _images(record)
-    task = _reader(record)(record, len(images))
-    category, name = record.get("kind", ""), record.get("id")
-    if not isinstance(category, str):
-        raise ValueError(f'"kind" must be a string, got {category!r}')
-    if name is not None and (not isinstance(name, str | int) or isinstance(name, bool)):
-        raise ValueError(f'"id" must be a string or a whole number, got {name!r}')
-    return Item(number, task, tuple(folder / image for image in images), category, name)
-
-
-def image_problems(items: Sequence[Item]) -> list[str]:
-    """A sentence for each image that cannot be used; every file is read once."""
-    checked: dict[Path, str] = {}
-    problems = []
-    for item in items:
-        for path in item.images:
-            if path not in checked:
-                checked[path] = _image_problem(path)
-            if checked[path]:
-                problems.append(f"line {item.line}: {checked[path]}")
-    return problems
 
 
 def raise_problems(source: str, problems: Sequence[str]) -> None:
     """Raise a :class:`DataError` that lists ``problems``, if there are any."""
     if problems:
-        shown = list(problems[:MAX_LISTED_PROBLEMS])
-        if len(problems) > len(shown):
-            shown.append(f"… and {len(problems) - len(shown)} more")
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise DataError(f"{source}: {count}; nothing was measured:\n  " + "\n  ".join(shown))
+        raise DataError(f"{source}: nothing was measured; {list_problems(problems, MAX_LISTED_PROBLEMS)}")
 
 
 def messages(task: Task, answer: str | None) -> tuple[Message, ...]:
@@ -183,20 +133,15 @@ def messages(task: Task, answer: str | None) -> tuple[Message, ...]:
             return Message("USER", task.question), Message("ASSISTANT", answer)
 
 
-def _image_problem(path: Path) -> str:
-    try:
-        load_image(path)
-    except ImageError as error:
-        return str(error)
-    return ""
-
-
-def _images(record: Record) -> list[str]:
-    named = record.get("image") or []
-    names = [named] if isinstance(named, str) else named
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f'"image" must be a file name or a list of them, got {named!r}')
-    return names
+def _item(line: int, record: Record, folder: Path) -> Item:
+    images = image_names(record)
+    task = _reader(record)(record, len(images))
+    category, name = record.get("kind", ""), record.get("id")
+    if not isinstance(category, str):
+        raise ValueError(f'"kind" must be a string, got {category!r}')
+    if name is not None and (not isinstance(name, str | int) or isinstance(name, bool)):
+        raise ValueError(f'"id" must be a string or a whole number, got {name!r}')
+    return Item(line, task, tuple(folder / image for image in images), category, name)
 
 
 def _reader(record: Record) -> Callable[[Record, int], Task]:
@@ -233,24 +178,10 @@ def _caption(record: Record, images: int) -> Caption:
 
 
 def _conversation(record: Record, images: int) -> Conversation:
-    given = record["conversations"]
-    if not isinstance(given, list) or not given:
-        raise ValueError(f'"conversations" must be a list of turns, got {given!r}')
-    turns = [_message(entry) for entry in given]
-    if not any(IMAGE_TOKEN in (turn.text or "") for turn in turns):
-        turns[0] = Message(turns[0].role, with_images(turns[0].text or "", images))
-    check_placeholders(render(turns), images)
+    turns = conversation(record, images)
     if not any(turn.role == "ASSISTANT" and turn.text for turn in turns):
         raise ValueError('"conversations" has no turn from "gpt" with a text to measure')
-    return Conversation(tuple(turns))
-
-
-def _message(entry: Any) -> Message:  # noqa: ANN401 - any JSON value
-    given: Record = entry if isinstance(entry, Mapping) else {}
-    role, text = ROLES.get(str(given.get("from"))), given.get("value")
-    if role is None or not isinstance(text, str):
-        raise ValueError(f'a turn must be {{"from": "human" or "gpt", "value": text}}, got {entry!r}')
-    return Message(role, _valid(text))
+    return Conversation(turns)
 
 
 def _text(record: Record, images: int) -> Text:
@@ -259,7 +190,7 @@ def _text(record: Record, images: int) -> Text:
         raise ValueError(f'"text" must be a non-empty string, got {text!r}')
     if images:
         raise ValueError('"text" cannot have an "image"; use "conversations" for both')
-    return Text(_valid(text))
+    return Text(valid_text(text))
 
 
 _READERS: dict[str, Callable[[Record, int], Task]] = {
@@ -275,7 +206,7 @@ def _asked(record: Record, images: int, default: str = "") -> str:
     question = record.get("question", default)
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f'"question" must be a non-empty string, got {question!r}')
-    return with_images(_valid(question), images)
+    return with_images(valid_text(question), images)
 
 
 def _texts(record: Record, name: str) -> tuple[str, ...]:
@@ -284,12 +215,4 @@ def _texts(record: Record, name: str) -> tuple[str, ...]:
         raise ValueError(f'"{name}" must be a list of non-empty strings, got {given!r}')
     if any(IMAGE_TOKEN in text for text in given):
         raise ValueError(f'"{name}" must not contain {IMAGE_TOKEN}')
-    return tuple(_valid(text) for text in given)
-
-
-def _valid(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{text!r} is not valid Unicode") from error
-    return text
+    return tuple(valid_text(text) for text in given)

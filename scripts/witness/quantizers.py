@@ -49,7 +49,7 @@ from owl2.quant.grid import rtn
 from owl2.quant.hessian import HessianAccumulator
 from owl2.quant.layer import IMAGE_BRANCH, SITES, site_inputs
 from owl2.quant.models.mplug_owl2 import DecoderLayer, RmsNorm
-from owl2.quant.stream import Calibration, Sequence, Stream
+from owl2.quant.stream import Calibration, HiddenStates, Stream
 from owl2.runtime.config import DecoderConfig
 
 TEXT_SITES = tuple(tuple(name for name in site if name not in IMAGE_BRANCH) for site in SITES)
@@ -196,7 +196,7 @@ def through(
 
     def stream(windows: Tensor) -> Stream:
         text = torch.zeros(windows.shape[1], dtype=torch.int64)
-        return Stream(llama.config, [Sequence.of(embedding[window], text) for window in windows])
+        return Stream(llama.config, [HiddenStates.of(embedding[window], text) for window in windows])
 
     rows, seen = stream(measured), Calibration(stream(measured[:0] if calibration is None else calibration))
     norm = RmsNorm(llama.config.hidden_size, llama.config.rms_norm_eps)

@@ -1,3 +1,7 @@
+"""Settings of quantizing: the values allowed, by name."""
+
+from __future__ import annotations
+
 import dataclasses
 
 import pytest
@@ -9,7 +13,7 @@ from owl2.runtime.errors import ConfigError
 
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 @pytest.mark.parametrize("bits", [4, 8])
-def test_round_trip_through_json(bits, group_size):
+def test_round_trip_through_json(bits: int, group_size: int) -> None:
     config = QuantConfig(bits=bits, group_size=group_size, method="rtn", signed_scales=True)
     assert from_json(QuantConfig, dataclasses.asdict(config), "quant") == config
 
@@ -26,6 +30,6 @@ def test_round_trip_through_json(bits, group_size):
         ("damping", float("nan"), "damping nan must be above 0"),
     ],
 )
-def test_bad_values_are_named(field, value, message):
+def test_bad_values_are_named(field: str, value: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        QuantConfig(**{field: value})
+        QuantConfig(**{field: value})  # type: ignore[arg-type]

@@ -1,11 +1,15 @@
 """Coordinate descent on codes: never worse, and equal to the definition written out."""
 
+from __future__ import annotations
+
 import itertools
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from owl2.quant.config import QuantConfig
 from owl2.quant.descent import descend
@@ -13,7 +17,7 @@ from owl2.quant.gptq import gptq, output_energy
 from owl2.quant.grid import QuantizedWeight, rtn
 
 
-def problem(rows, width, seed=0, samples=300):
+def problem(rows: int, width: int, seed: int = 0, samples: int = 300) -> tuple[Tensor, Tensor]:
     """A weight, and the Hessian of correlated inputs with a falling spectrum and channels of unequal strength."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, width, generator=generator, dtype=torch.float64)
@@ -24,30 +28,30 @@ def problem(rows, width, seed=0, samples=300):
     return weight, inputs.T @ inputs / samples
 
 
-def copy(quantized):
+def copy(quantized: QuantizedWeight) -> QuantizedWeight:
     return replace(quantized, codes=quantized.codes.clone())
 
 
-def slow_sweep(weight, hessian, quantized):
+def slow_sweep(weight: Tensor, hessian: Tensor, quantized: QuantizedWeight) -> NDArray[np.float64]:
     """Column by column, the whole error anew for each of the codes that could stand there."""
     levels = 2 ** (quantized.bits - 1)
     codes = quantized.codes.double().numpy()
     scales = quantized.scales.double().repeat_interleave(quantized.group_size, dim=1)[:, : codes.shape[1]].numpy()
-    weight, hessian = weight.numpy(), hessian.numpy()
+    rows, moments = weight.numpy(), hessian.numpy()
     for row, column in itertools.product(range(codes.shape[0]), range(codes.shape[1])):
         errors = []
         for code in range(-levels, levels):
             tried = codes[row].copy()
             tried[column] = code
-            difference = weight[row] - tried * scales[row]
-            errors.append(difference @ hessian @ difference)
+            difference = rows[row] - tried * scales[row]
+            errors.append(difference @ moments @ difference)
         codes[row, column] = np.argmin(errors) - levels
     return codes
 
 
 @pytest.mark.parametrize(("width", "group_size"), [(16, 16), (40, 16), (50, 32)])
 @pytest.mark.parametrize("signed", [False, True])
-def test_a_sweep_is_what_trying_every_code_finds(width, group_size, signed):
+def test_a_sweep_is_what_trying_every_code_finds(width: int, group_size: int, signed: bool) -> None:
     weight, hessian = problem(3, width)
     start = rtn(weight, QuantConfig(group_size=group_size, method="rtn", signed_scales=signed))
     expected = slow_sweep(weight, hessian, start)
@@ -55,7 +59,7 @@ def test_a_sweep_is_what_trying_every_code_finds(width, group_size, signed):
     np.testing.assert_array_equal(start.codes.numpy(), expected)
 
 
-def test_the_damped_error_falls_with_every_sweep_and_comes_to_rest():
+def test_the_damped_error_falls_with_every_sweep_and_comes_to_rest() -> None:
     weight, hessian = problem(16, 96)
     quantized, _ = gptq(weight, hessian, QuantConfig(group_size=32, sweeps=0))
     damping = 0.01 * float(hessian.diagonal().mean())
@@ -72,7 +76,7 @@ def test_the_damped_error_falls_with_every_sweep_and_comes_to_rest():
     assert torch.equal(quantized.codes, resting.codes)
 
 
-def test_sweeps_are_the_same_in_one_call_or_several():
+def test_sweeps_are_the_same_in_one_call_or_several() -> None:
     weight, hessian = problem(8, 64)
     once = rtn(weight, QuantConfig(group_size=16, method="rtn"))
     twice = copy(once)
@@ -82,7 +86,7 @@ def test_sweeps_are_the_same_in_one_call_or_several():
     assert torch.equal(once.codes, twice.codes)
 
 
-def test_no_sweep_changes_nothing_and_dead_inputs_keep_their_codes():
+def test_no_sweep_changes_nothing_and_dead_inputs_keep_their_codes() -> None:
     weight, hessian = problem(8, 64)
     hessian[5], hessian[:, 5] = 0.0, 0.0
     start = rtn(weight, QuantConfig(group_size=32, method="rtn"))
@@ -94,14 +98,14 @@ def test_no_sweep_changes_nothing_and_dead_inputs_keep_their_codes():
     assert torch.equal(moved.codes[:, 5], start.codes[:, 5])
 
 
-def test_gptq_with_sweeps_beats_gptq_without():
+def test_gptq_with_sweeps_beats_gptq_without() -> None:
     weight, hessian = problem(32, 128)
     errors = [gptq(weight, hessian, QuantConfig(group_size=32, sweeps=sweeps))[1].error for sweeps in (0, 1, 4)]
     assert errors[1] < 0.97 * errors[0]
     assert errors[2] < errors[1]
 
 
-def test_float32_moves_as_float64_does():
+def test_float32_moves_as_float64_does() -> None:
     weight, hessian = problem(16, 128)
     start = rtn(weight, QuantConfig(group_size=32, method="rtn"))
     narrow: QuantizedWeight = copy(start)

@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from owl2.quant.config import QuantConfig
+from owl2.quant.config import Method, QuantConfig
 from owl2.quant.gptq import gptq
 from owl2.quant.grid import rtn
 from owl2.quant.layer import LINEARS, quantize_layer
 from owl2.quant.models.mplug_owl2 import DecoderLayer, Routing, rotary_tables
 from owl2.quant.models.mplug_owl2.decoder import rotate
-from owl2.quant.stream import Calibration, Sequence, Stream
+from owl2.quant.stream import Calibration, HiddenStates, Stream
 from owl2.runtime.config import DecoderConfig
 from owl2.runtime.errors import CalibrationError, QuantizationError
 
@@ -36,9 +36,8 @@ def make_stream(modalities: tuple[list[int], ...] = MODALITIES, repeats: int = 1
     for modality in modalities * repeats:
         rows = torch.randn(len(modality), CONFIG.hidden_size, generator=generator)
         # Image rows live in other directions than text rows, as they do in the real model.
-        kinds = torch.tensor(modality)
-        rows[kinds == 1] *= torch.linspace(0.1, 3.0, CONFIG.hidden_size)
-        sequences.append(Sequence.of(rows, kinds))
+        rows[torch.tensor(modality) == 1] *= torch.linspace(0.1, 3.0, CONFIG.hidden_size)
+        sequences.append(HiddenStates.of(rows, torch.tensor(modality)))
     return Stream(CONFIG, sequences)
 
 
@@ -48,16 +47,15 @@ def second_moment(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 def normalised(layer: DecoderLayer, rows: torch.Tensor, routing: Routing, name: str) -> torch.Tensor:
     """RMSNorm written out."""
-    norms = layer.get_submodule(name).multiway
     scaled = rows / (rows.pow(2).mean(-1, keepdim=True) + CONFIG.rms_norm_eps).sqrt()
-    gains = torch.stack([norms[0].weight, norms[1].weight])
-    kinds = torch.zeros(len(rows), dtype=torch.int64)
-    kinds[routing.image] = 1
-    return scaled * gains[kinds]
+    gains = torch.stack([layer.get_parameter(f"{name}.multiway.{branch}.weight") for branch in range(2)])
+    modality = torch.zeros(len(rows), dtype=torch.int64)
+    modality[routing.image] = 1
+    return scaled * gains[modality]
 
 
 def attended(layer: DecoderLayer, rows: torch.Tensor, routing: Routing) -> torch.Tensor:
-    """What enters o_proj, head by head, query by query."""
+    """The input of o_proj, head by head, query by query."""
     attention, tokens, width = layer.self_attn, len(rows), CONFIG.head_dim
     q, k, v = attention.q_proj(rows), attention.k_proj(rows, routing), attention.v_proj(rows, routing)
     cos, sin = rotary_tables(CONFIG, tokens, tokens)
@@ -65,14 +63,14 @@ def attended(layer: DecoderLayer, rows: torch.Tensor, routing: Routing) -> torch
     for head in range(CONFIG.num_attention_heads):
         part = slice(head * width, (head + 1) * width)
         turned_q, turned_k = (rotate(x[None, None, :, part], cos, sin)[0, 0] for x in (q, k))
-        for place in range(tokens):
-            scores = turned_k[: place + 1] @ turned_q[place] / width**0.5
-            out[place, part] = scores.softmax(0) @ v[: place + 1, part]
+        for position in range(tokens):
+            scores = turned_k[: position + 1] @ turned_q[position] / width**0.5
+            out[position, part] = scores.softmax(0) @ v[: position + 1, part]
     return out
 
 
 @torch.no_grad()
-def test_each_weight_is_what_gptq_makes_of_its_own_rows_behind_the_quantized_ones() -> None:
+def test_each_weight_is_gptq_of_its_own_rows_after_the_quantized_ones() -> None:
     """Everything is computed again from the definition, with the layer as it stands after each step."""
     layer, stream = make_layer(), make_stream()
     made = quantize_layer(layer, make_layer(), Calibration(stream.copy()), QUANT, "layers.0")
@@ -80,10 +78,10 @@ def test_each_weight_is_what_gptq_makes_of_its_own_rows_behind_the_quantized_one
 
     def check(name: str, rows: torch.Tensor, weights: torch.Tensor | None = None) -> None:
         hessian = second_moment(rows, torch.ones(len(rows)) if weights is None else weights)
-        expected, _ = gptq(slow.get_submodule(name).weight, hessian, QUANT)
+        expected, _ = gptq(slow.get_parameter(f"{name}.weight"), hessian, QUANT)
         different = (made[name].weight.codes != expected.codes).float().mean()
         assert different < 0.005, name  # sums in another order move a few values that lie between two codes
-        slow.get_submodule(name).weight.copy_(made[name].weight.dequantize())
+        slow.get_parameter(f"{name}.weight").copy_(made[name].weight.dequantize())
 
     pairs = [(sequence.rows, sequence.routing) for sequence in stream.sequences]
     normed = [normalised(slow, rows, routing, "input_layernorm") for rows, routing in pairs]
@@ -110,7 +108,7 @@ def test_the_layer_computes_with_the_stored_weights_afterwards() -> None:
     made = quantize_layer(layer, make_layer(), Calibration(make_stream()), QUANT, "layers.0")
     assert set(made) == set(LINEARS)
     for name, quantized in made.items():
-        torch.testing.assert_close(layer.get_submodule(name).weight.detach(), quantized.weight.dequantize())
+        torch.testing.assert_close(layer.get_parameter(f"{name}.weight").detach(), quantized.weight.dequantize())
         assert quantized.report is not None
         assert quantized.report.error < quantized.report.rtn_error
 
@@ -125,7 +123,7 @@ def test_the_branches_do_not_share_a_hessian() -> None:
         rows = [normalised(fresh, s.rows, s.routing, "input_layernorm") for s in stream.sequences]
         text = torch.cat([r[s.routing.text] for r, s in zip(rows, stream.sequences)])
         image = torch.cat([r[s.routing.image] for r, s in zip(rows, stream.sequences)])
-        weight = fresh.get_submodule(name).weight
+        weight = fresh.get_parameter(f"{name}.weight")
         mistaken, _ = gptq(weight, second_moment(text, torch.ones(len(text))), QUANT)
         errors = [float((image @ (weight - w.dequantize()).T).pow(2).mean()) for w in (made[name].weight, mistaken)]
     assert errors[0] < 0.8 * errors[1]
@@ -138,12 +136,12 @@ def test_quantizing_moves_no_rows_and_changes_no_original() -> None:
     for stream in (calibration.quantized, calibration.original):
         for sequence, old in zip(stream.sequences, make_stream().sequences):
             assert torch.equal(sequence.rows, old.rows)
-    for parameter, old in zip(original.parameters(), before.parameters()):
-        assert torch.equal(parameter, old)
+    for parameter, unchanged in zip(original.parameters(), before.parameters()):
+        assert torch.equal(parameter, unchanged)
 
 
 @torch.no_grad()
-def test_each_stream_moves_behind_its_own_layer() -> None:
+def test_each_stream_moves_through_its_own_layer() -> None:
     calibration, layer = Calibration(make_stream()), make_layer()
     quantize_layer(layer, make_layer(), calibration, QUANT, "layers.0")
     calibration.advance(layer, make_layer())
@@ -165,13 +163,15 @@ def test_aiming_at_the_original_output_brings_the_layer_closer_to_it() -> None:
             quantize_layer(layer, make_layer(), calibration, config, f"layers.{index}")
             calibration.advance(layer, make_layer())
         pairs = zip(calibration.quantized.sequences, calibration.original.sequences)
-        errors.append(sum(float((one.rows - other.rows).pow(2).sum()) for one, other in pairs))
+        errors.append(sum(float((quantized.rows - original.rows).pow(2).sum()) for quantized, original in pairs))
     assert errors[1] < 0.97 * errors[0]
 
 
 def test_no_image_rows_is_an_error_and_not_silent_rounding() -> None:
     stream = make_stream(([0, 0, 0, 0],))
-    with pytest.raises(CalibrationError, match=r"layers\.7 keys and values, image rows: no such rows"):
+    with pytest.raises(
+        CalibrationError, match=r"layers\.7 keys and values, image rows: the calibration data has no such rows"
+    ):
         quantize_layer(make_layer(), make_layer(), Calibration(stream), QUANT, "layers.7")
 
 
@@ -182,25 +182,25 @@ def test_gptq_without_rows_is_an_error() -> None:
 
 def test_rounding_needs_no_rows() -> None:
     layer, config = make_layer(), QuantConfig(group_size=32, method="rtn")
-    original = {name: layer.get_submodule(name).weight.detach().clone() for name in LINEARS}
+    original = {name: layer.get_parameter(f"{name}.weight").detach().clone() for name in LINEARS}
     for name, quantized in quantize_layer(layer, None, None, config, "layers.0").items():
         assert torch.equal(quantized.weight.codes, rtn(original[name], config).codes)
         assert quantized.report is None
 
 
 @pytest.mark.parametrize("method", ["gptq", "rtn"])
-def test_kept_weights_stay_and_the_others_see_their_outputs(method: str) -> None:
-    kept = {"self_attn.k_proj.multiway.1", "mlp.gate_proj", "mlp.up_proj"}
+def test_skipped_weights_stay_and_the_others_see_their_outputs(method: Method) -> None:
+    skipped = {"self_attn.k_proj.multiway.1", "mlp.gate_proj", "mlp.up_proj"}
     layer, whole, config = make_layer(), make_layer(), QuantConfig(group_size=32, method=method)
     before = {name: parameter.clone() for name, parameter in layer.named_parameters()}
-    made = quantize_layer(layer, make_layer(), Calibration(make_stream()), config, "layers.0", kept)
-    assert set(made) == set(LINEARS) - kept
-    for name in kept:
+    made = quantize_layer(layer, make_layer(), Calibration(make_stream()), config, "layers.0", skipped)
+    assert set(made) == set(LINEARS) - skipped
+    for name in skipped:
         assert torch.equal(layer.get_parameter(f"{name}.weight"), before[f"{name}.weight"])
     everything = quantize_layer(whole, make_layer(), Calibration(make_stream()), config, "layers.0")
     for name in made:
         same = torch.equal(made[name].weight.codes, everything[name].weight.codes)
-        # Everything behind the image keys sees other inputs where these were not rounded.
+        # Everything after the image keys sees other inputs where these were not rounded.
         assert same == (method == "rtn" or name.startswith(("self_attn.q", "self_attn.k", "self_attn.v")))
 
 
@@ -232,7 +232,7 @@ def test_a_stream_moves_as_a_forward_pass_does() -> None:
 
 
 @torch.no_grad()
-def test_the_report_tells_the_modalities_apart() -> None:
+def test_the_report_has_an_error_for_each_modality() -> None:
     """Each figure is the error of the layer's output over its energy, on the rows of one modality."""
     layer, stream = make_layer(), make_stream()
     made = quantize_layer(layer, make_layer(), Calibration(stream.copy()), QUANT, "layers.0")
@@ -242,7 +242,7 @@ def test_the_report_tells_the_modalities_apart() -> None:
     image = torch.cat([r[s.routing.image] for r, s in zip(rows, stream.sequences)])
 
     def error(name: str, seen: torch.Tensor) -> float:
-        weight = fresh.get_submodule(name).weight
+        weight = fresh.get_parameter(f"{name}.weight")
         difference = seen @ (weight - made[name].weight.dequantize()).T
         return float(difference.pow(2).sum() / (seen @ weight.T).pow(2).sum())
 
@@ -267,6 +267,8 @@ def test_image_rows_that_count_more_lose_less() -> None:
         )
         report = made["self_attn.q_proj"].report
         assert report is not None
+        assert report.text_error is not None
+        assert report.image_error is not None
         errors.append((report.text_error, report.image_error))
     assert errors[0][0] < errors[1][0]
     assert errors[1][1] < errors[0][1]

@@ -79,7 +79,7 @@ class GatedMlp(nn.Module):
 
 
 class CrossOutput(nn.Module):
-    """What follows the attention; grouped as the checkpoint groups it."""
+    """The layers after the attention, grouped as in the checkpoint."""
 
     def __init__(self, config: AbstractorConfig) -> None:
         super().__init__()

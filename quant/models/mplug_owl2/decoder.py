@@ -56,6 +56,12 @@ def rotary_tables(config: DecoderConfig, length: int, total: int) -> tuple[Tenso
     return angles.cos(), angles.sin()
 
 
+def rotary_slice(config: DecoderConfig, start: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of positions start..start+tokens-1, the last of a sequence: each float32 [tokens, D/2]."""
+    cos, sin = rotary_tables(config, start + tokens, start + tokens)
+    return cos[start:], sin[start:]
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions in the half layout: x [B, H, T, D], cos and sin [T, D/2] -> [B, H, T, D]."""
     first, second = x.chunk(2, dim=-1)
@@ -92,7 +98,7 @@ class Multiway(nn.Module):
 class NewKeyValues(nn.Module):
     """Rotated keys and values [B, H, T, D] of new positions, as attention reads them and a cache would hold them.
 
-    A forward hook here sees them, or puts what a narrower cache makes of them in their place.
+    A forward hook here sees them, or replaces them by the values that a narrower cache holds.
     """
 
     def forward(self, keys: Tensor, values: Tensor) -> KeyValue:

@@ -1,4 +1,4 @@
-"""Vision tower: ViT encoder that hands on all rows of its last layer."""
+"""Vision tower: a ViT encoder whose output is all rows of its last layer."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from owl2.runtime.config import VisionConfig
 
-# Without a CLS token the checkpoint always holds a 16x16 table, resized to the image's grid.
-FREE_GRID = 16
+# Without a CLS token, the position table of every checkpoint is 16x16 and is resized to the image's grid.
+TABLE_GRID = 16
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ class Embeddings(nn.Module):
             self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
             self.position_embedding = nn.Parameter(torch.zeros(1, config.num_tokens, width))
         else:
-            self.position_embedding = nn.Parameter(torch.zeros(FREE_GRID**2, width))
+            self.position_embedding = nn.Parameter(torch.zeros(TABLE_GRID**2, width))
         self.patch_embed = nn.Conv2d(3, width, config.patch_size, stride=config.patch_size, bias=False)
         self.pre_layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
@@ -43,8 +43,8 @@ class Embeddings(nn.Module):
         if self.config.use_cls_token:
             return table
         grid = self.config.grid
-        if grid != FREE_GRID:
-            square = table.float().view(1, FREE_GRID, FREE_GRID, -1).permute(0, 3, 1, 2)
+        if grid != TABLE_GRID:
+            square = table.float().view(1, TABLE_GRID, TABLE_GRID, -1).permute(0, 3, 1, 2)
             square = F.interpolate(square, size=(grid, grid), mode="bicubic", align_corners=False)
             table = square.permute(0, 2, 3, 1).reshape(grid * grid, -1).to(table.dtype)
         return table[None]

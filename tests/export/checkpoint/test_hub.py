@@ -101,10 +101,12 @@ def test_a_model_the_hub_does_not_have(hub: str, tmp_path: Path) -> None:
 
 
 def test_nothing_is_downloaded_unasked() -> None:
-    with pytest.raises(CheckpointError, match="no folder someone/tiny-owl2; if it is a hub id, add --download"):
+    with pytest.raises(
+        CheckpointError, match="folder someone/tiny-owl2 does not exist; if it is a hub id, add --download"
+    ):
         local_checkpoint(MODEL, download=False)
 
 
 def test_a_path_is_no_hub_id() -> None:
-    with pytest.raises(CheckpointError, match=r"'/a/b/c' is no hub id; expected OWNER/MODEL"):
+    with pytest.raises(CheckpointError, match=r"'/a/b/c' is not a hub id; expected OWNER/MODEL"):
         local_checkpoint("/a/b/c", download=True)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import reference
 import torch
 
 from owl2.export.checkpoint.checkpoint import Checkpoint
@@ -25,7 +26,7 @@ def test_is_the_torch_model(golden: Path) -> None:
         checkpoint.load_into(whole, "")
     ids = torch.tensor([model.tokenizer.encode_prompt(text)])
     with torch.no_grad():
-        expected = whole(ids, torch.from_numpy(images[0].pixels)[None])[0].numpy()
+        expected = reference.logits(whole, ids, torch.from_numpy(images[0].pixels)[None])[0].numpy()
     logits = np.concatenate([logits for _, logits in prompt_logits(model, cache, prompt)])
     np.testing.assert_allclose(logits, expected, atol=1e-5)
     ((start, again),) = prompt_logits(model, cache, prompt, 20)  # from the cache

@@ -5,19 +5,16 @@ import torch
 from torch import nn
 
 from owl2.export.checkpoint.checkpoint import Checkpoint
-from owl2.export.checks.sensitivity import ERROR_LEFT, MOST_WORK, Part, choose_kept, measure_parts
+from owl2.export.checkpoint.modules import load_vision
+from owl2.export.checks.sensitivity import ERROR_LEFT, MAX_FLOAT_WORK, Part, choose_kept, measure_parts
 from owl2.export.graph.weights import ChannelInt8Weight
-from owl2.quant.models.mplug_owl2 import VisionModel, VisualAbstractor
 
 
 @pytest.fixture
 def vision(sample_checkpoint):
     with Checkpoint(sample_checkpoint) as checkpoint:
         config = checkpoint.config
-        tower = VisionModel(config.vision).eval()
-        abstractor = VisualAbstractor(config.abstractor, config.decoder.hidden_size).eval()
-        checkpoint.load_into(tower, "model.vision_model.")
-        checkpoint.load_into(abstractor, "model.visual_abstractor.")
+        tower, abstractor = load_vision(checkpoint)
     pixels = torch.randn(1, 3, config.vision.image_size, config.vision.image_size, generator=torch.manual_seed(3))
     return tower, abstractor, pixels
 
@@ -76,7 +73,7 @@ def test_the_best_gain_for_the_work_is_kept_within_the_budget():
     parts = [part("large", 0.4, 900), part("cheap", 0.3, 50), part("dear", 0.31, 120), part("slight", 0.001, 1)]
     kept = [p.name for p in choose_kept(parts)]
     assert kept == ["cheap", "slight"]  # "dear" and "large" exceed what is left of the tenth of the work
-    assert sum(p.work for p in choose_kept(parts)) <= MOST_WORK * 1071
+    assert sum(p.work for p in choose_kept(parts)) <= MAX_FLOAT_WORK * 1071
 
 
 def test_keeping_stops_when_little_error_is_left():

@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,25 +19,17 @@ from owl2 import ConfigError, Owl2
 from owl2.export.checks.parity import with_float_activations
 from owl2.export.config import ExportConfig
 from owl2.export.gptq_checkpoint import export_gptq
-from owl2.export.graph.builder import GraphBuilder
-from owl2.export.graph.dialect import Linear
-from owl2.export.graph.onnx_dialect import OnnxDialect
-from owl2.export.graph.weights import ChannelInt8Weight
 from owl2.export.pipeline import export_bundle
-from owl2.quant.config import QuantConfig
-from owl2.quant.grid import QuantizedWeight, rtn
 from owl2.runtime import spec
-from owl2.runtime.backends.ort.engine import OrtOptions, open_decoder
-from owl2.runtime.backends.steps import attention_mask, onnx_inputs
+from owl2.runtime.backends.ort.engine import open_decoder
+from owl2.runtime.backends.ort.session import OrtOptions
 from owl2.runtime.bundle import Bundle
-from owl2.runtime.errors import ExportError
 from owl2.runtime.evaluation.divergence import divergence
-from owl2.runtime.rope import rotary_tables
 
 MODELS = {"a1": "a1_base_bin", "a2": "a2_fp16_safetensors"}
 
 
-def bundle(folder: Path, checkpoint: Path, **settings: object) -> Path:
+def bundle(folder: Path, checkpoint: Path, **settings: Any) -> Path:
     export_bundle(ExportConfig(checkpoint, folder, **settings))
     return folder
 
@@ -51,7 +44,7 @@ def gptq_checkpoint(tmp_path_factory: pytest.TempPathFactory, sample_checkpoint:
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory, gptq_checkpoint: Path) -> dict[str, Bundle]:
     folder = tmp_path_factory.mktemp("int4")
-    settings = {"weights": "int4", "activations": "fp32", "vision": "fp16"}
+    settings: dict[str, Any] = {"weights": "int4", "activations": "fp32", "vision": "fp16"}
     return {
         dialect: Bundle.open(bundle(folder / dialect, gptq_checkpoint, dialect=dialect, **settings))
         for dialect in ("ort", "onnx")
@@ -64,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, sample_checkpoint: Path) ->
 
 
 def golden_logits(owl: Owl2, case: Path, images: Path) -> tuple[np.ndarray, np.ndarray]:
-    """What ``owl`` and what the original made of all golden prompts, [positions, V] each."""
+    """Logits of ``owl`` and of the original for all golden prompts, [positions, V] each."""
     prompts = {entry["id"]: entry["prompt"] for entry in json.loads((case / "prompts.json").read_text())}
     recorded, made, expected = np.load(case / "forward.npz"), [], []
     for entry in json.loads((case / "forward_index.json").read_text()):
@@ -95,7 +88,7 @@ class TestInt4:
     """The same integers in both dialects, kept from a GPTQ checkpoint: their own grids differ by the sign of scales."""
 
     def logits(self, bundle: Bundle, *, exact: bool) -> np.ndarray:
-        """Of 40 rows with 20 image rows in their midst, the last 8 of them step by step."""
+        """Of 40 rows, 20 in the middle being image rows; the last 8 step by step."""
         config, generator = bundle.manifest.model.decoder, np.random.default_rng(3)
         embeds = generator.standard_normal((40, config.hidden_size), dtype=np.float32)
         modality = np.r_[np.zeros(10, np.int64), np.ones(20, np.int64), np.zeros(10, np.int64)]
@@ -119,8 +112,10 @@ class TestInt4:
     def test_as_they_run_they_differ_by_what_int8_activations_cost(self, bundles: dict[str, Bundle]) -> None:
         text = np.zeros(40, np.int64)
         cost = divergence(self.logits(bundles["ort"], exact=True), self.logits(bundles["ort"], exact=False), text)
-        apart = divergence(self.logits(bundles["ort"], exact=False), self.logits(bundles["onnx"], exact=False), text)
-        assert apart.mean_kl(0) < 4 * cost.mean_kl(0)
+        difference = divergence(
+            self.logits(bundles["ort"], exact=False), self.logits(bundles["onnx"], exact=False), text
+        )
+        assert difference.mean_kl(0) < 4 * cost.mean_kl(0)
 
 
 @pytest.mark.slow
@@ -170,41 +165,6 @@ class TestGraphs:
         assert (manifest.weights.vision, manifest.weights.head) == ("fp16", "fp16")
 
 
-def test_int4_is_packed_as_onnx_reads_it(tmp_path: Path) -> None:
-    generator = torch.Generator().manual_seed(1)
-    weight = rtn(torch.randn(6, 64, generator=generator), QuantConfig(group_size=32, method="rtn", scale_dtype="fp16"))
-    with GraphBuilder(tmp_path / "w.onnx", "fp16") as graph:
-        graph.input("x", onnx.TensorProto.FLOAT16, ["M", 64])
-        y = OnnxDialect().linear(graph, "x", Linear("w", weight))
-        graph.node("Identity", [y], outputs=["y"])
-        graph.output("y", onnx.TensorProto.FLOAT16, ["M", 6])
-        graph.save()
-    model = onnx.load(tmp_path / "w.onnx")
-    tensors = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    np.testing.assert_array_equal(tensors["w.codes"].astype(np.int8), weight.codes.numpy().T)
-    np.testing.assert_array_equal(tensors["w.scales"].astype(np.float32), weight.scales.numpy().T)
-
-
-@pytest.mark.parametrize(
-    ("weight", "message"),
-    [
-        (QuantizedWeight(torch.ones(4, 32, dtype=torch.int8), torch.ones(4, 1), 8, 32), "8 bits"),
-        (
-            QuantizedWeight(
-                torch.ones(4, 32, dtype=torch.int8), torch.ones(4, 1), 4, 32, torch.ones(4, 1, dtype=torch.int8)
-            ),
-            "zero points",
-        ),
-        (QuantizedWeight(torch.ones(4, 32, dtype=torch.int8), -torch.ones(4, 1), 4, 32), "not positive"),
-        (QuantizedWeight(torch.ones(4, 40, dtype=torch.int8), torch.ones(4, 2), 4, 32), "40 columns, no multiple"),
-        (ChannelInt8Weight(torch.ones(4, 32, dtype=torch.int8), torch.ones(4)), "int8 activations"),
-    ],
-)
-def test_integers_that_tensorrt_does_not_take_are_refused(tmp_path: Path, weight: object, message: str) -> None:
-    with GraphBuilder(tmp_path / "w.onnx") as graph, pytest.raises(ExportError, match=message):
-        OnnxDialect().linear(graph, "x", Linear("w", weight))
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -216,43 +176,9 @@ def test_integers_that_tensorrt_does_not_take_are_refused(tmp_path: Path, weight
         ({"dialect": "tflite"}, "ort, onnx"),
     ],
 )
-def test_settings_that_cannot_be_had_are_refused(tmp_path: Path, settings: dict[str, str], message: str) -> None:
+def test_settings_that_do_not_work_are_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ExportConfig(tmp_path, tmp_path / "b", **settings)
-
-
-class TestInputs:
-    def test_a_position_sees_what_is_cached_itself_and_what_is_before_it(self) -> None:
-        mask = attention_mask(tokens=3, past=2, cached=4)
-        expected = [[1, 1, 0, 0, 1, 0, 0], [1, 1, 0, 0, 1, 1, 0], [1, 1, 0, 0, 1, 1, 1]]
-        np.testing.assert_array_equal(mask == 0, np.array(expected, dtype=bool))
-        assert set(np.unique(mask)) == {0.0, spec.MASKED}
-
-    def test_tables_are_those_of_the_new_positions(self, bundle_a1_onnx: Path) -> None:
-        config = Bundle.open(bundle_a1_onnx).manifest.model.decoder
-        made = onnx_inputs(config, np.zeros(3, np.int64), 5, 8, np.array([2]), np.float16)
-        cos, _ = rotary_tables(config, 8, config.head_dim, np.float16)
-        assert made[spec.ROTARY_COS].dtype == np.float16
-        np.testing.assert_array_equal(made[spec.ROTARY_COS], cos[5:8])
-
-    def test_more_cached_rows_than_positions_change_nothing(self, bundle_a2_onnx: Path) -> None:
-        """What a backend with fixed sizes relies on."""
-        opened = Bundle.open(bundle_a2_onnx)
-        decoder = open_decoder(opened.decoder_graph(), opened.manifest, OrtOptions())
-        embeds = np.random.default_rng(0).standard_normal((6, opened.manifest.model.decoder.hidden_size), np.float32)
-        text, buffers = np.zeros(5, np.int64), decoder.allocate(16, None)
-        decoder.prefill(embeds[:5], text, 0, buffers, np.array([4]))
-        expected = decoder.decode(embeds[5:], 5, buffers)
-        for rows in buffers.rows:
-            rows[5:] = np.random.default_rng(1).standard_normal(rows[5:].shape)
-        inputs = onnx_inputs(opened.manifest.model.decoder, text[:1], 5, 16, np.array([0]), np.float32)
-        cached = dict(zip(_past(opened), buffers.rows))
-        made = decoder._session.run([spec.LOGITS], {spec.EMBEDS: embeds[None, 5:], **inputs, **cached})[0][0]
-        np.testing.assert_allclose(made, expected, atol=1e-5)
-
-
-def _past(bundle: Bundle) -> list[str]:
-    return [name for i in range(bundle.manifest.model.decoder.num_hidden_layers) for name in spec.past_names(i)]
 
 
 def test_group_sizes_follow_the_weights(tmp_path: Path) -> None:

@@ -20,13 +20,18 @@ from torch.utils._pytree import tree_leaves, tree_map
 from owl2.export import decoder
 from owl2.export.checkpoint.checkpoint import Checkpoint
 from owl2.export.config import ExportConfig
-from owl2.export.decoder import Streams
 from owl2.export.graph.builder import GraphBuilder
 from owl2.export.graph.decoder import DecoderGraph
 from owl2.export.graph.ort_dialect import OrtDialect
 from owl2.export.job.device import check_device
+from owl2.export.job.job import ExportJob
+from owl2.export.job.progress import Silent
+from owl2.export.job.staging import Staging
+from owl2.export.job.usage import Usage
+from owl2.export.prompts import Prompts
+from owl2.export.streams import Streams
 from owl2.quant.kv import RoundedStream
-from owl2.quant.stream import Calibration, Sequence, Stream
+from owl2.quant.stream import Calibration, HiddenStates, Stream
 from owl2.runtime.errors import ConfigError
 
 pytestmark = pytest.mark.slow
@@ -97,19 +102,21 @@ def exported(checkpoint: Checkpoint, folder: Path, device: str, **settings: Any)
     """The first layer's file, and all rows behind it."""
     folder.mkdir()
     config = ExportConfig(checkpoint.folder, folder / "bundle", group_size=32, **settings)
-    object.__setattr__(config, "device", device)  # the name of no device that users may give
+    object.__setattr__(config, "device", device)  # a name that users cannot give
     shape = checkpoint.config.decoder
     generator = torch.Generator().manual_seed(5)
     kinds = torch.tensor([0, 0, 1, 1, 1, 1, 0, 0, 0, 0])
     rows = [torch.randn(len(kinds), shape.hidden_size, generator=generator) for _ in range(8)]
 
     def stream() -> Stream:
-        return Stream(shape, [Sequence.of(row, kinds) for row in rows])
+        return Stream(shape, [HiddenStates.of(row, kinds) for row in rows])
 
     calibration = Calibration(stream()) if config.method == "gptq" and config.quant else None
     streams = Streams(calibration, stream(), stream(), RoundedStream(stream()))
     with GraphBuilder(folder / "graph") as graph:
-        decoder.export_layer(checkpoint, DecoderGraph(graph, OrtDialect(), shape), config, 0, streams, {})
+        staging = Staging(config.bundle, overwrite=False)
+        job = ExportJob(config, checkpoint, Prompts([], [], [], {}, "none"), staging, Usage(), Silent())
+        decoder.export_layer(job, DecoderGraph(OrtDialect(graph), shape), streams, 0)
         graph.state()
     return (folder / "graph.data").read_bytes(), [s.rows for s in streams._sequences()]
 

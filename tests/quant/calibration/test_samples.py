@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -40,10 +41,9 @@ class TestBuiltIn:
         assert "built-in calibration set" in data.notes[0]
 
     def test_it_is_the_same_every_time(self) -> None:
-        one, two = builtin_set(), builtin_set()
-        for left, right in zip(one.samples, two.samples):
-            assert left.prompt == right.prompt
-            assert [i.tobytes() for i in left.images] == [i.tobytes() for i in right.images]
+        for first, second in zip(builtin_set().samples, builtin_set().samples, strict=True):
+            assert first.prompt == second.prompt
+            np.testing.assert_array_equal(list(map(np.asarray, first.images)), list(map(np.asarray, second.images)))
 
     def test_every_prompt_has_its_placeholders_and_ends_an_answer(self) -> None:
         for sample in builtin_set().samples:
@@ -65,7 +65,7 @@ class TestFolder:
         assert [Path(str(s.images[0])).name for s in data.samples if s.images] == ["a.jpg", "b.png", "c.webp"]
         assert data.samples[0].prompt == f"USER: {IMAGE_TOKEN}Describe the image. ASSISTANT: A red rectangle.</s>"
         assert data.samples[1].prompt.endswith("ASSISTANT:")
-        assert data.notes == ("2 of 3 images have no text beside them; 24 built-in conversations were added",)
+        assert data.notes == ("2 of 3 images have no text of their own; 24 built-in conversations were added",)
 
     def test_only_texts_of_its_own_where_every_image_has_one(self, folder: Path) -> None:
         for name in ("b", "deep/c"):
@@ -117,35 +117,40 @@ class TestConversations:
             {"conversations": [{"from": "system", "value": "x"}]},
             talk(f"{IMAGE_TOKEN}{IMAGE_TOKEN}", "x", image="a.jpg"),
             talk("q", "a", image=3),
+            "[" * 100_000,
+            talk("\ud800", "a"),
         )
         with pytest.raises(CalibrationError) as caught:
             load_calibration(path, 10)
         message = str(caught.value)
-        assert "8 problems" in message
+        assert "10 problems" in message
         for part in (
-            "line 2: Expecting property name",
-            'line 4: expected an object with "conversations"',
+            "line 2: is not JSON: Expecting property name",
+            "line 3: expected a JSON object, got list",
+            """line 4: "conversations" must be a list of turns, got 'text'""",
             "line 5: a turn must be",
-            'line 6: "conversations" is empty',
+            'line 6: "conversations" must be a list of turns, got []',
             "line 7: a turn must be",
             "line 8: the prompt has 2",
             'line 9: "image" must be',
+            "line 10: is nested too deeply",
+            "line 11: '\\ud800' is not valid Unicode",
         ):
             assert part in message
 
     def test_images_that_cannot_be_read_are_named(self, folder: Path) -> None:
         path = write_lines(folder / "talks.jsonl", talk("q", "a", image="missing.png"), talk("q", "a", image="a.jpg"))
-        with pytest.raises(CalibrationError, match=r"(?s)1 problems:.*cannot read .*missing\.png"):
+        with pytest.raises(CalibrationError, match=r"(?s)1 problem:.*cannot read .*missing\.png"):
             load_calibration(path, 10)
 
     def test_only_the_chosen_images_are_opened(self, folder: Path) -> None:
         lines = [talk("q", "a", image="a.jpg" if i % 4 == 0 else "missing.png") for i in range(12)]
         assert load_calibration(write_lines(folder / "talks.jsonl", *lines), 3).images == 3
 
-    def test_one_json_array_is_no_jsonl(self, folder: Path) -> None:
+    def test_one_json_array_is_not_jsonl(self, folder: Path) -> None:
         path = folder / "talks.json"
         path.write_text(json.dumps([talk("q", "a")], indent=2))
-        with pytest.raises(CalibrationError, match="is one JSON array; expected one JSON object per line"):
+        with pytest.raises(CalibrationError, match="is one JSON array; give one JSON object per line"):
             load_calibration(path, 10)
 
     def test_unicode_line_separators_and_a_byte_order_mark_are_text(self, folder: Path) -> None:
@@ -154,7 +159,7 @@ class TestConversations:
         path.write_bytes(b"\xef\xbb\xbf" + line.encode())
         assert "one\u2028two\x85" in load_calibration(path, 10).samples[0].prompt
 
-    def test_a_small_choice_still_has_a_image(self, folder: Path) -> None:
+    def test_a_small_choice_still_has_an_image(self, folder: Path) -> None:
         lines = [talk("q", "a")] * 20
         path = write_lines(folder / "talks.jsonl", *lines, talk("q", "a", image="a.jpg"))
         assert load_calibration(path, 3).images == 1
@@ -170,7 +175,7 @@ class TestConversations:
             load_calibration(path, 10)
 
     def test_empty_and_unreadable_files(self, tmp_path: Path) -> None:
-        with pytest.raises(CalibrationError, match="holds no conversations"):
+        with pytest.raises(CalibrationError, match=r"empty\.jsonl is empty; give one JSON object per line"):
             load_calibration(write_lines(tmp_path / "empty.jsonl", ""), 10)
         (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
         with pytest.raises(CalibrationError, match="cannot be read"):

@@ -8,24 +8,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from conftest import RunCommand
 from evaluation_data import IMAGES, write_every_task, write_lines
-
-from owl2.runtime.__main__ import cli
-
-
-def run(*args: object) -> Result:
-    return CliRunner().invoke(cli, ["eval", *map(str, args)], prog_name="owl2")
-
-
-def eval_json(*args: object) -> dict[str, Any]:
-    result = run(*args, "--json")
-    assert result.exit_code == 0, result.stderr
-    record: dict[str, Any] = json.loads(result.stdout)
-    return record
 
 
 @pytest.fixture(scope="module")
@@ -34,28 +20,29 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_every_task(tmp_path_factory.mktemp("data") / "data.jsonl")
 
 
-def test_help_teaches() -> None:
-    text = run("--help").stdout
+def test_help_teaches(run: RunCommand) -> None:
+    text = run("eval", "--help").stdout
     assert "Examples:" in text
     assert '{"image": "a.jpg", "captions"' in text
 
 
-def test_errors_are_lines_and_come_before_the_model(tmp_path: Path) -> None:
+def test_errors_are_lines_and_come_before_the_model(run: RunCommand, tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": ""}\nno\n')
-    result = run(tmp_path / "no bundle", "--data", bad)
+    result = run("eval", tmp_path / "no bundle", "--data", bad)
     assert result.exit_code == 1
-    assert "2 problems; nothing was measured:\n  line 1: " in result.stderr
-    assert run("b", "--data", bad, "--items").exit_code == 1
+    assert "nothing was measured; 2 problems:\n  line 1: " in result.stderr
+    assert run("eval", "b", "--data", bad, "--items").exit_code == 1
     good = write_lines(tmp_path / "good.jsonl", {"text": "x"})
-    assert "is neither a bundle" in run(tmp_path / "no bundle", "--data", good, "--against", tmp_path).stderr
-    assert "--items adds to the JSON" in run("b", "--data", bad, "--items").stderr
-    assert "max_new_tokens 0 must be at least 1" in run("b", "--data", bad, "--max-new-tokens", 0).stderr
-    assert run("b").exit_code == 2
+    assert "is neither a bundle" in run("eval", tmp_path / "no bundle", "--data", good, "--against", tmp_path).stderr
+    assert "--items adds to the JSON" in run("eval", "b", "--data", bad, "--items").stderr
+    assert "max_new_tokens 0 must be at least 1" in run("eval", "b", "--data", bad, "--max-new-tokens", 0).stderr
+    assert run("eval", "b").exit_code == 2
 
 
-def test_results_are_reproducible(sample_bundle: Path, data: Path) -> None:
-    first, second = (eval_json(sample_bundle, "--data", data, "--items", "--limit", 4) for _ in range(2))
+def test_results_are_reproducible(run: RunCommand, bundle_a1: Path, data: Path) -> None:
+    results = [run("eval", bundle_a1, "--data", data, "--json", "--items", "--limit", 4) for _ in range(2)]
+    first, second = (json.loads(result.stdout) for result in results)
     assert {**first, "seconds": 0} == {**second, "seconds": 0}
     assert first["complete"]
     assert first["items"] == first["asked"] == len(first["predictions"]) == 4
@@ -64,8 +51,8 @@ def test_results_are_reproducible(sample_bundle: Path, data: Path) -> None:
     assert first["divergence"] is None
 
 
-def test_table(sample_bundle: Path, sample_checkpoint: Path, data: Path) -> None:
-    result = run(sample_bundle, "--data", data, "--against", sample_checkpoint)
+def test_table(run: RunCommand, sample_bundle: Path, sample_checkpoint: Path, data: Path) -> None:
+    result = run("eval", sample_bundle, "--data", data, "--against", sample_checkpoint)
     assert result.exit_code == 0
     assert result.stderr == ""
     assert "short answers, several people" in result.stdout

@@ -1,6 +1,5 @@
-"""A bundle that a test may damage, and the sample bundle on data of every task."""
+"""The sample bundle on data of every task."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,12 +9,6 @@ from evaluation_data import write_every_task
 from owl2 import Owl2
 from owl2.runtime.evaluation.data import read_items
 from owl2.runtime.evaluation.measure import ItemResult, measure
-
-
-@pytest.fixture
-def copy(sample_bundle: Path, tmp_path: Path) -> Path:
-    """A bundle that a test may damage."""
-    return Path(shutil.copytree(sample_bundle, tmp_path / "bundle"))
 
 
 @pytest.fixture(scope="package")

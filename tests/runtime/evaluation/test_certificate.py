@@ -10,7 +10,7 @@ import pytest
 from evaluation_data import rehash
 
 from owl2 import Owl2, verify
-from owl2.export.checks.certificate import FACTOR, FLOAT_FLOOR, FLOOR
+from owl2.export.checks.certificate import FLOAT_LIMIT_FLOOR, LIMIT_FACTOR, LIMIT_FLOOR
 from owl2.quant.calibration.samples import probe_samples
 from owl2.runtime import spec
 from owl2.runtime.bundle import Bundle
@@ -45,14 +45,14 @@ class TestGoldens:
             np.testing.assert_allclose(logits[golden.positions], golden.logits, atol=1e-4)
         for entry in read_baselines(Bundle.open(bundle_a1), ()).values():
             assert entry.kl < 1e-9
-            assert entry.limit == FLOAT_FLOOR
+            assert entry.limit == FLOAT_LIMIT_FLOOR
 
     def test_they_measure_the_device_and_not_the_quantization(self, sample_bundle: Path) -> None:
         report = json.loads((sample_bundle / spec.REPORT).read_text())
         assert [entry["name"] for entry in report["goldens"]] == NAMES
         for entry in report["goldens"]:
             assert 0 < entry["kl"] < report["accuracy"]["kl_text"] / 5
-            assert entry["limit"] == max(FLOOR, FACTOR * entry["kl"])
+            assert entry["limit"] == max(LIMIT_FLOOR, LIMIT_FACTOR * entry["kl"])
 
     def test_the_same_goldens_give_the_same_file(self, sample_bundle: Path, tmp_path: Path) -> None:
         write_goldens(tmp_path / "again.npz", read_goldens(Bundle.open(sample_bundle)))

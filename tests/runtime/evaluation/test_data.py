@@ -98,7 +98,7 @@ def test_a_limit_is_spread_over_the_file_and_opens_only_its_images(folder: Path)
 )
 def test_what_is_wrong_is_said_with_its_line(folder: Path, line: object, message: str) -> None:
     path = written(folder, {"text": "fine"}, line)
-    with pytest.raises(DataError, match=rf"(?s)data.jsonl: 1 problem; nothing was measured:\n  line 2: .*{message}"):
+    with pytest.raises(DataError, match=rf"(?s)data.jsonl: nothing was measured; 1 problem:\n  line 2: .*{message}"):
         read_items(path)
 
 
@@ -115,7 +115,7 @@ def test_all_problems_are_named(folder: Path) -> None:
 def test_files_without_data(folder: Path) -> None:
     with pytest.raises(DataError, match="cannot be read"):
         read_items(folder / "gone.jsonl")
-    with pytest.raises(DataError, match="is empty"):
+    with pytest.raises(DataError, match=r"data\.jsonl is empty"):
         read_items(written(folder, ""))
-    with pytest.raises(DataError, match="is a JSON array"):
+    with pytest.raises(DataError, match="one JSON array"):
         read_items(written(folder, "[", "{}", "]"))

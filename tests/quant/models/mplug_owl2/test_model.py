@@ -1,21 +1,25 @@
 """The torch model computes what the original recorded, from the prompt's text and the image's file on."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import reference
 import torch
 import torch.nn.functional as F
 from conftest import GOLDEN
-from safetensors.torch import load_file
+from numpy.typing import NDArray
+from torch import Tensor
 
 from owl2.export.checkpoint.checkpoint import Checkpoint
-from owl2.export.checkpoint.hf_config import model_config
-from owl2.quant.models.mplug_owl2 import Owl2Model, VisionModel, VisualAbstractor
+from owl2.quant.models.mplug_owl2 import Owl2Model, VisionModel
 from owl2.runtime.config import IMAGE_TOKEN_ID, PreprocessConfig
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
 from owl2.runtime.preprocess import load_image, preprocess
@@ -23,7 +27,7 @@ from owl2.runtime.preprocess import load_image, preprocess
 CASES = ["a1_base_bin", "a2_fp16_safetensors"]
 ATOL = 1e-4  # the logits' standard deviation is about 2.7
 
-Arrays = dict[str, np.ndarray]
+Arrays = dict[str, NDArray[Any]]
 
 
 class Original:
@@ -40,10 +44,10 @@ class Original:
         self.forward_index = {entry["name"]: entry for entry in self.json("forward_index")}
         self.arrays = cache(lambda file: ARRAYS[file](self))
 
-    def json(self, name: str):
+    def json(self, name: str) -> Any:
         return json.loads((self.folder / f"{name}.json").read_text())
 
-    def prompt_ids(self, name: str) -> torch.Tensor:
+    def prompt_ids(self, name: str) -> Tensor:
         """Ids of the prompt of a group in forward.npz."""
         prompt_id = self.forward_index[name]["prompt_id"]
         prompt = next(entry["prompt"] for entry in self.json("prompts") if entry["id"] == prompt_id)
@@ -53,7 +57,7 @@ class Original:
         return [self.files.index(image) for image in self.forward_index[name]["images"]]
 
     @cached_property
-    def pixels(self) -> dict[str, torch.Tensor]:
+    def pixels(self) -> dict[str, Tensor]:
         images = [load_image(self.folder.parent / "images" / name) for name in self.files]
         return {
             mode: torch.from_numpy(np.stack([preprocess(image, self.config.preprocess, mode) for image in images]))
@@ -61,28 +65,28 @@ class Original:
         }
 
     @cached_property
-    def blocks(self) -> dict[str, list[torch.Tensor]]:
+    def blocks(self) -> dict[str, list[Tensor]]:
         """Decoder rows of every image."""
         return {mode: list(self.model.encode_images(pixels)) for mode, pixels in self.pixels.items()}
 
-    def merged(self, name: str):
-        return self.model.merge(
-            self.prompt_ids(name)[None], [self.blocks["resize"][i] for i in self.image_indices(name)]
-        )
+    def merged(self, name: str) -> reference.Merged:
+        blocks = [self.blocks["resize"][index] for index in self.image_indices(name)]
+        return reference.merge(self.model, self.prompt_ids(name)[None], blocks)
 
-    def logits(self, merged) -> torch.Tensor:
-        return self.model.head(self.model.decode(merged.embeds, merged.modality))
+    def logits(self, merged: reference.Merged) -> Tensor:
+        return self.model.head(self.model.decode(merged.embeds, merged.modality)[0])
 
 
-def as_bytes(pixels: torch.Tensor, config: PreprocessConfig) -> np.ndarray:
+def as_bytes(pixels: Tensor, config: PreprocessConfig) -> NDArray[np.uint8]:
     """Undo the normalisation."""
     mean, std = np.array(config.mean)[:, None, None], np.array(config.std)[:, None, None]
-    return np.rint((pixels.numpy() * std + mean) * 255).astype(np.uint8)
+    values: NDArray[np.uint8] = np.rint((pixels.numpy() * std + mean) * 255).astype(np.uint8)
+    return values
 
 
 def vision_arrays(original: Original) -> Arrays:
     tower, abstractor = original.model.model.vision_model, original.model.model.visual_abstractor
-    arrays = {}
+    arrays: Arrays = {}
     for mode, pixels in original.pixels.items():
         arrays[f"pixel_values_{mode}"] = pixels.numpy()
         arrays[f"uint8_{mode}"] = as_bytes(pixels, original.config.preprocess)
@@ -97,16 +101,16 @@ def vision_arrays(original: Original) -> Arrays:
 
 def forward_arrays(original: Original) -> Arrays:
     model = original.model
-    arrays = {}
+    arrays: Arrays = {}
     for name in original.forward_index:
         merged = original.merged(name)
         arrays[f"{name}/input_ids"] = original.prompt_ids(name).numpy()
         arrays[f"{name}/image_index"] = np.array(original.image_indices(name), np.int64)
         arrays[f"{name}/modality_indicators"] = merged.modality[0].numpy()
         arrays[f"{name}/logits"] = original.logits(merged)[0].numpy()
-    merged, after_layer = original.merged("image"), []
+    merged, after_layer = original.merged("image"), list[Tensor]()
     hooks = [layer.register_forward_hook(lambda _, __, out: after_layer.append(out[0])) for layer in model.model.layers]
-    normed, keys_values = model.decode_cached(merged.embeds, merged.modality, None)
+    normed, keys_values = model.decode(merged.embeds, merged.modality)
     for hook in hooks:
         hook.remove()
     arrays["image/inputs_embeds"] = merged.embeds[0].numpy()
@@ -120,14 +124,14 @@ def forward_arrays(original: Original) -> Arrays:
 
 def decode_arrays(original: Original, steps: int = 16) -> Arrays:
     model = original.model
-    arrays = {}
+    arrays: Arrays = {}
     for name in ("text", "image", "two_images"):
         merged = original.merged(name)
-        hidden, past = model.decode_cached(merged.embeds, merged.modality, None)
+        hidden, past = model.decode(merged.embeds, merged.modality)
         step_logits = [model.head(hidden[0, -1])]
         while len(step_logits) < steps:
             last = step_logits[-1].argmax()[None, None]
-            hidden, past = model.decode_cached(model.embed(last), torch.zeros_like(last), past)
+            hidden, past = model.decode(model.embed(last), torch.zeros_like(last), past)
             step_logits.append(model.head(hidden[0, -1]))
         arrays[f"{name}/input_ids"] = original.prompt_ids(name).numpy()
         arrays[f"{name}/image_index"] = np.array(original.image_indices(name), np.int64)
@@ -137,9 +141,9 @@ def decode_arrays(original: Original, steps: int = 16) -> Arrays:
 
 
 def batch_arrays(original: Original) -> Arrays:
-    arrays = {}
+    arrays: Arrays = {}
     # The image that a row without a placeholder uses up is chosen at will.
-    groups = {
+    groups: dict[str, tuple[tuple[str, ...], list[int]]] = {
         "equal": (("multi_turn_image", "image"), []),
         "ragged": (("two_images", "image"), []),
         "text_and_image": (("text", "image"), [6]),
@@ -151,12 +155,12 @@ def batch_arrays(original: Original) -> Arrays:
         indices = used_up + [index for name in names for index in original.image_indices(name)]
         blocks = [original.blocks["resize"][index] for index in indices]
         labels = torch.where(given & (ids != IMAGE_TOKEN_ID), ids, -100)
-        merged = original.model.merge(ids, blocks, labels, given)
+        merged = reference.merge(original.model, ids, blocks, labels, given)
         last = merged.mask.sum(1) - 1
         arrays[f"{group}/input_ids"] = ids.numpy()
         arrays[f"{group}/image_index"] = np.array(indices)
         arrays[f"{group}/merged_real_length"] = last.numpy() + 1
-        unmasked = original.logits(original.model.merge(ids, blocks))
+        unmasked = original.logits(reference.merge(original.model, ids, blocks))
         arrays[f"{group}/logits_nomask_last"] = unmasked[[0, 1], last].numpy()
         if group == "text_and_image":
             continue
@@ -177,7 +181,7 @@ def batch_arrays(original: Original) -> Arrays:
 def qalign_arrays(original: Original) -> Arrays:
     words = [original.tokenizer.encode_prompt(word)[1] for word in ("excellent", "good", "fair", "poor", "bad")]
     index = original.json("qalign")
-    arrays = {}
+    arrays: Arrays = {}
     for task, entry in index["tasks"].items():
         blocks = original.blocks["pad"]
         if "frames" in entry:
@@ -185,7 +189,7 @@ def qalign_arrays(original: Original) -> Arrays:
             arrays[f"{task}/frame_index"] = np.array(frames)
             blocks = [torch.cat([blocks[frame] for frame in frames])]
         ids = torch.tensor([original.tokenizer.encode_prompt(entry["prompt"])] * len(blocks))
-        last = original.logits(original.model.merge(ids, blocks))[:, -1]
+        last = original.logits(reference.merge(original.model, ids, blocks))[:, -1]
         probs = last[:, words].softmax(1)
         arrays[f"{task}/last_logits"] = last.numpy()
         arrays[f"{task}/five_logits"] = last[:, words].numpy()
@@ -204,26 +208,18 @@ ARRAYS: dict[str, Callable[[Original], Arrays]] = {
 }
 
 
-def recorded(case: str, file: str) -> Mapping[str, np.ndarray]:
-    return np.load(GOLDEN / case / f"{file}.npz")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads cost more than they save on matrices this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def recorded(case: str, file: str) -> Mapping[str, NDArray[Any]]:
+    arrays: Mapping[str, NDArray[Any]] = np.load(GOLDEN / case / f"{file}.npz")
+    return arrays
 
 
 @pytest.fixture(scope="module", params=CASES)
-def original(request):
+def original(request: pytest.FixtureRequest) -> Original:
     return Original(GOLDEN / request.param)
 
 
 @pytest.mark.parametrize(("file", "name"), [(file, name) for file in ARRAYS for name in recorded(CASES[0], file)])
-def test_array_equals_the_originals(original, file, name):
+def test_array_equals_the_originals(original: Original, file: str, name: str) -> None:
     expected = recorded(original.folder.name, file)[name]
     computed = original.arrays(file)[name]
     assert computed.dtype == expected.dtype
@@ -238,7 +234,7 @@ def test_array_equals_the_originals(original, file, name):
         np.testing.assert_array_equal(computed, expected)
 
 
-def test_no_recorded_array_is_forgotten(original):
+def test_no_recorded_array_is_forgotten(original: Original) -> None:
     # vision_unconverted_modes.npz is about images that are not converted to RGB first; here they always are.
     files = {path.stem for path in original.folder.glob("*.npz")}
     assert files - {"vision_unconverted_modes"} == set(ARRAYS)
@@ -247,68 +243,27 @@ def test_no_recorded_array_is_forgotten(original):
 
 
 @pytest.mark.parametrize("cut", [1, 7, 11, 30])
-def test_continuing_from_a_cache_equals_one_pass(original, cut):
+def test_continuing_from_a_cache_equals_one_pass(original: Original, cut: int) -> None:
     merged = original.merged("two_images")
-    whole, keys_values = original.model.decode_cached(merged.embeds, merged.modality, None)
-    first, past = original.model.decode_cached(merged.embeds[:, :cut], merged.modality[:, :cut], None)
-    second, joined = original.model.decode_cached(merged.embeds[:, cut:], merged.modality[:, cut:], past)
+    whole, keys_values = original.model.decode(merged.embeds, merged.modality)
+    first, past = original.model.decode(merged.embeds[:, :cut], merged.modality[:, :cut])
+    second, joined = original.model.decode(merged.embeds[:, cut:], merged.modality[:, cut:], past)
     torch.testing.assert_close(torch.cat([first, second], dim=1), whole, rtol=0, atol=ATOL)
     for ours, expected in zip(joined, keys_values):
         torch.testing.assert_close(ours, expected, rtol=0, atol=ATOL)
 
 
 @pytest.mark.parametrize("name", ["text", "image", "two_images"])
-def test_cached_steps_equal_a_full_pass(original, name):
+def test_cached_steps_equal_a_full_pass(original: Original, name: str) -> None:
     steps = recorded(original.folder.name, "decode")[f"{name}/step_logits"]
     new_ids = torch.from_numpy(recorded(original.folder.name, "decode")[f"{name}/new_ids"])
     ids, images = torch.cat([original.prompt_ids(name), new_ids])[None], original.image_indices(name)
-    logits = original.model(ids, original.pixels["resize"][images] if images else None)[0]
+    pixels = original.pixels["resize"][images] if images else None
+    logits = reference.logits(original.model, ids, pixels)[0]
     np.testing.assert_allclose(logits[-len(steps) - 1 : -1], steps, rtol=0, atol=ATOL)
 
 
-def test_text_needs_no_images(original):
-    expected = recorded(original.folder.name, "forward")["text/logits"]
-    np.testing.assert_allclose(original.model(original.prompt_ids("text")[None])[0], expected, rtol=0, atol=ATOL)
-
-
-def test_images_beyond_the_placeholders_are_ignored(original):
-    ids, blocks = original.prompt_ids("image")[None], original.blocks["resize"]
-    merged = original.model.merge(ids, [blocks[0], blocks[1]])
-    assert torch.equal(merged.embeds, original.model.merge(ids, [blocks[0]]).embeds)
-    assert merged.labels is None
-
-
-@pytest.fixture(scope="module")
-def owl21():
-    """Vision parts of golden case a4, which has no CLS token, an exact GELU and a 16x16 table of positions.
-
-    tests/golden/a4_owl21_qwen holds what case a4 of the recorded data has of these parts: its config.json
-    unchanged, the tensors named transformer.vision_model.* and transformer.visual_abstractor.* of its
-    model.safetensors, and three arrays of its qwen21.npz. Its decoder is another one.
-    """
-    folder = GOLDEN / "a4_owl21_qwen"
-    visual = json.loads((folder / "model" / "config.json").read_text())["visual_config"]
-    foreign = {"model_type": "mplug_owl2", "visual_config": visual, "hidden_size": 64, "num_attention_heads": 4}
-    config = model_config(foreign, {"size": 56, "crop_size": 56}, {})
-    tower, abstractor = VisionModel(config.vision), VisualAbstractor(config.abstractor, decoder_width=64)
-    tensors = load_file(folder / "model" / "vision.safetensors")
-    for part, prefix in ((tower, "transformer.vision_model."), (abstractor, "transformer.visual_abstractor.")):
-        part.requires_grad_(False).load_state_dict(
-            {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-        )
-    return tower, abstractor, dict(np.load(folder / "vision.npz"))
-
-
-def test_tower_and_abstractor_without_cls_token(owl21):
-    tower, abstractor, recorded_arrays = owl21
-    assert not hasattr(tower.embeddings, "cls_token")
-    rows = tower(torch.from_numpy(recorded_arrays["pixel_values"]))
-    np.testing.assert_allclose(rows, recorded_arrays["vision_last_hidden"], rtol=0, atol=1e-5)
-    tokens = abstractor(torch.from_numpy(recorded_arrays["vision_last_hidden"]))
-    np.testing.assert_allclose(tokens, recorded_arrays["image_tokens"], rtol=0, atol=1e-5)
-
-
-def test_tower_without_post_norm(original):
+def test_tower_without_post_norm(original: Original) -> None:
     tower = VisionModel(replace(original.config.vision, use_post_layernorm=False))
     state = original.model.model.vision_model.state_dict()
     tower.load_state_dict({name: value for name, value in state.items() if not name.startswith("post_layernorm")})

@@ -1,46 +1,22 @@
-"""What the recorded models leave switched off follows its formula, written here as slowly and plainly as possible."""
+"""Settings that no recorded model uses follow their formula, written here as slowly and plainly as possible."""
+
+from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN
+from numpy.typing import NDArray
 
 from owl2.export.checkpoint.checkpoint import Checkpoint
 from owl2.quant.models.mplug_owl2 import Owl2Model, rotary_tables
-from owl2.quant.models.mplug_owl2.vision import Embeddings
-from owl2.runtime.config import DecoderConfig, RopeScaling, VisionConfig
+from owl2.runtime.config import DecoderConfig, RopeScaling
 from owl2.runtime.rope import rotary_angles
 
-
-def cubic(distance: float) -> float:
-    """The cubic convolution kernel (Keys 1981) with a = -0.75."""
-    x, a = abs(distance), -0.75
-    if x <= 1:
-        return (a + 2) * x**3 - (a + 3) * x**2 + 1
-    return a * (x**3 - 5 * x**2 + 8 * x - 4) if x < 2 else 0.0
-
-
-def resized(table: np.ndarray, grid: int) -> np.ndarray:
-    """[S, S, C] -> [grid, grid, C]: bicubic, half-pixel centres, edges repeated, no smoothing when shrinking."""
-    side = len(table)
-    weights = np.zeros((grid, side))
-    for target in range(grid):
-        centre = (target + 0.5) * side / grid - 0.5
-        for source in range(int(np.floor(centre)) - 1, int(np.floor(centre)) + 3):
-            weights[target, min(max(source, 0), side - 1)] += cubic(centre - source)
-    return np.einsum("ts,sac,ua->tuc", weights, table, weights)
-
-
-@pytest.mark.parametrize("grid", [1, 5, 15, 16, 17, 32])
-def test_position_table_is_resized_to_the_grid(grid):
-    config = VisionConfig(hidden_size=8, num_attention_heads=1, image_size=2 * grid, patch_size=2, use_cls_token=False)
-    embeddings = Embeddings(config).requires_grad_(False)
-    table = np.random.default_rng(0).normal(size=(16, 16, 8)).astype(np.float32)
-    embeddings.position_embedding.copy_(torch.from_numpy(table.reshape(256, 8)))
-    expected = resized(table.astype(np.float64), grid).reshape(1, grid**2, 8)
-    np.testing.assert_allclose(embeddings.positions(), expected, rtol=0, atol=1e-5)
+Array = NDArray[np.float64]
 
 
 def slow_angle(position: int, pair: int, config: DecoderConfig, total: int) -> float:
@@ -48,14 +24,14 @@ def slow_angle(position: int, pair: int, config: DecoderConfig, total: int) -> f
     theta, dim = config.rope_theta, config.hidden_size // config.num_attention_heads
     scaling = config.rope_scaling
     if scaling is not None and scaling.type == "linear":
-        return position / scaling.factor * theta ** (-2 * pair / dim)
+        return float(position / scaling.factor * theta ** (-2 * pair / dim))
     if scaling is not None and total > config.max_position_embeddings:
         stretch = scaling.factor * total / config.max_position_embeddings - (scaling.factor - 1)
         theta *= stretch ** (dim / (dim - 2))
-    return position * theta ** (-2 * pair / dim)
+    return float(position * theta ** (-2 * pair / dim))
 
 
-def slow_rotate(x: np.ndarray, position: int, config: DecoderConfig, total: int) -> np.ndarray:
+def slow_rotate(x: Array, position: int, config: DecoderConfig, total: int) -> Array:
     """One head's vector at one position; pair i is made of channels i and i + D/2."""
     out, half = np.empty_like(x), len(x) // 2
     for pair in range(half):
@@ -65,21 +41,21 @@ def slow_rotate(x: np.ndarray, position: int, config: DecoderConfig, total: int)
     return out
 
 
-def slow_logits(model: Owl2Model, embeds: np.ndarray, modality: np.ndarray) -> np.ndarray:
+def slow_logits(model: Owl2Model, embeds: NDArray[np.float32], modality: NDArray[np.int64]) -> Array:
     """The decoder in float64, position by position and head by head: [L, C] -> [L, V]."""
     config = model.config.decoder
-    tensors = {name: value.double().numpy() for name, value in model.state_dict().items()}
+    tensors: dict[str, Array] = {name: value.double().numpy() for name, value in model.state_dict().items()}
     length, dim = len(embeds), config.hidden_size // config.num_attention_heads
     heads = [slice(start, start + dim) for start in range(0, config.hidden_size, dim)]
 
-    def linear(name, x):
-        return tensors[f"{name}.weight"] @ x + tensors.get(f"{name}.bias", 0.0)
+    def linear(name: str, x: Array) -> Array:
+        return np.asarray(tensors[f"{name}.weight"] @ x + tensors.get(f"{name}.bias", 0.0))
 
-    def norm(name, x):
-        return x / np.sqrt(np.mean(x**2) + config.rms_norm_eps) * tensors[f"{name}.weight"]
+    def norm(name: str, x: Array) -> Array:
+        return np.asarray(x / np.sqrt(np.mean(x**2) + config.rms_norm_eps) * tensors[f"{name}.weight"])
 
-    def silu(x):
-        return x / (1 + np.exp(-x))
+    def silu(x: Array) -> Array:
+        return np.asarray(x / (1 + np.exp(-x)))
 
     rows = list(embeds.astype(np.float64))
     for number in range(config.num_hidden_layers):
@@ -109,7 +85,7 @@ def slow_logits(model: Owl2Model, embeds: np.ndarray, modality: np.ndarray) -> n
 
 
 @pytest.fixture(scope="module", params=["a1_base_bin", "a2_fp16_safetensors"])
-def model(request):
+def model(request: pytest.FixtureRequest) -> Owl2Model:
     with Checkpoint(GOLDEN / request.param / "model") as checkpoint:
         model = Owl2Model(checkpoint.config).requires_grad_(False)
         checkpoint.load_into(model, "")
@@ -124,7 +100,7 @@ def sequence(model: Owl2Model, length: int) -> tuple[torch.Tensor, torch.Tensor]
     return 0.3 * embeds, modality
 
 
-def varied(model: Owl2Model, **changes: object) -> Owl2Model:
+def varied(model: Owl2Model, **changes: Any) -> Owl2Model:
     """The same weights under another configuration; biases, where it asks for them, are random."""
     config = replace(model.config, decoder=replace(model.config.decoder, **changes))
     other = Owl2Model(config).requires_grad_(False)
@@ -147,19 +123,19 @@ def varied(model: Owl2Model, **changes: object) -> Owl2Model:
     ],
     ids=["linear", "dynamic", "theta", "bias", "eps"],
 )
-def test_decoder_follows_its_formula_and_the_setting_matters(model, changes):
+def test_decoder_follows_its_formula_and_the_setting_matters(model: Owl2Model, changes: dict[str, object]) -> None:
     embeds, modality = sequence(model, 21)
     other = varied(model, **changes)
-    logits = other.head(other.decode(embeds, modality))[0].numpy()
+    logits = other.head(other.decode(embeds, modality)[0])[0].numpy()
     expected = slow_logits(other, embeds[0].numpy(), modality[0].numpy())
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
-    assert np.abs(logits - model.head(model.decode(embeds, modality))[0].numpy()).max() > 0.1
+    assert np.abs(logits - model.head(model.decode(embeds, modality)[0])[0].numpy()).max() > 0.1
 
 
 @pytest.mark.parametrize("total", [5, 16, 17, 40])
 @pytest.mark.parametrize("scaling", [None, RopeScaling("linear", 2.5), RopeScaling("dynamic", 4.0)])
 @pytest.mark.parametrize("theta", [10000.0, 1e6])
-def test_rotary_angles_follow_their_formula(theta, scaling, total):
+def test_rotary_angles_follow_their_formula(theta: float, scaling: RopeScaling | None, total: int) -> None:
     config = DecoderConfig(
         hidden_size=72, num_attention_heads=3, max_position_embeddings=16, rope_theta=theta, rope_scaling=scaling
     )
@@ -170,18 +146,18 @@ def test_rotary_angles_follow_their_formula(theta, scaling, total):
     np.testing.assert_allclose(sin, np.sin(expected), rtol=0, atol=1e-5)
 
 
-def test_dynamic_scaling_changes_nothing_up_to_the_trained_length(model):
+def test_dynamic_scaling_changes_nothing_up_to_the_trained_length(model: Owl2Model) -> None:
     embeds, modality = sequence(model, 16)
     other = varied(model, rope_scaling=RopeScaling("dynamic", 4.0), max_position_embeddings=16)
-    assert torch.equal(other.decode(embeds, modality), model.decode(embeds, modality))
+    assert torch.equal(other.decode(embeds, modality)[0], model.decode(embeds, modality)[0])
 
 
-def test_dynamic_scaling_leaves_cached_keys_alone(model):
+def test_dynamic_scaling_leaves_cached_keys_alone(model: Owl2Model) -> None:
     embeds, modality = sequence(model, 17)
     other = varied(model, rope_scaling=RopeScaling("dynamic", 4.0), max_position_embeddings=16)
-    _, past = other.decode_cached(embeds[:, :16], modality[:, :16], None)
-    _, stepped = other.decode_cached(embeds[:, 16:], modality[:, 16:], past)
-    _, at_once = other.decode_cached(embeds, modality, None)
+    _, past = other.decode(embeds[:, :16], modality[:, :16])
+    _, stepped = other.decode(embeds[:, 16:], modality[:, 16:], past)
+    _, at_once = other.decode(embeds, modality)
     old, new = stepped[0][0][:, :, :16], stepped[0][0][:, :, 16:]
     assert torch.equal(old, past[0][0])
     torch.testing.assert_close(new, at_once[0][0][:, :, 16:], rtol=0, atol=1e-5)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from folders import names
 
 from owl2.export import decoder
 from owl2.export.config import ExportConfig
@@ -18,7 +19,7 @@ from owl2.export.job.progress import Silent
 from owl2.export.job.staging import Staging
 from owl2.export.pipeline import export_bundle
 from owl2.runtime.bundle import Bundle
-from owl2.runtime.errors import ExportError, ParityError
+from owl2.runtime.errors import ParityError
 
 pytestmark = pytest.mark.slow
 
@@ -27,10 +28,10 @@ JOURNAL = "owl2.export.job.journal:Journal"
 # (where the process is killed, what the next one says)
 POINTS = [
     (["owl2.export.graph.vision:VisionGraph", "write", 1, "after"], None),
-    ([JOURNAL, "_remove_others", 1, "before"], "continuing an interrupted export behind the vision tower"),
-    (["owl2.export.decoder", "_store_layer", 2, "after"], "continuing an interrupted export at layer 2 of 5"),
+    ([JOURNAL, "_remove_others", 1, "before"], "continuing an interrupted export after the vision tower"),
+    (["owl2.export.decoder", "quantize_layer", 2, "after"], "continuing an interrupted export at layer 2 of 5"),
     # layer 2 becomes part of the journal; of layer 3 everything is written, but the journal does not name it
-    ([JOURNAL, "_write_bytes", 4, "after"], "continuing an interrupted export at layer 3 of 5"),
+    ([JOURNAL, "_write", 6, "after"], "continuing an interrupted export at layer 3 of 5"),
     ([JOURNAL, "_remove_others", 2, "before"], "continuing an interrupted export at layer 4 of 5"),
     (
         ["owl2.export.graph.builder:GraphBuilder", "_write", 9, "after"],
@@ -38,9 +39,9 @@ POINTS = [
     ),
     (
         ["owl2.export.checks.bundle", "_probe_logits", 1, "before"],
-        "continuing an interrupted export behind the last of 5 layers",
+        "continuing an interrupted export after the last of 5 layers",
     ),
-    (["pathlib:Path", "rename", 1, "before"], "continuing an interrupted export behind the last of 5 layers"),
+    (["pathlib:Path", "rename", 1, "before"], "continuing an interrupted export after the last of 5 layers"),
     (["owl2.export.job.staging:Staging", "publish", 1, "after"], None),
 ]
 
@@ -59,10 +60,6 @@ def files(bundle: Path) -> dict[str, bytes]:
     """All files but the two that hold times and memory, or the hash of these."""
     assert Bundle.open(bundle)
     return {path.name: path.read_bytes() for path in bundle.iterdir() if path.name not in ("report.json", "owl2.json")}
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 def timeless_report(bundle: Path) -> dict[str, object]:
@@ -106,11 +103,6 @@ def test_killed_anywhere_it_becomes_the_same_bundle(sample_checkpoint: Path, tmp
     assert names(made.parent) == ["bundle"]
 
 
-@pytest.fixture(scope="module")
-def a1(request: pytest.FixtureRequest) -> Path:
-    return Path(request.config.rootpath) / "tests" / "golden" / "a1_base_bin" / "model"
-
-
 def settings(a1: Path, folder: Path) -> ExportConfig:
     return ExportConfig(a1, folder / "bundle", method="rtn", group_size=32, samples=1)
 
@@ -141,7 +133,7 @@ def whole(a1: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes
 
 @pytest.fixture(scope="module")
 def stopped(a1: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with an export that was stopped behind two of three layers."""
+    """A folder with an export that was stopped after two of three layers."""
     folder = tmp_path_factory.mktemp("stopped")
     interrupt(settings(a1, folder), 2)
     return folder
@@ -201,7 +193,7 @@ def test_what_starts_over_after_damage_is_whole(a1: Path, copy: Path, whole: dic
     assert files(copy / "bundle") == whole
 
 
-def test_a_torn_tail_behind_the_last_layer_is_no_damage(a1: Path, copy: Path, whole: dict[str, bytes]) -> None:
+def test_a_torn_tail_after_the_last_layer_is_no_damage(a1: Path, copy: Path, whole: dict[str, bytes]) -> None:
     with (copy / ".bundle.partial" / "bundle" / "decoder.onnx.data").open("ab") as file:
         file.write(b"half a layer" * 10_000)
     notes = Notes()
@@ -266,6 +258,10 @@ class TestWhatIsKept:
         assert len(interrupt(settings(a1, copy), 2, ParityError("not equal"))) == 1  # that it continued
         assert names(copy) == []
 
+    def test_the_lock_of_a_killed_process_holds_nobody_off(self, a1: Path, copy: Path) -> None:
+        (copy / ".bundle.partial" / "lock").write_text("1")
+        assert interrupt(settings(a1, copy), 2)[0].startswith("continuing")
+
     def test_fresh_starts_over(self, a1: Path, copy: Path, whole: dict[str, bytes]) -> None:
         notes = Notes()
         export_bundle(replace(settings(a1, copy), fresh=True), notes)
@@ -276,28 +272,3 @@ class TestWhatIsKept:
         work = stopped / ".bundle.partial"
         assert names(work) == ["bundle", "journal", "lock"]
         assert names(work / "journal") == ["journal.json", "layer-2.graph", "layer-2.rows", "vision.rows"]
-
-
-class TestOneAtATime:
-    def test_a_second_export_is_told_who_writes(self, a1: Path, tmp_path: Path) -> None:
-        with (
-            Staging(tmp_path / "bundle", overwrite=False) as first,
-            pytest.raises(
-                ExportError, match=rf"another owl2-export \(process {os.getpid()}\) is writing to .*/bundle;"
-            ),
-        ):
-            export_bundle(settings(a1, tmp_path))
-        assert not first.folder.exists()
-        assert names(tmp_path) == []
-
-    def test_the_lock_of_a_killed_process_holds_nobody_off(self, a1: Path, copy: Path) -> None:
-        (copy / ".bundle.partial" / "lock").write_text("1")
-        assert interrupt(settings(a1, copy), 2)[0].startswith("continuing")
-
-    def test_a_folder_that_is_none(self, tmp_path: Path) -> None:
-        (tmp_path / "file").write_text("")
-        with (
-            pytest.raises(ExportError, match=r"cannot write to .*/file: Not a directory"),
-            Staging(tmp_path / "file" / "bundle", overwrite=False),
-        ):
-            pass

@@ -1,0 +1,154 @@
+"""Settings of a checkpoint in the GPTQ layout: the JSON that says how its quantized layers are to be read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from owl2.quant.config import BITS, GROUP_SIZES
+from owl2.runtime.errors import CheckpointError
+
+CONFIG_FILE = "quantize_config.json"
+CONFIG_KEY = "quantization_config"
+FORMATS: dict[str, Literal[1, 2]] = {"gptq": 1, "gptq_v2": 2}
+# The block sizes of a bundle, the fastest in ONNX Runtime first; longer groups are cut into them.
+BLOCKS = (128, 64, 32, 16)
+ALIASES = {
+    "w_bit": "bits",
+    "wbits": "bits",
+    "q_group_size": "group_size",
+    "groupsize": "group_size",
+    "quant_method": "method",
+    "checkpoint_format": "format",
+}
+# These change the result in a way that the tensors do not show.
+REFUSED = ("adapter", "rotation", "activation")
+
+
+@dataclass(frozen=True, slots=True)
+class GptqFormat:
+    """How the tensors of such a checkpoint are stored, as its JSON files describe it.
+
+    Attributes:
+        bits: 4 or 8.
+        group_size: columns that share a scale; -1 for whole rows.
+        desc_act: whether inputs were quantized by importance, so that ``g_idx`` matters.
+        symmetric: all zero points are 2^(bits-1); None if the files do not say.
+        version: 1 if zero points are stored minus one, 2 if they are not.
+        producer: the program and its version, if given.
+    """
+
+    bits: int
+    group_size: int
+    desc_act: bool = False
+    symmetric: bool | None = True
+    version: Literal[1, 2] = 1
+    producer: str = ""
+
+    @property
+    def block(self) -> int:
+        """Columns per scale in a bundle; repeating the scales of longer groups changes no value."""
+        if self.group_size in GROUP_SIZES:
+            return self.group_size
+        return next(size for size in BLOCKS if self.group_size == -1 or self.group_size % size == 0)
+
+    def group_columns(self, width: int) -> int:
+        """Columns per scale in the file, for K = ``width``."""
+        return width if self.group_size == -1 else self.group_size
+
+    def groups(self, width: int) -> int:
+        """G for K = ``width``."""
+        return -(-width // self.group_columns(width))
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of ``quantize_config.json``, with the names that all readers know."""
+        return {
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "desc_act": self.desc_act,
+            "sym": bool(self.symmetric),
+            "lm_head": False,
+            "true_sequential": True,
+            "static_groups": False,
+            "quant_method": "gptq",
+            "checkpoint_format": next(name for name, version in FORMATS.items() if version == self.version),
+            "pack_dtype": "int32",
+            "meta": {"quantizer": [self.producer]},
+        }
+
+
+def read_format(folder: Path, config: Mapping[str, Any]) -> GptqFormat | None:
+    """The format of a quantized checkpoint; None for one that is not quantized.
+
+    Args:
+        folder: of the checkpoint.
+        config: its config.json.
+
+    Raises:
+        CheckpointError: an unsupported quantization, missing settings, or two files that disagree.
+    """
+    sources = {}
+    if config.get(CONFIG_KEY) is not None:
+        sources[f"config.json, {CONFIG_KEY}"] = config[CONFIG_KEY]
+    path = folder / CONFIG_FILE
+    if path.is_file():
+        try:
+            sources[CONFIG_FILE] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} is not readable JSON: {error}") from error
+    if not sources:
+        return None
+    settings: dict[str, Any] = {}
+    for name, source in sources.items():
+        if not isinstance(source, Mapping):
+            raise CheckpointError(f"{folder}: {name} must be a JSON object, got {source!r}")
+        # Under the names used here; of several spellings in one file the last one wins.
+        canonical = {ALIASES.get(str(key), str(key)): value for key, value in source.items() if value is not None}
+        for key, value in canonical.items():
+            if settings.setdefault(key, value) != value and key in ("bits", "group_size", "format", "method"):
+                raise CheckpointError(f"{folder}: {key} is {settings[key]!r} in one place and {value!r} in {name}")
+    return _checked(settings, f"{folder}: {' and '.join(sources)}")
+
+
+def _checked(settings: Mapping[str, Any], where: str) -> GptqFormat:
+    def require(condition: bool, message: str) -> None:
+        if not condition:
+            raise CheckpointError(f"{where}: {message}")
+
+    method, form = str(settings.get("method", "gptq")).lower(), str(settings.get("format", "gptq")).lower()
+    require(
+        method == "gptq" and form in FORMATS and not settings.get("is_marlin_format"),
+        f"the weights are quantized as {method}, format {form}; of quantized checkpoints only gptq in the formats "
+        f"{' and '.join(FORMATS)} can be read. Export the original checkpoint instead",
+    )
+    for key, right in (("bits", BITS), ("group_size", None)):
+        value = settings.get(key)
+        number = isinstance(value, int) and not isinstance(value, bool)
+        require(number, f"{key} must be an integer, got {value!r}")
+        require(right is None or value in right, f"{key} is {value}; only {right} can be read")
+    size = settings["group_size"]
+    require(size == -1 or (size > 0 and size % 16 == 0), f"group_size is {size}; -1 and multiples of 16 can be read")
+    for key in ("desc_act", "sym", "lm_head"):
+        value = settings.get(key)
+        require(value is None or isinstance(value, bool), f"{key} must be true or false, got {value!r}")
+    require(not settings.get("lm_head"), "the output head is quantized too; only decoder layers can be")
+    for key in REFUSED:
+        require(not settings.get(key), f"{key} is used, which cannot be read")
+    pack = str(settings.get("pack_dtype", "int32")).removeprefix("torch.")
+    require(pack == "int32", f"numbers are packed in {pack}; only int32 can be read")
+    dynamic = settings.get("dynamic") or {}
+    changed = [pattern for pattern in dynamic if not str(pattern).startswith("-:")]
+    require(not changed, f"dynamic gives some layers settings of their own ({', '.join(map(str, changed[:3]))})")
+    meta = settings.get("meta")
+    producer = meta.get("quantizer") if isinstance(meta, Mapping) else None
+    return GptqFormat(
+        bits=settings["bits"],
+        group_size=size,
+        desc_act=bool(settings.get("desc_act", False)),
+        symmetric=settings.get("sym"),
+        version=FORMATS[form],
+        producer=", ".join(map(str, producer)) if isinstance(producer, list) else str(producer or ""),
+    )

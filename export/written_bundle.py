@@ -1,0 +1,83 @@
+"""The files of a bundle before it has a manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from owl2.export.checkpoint.source import GPTQ_CHECKPOINT
+from owl2.export.graph.dialect import DIALECTS
+from owl2.export.graph.kv_int8 import MINIMUM_ONNXRUNTIME as KV_INT8_ONNXRUNTIME
+from owl2.export.job.job import ExportJob
+from owl2.runtime import spec
+from owl2.runtime.bundle import Manifest, WeightFormat, open_embeddings
+from owl2.runtime.config import ModelConfig
+from owl2.runtime.spec import DialectName, FloatType, KvType
+from owl2.runtime.verification import FileEntry, hash_file
+from owl2.runtime.version import __version__
+
+
+@dataclass(frozen=True)
+class WrittenBundle:
+    """Graphs, token table and tokenizer, as an export has written them.
+
+    Attributes:
+        folder: of the files.
+        model: architecture and image preprocessing.
+        dialect, activations, weights: as in the manifest.
+        kv_cache: types of the K/V cache that have a graph, each with the lowest ONNX Runtime that runs it.
+    """
+
+    folder: Path
+    model: ModelConfig
+    dialect: DialectName
+    activations: FloatType
+    weights: WeightFormat
+    kv_cache: Mapping[KvType, str]
+
+    @classmethod
+    def of(cls, job: ExportJob, kv_cache: tuple[KvType, ...]) -> WrittenBundle:
+        """The files of ``job``, which have graphs for these types of the K/V cache."""
+        config, types, quant = job.config, job.config.types, job.config.quant
+        method = "none" if quant is None else quant.method
+        weights = WeightFormat(
+            decoder=types.decoder,
+            head=types.head,
+            vision=types.vision,
+            embeddings=types.embeddings,
+            method=GPTQ_CHECKPOINT if job.checkpoint.quantized else method,
+            group_size=0 if quant is None else quant.group_size,
+        )
+        dialect = DIALECTS[config.dialect]
+        versions = {name: KV_INT8_ONNXRUNTIME if name == "int8" else dialect.MINIMUM_ONNXRUNTIME for name in kv_cache}
+        return cls(job.folder, job.model, dialect.interface, types.activations, weights, versions)
+
+    def path(self, name: str) -> Path:
+        """Full path of a file."""
+        return self.folder / name
+
+    def embeddings(self) -> NDArray[np.floating[Any]]:
+        """The token table, memory-mapped: float16 or float32 [V, C]."""
+        return open_embeddings(self.folder, self.model.decoder, self.weights.embeddings)
+
+    def manifest(self) -> Manifest:
+        """The manifest of all files; the report is one of them."""
+        files = sorted(path for path in self.folder.iterdir() if path.is_file())
+        return Manifest(
+            format=spec.FORMAT_VERSION,
+            producer=f"owl2 {__version__}",
+            dialect=self.dialect,
+            activations=self.activations,
+            minimum_onnxruntime=self.kv_cache[self.activations],
+            kv_cache=self.kv_cache,
+            family="mplug_owl2",
+            weights=self.weights,
+            model=self.model,
+            files={path.name: FileEntry(path.stat().st_size, hash_file(path)) for path in files},
+            engines={},
+        )

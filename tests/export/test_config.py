@@ -1,0 +1,31 @@
+"""Settings of an export are checked before anything begins."""
+
+from pathlib import Path
+
+import pytest
+
+from owl2.export.config import ExportConfig
+from owl2.runtime.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weights": "int3"}, "weights 'int3': use one of int4, int8, fp16, fp32"),
+        ({"vision": "int4"}, "vision 'int4': use one of int8, fp16, fp32"),
+        ({"group_size": 100}, "group_size 100 is not supported"),
+        ({"method": "awq"}, "method 'awq' is not known; use gptq or rtn"),
+        ({"samples": 0}, "samples must be positive"),
+        ({"device": "gpu"}, "device 'gpu': use cpu, cuda or cuda:N"),
+    ],
+)
+def test_settings_are_checked(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ExportConfig(Path("in"), Path("out"), **settings)
+
+
+def test_float_weights_have_no_gptq_layout() -> None:
+    with pytest.raises(ConfigError, match="layout gptq has integer weights"):
+        ExportConfig(Path("in"), Path("out"), weights="fp16", layout="gptq")
+    with pytest.raises(ConfigError, match=r"layout gptq .* vision int8"):
+        ExportConfig(Path("in"), Path("out"), vision="int8", layout="gptq")
