@@ -11,11 +11,10 @@ import pytest
 from evaluation_data import write_lines
 from isolation import BLOCKED
 
-from owl2 import LoadProgress, Owl2, evaluate
+from owl2 import EvaluationProgress, LoadProgress, Owl2, evaluate
 from owl2.export.config import ExportConfig
 from owl2.export.pipeline import export_bundle
 from owl2.runtime.errors import BundleError, ConfigError, DataError, ReferenceModelError
-from owl2.runtime.evaluation.evaluate import EvaluationProgress
 from owl2.runtime.evaluation.measure import ItemResult
 from owl2.runtime.evaluation.reference import open_reference
 
