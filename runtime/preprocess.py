@@ -88,7 +88,7 @@ def preprocess(image: Image.Image, config: PreprocessConfig, mode: str | None = 
     scaled = int(config.size * long / short)
     width, height = (config.size, scaled) if image.width == short else (scaled, config.size)
     # The first pass makes an image of the new width and the old height.
-    _check_step(image, width, max(height, image.height), "crop")
+    _check_step(image, width, max(height, image.height), mode)
     image = _resampled(image, width, height)
     side = config.crop_size
     left, top = (image.width - side) // 2, (image.height - side) // 2
