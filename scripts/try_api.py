@@ -30,9 +30,9 @@ def converse(bundle: str, image: str) -> None:
         assert other.messages == []
         prompt = "USER: <|image|>Describe the picture. ASSISTANT:"
         config = GenerationConfig(max_new_tokens=16)
-        made = owl.generate(prompt, images=image, config=config, stop="###")
-        assert "".join(chunk.text for chunk in owl.stream(prompt, images=image, config=config)) == made.text
-        print(made, owl.logits(prompt, images=image).shape)
+        generated = owl.generate(prompt, images=image, config=config, stop="###")
+        assert "".join(chunk.text for chunk in owl.stream(prompt, images=image, config=config)) == generated.text
+        print(generated, owl.logits(prompt, images=image).shape)
         for wrong in (owl, chat):
             try:
                 pickle.dumps(wrong)
@@ -51,7 +51,7 @@ def overflow(bundle: str) -> str:
 
 
 def workers(bundle: str) -> None:
-    """A worker that raises hangs neither kind of pool, nor breaks it."""
+    """Raise in workers of both pools, which neither hang nor break."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(2, context) as pool:
         for future in [pool.submit(overflow, bundle) for _ in range(3)]:

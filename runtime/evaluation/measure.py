@@ -25,7 +25,7 @@ from owl2.runtime.evaluation.data import (
     raise_problems,
 )
 from owl2.runtime.evaluation.divergence import Divergence, divergence, modality_of, token_logprobs
-from owl2.runtime.evaluation.session import Session
+from owl2.runtime.evaluation.item_run import ItemRun
 from owl2.runtime.families.mplug_owl2.positions import Prompt
 from owl2.runtime.families.mplug_owl2.template import Message, render
 from owl2.runtime.kv_cache import Key, KvCache
@@ -164,78 +164,78 @@ def _measure(
     images = [load_image(path) for path in item.images]
     for cache in caches:
         cache.truncate(0)  # an item's figures must not depend on the items before it
-    sessions = [Session(model, cache, model.prepare(images, preprocess)) for model, cache in zip(models, caches)]
+    runs = [ItemRun(model, cache, model.prepare(images, preprocess)) for model, cache in zip(models, caches)]
     total = Divergence()
     outputs: Sequence[Output]
     if isinstance(item.task, Text):
-        outputs, total = _text_likelihoods(sessions, item, item.task.text)
+        outputs, total = _text_likelihoods(runs, item, item.task.text)
     elif isinstance(item.task, Conversation):
-        outputs, total = _answer_likelihoods(sessions, item)
+        outputs, total = _answer_likelihoods(runs, item)
     else:
-        if len(sessions) == 2:
-            _, total = _answer_likelihoods(sessions, item)
-        outputs = [_respond(session, item.task, max_new_tokens) for session in sessions]
-    return ItemResult(item, outputs[0], outputs[1], total) if len(sessions) == 2 else ItemResult(item, outputs[0])
+        if len(runs) == 2:
+            _, total = _answer_likelihoods(runs, item)
+        outputs = [_respond(run, item.task, max_new_tokens) for run in runs]
+    return ItemResult(item, outputs[0], outputs[1], total) if len(runs) == 2 else ItemResult(item, outputs[0])
 
 
-def _respond(session: Session, task: Task, max_new_tokens: int) -> Output:
-    prompt = session.encode(messages(task, None))
+def _respond(run: ItemRun, task: Task, max_new_tokens: int) -> Output:
+    prompt = run.encode(messages(task, None))
     if isinstance(task, Choice):
-        return _choice_likelihoods(session, task, prompt)
-    answer = session.answer(prompt, max_new_tokens)
+        return _choice_likelihoods(run, task, prompt)
+    answer = run.answer(prompt, max_new_tokens)
     return Generation(answer.text, answer.finish_reason)
 
 
-def _choice_likelihoods(session: Session, task: Choice, prompt: Prompt) -> ChoiceLikelihoods:
+def _choice_likelihoods(run: ItemRun, task: Choice, prompt: Prompt) -> ChoiceLikelihoods:
     """Log-probability of each choice after the prompt, which runs once: a choice starts from its cached positions."""
     sums, counts = [], []
     for choice in task.choices:
-        keys = session.encode(messages(task, choice)).keys
-        if keys[-1] == session.model.config.decoder.eos_token_id:
+        keys = run.encode(messages(task, choice)).keys
+        if keys[-1] == run.model.config.decoder.eos_token_id:
             keys = keys[:-1]
         start = _shared_length(prompt.keys, keys)
         ids = _ids(keys[start:])
         # The last token predicts nothing; the one before the choice predicts its first.
         logprobs = [
             token_logprobs(logits, ids[position - start + 1 : position - start + 1 + len(logits)])
-            for position, logits in session.logits(Prompt(keys[:-1], prompt.images), start - 1)
+            for position, logits in run.logits(Prompt(keys[:-1], prompt.images), start - 1)
         ]
         sums.append(math.fsum(np.concatenate(logprobs)))
         counts.append(len(ids))
     return ChoiceLikelihoods(tuple(sums), tuple(counts))
 
 
-def _text_likelihoods(sessions: Sequence[Session], item: Item, text: str) -> tuple[list[Likelihood], Divergence]:
+def _text_likelihoods(runs: Sequence[ItemRun], item: Item, text: str) -> tuple[list[Likelihood], Divergence]:
     """Likelihood of all tokens of a plain text; see :func:`_likelihoods`."""
     parts = [
-        _likelihoods(sessions, item, prompts, _predicting(prompts[0], [(1, len(prompts[0].keys))]))
-        for prompts in zip(*(session.windows(text) for session in sessions))
+        _likelihoods(runs, item, prompts, _predicting(prompts[0], [(1, len(prompts[0].keys))]))
+        for prompts in zip(*(run.windows(text) for run in runs))
     ]
     likelihoods, divergences = zip(*parts)
     size = Likelihood(0.0, 0, len(text.encode()))
     return [reduce(add, windows, size) for windows in zip(*likelihoods)], reduce(add, divergences)
 
 
-def _answer_likelihoods(sessions: Sequence[Session], item: Item) -> tuple[list[Likelihood], Divergence]:
+def _answer_likelihoods(runs: Sequence[ItemRun], item: Item) -> tuple[list[Likelihood], Divergence]:
     """Likelihood of the assistant's turns with their ends of sequence, the expected answer among them."""
     turns = messages(item.task, expected_answer(item.task))
-    prompts = [session.encode(turns) for session in sessions]
+    prompts = [run.encode(turns) for run in runs]
     spans = []
     for index, turn in enumerate(turns):
         if turn.role == "ASSISTANT" and turn.text:
             ends = [*turns[:index], Message("ASSISTANT")], turns[: index + 1]
-            first, end = (_shared_length(sessions[0].encode(end).keys, prompts[0].keys) for end in ends)
+            first, end = (_shared_length(runs[0].encode(end).keys, prompts[0].keys) for end in ends)
             spans.append((first, end))
-    return _likelihoods(sessions, item, prompts, _predicting(prompts[0], spans))
+    return _likelihoods(runs, item, prompts, _predicting(prompts[0], spans))
 
 
 def _likelihoods(
-    sessions: Sequence[Session], item: Item, prompts: Sequence[Prompt], predicting: Ints
+    runs: Sequence[ItemRun], item: Item, prompts: Sequence[Prompt], predicting: Ints
 ) -> tuple[list[Likelihood], Divergence]:
     """Likelihood of some tokens of a prompt under each model, and the divergence of two models at all positions.
 
     Args:
-        sessions: of the model, and of its reference if there is one.
+        runs: of the model, and of its reference if there is one.
         item: for messages.
         prompts: the same one, as each model merges it.
         predicting: int64 [T], 1 at the positions whose next token counts.
@@ -246,11 +246,11 @@ def _likelihoods(
     tokens = [[key if isinstance(key, int) else None for key in prompt.keys] for prompt in prompts]
     if tokens.count(tokens[0]) != len(tokens):
         raise ReferenceModelError(
-            f"line {item.line}: {' and '.join(session.model.name for session in sessions)} split the prompt into "
+            f"line {item.line}: {' and '.join(run.model.name for run in runs)} split the prompt into "
             "different tokens; only models with the same tokenizer can be compared"
         )
-    nats, total, modality = [0.0] * len(sessions), Divergence(), modality_of(prompts[0])
-    streams = [session.logits(prompt) for session, prompt in zip(sessions, prompts)]
+    nats, total, modality = [0.0] * len(runs), Divergence(), modality_of(prompts[0])
+    streams = [run.logits(prompt) for run, prompt in zip(runs, prompts)]
     for blocks in zip(*streams, strict=True):
         start, actual = blocks[0]
         counted = np.flatnonzero(predicting[start : start + len(actual)])

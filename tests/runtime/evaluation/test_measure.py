@@ -15,8 +15,8 @@ from owl2.runtime.engine import Engine, Floats
 from owl2.runtime.errors import BackendError, DataError
 from owl2.runtime.evaluation.data import Caption, Item, Question, Text, read_items
 from owl2.runtime.evaluation.divergence import log_softmax_rows
+from owl2.runtime.evaluation.item_run import ItemRun
 from owl2.runtime.evaluation.measure import ChoiceLikelihoods, Generation, ItemResult, Likelihood, measure
-from owl2.runtime.evaluation.session import Session
 from owl2.runtime.evaluation.summary import summarise
 from owl2.runtime.families.mplug_owl2.positions import Prompt
 
@@ -151,8 +151,8 @@ class TestLogits:
                 yield 7 + start, rows[start : start + size]
                 start += size
 
-        monkeypatch.setattr("owl2.runtime.evaluation.session.prompt_logits", prompt_logits)
-        blocks = list(Session(owl.model, owl.model.new_cache(), []).logits(Prompt([], {}), 7))
+        monkeypatch.setattr("owl2.runtime.evaluation.item_run.prompt_logits", prompt_logits)
+        blocks = list(ItemRun(owl.model, owl.model.new_cache(), []).logits(Prompt([], {}), 7))
         assert [(start, len(logits)) for start, logits in blocks] == [(7, 256), (263, 256), (519, 188)]
         np.testing.assert_array_equal(np.concatenate([logits for _, logits in blocks]), rows)
 

@@ -21,8 +21,8 @@ from owl2.runtime.sampling import GenerationConfig
 
 
 @dataclass(frozen=True)
-class Session:
-    """One model at work on one item.
+class ItemRun:
+    """The run of an item on one model.
 
     Attributes:
         model: runs the prompts.
