@@ -44,11 +44,11 @@ def build_engine(
     compute: int | None = None,
     workspace: int | None = None,
 ) -> BuildStats:
-    """Write an engine.
+    """Build an engine from a graph of the dialect onnx, and write it to the file ``engine``.
 
     Args:
         trt: ``tensorrt`` or ``tensorrt_rtx``.
-        graph: ONNX file of the dialect onnx, with its external data next to it.
+        graph: ONNX file, with its external data next to it.
         engine: file to write.
         profiles: one or more; the runtime chooses by their order.
         reporter: is told of TensorRT's phases.
@@ -130,7 +130,7 @@ def _profile(builder: Any, network: Any, shapes: Profile, graph: Path) -> Any:  
 
 
 def _monitor(trt: ModuleType, reporter: Reporter, graph: str, held: Sequence[int]) -> Any:  # noqa: ANN401
-    """Tells the reporter of TensorRT's outermost phase with steps, and stops the build once a signal is ``held``."""
+    """Show TensorRT's outermost phase that has steps, and stop the build once a signal is ``held``."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
