@@ -22,12 +22,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @dataclass(frozen=True, slots=True)
 class BuildStats:
-    """Figures of a build.
-
-    Attributes:
-        parse_seconds, build_seconds: of the two steps.
-        size: bytes of the engine.
-    """
+    """Seconds of the two steps of a build, and the size of the engine in bytes."""
 
     parse_seconds: float
     build_seconds: float
@@ -49,15 +44,13 @@ def build_engine(
     Args:
         trt: ``tensorrt`` or ``tensorrt_rtx``.
         graph: ONNX file, with its external data next to it.
-        engine: file to write.
-        profiles: one or more; the runtime chooses by their order.
-        reporter: is told of TensorRT's phases.
+        profiles: chosen by the runtime by their order.
         compute: capability to build for, times ten, which only TensorRT-RTX can choose; None for this machine's GPU.
         workspace: bytes of scratch memory on the GPU at most; None for all.
 
     Raises:
         BackendUnavailableError: this TensorRT cannot build here.
-        ExportError: TensorRT does not take the graph, with its words; or building failed.
+        ExportError: TensorRT does not take the graph, or cannot build the engine; quotes its reason.
     """
     messages = Messages()
     logger = messages.logger(trt)

@@ -54,7 +54,7 @@ def build_engines(
         VISION_ENGINE: (vision_profile(model, limits),),
         DECODER_ENGINE: decoder_profiles(model, limits),
     }
-    folder = bundle.folder / records.FOLDER / records.folder_name(target.kind, target.compute)
+    folder = bundle.folder / records.FOLDER / records.folder_name(target.kind, divmod(target.compute, 10))
     compute = None if target.here else target.compute
     built = {}
     with _appearing(bundle.folder, folder) as work:

@@ -11,7 +11,7 @@ from owl2.runtime.config import ModelConfig, require
 
 Shape = tuple[int, ...]
 ShapeRange = tuple[Shape, Shape, Shape]
-"""Least, usual and largest shape of an input."""
+"""Smallest, usual and largest shape of an input."""
 Profile = Mapping[str, ShapeRange]
 """Shapes by name of the input."""
 

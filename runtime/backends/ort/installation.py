@@ -69,8 +69,8 @@ def diagnose(device: Placement) -> list[str]:
     with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
         ort.preload_dlls()
     major = ort.cuda_version.partition(".")[0]
-    wheels = cuda_libraries(int(major)) if major else {}
-    problems = library_problem(absent(wheels), wheels), driver_problem(device.index)
+    libraries = cuda_libraries(int(major)) if major else {}
+    problems = library_problem(absent(libraries), libraries), driver_problem(device.index)
     return [problem for problem in problems if problem]
 
 

@@ -27,9 +27,9 @@ BUILT_ANYWHERE = frozenset({75, 80, 86, 89, 120})
 """Compute capabilities that ``owl2-export engine`` builds tensorrt-rtx engines for without such a GPU."""
 
 
-def folder_name(kind: EngineKind, compute: int) -> str:
-    """The folder in :data:`FOLDER` for engines of this kind and compute capability (times ten)."""
-    return f"{kind}-sm{compute}"
+def folder_name(kind: EngineKind, capability: tuple[int, int]) -> str:
+    """The folder in :data:`FOLDER` for engines of this kind and compute capability: ``tensorrt-sm87`` for (8, 7)."""
+    return f"{kind}-sm{10 * capability[0] + capability[1]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class EngineRecord:
     @property
     def name(self) -> str:
         """Name of their folder."""
-        return folder_name(self.kind, times_ten(self.compute_capability))
+        return folder_name(self.kind, self.compute_capability)
 
     def folder_in(self, bundle: Path) -> Path:
         return bundle / FOLDER / self.name
@@ -98,9 +98,7 @@ def build_hint(bundle: Path, name: str) -> str:
     """
     found = re.fullmatch(f"({'|'.join(get_args(EngineKind))})-sm([0-9]+)", name)
     if found is None:
-        raise BundleCorruptError(
-            f"{spec.MANIFEST}: engines: {name!r} is not a name such as {folder_name('tensorrt', 87)}"
-        )
+        raise BundleCorruptError(f"{spec.MANIFEST}: engines: {name!r} is not a name such as tensorrt-sm87")
     command = f"owl2-export engine {bundle} --kind {found[1]}"
     if found[1] == "tensorrt-rtx" and int(found[2]) in BUILT_ANYWHERE:
         return f"run on any machine: {command} --gpu sm{found[2]}"
@@ -167,7 +165,7 @@ def find_record(
         BackendUnavailableError: the bundle's engines are for another GPU or another TensorRT.
         BundleError: the bundle has none, or as :func:`read_record`.
     """
-    name = folder_name(kind, times_ten(capability))
+    name = folder_name(kind, capability)
     hint = build_hint(bundle, name)
     listed = sorted(name for name in manifest.engines if name.startswith(f"{kind}-sm"))
     if not listed:
@@ -175,7 +173,7 @@ def find_record(
     if name not in listed:
         raise BackendUnavailableError(
             f"the engines of {bundle} are for other GPUs ({', '.join(listed)}), this device is a {gpu} "
-            f"(sm{times_ten(capability)}); {hint}"
+            f"({name.removeprefix(f'{kind}-')}); {hint}"
         )
     record = read_record(bundle, manifest, name)
     if record.tensorrt != version:
@@ -184,8 +182,3 @@ def find_record(
             f"installed, which may not be able to read them; {hint}"
         )
     return record
-
-
-def times_ten(capability: tuple[int, int]) -> int:
-    """A compute capability as in the names of folders: (8, 7) -> 87."""
-    return 10 * capability[0] + capability[1]
