@@ -22,12 +22,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @dataclass(frozen=True, slots=True)
 class BuildStats:
-    """Figures of a build.
-
-    Attributes:
-        parse_seconds, build_seconds: of the two steps.
-        size: bytes of the engine.
-    """
+    """Seconds of the two steps of a build, and the size of the engine in bytes."""
 
     parse_seconds: float
     build_seconds: float
@@ -44,20 +39,18 @@ def build_engine(
     compute: int | None = None,
     workspace: int | None = None,
 ) -> BuildStats:
-    """Write an engine.
+    """Build an engine from a graph of the dialect onnx, and write it to the file ``engine``.
 
     Args:
         trt: ``tensorrt`` or ``tensorrt_rtx``.
-        graph: ONNX file of the dialect onnx, with its external data next to it.
-        engine: file to write.
-        profiles: one or more; the runtime chooses by their order.
-        reporter: is told of TensorRT's phases.
+        graph: ONNX file, with its external data next to it.
+        profiles: chosen by the runtime by their order.
         compute: capability to build for, times ten, which only TensorRT-RTX can choose; None for this machine's GPU.
         workspace: bytes of scratch memory on the GPU at most; None for all.
 
     Raises:
         BackendUnavailableError: this TensorRT cannot build here.
-        ExportError: TensorRT does not take the graph, with its words; or building failed.
+        ExportError: TensorRT does not take the graph, or cannot build the engine; quotes its reason.
     """
     messages = Messages()
     logger = messages.logger(trt)
@@ -130,7 +123,7 @@ def _profile(builder: Any, network: Any, shapes: Profile, graph: Path) -> Any:  
 
 
 def _monitor(trt: ModuleType, reporter: Reporter, graph: str, held: Sequence[int]) -> Any:  # noqa: ANN401
-    """Tells the reporter of TensorRT's outermost phase with steps, and stops the build once a signal is ``held``."""
+    """Show TensorRT's outermost phase that has steps, and stop the build once a signal is ``held``."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:

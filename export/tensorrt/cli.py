@@ -21,9 +21,7 @@ if TYPE_CHECKING:
     from owl2.export.job.progress import Reporter
     from owl2.export.tensorrt.folder import EngineReport
     from owl2.export.tensorrt.target import BuildTarget
-    from owl2.runtime.bundle import Bundle, Manifest
-
-MIB = 1 << 20
+    from owl2.runtime.bundle import Bundle
 
 
 @dataclass(frozen=True)
@@ -38,11 +36,7 @@ class Request:
     workspace: int | None = None
 
     def target(self, dialect: str, weights: str) -> BuildTarget:
-        """The module and the GPU, for a bundle of this dialect whose decoder has these weights.
-
-        Raises:
-            ConfigError, BackendUnavailableError: as :func:`.target.choose_target` and :func:`.target.find_gpu`.
-        """
+        """The module and the GPU, for a bundle of this dialect whose decoder has these weights."""
         from owl2.export.tensorrt.target import choose_target, find_gpu
 
         device, here = find_gpu(self.gpu)
@@ -131,11 +125,7 @@ def engine(
 
 
 def build(bundle: Bundle, request: Request, reporter: Reporter) -> EngineReport:
-    """Build the engines that were asked for.
-
-    Raises:
-        ConfigError, BackendUnavailableError, ExportError: as the functions it calls.
-    """
+    """Build the engines that were asked for."""
     from owl2.export.tensorrt.folder import build_engines
     from owl2.export.tensorrt.profiles import Limits
 
@@ -144,18 +134,15 @@ def build(bundle: Bundle, request: Request, reporter: Reporter) -> EngineReport:
     context = resolve_context(manifest.model.decoder, request.context)
     prefill = min(PREFILL_BLOCK, context) if request.prefill is None else request.prefill
     limits = Limits(context, prefill, request.images)
-    reporter.note(_memory_note(manifest))
-    workspace = None if request.workspace is None else request.workspace * MIB
-    return build_engines(bundle, target, limits, workspace, reporter)
-
-
-def _memory_note(manifest: Manifest) -> str:
-    """An estimate of the CPU's memory that building takes, and how much is available."""
     needed, cpu = build_bytes(manifest), this_cpu()
     available = "" if cpu is None else f", {size(cpu.available)} are available"
     short = cpu is not None and needed > cpu.available
     advice = "; that may not be enough: build on another machine, or add swap" if short else ""
-    return f"building the decoder's engine takes about {size(needed)} of this machine's memory{available}{advice}"
+    reporter.note(
+        f"building the decoder's engine takes about {size(needed)} of this machine's memory{available}{advice}"
+    )
+    workspace = None if request.workspace is None else request.workspace << 20
+    return build_engines(bundle, target, limits, workspace, reporter)
 
 
 def summary(report: EngineReport) -> str:

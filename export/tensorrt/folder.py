@@ -19,6 +19,7 @@ from owl2.runtime.backends.tensorrt import records
 from owl2.runtime.backends.tensorrt.records import DECODER_ENGINE, VISION_ENGINE, EngineRecord
 from owl2.runtime.bundle import Bundle, Manifest
 from owl2.runtime.errors import ExportError
+from owl2.runtime.fit.machine import driver_version
 from owl2.runtime.verification import FileEntry, hash_file
 
 SOURCES = {
@@ -30,20 +31,13 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class EngineReport:
-    """Result of a build.
-
-    Attributes:
-        folder: of the engines.
-        record: in that folder.
-        built: figures, by name of the engine.
-    """
+    """Result of a build: the folder, the record in it, and figures by name of the engine."""
 
     folder: Path
     record: EngineRecord
     built: dict[str, BuildStats]
 
     def to_json(self) -> dict[str, object]:
-        """Plain dictionaries."""
         built = {name: asdict(stats) for name, stats in self.built.items()}
         return {"folder": str(self.folder), "engine": self.record.to_json(), "built": built}
 
@@ -53,22 +47,14 @@ def build_engines(
 ) -> EngineReport:
     """Build both engines; they appear together or not at all, and replace those for the same GPU.
 
-    Args:
-        bundle: of the dialect onnx.
-        target: module and GPU.
-        limits: largest shapes.
-        workspace: bytes of scratch memory on the GPU at most; None for all of it.
-        reporter: is told of TensorRT's phases.
-
-    Raises:
-        BackendUnavailableError, ExportError: as :func:`owl2.export.tensorrt.build.build_engine`.
+    ``workspace`` and the errors are those of :func:`owl2.export.tensorrt.build.build_engine`.
     """
     model = bundle.manifest.model
     profiles = {
         VISION_ENGINE: (vision_profile(model, limits),),
         DECODER_ENGINE: decoder_profiles(model, limits),
     }
-    folder = bundle.folder / records.FOLDER / records.folder_name(target.kind, target.compute)
+    folder = bundle.folder / records.FOLDER / records.folder_name(target.kind, divmod(target.compute, 10))
     compute = None if target.here else target.compute
     built = {}
     with _appearing(bundle.folder, folder) as work:
@@ -92,7 +78,7 @@ def _record(manifest: Manifest, target: BuildTarget, limits: Limits, work: Path)
         tensorrt=target.module.__version__,
         compute_capability=divmod(target.compute, 10),
         gpu=target.device.product if target.here else None,
-        driver=target.driver,
+        driver=driver_version() if target.here else None,
         context=limits.context,
         prefill=limits.prefill,
         images=limits.images,
@@ -106,9 +92,6 @@ def _appearing(bundle: Path, folder: Path) -> Iterator[Path]:
     """A folder next to ``folder`` that replaces it, and is entered in the manifest, if all goes well.
 
     If not, it is removed and everything is as before; after a kill, by the next build.
-
-    Raises:
-        ExportError: the disk is full or cannot be written.
     """
     work, former = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "former"))
     manifest = bundle / (spec.MANIFEST + ".new")

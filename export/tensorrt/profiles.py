@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from owl2.runtime import spec
+from owl2.runtime.backends.steps import cache_names
 from owl2.runtime.config import ModelConfig, require
 
 Shape = tuple[int, ...]
 ShapeRange = tuple[Shape, Shape, Shape]
-"""Least, usual and largest shape of an input."""
-CountRange = tuple[int, int, int]
-"""Least, usual and largest number of rows."""
+"""Smallest, usual and largest shape of an input."""
 Profile = Mapping[str, ShapeRange]
 """Shapes by name of the input."""
 
@@ -48,42 +47,38 @@ def decoder_profiles(model: ModelConfig, limits: Limits) -> tuple[Profile, Profi
 
     The runtime gives at least one row of the K/V cache, masked where nothing is cached yet.
     """
-    most = limits.prefill
+    config, most = model.decoder, limits.prefill
     usual = min(most, 2 * model.rows_per_image)
     image = min(usual - 1, model.rows_per_image)
-    cached = (1, min(limits.context, 512), limits.context)
-    prefill = _inputs(model, tokens=(1, usual, most), cached=cached, image=(0, image, most), logits=(1, 1, most))
-    decode = _inputs(model, tokens=(1, 1, 1), cached=cached, image=(0, 0, 0), logits=(1, 1, 1))
-    return prefill, decode
+    usually_cached = min(limits.context, 512)
+
+    def shapes(tokens: int, text: int, image: int, cached: int, logits: int = 1) -> dict[str, Shape]:
+        """Inputs of the decoder for these numbers of rows."""
+        angles = (tokens, config.head_dim // 2)
+        return {
+            spec.EMBEDS: (1, tokens, config.hidden_size),
+            spec.MODALITY: (tokens,),
+            spec.TEXT_ROWS: (text,),
+            spec.IMAGE_ROW_INDEX: (image,),
+            spec.ROW_ORDER: (tokens,),
+            spec.LOGIT_ROWS: (logits,),
+            spec.ATTENTION_MASK: (tokens, cached + tokens),
+            spec.ROTARY_COS: angles,
+            spec.ROTARY_SIN: angles,
+            **{past: (cached, spec.kv_row_width(config)) for past, _ in cache_names(config)},
+        }
+
+    prefill = (
+        shapes(1, 0, 0, 1),
+        shapes(usual, usual - image, image, usually_cached),
+        shapes(most, most, most, limits.context, logits=most),
+    )
+    decode = [shapes(1, 1, 0, cached) for cached in (1, usually_cached, limits.context)]
+    return _ranges(*prefill), _ranges(*decode)
 
 
-def _inputs(
-    model: ModelConfig, *, tokens: CountRange, cached: CountRange, image: CountRange, logits: CountRange
-) -> Profile:
-    """All inputs of the decoder for these numbers of rows."""
-    config = model.decoder
-    text = (0 if image[2] else 1, tokens[1] - image[1], tokens[2])
-
-    def rows(counts: CountRange, *others: int) -> ShapeRange:
-        least, usual, most = ((count, *others) for count in counts)
-        return least, usual, most
-
-    cache = rows(cached, spec.kv_row_width(config))
-    table = rows(tokens, config.head_dim // 2)
-    embeds = tuple((1, *shape) for shape in rows(tokens, config.hidden_size))
-    mask = tuple((count, past + count) for count, past in zip(tokens, cached))
-    return {
-        spec.EMBEDS: (embeds[0], embeds[1], embeds[2]),
-        spec.MODALITY: rows(tokens),
-        spec.TEXT_ROWS: rows(text),
-        spec.IMAGE_ROW_INDEX: rows(image),
-        spec.ROW_ORDER: rows(tokens),
-        spec.LOGIT_ROWS: rows(logits),
-        spec.ATTENTION_MASK: (mask[0], mask[1], mask[2]),
-        spec.ROTARY_COS: table,
-        spec.ROTARY_SIN: table,
-        **{name: cache for layer in range(config.num_hidden_layers) for name in spec.past_names(layer)},
-    }
+def _ranges(least: Mapping[str, Shape], usual: Mapping[str, Shape], most: Mapping[str, Shape]) -> Profile:
+    return {name: (least[name], usual[name], most[name]) for name in least}
 
 
 def vision_profile(model: ModelConfig, limits: Limits) -> Profile:

@@ -8,7 +8,7 @@ from types import ModuleType
 from owl2.runtime.backends.tensorrt.module import import_tensorrt
 from owl2.runtime.cli.table import table
 from owl2.runtime.errors import BackendUnavailableError, ConfigError
-from owl2.runtime.fit.machine import driver_version, this_gpu
+from owl2.runtime.fit.machine import this_gpu
 from owl2.runtime.fit.products import PRODUCTS, Product, find_product
 from owl2.runtime.placement import EngineKind
 
@@ -18,12 +18,9 @@ class BuildTarget:
     """The module that builds engines, and the GPU they are for.
 
     Attributes:
-        kind: of engine.
         module: ``tensorrt`` or ``tensorrt_rtx``.
-        device: the GPU to build for.
-        compute: its compute capability, times ten.
+        compute: compute capability, times ten.
         here: whether it is the GPU of this machine, so that TensorRT need not be told which.
-        driver: version of this machine's driver; None where engines are for another machine.
     """
 
     kind: EngineKind
@@ -31,17 +28,10 @@ class BuildTarget:
     device: Product
     compute: int
     here: bool
-    driver: str | None
 
 
 def choose_target(kind: EngineKind, device: Product, dialect: str, weights: str, *, here: bool) -> BuildTarget:
     """Check that engines of a bundle can be built for ``device``, and import the module that builds them.
-
-    Args:
-        kind: of engine.
-        device: the GPU that is to run them.
-        dialect, weights: of the bundle and its decoder, as in the manifest.
-        here: whether ``device`` is the GPU of this machine.
 
     Raises:
         ConfigError: the device does not run such engines or they must be built elsewhere; says what is possible.
@@ -68,7 +58,7 @@ def choose_target(kind: EngineKind, device: Product, dialect: str, weights: str,
             f"{device.product} (SM{device.compute}) has no TensorRT engines with int4 weights: these need compute "
             "capability 8.0 (Ampere) or newer; export with --weights fp16, or run a bundle of the dialect ort there"
         )
-    return BuildTarget(kind, import_tensorrt(kind), device, device.compute, here, driver_version() if here else None)
+    return BuildTarget(kind, import_tensorrt(kind), device, device.compute, here)
 
 
 def find_gpu(name: str | None) -> tuple[Product, bool]:

@@ -36,12 +36,9 @@ def driver_missing(reason: str) -> str:
 
 
 def device_problem(code: int, count: int, index: int) -> str:
-    """A sentence on why GPU ``index`` cannot be used; empty if it can.
+    """A sentence on why GPU ``index`` of ``count`` cannot be used; empty if it can.
 
-    Args:
-        code: returned by ``cuInit`` or ``cuDeviceGetCount``; 0 if both succeeded.
-        count: GPUs that the driver sees.
-        index: counted from 0.
+    ``code`` is the answer of ``cuInit`` or ``cuDeviceGetCount``, 0 if both succeeded.
     """
     if code == CUDA_ERROR_STUB_LIBRARY:
         return f"{DRIVER} is CUDA's stub for linking, not a driver: {_INSTALL_HINT}"

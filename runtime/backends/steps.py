@@ -17,12 +17,7 @@ StepInputs = dict[str, NDArray[Any]]
 
 
 def row_inputs(modality: Ints, logit_rows: Ints) -> StepInputs:
-    """Inputs that say which weights each of T rows goes through, and which rows' logits are wanted.
-
-    Args:
-        modality: int64 [T], 1 at image rows.
-        logit_rows: int64 [R].
-    """
+    """Inputs on the weights that each of T rows goes through (modality 1: the image's) and the R rows of logits."""
     text, image = np.flatnonzero(modality == 0), np.flatnonzero(modality)
     return {
         spec.MODALITY: modality,
@@ -34,7 +29,7 @@ def row_inputs(modality: Ints, logit_rows: Ints) -> StepInputs:
 
 
 TEXT_STEP = row_inputs(np.zeros(1, np.int64), np.zeros(1, np.int64))
-"""Those of a step of one text row. They are constants: a device gets them once."""
+"""Inputs of a step of one text row. They are constants: a device gets them once."""
 for _constant in TEXT_STEP.values():
     _constant.setflags(write=False)
 
@@ -42,16 +37,10 @@ for _constant in TEXT_STEP.values():
 def position_inputs(
     config: DecoderConfig, past: int, tokens: int, cached: int, dtype: DTypeLike, total: int | None = None
 ) -> StepInputs:
-    """Mask and rotary angles of the dialect onnx for T new positions.
+    """Mask and rotary angles of the dialect onnx for ``tokens`` new positions after ``past`` cached ones.
 
-    Args:
-        config: of the model.
-        past: positions in the K/V cache.
-        tokens: T.
-        cached: S, rows of the K/V cache that the graph reads; at least ``past`` and 1, the rest is masked.
-        dtype: of the activations.
-        total: positions at the end of the step that these are a block of, which the angles may depend on; None for
-            ``past + tokens``.
+    The graph reads ``cached`` rows of the K/V cache: at least ``past`` and 1, the rest is masked. The angles may depend
+    on ``total``, the positions at the end of the step that these are a block of; None for ``past + tokens``.
     """
     cos, sin = rotary_tables(config, total or past + tokens, config.head_dim, dtype)
     return {

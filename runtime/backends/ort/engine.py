@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import onnxruntime as ort
-from numpy.typing import NDArray
 
 from owl2.runtime import spec
 from owl2.runtime.backends.ort.installation import check_onnxruntime, is_older, upgrade_command
-from owl2.runtime.backends.ort.memory import Buffer, Memory, StepFeeds
+from owl2.runtime.backends.ort.memory import Array, Buffer, Memory, StepFeeds
 from owl2.runtime.backends.ort.onnx_decoder import OnnxDecoder
 from owl2.runtime.backends.ort.session import (
     DEFAULT_OPTIONS,
@@ -31,32 +30,15 @@ from owl2.runtime.backends.ort.session import (
 from owl2.runtime.backends.steps import TEXT_STEP, StepInputs, cache_names, row_inputs
 from owl2.runtime.bundle import Bundle, Manifest
 from owl2.runtime.config import DecoderConfig, ModelConfig
-from owl2.runtime.engine import (
-    CLOSED,
-    PREFILL_BLOCK,
-    DecoderEngine,
-    EngineOptions,
-    Floats,
-    Ints,
-    KvBuffers,
-    own,
-)
+from owl2.runtime.engine import CLOSED, PREFILL_BLOCK, DecoderEngine, EngineOptions, Floats, Ints, KvBuffers, own
 from owl2.runtime.errors import BackendError, BackendUnavailableError
 from owl2.runtime.placement import Placement
 from owl2.runtime.rope import rotary_tables
 from owl2.runtime.spec import DialectName
 
-KvArray = NDArray[np.float32 | np.float16 | np.int8]
-
 
 def prepare(folder: Path, manifest: Manifest, options: EngineOptions) -> Callable[[Bundle], OrtEngine]:
-    """Check that the device is available and can run the bundle; see :data:`owl2.runtime.backends.choose.Backend`.
-
-    Raises:
-        BackendUnavailableError: the device is not available, or ONNX Runtime is too old for the bundle.
-        BackendError: the device cannot run graphs of this dialect.
-        ConfigError: settings that cannot work.
-    """
+    """See :data:`owl2.runtime.backends.choose.Backend`."""
     check_dialect(folder, manifest.dialect, options.device)
     ort_options = OrtOptions(options.device, options.threads, options.kv_cache)
     prepare_device(options.device)
@@ -71,11 +53,7 @@ def prepare(folder: Path, manifest: Manifest, options: EngineOptions) -> Callabl
 
 
 def check_dialect(path: Path, dialect: DialectName, device: Placement) -> None:
-    """Refuse a graph or a bundle whose dialect ONNX Runtime does not run on the device.
-
-    Raises:
-        BackendError: says which it runs.
-    """
+    """Refuse a graph or a bundle whose dialect ONNX Runtime does not run on the device."""
     if dialect == "onnx" and not device.on_host:
         raise BackendError(
             f"{path}: ONNX Runtime runs graphs of the dialect onnx on the CPU only, where their K/V rows are; for "
@@ -105,35 +83,29 @@ class OrtEngine:
 
     @property
     def context(self) -> None:
-        """Only the model limits it."""
         return None
 
     @property
     def block(self) -> int:
-        """New positions of a prefill step."""
         return PREFILL_BLOCK
 
     def close(self) -> None:
-        """Give the sessions back, or as soon as a step that is running has ended."""
+        """Give the sessions back, at once or when a step that is running has ended."""
         self._graphs = None
 
     def encode_images(self, pixels: Floats) -> Floats:
-        """pixels: [N, 3, R, R] -> image rows [N, queries + 1, C]."""
         vision, _ = self._open()
         return vision.encode_images(pixels)
 
     def allocate(self, capacity: int, previous: KvBuffers | None) -> KvBuffers:
-        """Buffers for ``capacity`` positions that begin with the content of ``previous``."""
         _, decoder = self._open()
         return decoder.allocate(capacity, previous)
 
     def prefill(self, embeds: Floats, modality: Ints, past: int, buffers: KvBuffers, logit_rows: Ints) -> Floats:
-        """Run T mixed positions after ``past`` cached ones -> logits [R, V]."""
         _, decoder = self._open()
         return decoder.prefill(embeds, modality, past, buffers, logit_rows)
 
     def decode(self, embeds: Floats, past: int, buffers: KvBuffers) -> Floats:
-        """Run one text position after ``past`` cached ones: embeds [1, C] -> logits [V]."""
         _, decoder = self._open()
         return decoder.decode(embeds, past, buffers)
 
@@ -142,12 +114,7 @@ class OrtVision:
     """The session of the vision tower and the abstractor."""
 
     def __init__(self, path: Path, model: ModelConfig, options: OrtOptions) -> None:
-        """Load the graph at ``path``, which may be a variant of the bundle's own.
-
-        Raises:
-            BackendUnavailableError: the device is not available.
-            BackendError: the graph cannot be loaded, or it is not for ``model``.
-        """
+        """Load the graph at ``path``, which may be a variant of the bundle's own."""
         self._session = open_session(path, options)
         size = model.vision.image_size
         rows = (None, model.rows_per_image, model.decoder.hidden_size)
@@ -155,11 +122,7 @@ class OrtVision:
         check_tensors(path, self._session, expected)
 
     def encode_images(self, pixels: Floats) -> Floats:
-        """pixels: [N, 3, R, R] -> image rows [N, queries + 1, C].
-
-        Raises:
-            BackendError: ONNX Runtime failed.
-        """
+        """pixels: [N, 3, R, R] -> image rows [N, queries + 1, C]."""
         try:
             rows: Floats = self._session.run([spec.IMAGE_ROWS], {spec.PIXELS: pixels}, RUN_OPTIONS)[0]
         except Exception as error:
@@ -171,20 +134,14 @@ class GraphFormat(Protocol):
     """The part of a manifest that says what a decoder graph is like."""
 
     @property
-    def dialect(self) -> DialectName:
-        """Operators of the graph."""
+    def dialect(self) -> DialectName: ...
 
     @property
-    def model(self) -> ModelConfig:
-        """The model that it computes."""
+    def model(self) -> ModelConfig: ...
 
 
 def open_decoder(path: Path, manifest: GraphFormat, options: OrtOptions) -> DecoderEngine:
-    """Load the decoder graph at ``path``, which may be a variant of the bundle's own.
-
-    Raises:
-        BackendUnavailableError, BackendError: as :class:`OrtEngine`.
-    """
+    """Load the decoder graph at ``path``, which may be a variant of the bundle's own."""
     if manifest.dialect == "ort":
         return OrtDecoder(path, manifest.model.decoder, options)
     check_dialect(path, manifest.dialect, options.device)
@@ -193,27 +150,21 @@ def open_decoder(path: Path, manifest: GraphFormat, options: OrtOptions) -> Deco
 
 @dataclass(frozen=True, eq=False)
 class OrtBuffers:
-    """K/V buffers in the memory of the decoder's device.
-
-    Attributes:
-        buffers: key and value of each layer in turn, [1, H, capacity, padded D].
-    """
+    """K/V buffers on the decoder's device: key and value of each layer in turn, [1, H, capacity, padded D]."""
 
     buffers: list[Buffer]
 
     @property
-    def arrays(self) -> list[KvArray]:
+    def arrays(self) -> list[Array]:
         """The contents: the buffers themselves in host memory, copies of those on a GPU."""
         return [buffer.numpy() for buffer in self.buffers]
 
     @property
     def capacity(self) -> int:
-        """Positions they hold."""
         return self.buffers[0].positions
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all buffers."""
         return sum(buffer.nbytes for buffer in self.buffers)
 
 
@@ -221,12 +172,6 @@ class OrtDecoder:
     """The decoder's session; see :class:`owl2.runtime.engine.DecoderEngine`."""
 
     def __init__(self, path: Path, config: DecoderConfig, options: OrtOptions) -> None:
-        """Load the graph at ``path``.
-
-        Raises:
-            BackendUnavailableError: the device is not available.
-            BackendError: the graph cannot be loaded, or it is not for ``config`` and the type of K/V cache.
-        """
         self._config = config
         self._session = open_session(path, options)
         self._names = cache_names(config)
@@ -247,10 +192,7 @@ class OrtDecoder:
         self._feeds: WeakKeyDictionary[OrtBuffers, StepFeeds] = WeakKeyDictionary()
 
     def allocate(self, capacity: int, previous: KvBuffers | None) -> OrtBuffers:
-        """Buffers for ``capacity`` positions that begin with the content of ``previous``.
-
-        Each is bound as past and as present of its layer, so that steps write in place.
-        """
+        """Each buffer is bound as past and as present of its layer, so that steps write in place."""
         if previous is None:
             shape = (1, self._config.num_attention_heads, capacity, self._width)
             buffers = [self._memory.zeros(shape, self._kv_dtype) for _ in self._names]
@@ -265,11 +207,9 @@ class OrtDecoder:
         return made
 
     def prefill(self, embeds: Floats, modality: Ints, past: int, buffers: KvBuffers, logit_rows: Ints) -> Floats:
-        """Run T mixed positions after ``past`` cached ones -> logits [R, V]."""
         return self._step(embeds, row_inputs(modality, logit_rows), past, buffers)
 
     def decode(self, embeds: Floats, past: int, buffers: KvBuffers) -> Floats:
-        """Run one text position after ``past`` cached ones: embeds [1, C] -> logits [V]."""
         logits: Floats = self._step(embeds, TEXT_STEP, past, buffers)[0]
         return logits
 
@@ -279,7 +219,7 @@ class OrtDecoder:
         if feeds is None:
             raise BackendError("these K/V buffers belong to another model")
         cos, sin = rotary_tables(self._config, total, self._width, self._dtype)
-        inputs: dict[str, NDArray[Any]] = {
+        inputs: StepInputs = {
             spec.EMBEDS: embeds[None].astype(self._dtype, copy=False),
             **rows,
             spec.LENGTHS: np.array([total - 1], dtype=np.int32),

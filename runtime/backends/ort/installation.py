@@ -31,9 +31,6 @@ MINIMUM_VERSIONS = {"cuda": "1.24", "tensorrt-rtx": "1.25"}
 """The first version that tells which provider got which node, and that allocates in the memory of a plugin's GPU."""
 RTX_PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
 RTX_PLUGIN_WHEEL = RTX_PLUGIN.replace("_", "-")
-RTX_REGISTRATION = "owl2.tensorrt-rtx"
-FIRST_CUDA_WITHOUT_SUFFIX = 13
-"""From this major version on the names of NVIDIA's wheels of CUDA do not end with the version."""
 _CUDA_LIBRARIES = (
     ("libcudart.so.{major}", "nvidia-cuda-runtime{suffix}"),
     ("libcublasLt.so.{major}", "nvidia-cublas{suffix}"),
@@ -46,7 +43,7 @@ _CUDA_LIBRARIES = (
 def diagnose(device: Placement) -> list[str]:
     """Sentences on why ONNX Runtime cannot use a device, empty if it can; loads the libraries that it needs.
 
-    The only one on the CPU is on wheels that overwrite each other's files, which may work for now.
+    For the CPU the only problem is wheels that overwrite each other's files, which may work for now.
     """
     wheels = onnxruntime_wheels()
     mixed = overlap(wheels, device.kind)
@@ -66,18 +63,15 @@ def diagnose(device: Placement) -> list[str]:
             f"{wheel} {ort.__version__} is installed, {minimum} or newer is needed, which has wheels for Python 3.11 "
             f"and newer: pip install -U {wheel}"
         ]
-    problems = _cuda_problems(device.index) if device.kind == "cuda" else [_rtx_problem(device.index, wheel)]
-    return [problem for problem in problems if problem]
-
-
-def _cuda_problems(index: int) -> list[str]:
-    import onnxruntime as ort
-
+    if device.kind == "tensorrt-rtx":
+        problem = _rtx_problem(device.index, wheel)
+        return [problem] if problem else []
     with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
         ort.preload_dlls()
     major = ort.cuda_version.partition(".")[0]
-    wheels = cuda_libraries(int(major)) if major else {}
-    return [library_problem(absent(wheels), wheels), driver_problem(index)]
+    libraries = cuda_libraries(int(major)) if major else {}
+    problems = library_problem(absent(libraries), libraries), driver_problem(device.index)
+    return [problem for problem in problems if problem]
 
 
 def _rtx_problem(index: int, wheel: str) -> str:
@@ -101,9 +95,9 @@ def _load_rtx_plugin() -> str:
     try:
         library = Path(importlib.import_module(RTX_PLUGIN).get_library_path())
         for runtime in library.parent.glob("libcudart.so.*"):
-            # Version 0.5 has it under a name by which its own library does not ask for it.
+            # Version 0.5 ships it under another name than the one that its own library loads.
             ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)
-        ort.register_execution_provider_library(RTX_REGISTRATION, str(library))
+        ort.register_execution_provider_library("owl2.tensorrt-rtx", str(library))
     except Exception as error:  # ONNX Runtime has no common base class for its errors
         text = " ".join(str(error).split()) or type(error).__name__
         missing = missing_library(text)
@@ -123,12 +117,7 @@ def rtx_devices() -> list[Any]:
 
 
 def check_onnxruntime(minimum: str) -> None:
-    """Refuse an ONNX Runtime older than ``minimum``.
-
-    Raises:
-        BackendUnavailableError: it is older, or not installed.
-        BundleCorruptError: ``minimum`` is not a version.
-    """
+    """Refuse an ONNX Runtime older than ``minimum``, or none."""
     version = onnxruntime_version()
     if is_older(version, minimum):
         raise BackendUnavailableError(
@@ -157,11 +146,7 @@ def is_older(version: str, minimum: str) -> bool:
 
 
 def onnxruntime_version() -> str:
-    """The version of the installed ONNX Runtime.
-
-    Raises:
-        BackendUnavailableError: it is not installed, or cannot be loaded.
-    """
+    """The version of the installed ONNX Runtime, or BackendUnavailableError if it cannot be loaded."""
     with needs_onnxruntime():
         # Where a wheel was removed but left files behind, this is a module without content.
         from onnxruntime import __version__
@@ -170,11 +155,7 @@ def onnxruntime_version() -> str:
 
 @contextlib.contextmanager
 def needs_onnxruntime() -> Iterator[None]:
-    """Say what to install where an import of ONNX Runtime fails.
-
-    Raises:
-        BackendUnavailableError: it did.
-    """
+    """Turn a failing import of ONNX Runtime into BackendUnavailableError, which says what to install."""
     try:
         yield
     except ImportError as error:
@@ -184,12 +165,7 @@ def needs_onnxruntime() -> Iterator[None]:
 
 
 def import_problem(wheels: Mapping[str, str], text: str) -> str:
-    """A sentence on an ONNX Runtime that cannot be imported.
-
-    Args:
-        wheels: see :func:`onnxruntime_wheels`.
-        text: of the error.
-    """
+    """A sentence on an ONNX Runtime that cannot be imported: its ``wheels``, and the error's text."""
     if not wheels:
         return (
             "ONNX Runtime is not installed: pip install 'owl2[cpu]', or 'owl2[cuda]' for an NVIDIA GPU; install only "
@@ -214,9 +190,7 @@ def onnxruntime_wheels() -> dict[str, str]:
 def overlap(wheels: Mapping[str, str], extra: str) -> str:
     """A sentence on several distributions of ONNX Runtime in one environment; empty if there is at most one.
 
-    Args:
-        wheels: see :func:`onnxruntime_wheels`.
-        extra: of owl2, which installs the right one.
+    ``extra`` is the extra of owl2 that installs the right one.
     """
     if len(wheels) < 2:
         return ""
@@ -234,12 +208,8 @@ def missing_library(text: str) -> str | None:
 
 
 def cuda_libraries(major: int) -> dict[str, str]:
-    """Files that ONNX Runtime's CUDA provider needs, each with its package.
-
-    Args:
-        major: version of CUDA that the provider was built for.
-    """
-    suffix = "" if major >= FIRST_CUDA_WITHOUT_SUFFIX else f"-cu{major}"
+    """Files that ONNX Runtime's provider for version ``major`` of CUDA needs, each with its package."""
+    suffix = "" if major >= 13 else f"-cu{major}"  # NVIDIA's wheels of CUDA 13 and later have none
     return {library.format(major=major): wheel.format(major=major, suffix=suffix) for library, wheel in _CUDA_LIBRARIES}
 
 
@@ -255,12 +225,7 @@ def absent(libraries: Iterable[str]) -> dict[str, str]:
 
 
 def library_problem(problems: Mapping[str, str], wheels: Mapping[str, str]) -> str:
-    """A sentence on libraries that could not be loaded; empty if all could.
-
-    Args:
-        problems: messages of the dynamic loader, by file.
-        wheels: packages, by file.
-    """
+    """A sentence on libraries that could not be loaded (see :func:`absent`); empty if all could."""
     if not problems:
         return ""
     named = []

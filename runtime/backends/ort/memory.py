@@ -1,7 +1,7 @@
 """K/V buffers and the inputs of a step, in the memory of the process or of a GPU.
 
-ONNX Runtime's Python API copies whole tensors only, and growing a K/V buffer [1, H, S, D] moves each head. So a buffer
-on a GPU grows by way of host memory, one tensor at a time: each growth copies what is kept twice.
+ONNX Runtime's Python API copies only whole tensors, and growing a K/V buffer [1, H, S, D] moves each head: a buffer on
+a GPU grows through host memory, one tensor at a time, and each growth copies twice what is kept.
 """
 
 from __future__ import annotations
@@ -28,10 +28,8 @@ class Buffer:
     """A tensor that graphs read and write in place.
 
     Attributes:
-        value: is bound to sessions.
         host: the same memory as an array; None on a GPU.
         positions: S of its shape [1, H, S, D].
-        nbytes: its size.
     """
 
     value: ort.OrtValue
@@ -57,7 +55,6 @@ class Memory:
 
     @classmethod
     def of(cls, device: Placement) -> Memory:
-        """The memory of a device."""
         return cls(None if device.on_host else ("cuda", device.index))
 
     def zeros(self, shape: Sequence[int], dtype: DTypeLike) -> Buffer:
@@ -85,16 +82,11 @@ class Memory:
 
 
 class StepFeeds:
-    """The inputs of a binding that change from step to step.
-
-    Attributes:
-        binding: of the session.
-        copies: tensors on the GPU by the name of the input; empty on the host.
-    """
+    """The inputs of a binding that change from step to step."""
 
     def __init__(self, binding: ort.IOBinding, memory: Memory) -> None:
         self.binding, self._memory = binding, memory
-        self.copies: dict[str, ort.OrtValue] = {}
+        self.copies: dict[str, ort.OrtValue] = {}  # on the GPU, by the name of the input
         self._constants: dict[str, Array] = {}
 
     def put(self, name: str, array: Array) -> None:

@@ -11,13 +11,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from owl2.runtime import spec
-from owl2.runtime.backends.ort.session import (
-    OrtOptions,
-    check_tensors,
-    element_of,
-    open_session,
-    run_bound,
-)
+from owl2.runtime.backends.ort.session import OrtOptions, check_tensors, element_of, open_session, run_bound
 from owl2.runtime.backends.steps import TEXT_STEP, StepInputs, cache_names, position_inputs, row_inputs
 from owl2.runtime.config import DecoderConfig
 from owl2.runtime.engine import Floats, Ints, KvBuffers, own
@@ -27,22 +21,16 @@ Rows = NDArray[np.floating[Any]]
 
 @dataclass(frozen=True)
 class RowBuffers:
-    """K/V rows in host memory.
-
-    Attributes:
-        rows: keys and values of each layer in turn, [capacity, W] each.
-    """
+    """K/V rows in host memory: keys and values of each layer in turn, [capacity, W] each."""
 
     rows: list[Rows]
 
     @property
     def capacity(self) -> int:
-        """Positions they hold."""
         return len(self.rows[0])
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all buffers."""
         return sum(rows.nbytes for rows in self.rows)
 
 
@@ -50,12 +38,6 @@ class OnnxDecoder:
     """A decoder's session; see :class:`owl2.runtime.engine.DecoderEngine`."""
 
     def __init__(self, path: Path, config: DecoderConfig, options: OrtOptions) -> None:
-        """Load the graph at ``path``.
-
-        Raises:
-            BackendUnavailableError: the device is not available.
-            BackendError: the graph cannot be loaded, or it is not for ``config``.
-        """
         self._config = config
         self._session = open_session(path, options)
         self._dtype, element = element_of(path, self._session, spec.EMBEDS)
@@ -73,7 +55,6 @@ class OnnxDecoder:
         self._no_rows = np.zeros((1, self._width), self._dtype)
 
     def allocate(self, capacity: int, previous: KvBuffers | None) -> RowBuffers:
-        """Buffers for ``capacity`` positions that begin with the content of ``previous``."""
         made = RowBuffers([np.zeros((capacity, self._width), self._dtype) for _ in self._names])
         if previous is not None:
             for rows, old in zip(made.rows, own(previous, RowBuffers).rows):
@@ -82,11 +63,9 @@ class OnnxDecoder:
         return made
 
     def prefill(self, embeds: Floats, modality: Ints, past: int, buffers: KvBuffers, logit_rows: Ints) -> Floats:
-        """Run T mixed positions after ``past`` cached ones -> logits [R, V]."""
         return self._step(embeds, row_inputs(modality, logit_rows), past, buffers)
 
     def decode(self, embeds: Floats, past: int, buffers: KvBuffers) -> Floats:
-        """Run one text position after ``past`` cached ones: embeds [1, C] -> logits [V]."""
         logits: Floats = self._step(embeds, TEXT_STEP, past, buffers)[0]
         return logits
 

@@ -59,9 +59,6 @@ class OrtOptions:
         kv_cache: type of the K/V cache, one that the bundle offers; None for that of the activations.
         frugal: keep weights as they are in the file instead of a faster copy in memory. Slow; for checks.
         exact: do not quantize activations where a graph leaves that to ONNX Runtime. Slow; for checks.
-
-    Raises:
-        ConfigError: a number of threads that cannot work.
     """
 
     device: Placement = HOST
@@ -144,16 +141,10 @@ def assignments(session: ort.InferenceSession) -> list[tuple[str, str]]:
 def check_assignments(
     path: Path, device: Placement, providers: Sequence[str], assigned: Sequence[tuple[str, str]]
 ) -> None:
-    """Refuse a session that runs elsewhere, as a whole or in part.
-
-    Args:
-        path: of the graph, for the message.
-        device: was asked for.
-        providers: of the session.
-        assigned: see :func:`assignments`.
+    """Refuse a session that runs elsewhere, as a whole or in part; ``assigned`` is from :func:`assignments`.
 
     Raises:
-        BackendUnavailableError: the device's provider is not among them.
+        BackendUnavailableError: the device's provider is not among ``providers``.
         BackendError: nodes that compute were given to another provider.
     """
     wanted = PROVIDERS[device.kind]
@@ -178,11 +169,7 @@ def strays(assigned: Iterable[tuple[str, str]], wanted: str) -> Counter[str]:
 
 
 def check_tensors(path: Path, session: ort.InferenceSession, expected: Mapping[str, Tensor]) -> None:
-    """Compare a graph's inputs and outputs with those of the model.
-
-    Raises:
-        BackendError: one is missing or has another shape or type.
-    """
+    """Refuse a graph whose inputs and outputs are not those of the model."""
     found = {value.name: value for value in (*session.get_inputs(), *session.get_outputs())}
     for name, (shape, element) in expected.items():
         have, of = (found[name].shape, found[name].type) if name in found else (None, None)
@@ -196,11 +183,7 @@ def check_tensors(path: Path, session: ort.InferenceSession, expected: Mapping[s
 
 
 def element_of(path: Path, session: ort.InferenceSession, name: str) -> tuple[Element, str]:
-    """The element type of an input, as numpy and ONNX Runtime name it.
-
-    Raises:
-        BackendError: the input does not exist, or its type is not one of :data:`ELEMENTS`.
-    """
+    """The element type of an input, one of :data:`ELEMENTS`, as numpy and ONNX Runtime name it."""
     found = next((value.type for value in session.get_inputs() if value.name == name), None)
     for dtype, element in ELEMENTS.values():
         if element == found:
@@ -209,11 +192,7 @@ def element_of(path: Path, session: ort.InferenceSession, name: str) -> tuple[El
 
 
 def run_bound(session: ort.InferenceSession, binding: ort.IOBinding) -> Floats:
-    """Run a decoder whose inputs and K/V outputs are bound -> logits [R, V].
-
-    Raises:
-        BackendError: the step failed.
-    """
+    """Run a decoder whose inputs and K/V outputs are bound -> logits [R, V]."""
     binding.bind_output(spec.LOGITS, "cpu")
     try:
         session.run_with_iobinding(binding, RUN_OPTIONS)
@@ -225,7 +204,6 @@ def run_bound(session: ort.InferenceSession, binding: ort.IOBinding) -> Floats:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message."""
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 

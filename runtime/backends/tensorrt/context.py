@@ -15,11 +15,7 @@ from owl2.runtime.errors import BackendError
 
 
 def load_engine(runtime: Any, path: Path, messages: Messages) -> Any:  # noqa: ANN401 - TensorRT has no types
-    """Deserialize an engine; the file is mapped, so that it is not in memory twice.
-
-    Raises:
-        BackendError: TensorRT refuses it.
-    """
+    """Deserialize an engine; the file is mapped, so that it is not in memory twice."""
     messages.clear()
     with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
         engine = runtime.deserialize_cuda_engine(content)
@@ -40,18 +36,7 @@ class Context:
     """An execution context of one profile: remembers what is bound, and turns refusals into errors."""
 
     def __init__(self, trt: ModuleType, engine: Any, profile: int, stream: int, messages: Messages) -> None:  # noqa: ANN401
-        """Make a context without scratch memory; :meth:`lend` gives it some.
-
-        Args:
-            trt: the module.
-            engine: to be run.
-            profile: optimization profile.
-            stream: on which it works.
-            messages: of TensorRT's logger.
-
-        Raises:
-            BackendError: TensorRT refuses.
-        """
+        """Make a context without scratch memory; :meth:`lend` gives it some."""
         self._messages, self._stream = messages, stream
         self._shapes: dict[str, Shape] = {}
         self._addresses: dict[str, int] = {}
@@ -88,27 +73,19 @@ class Context:
             self._addresses[name] = address
 
     def enqueue(self, what: str) -> None:
-        """Run on the stream.
-
-        Raises:
-            BackendError: ``what`` failed.
-        """
+        """Run on the stream; ``what`` is the subject of the error if that fails."""
         self._messages.clear()
         if not self._context.execute_async_v3(self._stream):
             raise BackendError(f"{what} failed: {self._messages.take()}")
 
     def close(self) -> None:
-        """Give TensorRT's own context back; it cannot run any more."""
         self._context = None
 
 
 class Resources:
-    """Everything of a loaded model that has to be given back; apart from the engine, so that a finalizer can hold it.
+    """Everything that a loaded model must give back; separate from the engine, so that a finalizer can hold it.
 
     Attributes:
-        gpu: they are on.
-        messages: of TensorRT's logger.
-        stream: on which everything happens.
         fixed: device memory of one size, whose addresses CUDA graphs keep.
         growing: device memory that grows with the steps.
         graph: the CUDA graph of a decoding step; 0 for none.
@@ -126,9 +103,7 @@ class Resources:
     def keep(self, contexts: list[Context], others: list[object]) -> None:
         """Take over TensorRT's objects, and lend the contexts scratch memory: one block, since one runs at a time.
 
-        Args:
-            contexts: to be destroyed first.
-            others: engines, runtime and logger, to be destroyed next and in this order.
+        The contexts are destroyed first, then the others (engines, runtime and logger) in their order.
         """
         self._contexts, self._others = contexts, others
         nbytes = aligned(max(context.scratch for context in contexts))
@@ -137,7 +112,6 @@ class Resources:
             context.lend(address, nbytes)
 
     def drop_graph(self) -> None:
-        """Give the CUDA graph back."""
         if self.graph:
             graph, self.graph = self.graph, 0
             self.gpu.destroy_graph(graph)

@@ -18,7 +18,6 @@ from owl2.runtime.errors import BackendError, BackendUnavailableError
 Array = NDArray[Any]
 ALIGNMENT = 256
 """Bytes; CUDA's allocations begin at multiples of it, and TensorRT wants addresses that do."""
-CUDA_PYTHON = "cuda.bindings.runtime"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +35,10 @@ class Gpu(Protocol):
     """
 
     @property
-    def name(self) -> str:
-        """Its product name."""
+    def name(self) -> str: ...
 
     @property
-    def compute_capability(self) -> tuple[int, int]:
-        """Such as (8, 7)."""
+    def compute_capability(self) -> tuple[int, int]: ...
 
     def use(self) -> None:
         """Make it the GPU of the calling thread, which must come before other calls there."""
@@ -55,8 +52,7 @@ class Gpu(Protocol):
     def create_stream(self) -> int:
         """-> a stream that does not wait for the default one."""
 
-    def destroy_stream(self, stream: int) -> None:
-        """Give a stream back."""
+    def destroy_stream(self, stream: int) -> None: ...
 
     def synchronize(self, stream: int) -> None:
         """Wait until all of a stream's work has ended; errors of that work are raised here."""
@@ -74,7 +70,7 @@ class Gpu(Protocol):
         """Fill with zero bytes."""
 
     def begin_capture(self, stream: int) -> None:
-        """From now on, record a stream's work instead of doing it."""
+        """Record a stream's work from now on instead of doing it."""
 
     def end_capture(self, stream: int) -> int:
         """-> a graph of the recorded work, ready to launch; fails if some of it cannot be recorded."""
@@ -82,15 +78,13 @@ class Gpu(Protocol):
     def launch(self, graph: int, stream: int) -> None:
         """Do the work that a graph recorded."""
 
-    def destroy_graph(self, graph: int) -> None:
-        """Give a graph back."""
+    def destroy_graph(self, graph: int) -> None: ...
 
 
 class CudaGpu:
-    """A GPU through NVIDIA's ``cuda-python``; :class:`Gpu` describes the methods."""
+    """A GPU through NVIDIA's ``cuda.bindings.runtime``; :class:`Gpu` describes the methods."""
 
     def __init__(self, runtime: Any, index: int) -> None:  # noqa: ANN401 - a module without types
-        """Use GPU ``index`` through the module ``cuda.bindings.runtime``; :func:`open_gpu` checks both."""
         self._cuda, self._index = runtime, index
 
     @property
@@ -176,11 +170,7 @@ class CudaGpu:
 
 
 def results(runtime: Any, answer: tuple[Any, ...], name: str) -> Any:  # noqa: ANN401 - a module without types
-    """Unpack the answer of a CUDA call, (error, results...): None, the result, or a tuple of results.
-
-    Raises:
-        BackendError: the call failed, with CUDA's name for the error.
-    """
+    """Unpack the answer of a CUDA call, (error, results...): None, the result, or a tuple of results."""
     code, *values = answer
     if code != runtime.cudaError_t.cudaSuccess:
         # An enumerator, or a number that this version of the package does not know.
@@ -189,24 +179,16 @@ def results(runtime: Any, answer: tuple[Any, ...], name: str) -> Any:  # noqa: A
 
 
 def host_address(array: Array) -> int:
-    """The address of a contiguous array's bytes.
-
-    Raises:
-        BackendError: it is not contiguous.
-    """
+    """The address of an array's bytes, which must be contiguous."""
     if not array.flags.c_contiguous:
         raise BackendError(f"an array of strides {array.strides} cannot be copied as one block")
     return int(array.ctypes.data)
 
 
 def open_gpu(index: int) -> CudaGpu:
-    """GPU ``index``.
-
-    Raises:
-        BackendUnavailableError: the package, the driver or the GPU is missing, or they do not fit together.
-    """
+    """GPU ``index``, or BackendUnavailableError if package, driver or GPU are missing or do not fit together."""
     try:
-        runtime = importlib.import_module(CUDA_PYTHON)
+        runtime = importlib.import_module("cuda.bindings.runtime")
     except ImportError as error:
         raise BackendUnavailableError(
             f"engines reach the GPU through cuda-python, which cannot be imported ({error}); install it: "
@@ -239,7 +221,7 @@ def aligned(nbytes: int) -> int:
 
 
 class Slots:
-    """Blocks of device memory by name, which grow when more is asked for and are used over and over."""
+    """Named blocks of device memory, reused from step to step and grown on demand."""
 
     def __init__(self, gpu: Gpu) -> None:
         self._gpu = gpu
@@ -248,8 +230,7 @@ class Slots:
     def reserve(self, name: str, nbytes: int) -> int:
         """-> address with room for ``nbytes``, the same as before if that had it; never null.
 
-        Raises:
-            BackendError: there is not that much memory; the block is as before.
+        If there is not that much memory, the block stays as it was.
         """
         address, size = self._slots.get(name, (0, 0))
         if size >= max(nbytes, 1):
@@ -261,14 +242,12 @@ class Slots:
         return larger
 
     def upload(self, name: str, array: Array, stream: int) -> int:
-        """Copy an array into its block -> address."""
         address = self.reserve(name, array.nbytes)
         if array.nbytes:
             self._gpu.upload(address, array, stream)
         return address
 
     def close(self) -> None:
-        """Give everything back."""
         while self._slots:
             _, (address, _) = self._slots.popitem()
             self._gpu.free(address)

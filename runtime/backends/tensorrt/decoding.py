@@ -17,7 +17,7 @@ from owl2.runtime.engine import Floats
 from owl2.runtime.errors import BackendError
 
 CACHED_ROWS_STEP = 256
-"""S is a multiple of it while decoding: a CUDA graph serves as many steps."""
+"""S is a multiple of it while decoding, so that one CUDA graph serves up to this many steps."""
 
 log = logging.getLogger(__name__)
 
@@ -42,19 +42,7 @@ class Decoding:
         dtype: type[np.float32 | np.float16],
         captures: bool,
     ) -> None:
-        """Bind everything that stays the same.
-
-        Args:
-            config: of the model.
-            context: of the decoding profile.
-            resources: of the engine.
-            positions: that a conversation may take.
-            dtype: of the activations.
-            captures: whether to capture steps as CUDA graphs.
-
-        Raises:
-            BackendError: the GPU's memory is too small.
-        """
+        """Bind everything that stays the same to ``context``, which is of the decoding profile."""
         self.captures = captures
         self._config, self._context, self._resources = config, context, resources
         self._positions, self._dtype = positions, dtype
@@ -81,11 +69,7 @@ class Decoding:
         resources.gpu.synchronize(resources.stream)
 
     def run(self, embeds: Floats, past: int, rows: DeviceRows) -> Floats:
-        """Run one text position after ``past`` cached ones: embeds [1, C] -> logits [V].
-
-        Raises:
-            BackendError: the step failed.
-        """
+        """Run one text position after ``past`` cached ones: embeds [1, C] -> logits [V]."""
         gpu, stream = self._resources.gpu, self._resources.stream
         cached = cached_rows(past, rows.capacity, self._positions)
         rows.begin(past, past + 1, stream)
@@ -141,5 +125,5 @@ class Decoding:
 
 
 def cached_rows(past: int, capacity: int, positions: int) -> int:
-    """S of a decoding step: a multiple of 256 and more than ``past``, up to what buffers and engine hold."""
+    """S of a decoding step: a multiple of 256, more than ``past``, up to what buffers and engine hold."""
     return min((past // CACHED_ROWS_STEP + 1) * CACHED_ROWS_STEP, capacity, positions)

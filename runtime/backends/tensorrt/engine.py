@@ -1,12 +1,6 @@
-"""Native TensorRT backend: engines built ahead of time, keys and values on the GPU, and only the calls in between.
+"""Native TensorRT backend: engines built ahead of time, keys and values on the GPU; docs/devices.md describes a step.
 
-Keys and values of all layers are in one allocation [2 · layers, capacity, W], zeros at first: what the mask hides must
-be finite. A step reads the cached rows in place. Prefill has the new rows written right after them. Decoding has them
-written to a fixed address, from where one copy on the GPU brings them after the cached ones: so every address of a step
-stays the same while S does, and the step can be replayed as a CUDA graph. S is rounded up to a multiple of 256 for
-that, and the mask hides the difference.
-
-Between host and GPU go: rows of embeddings, mask, angles and indices; logits of the rows asked for.
+Host and GPU exchange rows of embeddings, mask, angles and indices, and the logits that are asked for.
 """
 
 from __future__ import annotations
@@ -43,21 +37,10 @@ from owl2.runtime.config import require
 from owl2.runtime.engine import CLOSED, PREFILL_BLOCK, EngineOptions, Floats, Ints, KvBuffers, own
 from owl2.runtime.errors import BackendError
 from owl2.runtime.placement import EngineKind
-from owl2.runtime.spec import FloatType
-
-DTYPES: dict[FloatType, type[np.float32 | np.float16]] = {"fp32": np.float32, "fp16": np.float16}
 
 
 def prepare(folder: Path, manifest: Manifest, options: EngineOptions) -> Callable[[Bundle], TensorRtEngine]:
-    """Check that the device is available and that the bundle has engines for it.
-
-    See :data:`owl2.runtime.backends.choose.Backend`.
-
-    Raises:
-        BackendUnavailableError: the device is not available, or the engines are for another one.
-        BundleError: the bundle has no engines, or their record cannot be used.
-        ConfigError: settings that the device or the engines do not have.
-    """
+    """See :data:`owl2.runtime.backends.choose.Backend`; the bundle must have engines for the device."""
     device, dialect = options.device, manifest.dialect
     require(
         dialect == "onnx",
@@ -83,12 +66,6 @@ class TensorRtEngine:
     def __init__(self, bundle: Bundle, record: EngineRecord, trt: ModuleType, gpu: Gpu) -> None:
         """Load the engines of a verified bundle.
 
-        Args:
-            bundle: of the dialect onnx, with engines.
-            record: of the engines, see :func:`find_record`.
-            trt: the module ``tensorrt`` or ``tensorrt_rtx``.
-            gpu: that they are for.
-
         Raises:
             BundleCorruptError: their files are not what was recorded.
             BackendError: TensorRT refuses them, or they do not fit the manifest, or the GPU's memory.
@@ -96,7 +73,8 @@ class TensorRtEngine:
         model, activations = bundle.manifest.model, bundle.manifest.activations
         check_files(bundle.folder, record)
         gpu.use()
-        self._record, self._model, self._gpu, self._dtype = record, model, gpu, DTYPES[activations]
+        self._record, self._model, self._gpu = record, model, gpu
+        self._dtype: type[np.float32 | np.float16] = np.float16 if activations == "fp16" else np.float32
         self._names = cache_names(model.decoder)
         self._row = spec.kv_row_width(model.decoder) * np.dtype(self._dtype).itemsize
         self._lock = threading.Lock()
@@ -130,21 +108,18 @@ class TensorRtEngine:
 
     @property
     def context(self) -> int:
-        """Positions that a conversation may take."""
         return self._record.context
 
     @property
     def block(self) -> int:
-        """New positions of a prefill step."""
         return min(PREFILL_BLOCK, self._record.prefill)
 
     def close(self) -> None:
-        """Give everything back but K/V buffers, which go with their owners; waits for a step that is running."""
+        """Wait for a step that is running, and give everything back but K/V buffers."""
         with self._lock:
             self._give_back()
 
     def allocate(self, capacity: int, previous: KvBuffers | None) -> DeviceRows:
-        """Buffers for ``capacity`` positions that begin with the content of ``previous``; copied on the GPU."""
         with self._step() as stream:
             made = DeviceRows.zeros(self._gpu, len(self._names), capacity, self._row, stream)
             if previous is not None:
@@ -153,7 +128,7 @@ class TensorRtEngine:
         return made
 
     def prefill(self, embeds: Floats, modality: Ints, past: int, buffers: KvBuffers, logit_rows: Ints) -> Floats:
-        """Run T mixed positions after ``past`` cached ones -> logits [R, V]; in blocks where the engine is small."""
+        """Run T mixed positions in blocks of the engine's size -> logits [R, V]."""
         decoder, total = self._model.decoder, past + len(embeds)
         rows = own(buffers, DeviceRows, total)
         logits = np.empty((len(logit_rows), decoder.vocab_size), np.float32)
@@ -183,7 +158,7 @@ class TensorRtEngine:
                 context.bind(name, slots.upload(name, array, stream), array.shape)
             shape = (max(past, 1), spec.kv_row_width(self._model.decoder))
             for index, (read, written) in enumerate(self._names):
-                # Before there are any cached rows, one is given that nobody writes to.
+                # An engine reads at least one row: where none is cached, one that nothing writes to.
                 context.bind(read, rows.at(index, 0) if past else self._no_rows, shape)
                 context.bind(written, rows.at(index, past))
             target = slots.reserve(spec.LOGITS, logits.nbytes)
@@ -194,7 +169,6 @@ class TensorRtEngine:
         return logits
 
     def decode(self, embeds: Floats, past: int, buffers: KvBuffers) -> Floats:
-        """Run one text position after ``past`` cached ones: embeds [1, C] -> logits [V]."""
         rows = own(buffers, DeviceRows, past + 1)
         block_size(self._record, 1, past)
         with self._step():
@@ -232,11 +206,7 @@ class TensorRtEngine:
 
 
 def block_size(record: EngineRecord, count: int, past: int) -> int:
-    """Rows, of ``count``, that a step after ``past`` cached positions takes.
-
-    Raises:
-        ConfigError: not one row fits the engine.
-    """
+    """Rows, of ``count``, that a step after ``past`` cached positions takes; ConfigError if not one fits the engine."""
     room = record.context - past
     require(room > 0, f"position {past} does not fit the engine's context of {record.context}")
     return min(count, record.prefill, room)

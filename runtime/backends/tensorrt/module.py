@@ -65,7 +65,6 @@ class Messages:
         return Logger(self)
 
     def add(self, message: str) -> None:
-        """Keep an error's message."""
         self._errors.append(message)
 
     def clear(self) -> None:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 from owl2.runtime import spec
 from owl2.runtime.bundle import Manifest
@@ -27,23 +27,9 @@ BUILT_ANYWHERE = frozenset({75, 80, 86, 89, 120})
 """Compute capabilities that ``owl2-export engine`` builds tensorrt-rtx engines for without such a GPU."""
 
 
-def folder_name(kind: EngineKind, compute: int) -> str:
-    """The folder in :data:`FOLDER` for engines of this kind and compute capability (times ten)."""
-    return f"{kind}-sm{compute}"
-
-
-def parse_folder(name: str) -> tuple[EngineKind, int]:
-    """The inverse of :func:`folder_name`.
-
-    Raises:
-        BundleCorruptError: it is not such a name.
-    """
-    found = re.fullmatch(f"({'|'.join(get_args(EngineKind))})-sm([0-9]+)", name)
-    if found is None:
-        raise BundleCorruptError(
-            f"{spec.MANIFEST}: engines: {name!r} is not a name such as {folder_name('tensorrt', 87)}"
-        )
-    return cast(EngineKind, found[1]), int(found[2])
+def folder_name(kind: EngineKind, capability: tuple[int, int]) -> str:
+    """The folder in :data:`FOLDER` for engines of this kind and compute capability: ``tensorrt-sm87`` for (8, 7)."""
+    return f"{kind}-sm{10 * capability[0] + capability[1]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,33 +75,33 @@ class EngineRecord:
 
     @property
     def name(self) -> str:
-        """Of their folder."""
-        return folder_name(self.kind, times_ten(self.compute_capability))
+        """Name of their folder."""
+        return folder_name(self.kind, self.compute_capability)
 
     def folder_in(self, bundle: Path) -> Path:
-        """Their folder in a bundle."""
         return bundle / FOLDER / self.name
 
     def to_json(self) -> dict[str, Any]:
-        """Plain dictionaries; :meth:`from_json` is the inverse."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> EngineRecord:
-        """Read what :meth:`to_json` wrote.
-
-        Raises:
-            ConfigError: unknown or missing keys, wrong types, another format, or impossible values.
-        """
+        """Read a record; ConfigError for unknown or missing keys, wrong types, another format or impossible values."""
         return from_json(cls, data, RECORD)
 
 
 def build_hint(bundle: Path, name: str) -> str:
-    """The command that builds the engines of the folder of this name."""
-    kind, compute = parse_folder(name)
-    command = f"owl2-export engine {bundle} --kind {kind}"
-    if kind == "tensorrt-rtx" and compute in BUILT_ANYWHERE:
-        return f"run on any machine: {command} --gpu sm{compute}"
+    """The command that builds the engines of the folder of this name.
+
+    Raises:
+        BundleCorruptError: the name is not one that :func:`folder_name` makes.
+    """
+    found = re.fullmatch(f"({'|'.join(get_args(EngineKind))})-sm([0-9]+)", name)
+    if found is None:
+        raise BundleCorruptError(f"{spec.MANIFEST}: engines: {name!r} is not a name such as tensorrt-sm87")
+    command = f"owl2-export engine {bundle} --kind {found[1]}"
+    if found[1] == "tensorrt-rtx" and int(found[2]) in BUILT_ANYWHERE:
+        return f"run on any machine: {command} --gpu sm{found[2]}"
     return f"run on this device: {command}"
 
 
@@ -145,12 +131,7 @@ def read_record(bundle: Path, manifest: Manifest, name: str) -> EngineRecord:
 
 
 def check_files(bundle: Path, record: EngineRecord, *, force: bool = False) -> None:
-    """Verify the engines of a record.
-
-    Args:
-        bundle: folder.
-        record: of the engines.
-        force: hash files again that have not changed since they were last verified.
+    """Verify the engines of a record; ``force`` hashes files again that have not changed since they were verified.
 
     Raises:
         BundleCorruptError: some are missing, truncated or changed; names all of them.
@@ -162,11 +143,7 @@ def check_files(bundle: Path, record: EngineRecord, *, force: bool = False) -> N
 
 
 def check_all(bundle: Path, manifest: Manifest, *, force: bool = False) -> tuple[dict[str, EngineRecord], list[str]]:
-    """Verify all engines of a bundle; ``force`` as in :func:`check_files`.
-
-    Returns:
-        The records that can be used, by name of the folder, and one sentence per problem.
-    """
+    """Verify all engines of a bundle -> the usable records, by name of the folder, and one sentence per problem."""
     records, problems = {}, []
     for name in manifest.engines:
         try:
@@ -180,21 +157,15 @@ def check_all(bundle: Path, manifest: Manifest, *, force: bool = False) -> tuple
 def find_record(
     bundle: Path, manifest: Manifest, kind: EngineKind, gpu: str, capability: tuple[int, int], version: str
 ) -> EngineRecord:
-    """The record of the engines for this device; nothing large is read.
+    """The record of the engines for a device, given by its product name ``gpu`` and compute capability.
 
-    Args:
-        bundle: folder.
-        manifest: of the bundle.
-        kind: of engines.
-        gpu: name of the device, for messages.
-        capability: compute capability of the device.
-        version: of the installed TensorRT.
+    Nothing large is read; ``version`` is that of the installed TensorRT.
 
     Raises:
         BackendUnavailableError: the bundle's engines are for another GPU or another TensorRT.
         BundleError: the bundle has none, or as :func:`read_record`.
     """
-    name = folder_name(kind, times_ten(capability))
+    name = folder_name(kind, capability)
     hint = build_hint(bundle, name)
     listed = sorted(name for name in manifest.engines if name.startswith(f"{kind}-sm"))
     if not listed:
@@ -202,7 +173,7 @@ def find_record(
     if name not in listed:
         raise BackendUnavailableError(
             f"the engines of {bundle} are for other GPUs ({', '.join(listed)}), this device is a {gpu} "
-            f"(sm{times_ten(capability)}); {hint}"
+            f"({name.removeprefix(f'{kind}-')}); {hint}"
         )
     record = read_record(bundle, manifest, name)
     if record.tensorrt != version:
@@ -211,8 +182,3 @@ def find_record(
             f"installed, which may not be able to read them; {hint}"
         )
     return record
-
-
-def times_ten(capability: tuple[int, int]) -> int:
-    """A compute capability as in the names of folders: (8, 7) -> 87."""
-    return 10 * capability[0] + capability[1]

@@ -15,10 +15,8 @@ class DeviceRows:
     """K/V rows of all layers in one allocation of a GPU: [2 · layers, capacity, W], keys and values in turn.
 
     Attributes:
-        gpu: they are on; gets the allocation back when these rows are dropped.
-        address: of the allocation.
+        gpu: gets the allocation back when these rows are dropped.
         count: 2 · layers.
-        capacity: positions they hold.
         row: bytes of a row, a multiple of 256.
         written: positions that may hold something; zeros after them.
     """
@@ -32,11 +30,6 @@ class DeviceRows:
 
     @classmethod
     def zeros(cls, gpu: Gpu, count: int, capacity: int, row: int, stream: int) -> DeviceRows:
-        """Allocate rows full of zeros.
-
-        Raises:
-            BackendError: there is not that much memory.
-        """
         rows = cls(gpu, gpu.allocate(count * capacity * row), count, capacity, row)
         weakref.finalize(rows, _free, gpu, rows.address)
         gpu.clear(rows.address, rows.nbytes, stream)
@@ -44,7 +37,6 @@ class DeviceRows:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the allocation."""
         return self.count * self.pitch
 
     @property

@@ -1,4 +1,4 @@
-"""Inputs and outputs that engines must have, and the values of those that need more care than a graph's."""
+"""Inputs and outputs that engines must have, and the values that only graphs take."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ Tensors = Mapping[str, tuple[Shape, Any]]
 
 
 def decoder_tensors(trt: ModuleType, model: ModelConfig, activations: FloatType) -> Tensors:
-    """Inputs and outputs of the decoder."""
     decoder, width = model.decoder, spec.kv_row_width(model.decoder)
     floats = {"fp32": trt.DataType.FLOAT, "fp16": trt.DataType.HALF}[activations]
     indices = (spec.MODALITY, spec.TEXT_ROWS, spec.IMAGE_ROW_INDEX, spec.ROW_ORDER, spec.LOGIT_ROWS)
@@ -38,7 +37,6 @@ def decoder_tensors(trt: ModuleType, model: ModelConfig, activations: FloatType)
 
 
 def vision_tensors(trt: ModuleType, model: ModelConfig) -> Tensors:
-    """The input and the output of the vision tower."""
     size = model.vision.image_size
     return {
         spec.PIXELS: ((-1, 3, size, size), trt.DataType.FLOAT),
@@ -47,27 +45,20 @@ def vision_tensors(trt: ModuleType, model: ModelConfig) -> Tensors:
 
 
 def check_engine(trt: ModuleType, engine: Any, path: Path, expected: Tensors, profiles: int) -> None:  # noqa: ANN401
-    """Compare the inputs, outputs and number of profiles of an engine with those that are needed.
-
-    Raises:
-        BackendError: they differ.
-    """
+    """Refuse an engine with other inputs, outputs or number of profiles than are needed."""
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     found = {name: (tuple(engine.get_tensor_shape(name)), engine.get_tensor_dtype(name)) for name in names}
-    for name in dict.fromkeys((*expected, *found)):
-        if not _fits(found.get(name), expected.get(name)):
-            raise BackendError(
-                f"{path} does not fit the manifest: {name} is {found.get(name)}, {expected.get(name)} is needed; "
-                "build the engines again"
-            )
-    on_host = [name for name in names if engine.get_tensor_location(name) != trt.TensorLocation.DEVICE]
-    if on_host:
-        raise BackendError(f"{path} wants {on_host[0]} in host memory; build the engines again")
+    problems = [
+        f"does not fit the manifest: {name} is {found.get(name)}, {expected.get(name)} is needed"
+        for name in dict.fromkeys((*expected, *found))
+        if not _fits(found.get(name), expected.get(name))
+    ]
+    on_device = trt.TensorLocation.DEVICE
+    problems += [f"wants {name} in host memory" for name in names if engine.get_tensor_location(name) != on_device]
     if engine.num_optimization_profiles != profiles:
-        raise BackendError(
-            f"{path} has {engine.num_optimization_profiles} optimization profiles, {profiles} are needed; build the "
-            "engines again"
-        )
+        problems.append(f"has {engine.num_optimization_profiles} optimization profiles, {profiles} are needed")
+    if problems:
+        raise BackendError(f"{path} {problems[0]}; build the engines again")
 
 
 def _fits(found: tuple[Shape, Any] | None, expected: tuple[Shape, Any] | None) -> bool:
