@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from owl2.export.cli import convert
+from owl2.export.cli.convert import convert
 from owl2.export.tensorrt.cli import engine
 from owl2.runtime.cli.console import notice
 from owl2.runtime.version import __version__

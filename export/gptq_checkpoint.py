@@ -22,9 +22,8 @@ from owl2.export.job.job import ExportJob, open_job
 from owl2.export.job.progress import Reporter, Silent
 from owl2.export.job.staging import write_json
 from owl2.export.report import Accuracy, Checks, Report
-from owl2.export.streams import Streams, begin_streams
+from owl2.export.streams import begin_streams
 from owl2.export.vision import original_rows
-from owl2.quant.config import QuantConfig
 from owl2.quant.models.mplug_owl2 import Owl2Model
 from owl2.runtime.errors import ConfigError, ExportError
 from owl2.runtime.evaluation.divergence import Divergence, divergence, modality_of
@@ -56,29 +55,20 @@ def export_gptq(config: ExportConfig, reporter: Reporter | None = None) -> Repor
     """
     if config.quant is None or config.layout != "gptq":
         raise ConfigError(f"layout gptq and integer weights are needed, got {config.layout} and {config.weights}")
-    form = written_format(config.quant)
+    # Version 1, which every program reads, and groups in the order of the columns.
+    form = GptqFormat(config.quant.bits, config.quant.group_size, producer=f"owl2:{__version__}")
     with open_job(config, reporter or Silent()) as job, job.writing(job.size):
         job.staging.clear()
         job.check_space(job.size)
         _write_settings(job.checkpoint.folder, job.folder, form)
-        streams = _begin(job)
+        rows = original_rows(job)
+        streams, _ = begin_streams(job, job.checkpoint.tensor(TABLE).numpy(), rows, rows)
+        del rows
         job.prompts.images.clear()
         decoder = export_layers(job, GptqWriter(job, form), streams, {})
         report = job.write_report(Checks(_accuracy(job, decoder)), decoder.modules)
         job.staging.publish()
     return report
-
-
-def written_format(quant: QuantConfig) -> GptqFormat:
-    """The format to write: version 1, which every program reads, and groups in the order of the columns."""
-    return GptqFormat(quant.bits, quant.group_size, producer=f"owl2:{__version__}")
-
-
-def _begin(job: ExportJob) -> Streams:
-    """All prompts before the first layer; the token table and the images' rows are gone when this returns."""
-    table = job.checkpoint.tensor(TABLE).numpy()
-    rows = original_rows(job)
-    return begin_streams(job, table, rows, rows)[0]
 
 
 class GptqWriter:
@@ -90,12 +80,6 @@ class GptqWriter:
         self._written = self._bytes = 0
 
     def layer(self, linears: Mapping[str, Linear], gains: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Write the next layer.
-
-        Raises:
-            QuantizationError: a weight that this layout cannot hold exactly.
-            ExportError: values that fp16 cannot hold.
-        """
         tensors: dict[str, Tensor] = {}
         for name, linear in linears.items():
             assert isinstance(linear.weight, IntegerWeight)
@@ -109,12 +93,7 @@ class GptqWriter:
         self._write((prefix + name, tensor) for name, tensor in tensors.items())
 
     def finish(self, norm: Tensor, head: LinearWeight) -> None:
-        """Write the rest as it is in the checkpoint, the vision side included, and the index.
-
-        Raises:
-            ExportError: values that fp16 cannot hold.
-            CheckpointError: a tensor was not written.
-        """
+        """Write the rest as it is in the checkpoint, the vision side included, and the index."""
         checkpoint, folder = self._job.checkpoint, self._job.folder
         with torch.device("meta"):
             names = Owl2Model(checkpoint.config).state_dict()
@@ -136,11 +115,7 @@ class GptqWriter:
 
 
 def _half(name: str, tensor: Tensor) -> Tensor:
-    """The tensor as it is stored: integers as they are, floating-point numbers in fp16.
-
-    Raises:
-        ExportError: values that fp16 cannot hold.
-    """
+    """The tensor as it is stored: integers as they are, floating-point numbers in fp16."""
     if not tensor.is_floating_point():
         return tensor
     half = tensor.detach().half().contiguous()

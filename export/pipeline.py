@@ -19,11 +19,11 @@ from owl2.export.job.job import ExportJob, open_job
 from owl2.export.job.journal import Journal, journal_size
 from owl2.export.job.progress import Reporter, Silent
 from owl2.export.job.staging import write_json
+from owl2.export.job.written_bundle import WrittenBundle
 from owl2.export.prompts import digests
 from owl2.export.report import Report
 from owl2.export.streams import Embedded, Streams, begin_streams
 from owl2.export.vision import ExportedVision, export_vision
-from owl2.export.written_bundle import WrittenBundle
 from owl2.runtime import spec
 
 

@@ -65,12 +65,7 @@ def digests(prompts: Sequence[Prompt]) -> list[str]:
 
 
 def load_prompts(config: ExportConfig, checkpoint: Checkpoint) -> Prompts:
-    """Load the calibration data and encode it, the probes too.
-
-    Raises:
-        CalibrationError: the data cannot be used.
-        CheckpointError: the tokenizer cannot be used.
-    """
+    """Load the calibration data and encode it, the probes too."""
     calibrate = needs_calibration(config, checkpoint)
     data = load_calibration(config.calibration, config.samples, need_images=calibrate)
     try:
@@ -87,11 +82,7 @@ def load_prompts(config: ExportConfig, checkpoint: Checkpoint) -> Prompts:
 
 
 def prepare(data: CalibrationSet, config: ModelConfig, tokenizer: Tokenizer, *, calibrate: bool) -> Prompts:
-    """Divide the samples and encode them, with the probes; what exceeds the context is cut at its end.
-
-    Raises:
-        ImageError, PromptError: a sample cannot be used.
-    """
+    """Divide the samples and encode them, with the probes; what exceeds the context is cut at its end."""
     samples = data.samples
     chosen = range(HELD_OUT_EVERY - 1, len(samples), HELD_OUT_EVERY)[:MAX_HELD_OUT]
     held_out = [samples[i] for i in chosen]
@@ -125,7 +116,7 @@ def _bounded(prompts: list[Prompt], max_positions: int) -> list[Prompt]:
 
 
 def encode_samples(samples: Iterable[Sample], config: ModelConfig, tokenizer: Tokenizer) -> list[Prompt]:
-    """Tokenize prompts and preprocess their images, cut where the context ends; raises as :func:`prepare`."""
+    """Tokenize prompts and preprocess their images, cut where the context ends."""
     prompts = []
     for sample in samples:
         images = prepare_images(sample.images, config.preprocess, None)

@@ -124,11 +124,7 @@ class Checkpoint:
         return value
 
     def quantized_weight(self, linear: str) -> QuantizedWeight:
-        """The integers of a layer named in :attr:`quantized`, as they are in the file.
-
-        Raises:
-            CheckpointError: they are damaged or malformed.
-        """
+        """The integers of a layer named in :attr:`quantized`, as they are in the file."""
         assert self.gptq is not None
         bias = f"{linear}.bias"
         if bias in self._idle_biases and bias in self and bool(self.stored(bias).any()):
@@ -232,11 +228,7 @@ class Checkpoint:
             )
 
     def _expect_quantized(self, expected: Expected) -> set[str]:
-        """Expect the tensors of quantized layers instead of their weights; returns the names of optional ones.
-
-        Raises:
-            CheckpointError: the JSON files and the tensors disagree on whether any layer is quantized.
-        """
+        """Expect the tensors of quantized layers instead of their weights; returns the names of optional ones."""
         if self.gptq is None and self.quantized:
             raise CheckpointError(
                 f"{self.folder}: {len(self.quantized)} layers are quantized, but neither config.json nor "

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from owl2.export.job.progress import Reporter
-from owl2.export.written_bundle import WrittenBundle
+from owl2.export.job.written_bundle import WrittenBundle
 from owl2.quant.calibration.samples import probe_samples
 from owl2.runtime import spec
 from owl2.runtime.bundle import WeightFormat

@@ -9,7 +9,7 @@ from pathlib import Path
 from owl2.export.checks.parity import with_float_activations
 from owl2.export.job.progress import Reporter
 from owl2.export.job.usage import return_memory
-from owl2.export.written_bundle import WrittenBundle
+from owl2.export.job.written_bundle import WrittenBundle
 from owl2.runtime import spec
 from owl2.runtime.backends.ort.engine import OrtVision, open_decoder
 from owl2.runtime.backends.ort.session import OrtOptions

@@ -61,7 +61,6 @@ class Journal:
     """
 
     def __init__(self, job: ExportJob) -> None:
-        """Begin an empty journal; the staging folder of ``job`` is entered."""
         self.layers = 0
         self._job, self._staging = job, job.staging
         self._key = resume_key(job)
