@@ -73,7 +73,6 @@ class Accuracy:
 
     @classmethod
     def of(cls, measured_on: str, difference: Divergence) -> Accuracy:
-        """The means of what was summed up."""
         return cls(
             measured_on=measured_on,
             positions=int(sum(difference.positions)),
@@ -144,7 +143,6 @@ class CalibrationRecord:
 
     @classmethod
     def of(cls, prompts: Prompts) -> CalibrationRecord:
-        """The record of an export's calibration prompts."""
         calibration = prompts.calibration
         if not calibration:
             return cls("none", 0, 0, 0, 0, "", ())
@@ -196,5 +194,4 @@ class Report:
     peak_own_memory: int | None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain dictionaries."""
         return asdict(self)

@@ -46,10 +46,6 @@ class ExportedVision:
     parity: Parity
     sensitivity: tuple[PartReport, ...]
 
-    def of(self, wanted: Iterable[str]) -> ExportedVision:
-        """Only the graph's rows of some images."""
-        return ExportedVision({}, {digest: self.rows[digest] for digest in wanted}, self.parity, self.sensitivity)
-
 
 def export_vision(job: ExportJob) -> ExportedVision:
     """Write ``vision.onnx``, compare it with torch and run all images through it.

@@ -63,7 +63,6 @@ def gptq(weight: Tensor, hessian: Tensor, config: QuantConfig) -> tuple[Quantize
     Args:
         weight: [N, K] float of any width.
         hessian: [K, K] float32 or float64, symmetric; any positive multiple gives the same codes.
-        config: settings of the grid and of GPTQ.
 
     Returns:
         Codes and scales in the original order of columns, and their error.
@@ -184,7 +183,7 @@ def damped_cholesky(matrix: Tensor, diagonal: Tensor, damping: float) -> tuple[T
         damping: fraction of the mean of the positive part of ``diagonal``; raised tenfold until it suffices.
 
     Raises:
-        QuantizationError: it does not, up to 1.
+        QuantizationError: 1 does not suffice.
     """
     undamped, mean = diagonal.clone(), diagonal[diagonal > 0].mean()
     while damping <= 1.0:
@@ -207,7 +206,6 @@ def _group_scales(original: Tensor, carried: Tensor, within: Tensor, pivots: Ten
         carried: [g, N], the sum over earlier columns.
         within: [g, g], the group's own part of the feedback.
         pivots: [g], the exact weight of each column's squared rounding error.
-        config: settings of the grid.
     """
     # Column k gets the sum over earlier columns on top of the corrections from its own group; the inverse
     # takes those into account before they are known, as if nothing in the group were rounded.

@@ -99,7 +99,6 @@ class RoundedStream:
         self.codes: list[KeyValue] = []
 
     def advance(self, layer: DecoderLayer, scales: KvScales) -> None:
-        """Move every sequence through ``layer``."""
         first = not self.scales
         self.scales.append(KvScales(scales.keys.cpu(), scales.values.cpu()))
 

@@ -34,6 +34,9 @@ SITES = (
 
 LINEARS = tuple(name for site in SITES for name in site)
 
+Moments = tuple[HessianAccumulator, HessianAccumulator, HessianAccumulator]
+"""Of text rows, of image rows, and of both together."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModuleReport:
@@ -103,10 +106,6 @@ def quantize_layer(
 
     Returns:
         One entry per other name of :data:`LINEARS`.
-
-    Raises:
-        CalibrationError: GPTQ without calibration, or a branch that sees no rows.
-        QuantizationError: a weight cannot be quantized; the message names it.
     """
     done: dict[str, QuantizedLinear] = {}
     for site in SITES:
@@ -127,15 +126,6 @@ def quantize_layer(
     return done
 
 
-@dataclass(frozen=True)
-class _Moments:
-    """Moments of the text rows, the image rows, and both."""
-
-    text: HessianAccumulator
-    image: HessianAccumulator
-    shared: HessianAccumulator
-
-
 def _moments(
     layer: DecoderLayer,
     original: DecoderLayer | None,
@@ -143,7 +133,7 @@ def _moments(
     calibration: Calibration | None,
     config: QuantConfig,
     name: str,
-) -> _Moments:
+) -> Moments:
     """Moments of the rows that enter the linear layers of ``site``."""
     if calibration is None or original is None:
         raise CalibrationError(f"{name}: GPTQ needs calibration rows; give some, or choose method rtn on purpose")
@@ -163,13 +153,14 @@ def _moments(
     if site is not SITES[0]:  # no branch asks for its own; half a GB each for down_proj at full size
         text.release_deviation()
         image.release_deviation()
-    return _Moments(text, image, shared)
+    return text, image, shared
 
 
-def _gptq(weight: Tensor, linear: str, moments: _Moments, config: QuantConfig) -> QuantizedLinear:
+def _gptq(weight: Tensor, linear: str, moments: Moments, config: QuantConfig) -> QuantizedLinear:
     """GPTQ on the rows that a linear layer sees."""
+    text, image, shared = moments
     for_text, for_image = linear not in IMAGE_BRANCH, linear not in TEXT_BRANCH
-    seen = moments.shared if for_text and for_image else moments.text if for_text else moments.image
+    seen = shared if for_text and for_image else text if for_text else image
     target = asymmetric_target(weight, seen.hessian, seen.deviation, config.damping, config.asymmetry)
     quantized, cost = gptq(target, seen.hessian, config)
     sampled = sampled_rows(target)
@@ -177,8 +168,8 @@ def _gptq(weight: Tensor, linear: str, moments: _Moments, config: QuantConfig) -
     report = ModuleReport(
         error=cost.error,
         rtn_error=cost.rtn_error,
-        text_error=relative_error(target[sampled], stored, moments.text.hessian) if for_text else None,
-        image_error=relative_error(target[sampled], stored, moments.image.hessian) if for_image else None,
+        text_error=relative_error(target[sampled], stored, text.hessian) if for_text else None,
+        image_error=relative_error(target[sampled], stored, image.hessian) if for_image else None,
         damping=cost.damping,
         dead_columns=cost.dead_columns,
     )

@@ -45,16 +45,6 @@ class Stream:
         """A second stream that starts from the same rows."""
         return Stream(self.config, map(replace, self.sequences))
 
-    @property
-    def text_rows(self) -> int:
-        """Text rows of all sequences."""
-        return sum(len(s.routing.text) for s in self.sequences)
-
-    @property
-    def image_rows(self) -> int:
-        """Image rows of all sequences."""
-        return sum(len(s.routing.image) for s in self.sequences)
-
     @torch.no_grad()
     def outputs(self, layer: DecoderLayer) -> Iterator[Tensor]:
         """The output rows of ``layer`` for each sequence, each [T, C] on the layer's device."""
@@ -86,6 +76,5 @@ class Calibration:
         self.original = stream.copy()
 
     def advance(self, quantized: DecoderLayer, original: DecoderLayer) -> None:
-        """Move each stream through its layer."""
         self.quantized.advance(quantized)
         self.original.advance(original)

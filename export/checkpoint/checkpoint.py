@@ -92,7 +92,6 @@ class Checkpoint:
         self.close()
 
     def close(self) -> None:
-        """Release the mapped shards."""
         while self._shards:
             self._shards.popitem()[1].close()
 
@@ -101,7 +100,6 @@ class Checkpoint:
 
     @property
     def weight_files(self) -> list[str]:
-        """Names of the files that hold weights."""
         return sorted(set(self._weight_map.values()))
 
     def stored(self, name: str) -> Tensor:

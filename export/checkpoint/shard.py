@@ -79,6 +79,5 @@ class Shard:
         return self._bin[name] if self._bin is not None else self._safe.get_tensor(name)
 
     def close(self) -> None:
-        """Release the mapping."""
         self._bin = None
         self._stack.close()

@@ -34,7 +34,7 @@ def check_bundle(
     probes: list[Embedded],
     probe_images: Mapping[str, PreparedImage],
 ) -> Checks:
-    """Run every graph and compare; writes the golden prompts. One decoder is open at a time.
+    """Run every graph and compare it with torch; write the golden prompts. One decoder is open at a time.
 
     Args:
         job: gives the prompts; the measured ones are used.
@@ -43,9 +43,6 @@ def check_bundle(
         vision: the checked vision side.
         probes: the probe prompts before the first layer.
         probe_images: images of the probe prompts by digest.
-
-    Raises:
-        ParityError: a graph does not compute what torch computes.
     """
     prompts, reporter = job.prompts, job.reporter
     reporter.stage("comparing with torch", 3 * len(probes) + len(prompts.measured))

@@ -52,11 +52,8 @@ def make_goldens(
     """Write the golden prompts with the logits of the bundle's own graphs, activations in float32.
 
     Args:
-        bundle: gets the file.
-        probe_prompts: encoded.
-        rows: of their images by digest, from the vision graph with float32 activations.
+        rows: of the prompts' images by digest, from the vision graph with float32 activations.
         decoder: with float32 activations.
-        reporter: is told of each prompt.
     """
     table = bundle.embeddings()
     tokenizer = Tokenizer.load(bundle.folder)
@@ -91,16 +88,12 @@ def certify(
     """Results of the graphs as they run on this machine, and the limits for a device.
 
     Args:
-        bundle: gives the token table.
-        goldens: written by :func:`make_goldens`.
         decoder: as the runtime opens it.
-        probe_prompts: prompts of the goldens.
-        rows: of their images by digest, from the vision graph as it runs.
+        rows: of the prompts' images by digest, from the vision graph as it runs.
     """
     baselines = []
     for golden, prompt in zip(goldens, probe_prompts, strict=True):
         logits = run_golden(decoder, bundle.embeddings(), prompt, rows, golden.positions)
         kl, agreement = distance(golden.logits, logits)
-        largest = limit(kl, bundle.weights)
-        baselines.append(Baseline(golden.name, len(golden.positions), kl, agreement, largest))
+        baselines.append(Baseline(golden.name, len(golden.positions), kl, agreement, limit(kl, bundle.weights)))
     return tuple(baselines)

@@ -87,7 +87,6 @@ def check_codes(stored: Codes, expected: Codes, decoder: DecoderConfig) -> None:
     Args:
         stored: key and value codes of the graph, int8 [1, H, at least T, padded D].
         expected: torch's, int8 [1, H, T, D].
-        decoder: of the model.
 
     Raises:
         ParityError: more codes differ than float32 noise explains.

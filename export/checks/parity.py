@@ -39,11 +39,12 @@ def compare(
 
     Args:
         graph: name for messages.
-        activations: type in which the graph computes.
         exact: the graph's values with float32 activations.
         actual: the graph's values as it runs.
         quantized: torch's values on the stored weights.
         original: torch's values on the checkpoint's weights. All four arrays have one shape.
+        activations: type in which the graph computes.
+        activations: type in which the graph computes.
 
     Raises:
         ParityError: the graph does not compute what torch computes, with the numbers.
@@ -135,9 +136,9 @@ def _dequantized(node: onnx.NodeProto) -> list[onnx.NodeProto]:
     x, codes, scales, *rest = node.input
     bias = rest[1] if len(rest) > 1 else ""
     weight, product, output = f"{node.name}.weight", f"{node.name}.product", node.output[0]
-    made = [
+    nodes = [
         helper.make_node("Cast", [codes], [f"{node.name}.codes"], to=TensorProto.FLOAT),
         helper.make_node("Mul", [f"{node.name}.codes", scales], [weight]),
         helper.make_node("MatMul", [x, weight], [product if bias else output]),
     ]
-    return [*made, helper.make_node("Add", [product, bias], [output])] if bias else made
+    return [*nodes, helper.make_node("Add", [product, bias], [output])] if bias else nodes

@@ -46,8 +46,7 @@ def measure_parts(tower: VisionModel, abstractor: VisualAbstractor, pixels: Tens
     """Each layer of the tower as one part, each linear layer of the abstractor as one.
 
     Args:
-        tower: on the checkpoint's weights.
-        abstractor: likewise.
+        tower, abstractor: on the checkpoint's weights.
         pixels: [N, 3, R, R], images to measure with; the time grows with half the tower per layer.
     """
     states = tower.hidden_states(pixels)

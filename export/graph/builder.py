@@ -63,13 +63,7 @@ class GraphBuilder:
     """
 
     def __init__(self, path: Path, activations: FloatType = "fp32", *, resume: bool = False) -> None:
-        """Begin a graph.
-
-        Args:
-            path: the file to write.
-            activations: type in which the graph computes.
-            resume: keep the existing external data for :meth:`restore`.
-        """
+        """Begin a graph that computes in ``activations``; ``resume`` keeps the external data for :meth:`restore`."""
         self.path = path
         self.activations = activations
         self._data_path = data_path(path)
@@ -94,7 +88,6 @@ class GraphBuilder:
         return name
 
     def output(self, name: str, dtype: int, shape: Sequence[Axis]) -> None:
-        """Declare a graph output."""
         self._outputs.append(helper.make_tensor_value_info(name, dtype, list(shape)))
 
     def node(

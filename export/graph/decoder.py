@@ -26,7 +26,6 @@ class DecoderState:
     """A decoder graph between two layers.
 
     Attributes:
-        builder: the nodes so far.
         residual: tensor that holds the residual stream.
         pending: tensor not yet added to it; empty before the first layer.
         layers: number of layers written.

@@ -81,7 +81,7 @@ class OrtDialect:
         return outputs[0], outputs[3]
 
     def silu(self, x: str) -> str:
-        """QuickGelu with alpha 1 is SiLU, in one vectorised operator."""
+        # With alpha 1 it is SiLU, in one vectorised operator.
         return self.graph.op("QuickGelu", x, domain=CONTRIB, alpha=1.0)
 
     def activation(self, x: str, name: str) -> str:

@@ -58,12 +58,10 @@ class ExportJob:
 
     @property
     def model(self) -> ModelConfig:
-        """The model of the checkpoint."""
         return self.checkpoint.config
 
     @property
     def layers(self) -> int:
-        """Decoder layers of the model."""
         return self.model.decoder.num_hidden_layers
 
     @property

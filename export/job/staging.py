@@ -104,7 +104,6 @@ class Staging:
             self._lock.release()
 
     def clear(self) -> None:
-        """Begin with empty folders."""
         self.kept = ""
         for folder in (self.journal, self.folder):
             shutil.rmtree(folder, ignore_errors=True)
@@ -117,7 +116,6 @@ class Staging:
 
     @property
     def used(self) -> int:
-        """Bytes of all files here."""
         return sum(path.stat().st_size for path in self.work.rglob("*") if path.is_file())
 
     @property
@@ -168,11 +166,7 @@ class Staging:
             self.work.rmdir()
 
     def _acquire(self, attempts: int = 3) -> None:
-        """Lock the hidden folder, which is made if it is missing.
-
-        Raises:
-            ExportError: another process holds it, or the folder cannot be written to.
-        """
+        """Lock the hidden folder, which is made if it is missing."""
         path = self.work / LOCK
         try:
             self.work.mkdir(parents=True, exist_ok=True)

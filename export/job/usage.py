@@ -57,7 +57,6 @@ class Usage:
         self._sampler.join()
 
     def begin_layers(self) -> None:
-        """Start the time of the first layer."""
         self._last = time.perf_counter()
 
     def end_layer(self) -> None:
@@ -78,12 +77,8 @@ class Usage:
 
     def to_json(self) -> dict[str, Any]:
         """The figures that a later run needs; :meth:`restore` takes them."""
-        return {
-            "seconds": self.seconds,
-            "layer_seconds": self.layer_seconds,
-            "peak": self.peak,
-            "own_peak": self.own_peak,
-        }
+        names = ("seconds", "layer_seconds", "peak", "own_peak")
+        return {name: getattr(self, name) for name in names}
 
     def restore(self, earlier: Mapping[str, Any]) -> None:
         """Add the figures of an interrupted run."""

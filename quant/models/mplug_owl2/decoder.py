@@ -40,7 +40,6 @@ class Routing:
         return cls(text, image, torch.cat([text, image]).argsort())
 
     def to(self, device: torch.device) -> Routing:
-        """The same with its indices on ``device``."""
         return Routing(self.text.to(device), self.image.to(device), self.order.to(device))
 
     def apply(self, rows: Tensor, on_text: nn.Module, on_image: nn.Module) -> Tensor:
@@ -102,7 +101,6 @@ class NewKeyValues(nn.Module):
     """
 
     def forward(self, keys: Tensor, values: Tensor) -> KeyValue:
-        """Both unchanged."""
         return keys, values
 
 
