@@ -96,11 +96,8 @@ def export_layers(
     """Quantize and write the layers from ``first`` on, then the norm and the head.
 
     Args:
-        job: gives checkpoint and settings.
-        writer: takes the layers.
         streams: at layer ``first``; they end after the last layer.
         modules: reports of the earlier layers; those of the others are added.
-        first: number of the first layer.
         keep: is called after each layer.
     """
     config, usage, reporter = job.config, job.usage, job.reporter

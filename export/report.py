@@ -92,9 +92,8 @@ class KvInt8:
         scales_from: ``calibration``, or ``the measured prompts`` where there was none: their loss is then that of
             prompts the scales have seen.
         positions: how many positions were compared; the first ones where there are many.
-        kl_text, kl_image: mean Kullback-Leibler divergence of the next-token distributions, in nats, at text and
-            at image positions.
-        agreement: share of text positions with the same most likely token.
+        kl_text, kl_image: as in :class:`Accuracy`.
+        agreement: its ``top1_agreement_text``.
         torch_difference: RMS of the difference between the graph and torch with keys and values rounded alike, as
             a fraction of what the rounding changes.
         bytes_per_position: keys and values of one position in all layers; the scales are part of the graph.
@@ -128,9 +127,7 @@ class CalibrationRecord:
 
     Attributes:
         source: ``built-in``, a name, or ``none``.
-        samples, images, text_rows, image_rows: how much of it.
         fingerprint: sha256 of token ids and pixels.
-        notes: remarks on the data.
     """
 
     source: str

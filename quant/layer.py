@@ -40,16 +40,10 @@ Moments = tuple[HessianAccumulator, HessianAccumulator, HessianAccumulator]
 
 @dataclass(frozen=True, slots=True)
 class ModuleReport:
-    """Error of GPTQ in one linear layer; squared, relative to the energy of the layer's output.
-
-    The layer before rounding is the one that GPTQ aims at (:mod:`owl2.quant.asymmetric`).
+    """:class:`owl2.quant.gptq.GptqReport` of one linear layer, against the weight that GPTQ aims at.
 
     Attributes:
-        error: on the calibration rows as weighted for this layer.
-        rtn_error: the same for rounding to nearest with the same scale search.
         text_error, image_error: on the rows of one modality; None where the layer never sees them.
-        damping: fraction of the mean of the Hessian's diagonal that was added.
-        dead_columns: inputs that were always zero during calibration.
     """
 
     error: float
@@ -100,7 +94,6 @@ def quantize_layer(
         layer: float32; changed in place.
         original: the same layer, which stays as it is; ``rtn`` needs none.
         calibration: rows before this layer, not moved; ``rtn`` needs none.
-        config: settings of all weights.
         name: of the layer, for messages.
         skip: names of linear layers to leave as they are.
 

@@ -14,12 +14,7 @@ from owl2.runtime.config import DecoderConfig
 
 @dataclass(eq=False)
 class HiddenStates:
-    """One sequence before a layer.
-
-    Attributes:
-        rows: float32 [T, C], input of the next layer.
-        routing: of the T rows.
-    """
+    """One sequence before a layer: float32 rows [T, C] and their routing."""
 
     rows: Tensor
     routing: Routing

@@ -24,11 +24,7 @@ SAFETENSORS_TYPES = {
 
 
 class Shard:
-    """An open weight file; numbers are read when they are asked for.
-
-    Attributes:
-        names: of the tensors it holds.
-    """
+    """An open weight file; numbers are read when they are asked for. ``names`` are those of its tensors."""
 
     def __init__(self, path: Path) -> None:
         """Open a ``.bin`` or ``.safetensors`` file.

@@ -68,11 +68,8 @@ def check_settings(config: ExportConfig, checkpoint: Checkpoint) -> None:
 
 def remaining(checkpoint: Checkpoint) -> list[str]:
     """Linear layers of the decoder that the checkpoint holds as floating-point numbers."""
-    names = (
-        f"{DECODER_LAYERS}{index}.{linear}"
-        for index in range(checkpoint.config.decoder.num_hidden_layers)
-        for linear in LINEARS
-    )
+    layers = range(checkpoint.config.decoder.num_hidden_layers)
+    names = (f"{DECODER_LAYERS}{index}.{linear}" for index in layers for linear in LINEARS)
     return [name for name in names if name not in checkpoint.quantized]
 
 

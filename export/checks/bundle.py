@@ -37,12 +37,9 @@ def check_bundle(
     """Run every graph and compare it with torch; write the golden prompts. One decoder is open at a time.
 
     Args:
-        job: gives the prompts; the measured ones are used.
-        bundle: the files to check.
-        expected: torch's results for the decoder.
-        vision: the checked vision side.
+        expected, vision: torch's results.
         probes: the probe prompts before the first layer.
-        probe_images: images of the probe prompts by digest.
+        probe_images: their images by digest.
     """
     prompts, reporter = job.prompts, job.reporter
     reporter.stage("comparing with torch", 3 * len(probes) + len(prompts.measured))

@@ -32,12 +32,8 @@ FLOAT_LIMIT_FLOOR = 1e-4
 
 
 def limit(kl: float, weights: WeightFormat) -> float:
-    """The largest divergence in nats at which a device passes.
-
-    Args:
-        kl: the exporting machine's.
-        weights: integer ones bring int8 activations, whose rounding differs between kernels.
-    """
+    """The largest divergence at which a device passes, from the exporting machine's, both in nats."""
+    # Integer weights bring int8 activations, whose rounding differs between kernels.
     integer = any(stored.startswith("int") for stored in (weights.decoder, weights.head, weights.vision))
     return max(LIMIT_FLOOR if integer else FLOAT_LIMIT_FLOOR, LIMIT_FACTOR * kl)
 

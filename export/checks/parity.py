@@ -1,8 +1,7 @@
 """Comparing exported graphs with torch, as part of every export.
 
-Two questions are kept apart. Does the graph compute what torch computes *on the stored weights*? To answer it
-exactly, activations stay in float32 (:func:`with_float_activations`); a difference is a defect and ends the
-export. How much do the int8 activations of the fast kernels add? That is bounded loosely and reported.
+With float32 activations (:func:`with_float_activations`) a graph must compute what torch does on the stored weights.
+What the int8 activations of the fast kernels add is bounded loosely and reported.
 """
 
 from __future__ import annotations
@@ -43,7 +42,6 @@ def compare(
         actual: the graph's values as it runs.
         quantized: torch's values on the stored weights.
         original: torch's values on the checkpoint's weights. All four arrays have one shape.
-        activations: type in which the graph computes.
         activations: type in which the graph computes.
 
     Raises:

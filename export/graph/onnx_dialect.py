@@ -23,10 +23,7 @@ from owl2.runtime.spec import DialectName
 
 
 class OnnxDialect:
-    """DequantizeLinear and MatMul, attention from primitive operators.
-
-    See :class:`owl2.export.graph.dialect.Dialect` for its methods.
-    """
+    """A :class:`owl2.export.graph.dialect.Dialect` of DequantizeLinear, MatMul and primitive operators."""
 
     interface: ClassVar[DialectName] = "onnx"
     # For the DequantizeLinear for blocks of INT4.

@@ -20,10 +20,7 @@ INT8_ACTIVATIONS = 4
 
 
 class OrtDialect:
-    """MatMulNBits, GroupQueryAttention, MultiHeadAttention, SkipSimplifiedLayerNormalization, QuickGelu.
-
-    See :class:`owl2.export.graph.dialect.Dialect` for its methods.
-    """
+    """A :class:`owl2.export.graph.dialect.Dialect` of fused operators."""
 
     interface: ClassVar[DialectName] = "ort"
     MINIMUM_ONNXRUNTIME: ClassVar[str] = "1.22"

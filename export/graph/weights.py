@@ -1,7 +1,4 @@
-"""Linear layers of a graph, and the forms in which their weights are stored.
-
-Every form writes itself through the dialect, so another one is a class here or anywhere else, and nothing more.
-"""
+"""Linear layers of a graph, and the forms in which their weights are stored; each writes itself through the dialect."""
 
 from __future__ import annotations
 

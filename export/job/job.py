@@ -33,16 +33,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(frozen=True)
 class ExportJob:
-    """What an export works with.
-
-    Attributes:
-        config: the settings.
-        checkpoint: the open checkpoint.
-        prompts: what passes through the model.
-        staging: where the files go until they are complete.
-        usage: time and memory so far.
-        reporter: is told of stages and steps.
-    """
+    """Settings, open checkpoint and tools of one export."""
 
     config: ExportConfig
     checkpoint: Checkpoint

@@ -46,20 +46,13 @@ class Staging:
     may be gone next time (Ctrl-C, a full disk, a kill). One process at a time writes to a target.
 
     Attributes:
-        target: folder to write.
         work: the hidden folder.
-        folder: in it, the files until they are complete.
-        journal: in it, notes that do not become part of the target.
+        folder, journal: its parts ``bundle`` and ``journal``.
         kept: says what is finished, once the next export can continue there if this one is interrupted; empty before.
     """
 
     def __init__(self, target: Path, *, source: Path | None = None, overwrite: bool) -> None:
         """Check the target; nothing is written yet, but a publication that a kill interrupted is put right.
-
-        Args:
-            target: folder to write.
-            source: folder that is read, which is never replaced.
-            overwrite: whether an existing bundle may be replaced.
 
         Raises:
             ExportError: the target exists and may not be replaced, or another process is writing to it.
@@ -77,7 +70,11 @@ class Staging:
         if self.work.exists():
             self._acquire()
             try:
-                self._recover()
+                # After a kill: put back a bundle that was to be replaced, remove what is left of one just published.
+                if self._replaced.exists() and not target.exists():
+                    self._replaced.rename(target)
+                if not self.folder.exists():
+                    self._remove()
             finally:
                 self._lock.release()
         if not overwrite and target.exists() and any(target.iterdir()):
@@ -148,13 +145,6 @@ class Staging:
     def _make_folders(self) -> None:
         for folder in (self.folder, self.journal):
             folder.mkdir(exist_ok=True)
-
-    def _recover(self) -> None:
-        """After a kill: put back a bundle that was to be replaced, remove what is left of one that was published."""
-        if self._replaced.exists() and not self.target.exists():
-            self._replaced.rename(self.target)
-        if not self.folder.exists():
-            self._remove()
 
     def _remove(self) -> None:
         """Remove the hidden folder; the lock goes last, since it holds off others."""

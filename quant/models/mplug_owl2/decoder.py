@@ -42,12 +42,6 @@ class Routing:
     def to(self, device: torch.device) -> Routing:
         return Routing(self.text.to(device), self.image.to(device), self.order.to(device))
 
-    def apply(self, rows: Tensor, on_text: nn.Module, on_image: nn.Module) -> Tensor:
-        """rows: [B·T, C]; each branch sees its own rows only -> [B·T, C']."""
-        if len(self.image) == 0:
-            return on_text(rows)  # type: ignore[no-any-return]
-        return torch.cat([on_text(rows[self.text]), on_image(rows[self.image])])[self.order]
-
 
 def rotary_tables(config: DecoderConfig, length: int, total: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines of positions 0..length-1 in a sequence of ``total``: each float32 [length, D/2]."""
@@ -90,8 +84,11 @@ class Multiway(nn.Module):
         self.multiway = nn.ModuleList([text, image])
 
     def forward(self, rows: Tensor, routing: Routing) -> Tensor:
-        """rows: [B·T, C] -> [B·T, C']."""
-        return routing.apply(rows, self.multiway[0], self.multiway[1])
+        """rows: [B·T, C]; each branch sees its own rows only -> [B·T, C']."""
+        text, image = self.multiway
+        if len(routing.image) == 0:
+            return text(rows)  # type: ignore[no-any-return]
+        return torch.cat([text(rows[routing.text]), image(rows[routing.image])])[routing.order]
 
 
 class NewKeyValues(nn.Module):
