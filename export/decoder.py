@@ -56,15 +56,13 @@ class ExportedDecoder:
     original_head: Tensor
 
     def quantized_logits(self, index: int) -> Floats:
-        """Logits [T, V] of one measured prompt on the stored weights."""
+        """Logits [T, V] of one prompt on the stored weights."""
         return _logits(self.quantized[index], dequantized_blocks(self.quantized_head, HEAD_BLOCK))
 
     def kv_int8_logits(self, index: int) -> Floats:
-        """Logits [T, V] of one probe on the stored weights, with an int8 K/V cache."""
         return _logits(self.kv_int8[index], dequantized_blocks(self.quantized_head, HEAD_BLOCK))
 
     def original_logits(self, index: int) -> Floats:
-        """Logits [T, V] of one measured prompt on the checkpoint's weights."""
         return _logits(self.original[index], (block.float() for block in torch.split(self.original_head, HEAD_BLOCK)))
 
 

@@ -16,7 +16,7 @@ from owl2.export.checkpoint.gptq_format import CONFIG_FILE, CONFIG_KEY, GptqForm
 from owl2.export.checkpoint.gptq_layout import pack
 from owl2.export.checkpoint.modules import TABLE
 from owl2.export.config import ExportConfig
-from owl2.export.decoder import ExportedDecoder, export_layers
+from owl2.export.decoder import export_layers
 from owl2.export.graph.weights import IntegerWeight, Linear, LinearWeight
 from owl2.export.job.job import ExportJob, open_job
 from owl2.export.job.progress import Reporter, Silent
@@ -66,7 +66,11 @@ def export_gptq(config: ExportConfig, reporter: Reporter | None = None) -> Repor
         del rows
         job.prompts.images.clear()
         decoder = export_layers(job, GptqWriter(job, form), streams, {})
-        report = job.write_report(Checks(_accuracy(job, decoder)), decoder.modules)
+        first, name = job.prompts.judged
+        loss = Divergence()  # of the new weights against the old ones, both in torch
+        for i, prompt in enumerate(job.prompts.measured[first:], first):
+            loss += divergence(decoder.original_logits(i), decoder.quantized_logits(i), modality_of(prompt))
+        report = job.write_report(Checks(Accuracy.of(name, loss)), decoder.modules)
         job.staging.publish()
     return report
 
@@ -105,7 +109,6 @@ class GptqWriter:
             pass  # it has every tensor, in the right shape
 
     def _write(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Write the next file; floating-point numbers become fp16."""
         self._written += 1
         file = f"model-{self._written:05}-of-{self._job.layers + 1:05}.safetensors"
         halves = {name: _half(name, tensor) for name, tensor in tensors}
@@ -133,12 +136,3 @@ def _write_settings(source: Path, folder: Path, form: GptqFormat) -> None:
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     write_json(folder / "config.json", config | {"torch_dtype": "float16", CONFIG_KEY: form.to_json()})
     write_json(folder / CONFIG_FILE, form.to_json())
-
-
-def _accuracy(job: ExportJob, decoder: ExportedDecoder) -> Accuracy:
-    """The new weights against the old ones, both in torch."""
-    first, name = job.prompts.judged
-    total = Divergence()
-    for index, prompt in enumerate(job.prompts.measured[first:], first):
-        total += divergence(decoder.original_logits(index), decoder.quantized_logits(index), modality_of(prompt))
-    return Accuracy.of(name, total)

@@ -12,6 +12,7 @@ from owl2.export.config import ExportConfig
 from owl2.quant.calibration.samples import CalibrationSet, Sample, load_calibration, probe_samples
 from owl2.runtime.config import ModelConfig
 from owl2.runtime.errors import BundleError, CheckpointError
+from owl2.runtime.evaluation.conversations import evenly
 from owl2.runtime.families.mplug_owl2.positions import Prompt, digests_of, encode_prompt
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
 from owl2.runtime.images import PreparedImage, prepare_images
@@ -108,8 +109,7 @@ def _bounded(prompts: list[Prompt], max_positions: int) -> list[Prompt]:
     positions = sum(len(prompt.keys) for prompt in prompts)
     if positions <= max_positions:
         return prompts
-    count = max(1, len(prompts) * max_positions // positions)
-    chosen = [prompts[i * len(prompts) // count] for i in range(count)]
+    chosen = evenly(prompts, max(1, len(prompts) * max_positions // positions))
     if not any(prompt.images for prompt in chosen):
         chosen[0] = next((prompt for prompt in prompts if prompt.images), chosen[0])
     return chosen

@@ -113,7 +113,7 @@ class KvInt8:
 
 @dataclass(frozen=True)
 class Checks:
-    """Results of comparing what was written with torch; :class:`Report` describes each."""
+    """Results of comparing what was written with torch, as in :class:`Report`."""
 
     accuracy: Accuracy
     parity: tuple[Parity, ...] = ()
@@ -157,21 +157,16 @@ class CalibrationRecord:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything known about one export.
+    """Everything known about one export; sizes in bytes, times in seconds.
 
     Attributes:
         recipe: the settings, defaults resolved.
-        calibration: the data that the quantizer looked at.
         parity: each graph against torch.
-        accuracy: the bundle against the checkpoint.
         goldens: this machine's results on the certificate's prompts, and the limits for a device.
         kv_int8: cost of an int8 K/V cache; None if the bundle offers none.
         modules: cost of GPTQ, by linear layer.
         vision: cost of int8 in each part of the vision side; empty for floating point.
-        size: bytes of the bundle.
-        seconds: wall time of the export.
-        layer_seconds: of each decoder layer.
-        peak_memory: largest resident size of the process, bytes; mapped files count.
+        peak_memory: largest resident size of the process; mapped files count.
         peak_own_memory: the largest part of it that is not mapped files, which the system may drop at any time;
             None if the system does not tell.
     """

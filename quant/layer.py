@@ -127,7 +127,6 @@ def _moments(
     config: QuantConfig,
     name: str,
 ) -> Moments:
-    """Moments of the rows that enter the linear layers of ``site``."""
     if calibration is None or original is None:
         raise CalibrationError(f"{name}: GPTQ needs calibration rows; give some, or choose method rtn on purpose")
     weight = _weight(layer, site[0])

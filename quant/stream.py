@@ -52,21 +52,14 @@ class Stream:
             yield rows
 
     def advance(self, layer: DecoderLayer) -> None:
-        """Move every sequence through ``layer``."""
         for sequence, rows in zip(self.sequences, self.outputs(layer)):
             sequence.rows = rows.to(sequence.rows.device)
 
 
 class Calibration:
-    """The calibration prompts twice, on their way through the layers.
-
-    Attributes:
-        quantized: through the quantized weights.
-        original: through the checkpoint's weights.
-    """
+    """The calibration prompts twice, on their way through the layers: quantized ones, and the checkpoint's own."""
 
     def __init__(self, stream: Stream) -> None:
-        """Both begin with the rows of ``stream``, which is before the first layer."""
         self.quantized = stream
         self.original = stream.copy()
 

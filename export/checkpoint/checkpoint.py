@@ -122,7 +122,6 @@ class Checkpoint:
         return value
 
     def quantized_weight(self, linear: str) -> QuantizedWeight:
-        """The integers of a layer named in :attr:`quantized`, as they are in the file."""
         assert self.gptq is not None
         bias = f"{linear}.bias"
         if bias in self._idle_biases and bias in self and bool(self.stored(bias).any()):

@@ -63,7 +63,6 @@ def _read(cls: type[T], source: Json, given: Mapping[str, Any]) -> T:
 
 
 def _value(source: Json, key: str, default: bool | int | float) -> bool | int | float:
-    """A flag or a positive number, whichever ``default`` is."""
     value = source.get(key)
     if value is None:
         return default

@@ -26,7 +26,6 @@ def open_bundle_decoder(bundle: WrittenBundle, kv_cache: KvType) -> DecoderEngin
 
 @contextlib.contextmanager
 def float_decoder(bundle: WrittenBundle, kv_cache: KvType) -> Iterator[DecoderEngine]:
-    """The decoder with float32 activations."""
     with with_float_activations(bundle.path(spec.DECODER_GRAPHS[kv_cache])) as variant:
         yield _open(bundle, variant, None, exact=True)
 
@@ -45,7 +44,6 @@ def encode_images(
 
 
 def encode_images_in_float(path: Path, images: Mapping[str, PreparedImage], model: ModelConfig) -> dict[str, Floats]:
-    """The same with float32 activations."""
     with with_float_activations(path) as variant:
         return _rows(OrtVision(variant, model, OrtOptions(frugal=True)), images, None)
 

@@ -100,7 +100,6 @@ def check_codes(stored: Codes, expected: Codes, decoder: DecoderConfig) -> None:
 
 
 def summary(loss: Divergence, torch_difference: float, decoder: DecoderConfig, *, calibrated: bool) -> KvInt8:
-    """The report on the divergence between the two caches."""
     return KvInt8(
         scales_from="calibration" if calibrated else "the measured prompts",
         positions=int(sum(loss.positions)),

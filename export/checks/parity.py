@@ -85,17 +85,12 @@ def with_float_activations(path: Path) -> Iterator[Path]:
     It exists next to it while the context lasts and shares its external data.
     """
     model = onnx.load(path, load_external_data=False)
-    nodes = []
+    nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
         if node.op_type == "MatMulNBits":
-            kept = [attribute for attribute in node.attribute if attribute.name != "accuracy_level"]
-            del node.attribute[:]
-            node.attribute.extend([*kept, helper.make_attribute("accuracy_level", 0)])
-            nodes.append(node)
-        elif node.op_type == "DynamicQuantizeMatMul" and node.domain == CONTRIB:
-            nodes.extend(_dequantized(node))
-        else:
-            nodes.append(node)
+            next(attribute for attribute in node.attribute if attribute.name == "accuracy_level").i = 0
+        fused = node.op_type == "DynamicQuantizeMatMul" and node.domain == CONTRIB
+        nodes.extend(_dequantized(node) if fused else [node])
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     _widen(model.graph)

@@ -204,7 +204,6 @@ class GraphBuilder:
         self._written = hashlib.sha256()
 
     def save(self) -> None:
-        """Write the graph file and complete its external data."""
         self._data.flush()
         graph = helper.make_graph(
             self._nodes, self.path.stem, self._inputs, self._outputs, list(self._initializers.values())

@@ -280,7 +280,6 @@ def _remove_all_but(names: Collection[str], folder: Path) -> None:
 
 
 def _check_segments(path: Path, segments: Sequence[Sequence[Any]]) -> None:
-    """Compare each layer's part of a graph's external data with its hash."""
     if not path.is_file():
         raise _UnusableError(f"{path.name} is missing")
     with path.open("rb") as file:

@@ -156,7 +156,6 @@ class Staging:
             self.work.rmdir()
 
     def _acquire(self, attempts: int = 3) -> None:
-        """Lock the hidden folder, which is made if it is missing."""
         path = self.work / LOCK
         try:
             self.work.mkdir(parents=True, exist_ok=True)
@@ -197,5 +196,4 @@ def _unwritable(target: Path, error: OSError) -> ExportError:
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
-    """Write a JSON file for people to read."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

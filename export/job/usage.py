@@ -73,7 +73,6 @@ class Usage:
         return {name: getattr(self, name) for name in names}
 
     def restore(self, earlier: Mapping[str, Any]) -> None:
-        """Add the figures of an interrupted run."""
         self._earlier_seconds = earlier["seconds"]
         self.layer_seconds = list(earlier["layer_seconds"])
         self._peak = earlier["peak"]

@@ -62,7 +62,6 @@ class WrittenBundle:
         return open_embeddings(self.folder, self.model.decoder, self.weights.embeddings)
 
     def manifest(self) -> Manifest:
-        """The manifest of all files, the report included."""
         files = sorted(path for path in self.folder.iterdir() if path.is_file())
         return Manifest(
             format=spec.FORMAT_VERSION,

@@ -39,7 +39,6 @@ class Owl2Model(nn.Module):
         return self.model.visual_abstractor(self.model.vision_model(pixels))  # type: ignore[no-any-return]
 
     def embed(self, ids: Tensor) -> Tensor:
-        """ids: int64 [...] -> [..., C]."""
         return self.model.embed_tokens(ids)  # type: ignore[no-any-return]
 
     def decode(
