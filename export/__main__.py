@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from owl2.export.cli import convert
+from owl2.export.cli.convert import convert
 from owl2.export.tensorrt.cli import engine
 from owl2.runtime.cli.console import notice
 from owl2.runtime.version import __version__
@@ -22,7 +22,6 @@ class Commands(click.Group):
     """Runs ``convert`` if the first argument is neither a command nor an option of the group."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Name the default command where none is given."""
         own = {name for parameter in self.get_params(ctx) for name in parameter.opts}
         if not args or args[0] not in own | set(self.commands):
             args = ["convert", *args]
@@ -67,12 +66,7 @@ cli.add_command(engine)
 
 
 def main(arguments: Sequence[str] | None = None, name: str = "owl2-export") -> None:
-    """Run the command line and exit: 0 success, 1 failure, 2 wrong usage, 130 stopped by Ctrl-C.
-
-    Args:
-        arguments: those of the process if not given.
-        name: of the command, for its messages.
-    """
+    """Run the command line and exit: 0 success, 1 failure, 2 wrong usage, 130 stopped by Ctrl-C."""
     # A polite kill cleans up as Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     cli(args=None if arguments is None else list(arguments), prog_name=name)

@@ -36,7 +36,7 @@ class ExportedDecoder:
     """Torch's results on the way through the decoder.
 
     Attributes:
-        modules: cost of GPTQ, by name of the linear layer; empty for other methods.
+        modules: cost of GPTQ by linear layer; empty for other methods.
         quantized: rows [T, C] of each measured prompt after the final norm, from torch on the stored weights.
         original: the same on the checkpoint's weights.
         kv_int8: the same of each probe on the stored weights, with keys and values as an int8 cache holds them.
@@ -56,15 +56,13 @@ class ExportedDecoder:
     original_head: Tensor
 
     def quantized_logits(self, index: int) -> Floats:
-        """Logits [T, V] of one measured prompt on the stored weights."""
+        """Logits [T, V] of one prompt on the stored weights."""
         return _logits(self.quantized[index], dequantized_blocks(self.quantized_head, HEAD_BLOCK))
 
     def kv_int8_logits(self, index: int) -> Floats:
-        """Logits [T, V] of one probe on the stored weights, with an int8 K/V cache."""
         return _logits(self.kv_int8[index], dequantized_blocks(self.quantized_head, HEAD_BLOCK))
 
     def original_logits(self, index: int) -> Floats:
-        """Logits [T, V] of one measured prompt on the checkpoint's weights."""
         return _logits(self.original[index], (block.float() for block in torch.split(self.original_head, HEAD_BLOCK)))
 
 
@@ -83,6 +81,7 @@ class LayerWriter(Protocol):
         """After the last one: the final norm's gain (float32 [C]) and the output head."""
 
 
+@torch.no_grad()
 def export_layers(
     job: ExportJob,
     writer: LayerWriter,
@@ -92,19 +91,12 @@ def export_layers(
     first: int = 0,
     keep: Callable[[], None] | None = None,
 ) -> ExportedDecoder:
-    """Quantize and write the layers from ``first`` on, and what comes after them.
+    """Quantize and write the layers from ``first`` on, then the norm and the head.
 
     Args:
-        job: gives checkpoint and settings.
-        writer: takes the layers.
-        streams: stand before layer ``first``.
+        streams: at layer ``first``; they end after the last layer.
         modules: reports of the earlier layers; those of the others are added.
-        first: number of the first layer.
         keep: is called after each layer.
-
-    Raises:
-        CalibrationError, QuantizationError: a weight cannot be quantized.
-        ExportError: the device has too little memory.
     """
     config, usage, reporter = job.config, job.usage, job.reporter
     method = f", {config.method.upper()}" if config.quant is not None and remaining(job.checkpoint) else ""
@@ -117,17 +109,25 @@ def export_layers(
         if keep is not None:
             keep()
         reporter.advance()
-    exported = _finish(job, writer, streams, modules)
+    checkpoint, norm = job.checkpoint, load_norm(job.checkpoint)
+    _round_floats(norm, config)
+    head = _store_head(checkpoint.tensor(head_name(checkpoint)), config)
+    writer.finish(norm.weight.detach(), head)
     reporter.advance()
-    return exported
+    return ExportedDecoder(
+        modules=modules,
+        quantized=[norm(sequence.rows) for sequence in streams.quantized.sequences],
+        original=[norm(sequence.rows) for sequence in streams.original.sequences],
+        kv_int8=[norm(sequence.rows) for sequence in streams.kv_int8.stream.sequences],
+        kv_codes=streams.kv_int8.codes,
+        kv_scales=streams.kv_int8.scales,
+        quantized_head=head,
+        original_head=checkpoint.stored(head_name(checkpoint)),
+    )
 
 
 def export_layer(job: ExportJob, writer: LayerWriter, streams: Streams, index: int) -> dict[str, ModuleReport]:
-    """Quantize and write one layer, and move all streams past it; nothing of it stays in memory.
-
-    Returns:
-        Cost of GPTQ, by name of the linear layer.
-    """
+    """Quantize and write one layer, and move all streams past it; returns the cost of GPTQ by linear layer."""
     config, name = job.config, f"layers.{index}"
     layer, kept = load_layer(job.checkpoint, index, config.device)
     streams.original.advance(layer)
@@ -149,16 +149,15 @@ def export_layer(job: ExportJob, writer: LayerWriter, streams: Streams, index: i
         weights = {linear: IntegerWeight(weight) for linear, weight in kept.items()}
     _round_floats(layer, config)
     streams.advance(layer, original)
-    writer.layer(_linears(layer, weights, name), _gains(layer))
+    biases = {key: value.detach().cpu() for key, value in layer.named_parameters() if key.endswith(".bias")}
+    linears = {key: Linear(f"{name}.{key}", weight, biases.get(f"{key}.bias")) for key, weight in weights.items()}
+    gains = {norm: [_parameter(layer, f"{norm}.multiway.{branch}.weight").cpu() for branch in (0, 1)] for norm in NORMS}
+    writer.layer(linears, {norm: (text, image) for norm, (text, image) in gains.items()})
     return reports
 
 
 def _with_half_scales(weight: QuantizedWeight, name: str) -> QuantizedWeight:
-    """A kept weight with its scales as a graph with float16 activations stores them.
-
-    Raises:
-        QuantizationError: float16 cannot hold a scale.
-    """
+    """A kept weight with its scales as a graph with float16 activations stores them."""
     scales = weight.scales.half().float()
     if not bool(((scales != 0) == (weight.scales != 0)).all()) or not bool(scales.isfinite().all()):
         raise QuantizationError(f"{name}: float16 cannot hold every scale of this weight; use --activations fp32")
@@ -186,45 +185,6 @@ def _round_floats(module: nn.Module, config: ExportConfig) -> None:
 
 def _parameter(layer: DecoderLayer, name: str) -> Tensor:
     return layer.get_parameter(name).detach()
-
-
-def _linears(layer: DecoderLayer, weights: Mapping[str, LinearWeight], name: str) -> dict[str, Linear]:
-    """Graph linears by their name within the layer, biases included."""
-    biases = {
-        key.removesuffix(".bias"): value.detach().cpu()
-        for key, value in layer.named_parameters()
-        if key.endswith(".bias")
-    }
-    return {linear: Linear(f"{name}.{linear}", weight, biases.get(linear)) for linear, weight in weights.items()}
-
-
-def _gains(layer: DecoderLayer) -> dict[str, tuple[Tensor, Tensor]]:
-    """Text and image gain of both norms, on the CPU."""
-
-    def gain(norm: str, branch: int) -> Tensor:
-        return _parameter(layer, f"{norm}.multiway.{branch}.weight").cpu()
-
-    return {norm: (gain(norm, 0), gain(norm, 1)) for norm in NORMS}
-
-
-@torch.no_grad()
-def _finish(job: ExportJob, writer: LayerWriter, streams: Streams, modules: dict[str, ModuleReport]) -> ExportedDecoder:
-    """Write norm and head, and take the streams past the norm."""
-    checkpoint, config = job.checkpoint, job.config
-    norm = load_norm(checkpoint)
-    _round_floats(norm, config)
-    head = _store_head(checkpoint.tensor(head_name(checkpoint)), config)
-    writer.finish(norm.weight.detach(), head)
-    return ExportedDecoder(
-        modules=modules,
-        quantized=[norm(sequence.rows) for sequence in streams.quantized.sequences],
-        original=[norm(sequence.rows) for sequence in streams.original.sequences],
-        kv_int8=[norm(sequence.rows) for sequence in streams.kv_int8.stream.sequences],
-        kv_codes=streams.kv_int8.codes,
-        kv_scales=streams.kv_int8.scales,
-        quantized_head=head,
-        original_head=checkpoint.stored(head_name(checkpoint)),
-    )
 
 
 def _store_head(weight: Tensor, config: ExportConfig) -> LinearWeight:

@@ -16,15 +16,14 @@ from owl2.export.checkpoint.gptq_format import CONFIG_FILE, CONFIG_KEY, GptqForm
 from owl2.export.checkpoint.gptq_layout import pack
 from owl2.export.checkpoint.modules import TABLE
 from owl2.export.config import ExportConfig
-from owl2.export.decoder import ExportedDecoder, export_layers
+from owl2.export.decoder import export_layers
 from owl2.export.graph.weights import IntegerWeight, Linear, LinearWeight
 from owl2.export.job.job import ExportJob, open_job
 from owl2.export.job.progress import Reporter, Silent
 from owl2.export.job.staging import write_json
 from owl2.export.report import Accuracy, Checks, Report
-from owl2.export.streams import Streams, begin_streams
+from owl2.export.streams import begin_streams
 from owl2.export.vision import original_rows
-from owl2.quant.config import QuantConfig
 from owl2.quant.models.mplug_owl2 import Owl2Model
 from owl2.runtime.errors import ConfigError, ExportError
 from owl2.runtime.evaluation.divergence import Divergence, divergence, modality_of
@@ -56,29 +55,24 @@ def export_gptq(config: ExportConfig, reporter: Reporter | None = None) -> Repor
     """
     if config.quant is None or config.layout != "gptq":
         raise ConfigError(f"layout gptq and integer weights are needed, got {config.layout} and {config.weights}")
-    form = written_format(config.quant)
+    # Version 1, which every program reads, and groups in the order of the columns.
+    form = GptqFormat(config.quant.bits, config.quant.group_size, producer=f"owl2:{__version__}")
     with open_job(config, reporter or Silent()) as job, job.writing(job.size):
         job.staging.clear()
         job.check_space(job.size)
         _write_settings(job.checkpoint.folder, job.folder, form)
-        streams = _begin(job)
+        rows = original_rows(job)
+        streams, _ = begin_streams(job, job.checkpoint.tensor(TABLE).numpy(), rows, rows)
+        del rows
         job.prompts.images.clear()
         decoder = export_layers(job, GptqWriter(job, form), streams, {})
-        report = job.write_report(Checks(_accuracy(job, decoder)), decoder.modules)
+        first, name = job.prompts.judged
+        loss = Divergence()  # of the new weights against the old ones, both in torch
+        for i, prompt in enumerate(job.prompts.measured[first:], first):
+            loss += divergence(decoder.original_logits(i), decoder.quantized_logits(i), modality_of(prompt))
+        report = job.write_report(Checks(Accuracy.of(name, loss)), decoder.modules)
         job.staging.publish()
     return report
-
-
-def written_format(quant: QuantConfig) -> GptqFormat:
-    """The format to write: version 1, which every program reads, and groups in the order of the columns."""
-    return GptqFormat(quant.bits, quant.group_size, producer=f"owl2:{__version__}")
-
-
-def _begin(job: ExportJob) -> Streams:
-    """All prompts before the first layer; the token table and the images' rows are gone when this returns."""
-    table = job.checkpoint.tensor(TABLE).numpy()
-    rows = original_rows(job)
-    return begin_streams(job, table, rows, rows)[0]
 
 
 class GptqWriter:
@@ -90,12 +84,6 @@ class GptqWriter:
         self._written = self._bytes = 0
 
     def layer(self, linears: Mapping[str, Linear], gains: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Write the next layer.
-
-        Raises:
-            QuantizationError: a weight that this layout cannot hold exactly.
-            ExportError: values that fp16 cannot hold.
-        """
         tensors: dict[str, Tensor] = {}
         for name, linear in linears.items():
             assert isinstance(linear.weight, IntegerWeight)
@@ -109,12 +97,7 @@ class GptqWriter:
         self._write((prefix + name, tensor) for name, tensor in tensors.items())
 
     def finish(self, norm: Tensor, head: LinearWeight) -> None:
-        """Write the rest as it is in the checkpoint, the vision side included, and the index.
-
-        Raises:
-            ExportError: values that fp16 cannot hold.
-            CheckpointError: a tensor was not written.
-        """
+        """Write the rest as it is in the checkpoint, the vision side included, and the index."""
         checkpoint, folder = self._job.checkpoint, self._job.folder
         with torch.device("meta"):
             names = Owl2Model(checkpoint.config).state_dict()
@@ -126,7 +109,6 @@ class GptqWriter:
             pass  # it has every tensor, in the right shape
 
     def _write(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Write the next file; floating-point numbers become fp16."""
         self._written += 1
         file = f"model-{self._written:05}-of-{self._job.layers + 1:05}.safetensors"
         halves = {name: _half(name, tensor) for name, tensor in tensors}
@@ -136,11 +118,7 @@ class GptqWriter:
 
 
 def _half(name: str, tensor: Tensor) -> Tensor:
-    """The tensor as it is stored: integers as they are, floating-point numbers in fp16.
-
-    Raises:
-        ExportError: values that fp16 cannot hold.
-    """
+    """The tensor as it is stored: integers as they are, floating-point numbers in fp16."""
     if not tensor.is_floating_point():
         return tensor
     half = tensor.detach().half().contiguous()
@@ -158,12 +136,3 @@ def _write_settings(source: Path, folder: Path, form: GptqFormat) -> None:
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     write_json(folder / "config.json", config | {"torch_dtype": "float16", CONFIG_KEY: form.to_json()})
     write_json(folder / CONFIG_FILE, form.to_json())
-
-
-def _accuracy(job: ExportJob, decoder: ExportedDecoder) -> Accuracy:
-    """The new weights against the old ones, both in torch."""
-    first, name = job.prompts.judged
-    total = Divergence()
-    for index, prompt in enumerate(job.prompts.measured[first:], first):
-        total += divergence(decoder.original_logits(index), decoder.quantized_logits(index), modality_of(prompt))
-    return Accuracy.of(name, total)

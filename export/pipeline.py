@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 
@@ -19,11 +20,11 @@ from owl2.export.job.job import ExportJob, open_job
 from owl2.export.job.journal import Journal, journal_size
 from owl2.export.job.progress import Reporter, Silent
 from owl2.export.job.staging import write_json
+from owl2.export.job.written_bundle import WrittenBundle
 from owl2.export.prompts import digests
 from owl2.export.report import Report
 from owl2.export.streams import Embedded, Streams, begin_streams
 from owl2.export.vision import ExportedVision, export_vision
-from owl2.export.written_bundle import WrittenBundle
 from owl2.runtime import spec
 
 
@@ -52,7 +53,8 @@ def export_bundle(config: ExportConfig, reporter: Reporter | None = None) -> Rep
             # Make room for the layers: they need no pixels, and no rows of the calibration images.
             probe_images = job.prompts.images_of(job.prompts.probes)
             job.prompts.images.clear()
-            vision = vision.of(digests(job.prompts.measured))
+            rows = {digest: vision.rows[digest] for digest in digests(job.prompts.measured)}
+            vision = replace(vision, original={}, rows=rows)
             decoder = _export_decoder(job, journal, streams)
             del streams
             kv_cache = config.types.kv_cache

@@ -12,6 +12,7 @@ from owl2.export.config import ExportConfig
 from owl2.quant.calibration.samples import CalibrationSet, Sample, load_calibration, probe_samples
 from owl2.runtime.config import ModelConfig
 from owl2.runtime.errors import BundleError, CheckpointError
+from owl2.runtime.evaluation.conversations import evenly
 from owl2.runtime.families.mplug_owl2.positions import Prompt, digests_of, encode_prompt
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
 from owl2.runtime.images import PreparedImage, prepare_images
@@ -65,12 +66,7 @@ def digests(prompts: Sequence[Prompt]) -> list[str]:
 
 
 def load_prompts(config: ExportConfig, checkpoint: Checkpoint) -> Prompts:
-    """Load the calibration data and encode it, the probes too.
-
-    Raises:
-        CalibrationError: the data cannot be used.
-        CheckpointError: the tokenizer cannot be used.
-    """
+    """Load the calibration data and encode it, the probes too."""
     calibrate = needs_calibration(config, checkpoint)
     data = load_calibration(config.calibration, config.samples, need_images=calibrate)
     try:
@@ -87,11 +83,7 @@ def load_prompts(config: ExportConfig, checkpoint: Checkpoint) -> Prompts:
 
 
 def prepare(data: CalibrationSet, config: ModelConfig, tokenizer: Tokenizer, *, calibrate: bool) -> Prompts:
-    """Divide the samples and encode them, with the probes; what exceeds the context is cut at its end.
-
-    Raises:
-        ImageError, PromptError: a sample cannot be used.
-    """
+    """Divide the samples and encode them, with the probes; what exceeds the context is cut at its end."""
     samples = data.samples
     chosen = range(HELD_OUT_EVERY - 1, len(samples), HELD_OUT_EVERY)[:MAX_HELD_OUT]
     held_out = [samples[i] for i in chosen]
@@ -117,15 +109,14 @@ def _bounded(prompts: list[Prompt], max_positions: int) -> list[Prompt]:
     positions = sum(len(prompt.keys) for prompt in prompts)
     if positions <= max_positions:
         return prompts
-    count = max(1, len(prompts) * max_positions // positions)
-    chosen = [prompts[i * len(prompts) // count] for i in range(count)]
+    chosen = evenly(prompts, max(1, len(prompts) * max_positions // positions))
     if not any(prompt.images for prompt in chosen):
         chosen[0] = next((prompt for prompt in prompts if prompt.images), chosen[0])
     return chosen
 
 
 def encode_samples(samples: Iterable[Sample], config: ModelConfig, tokenizer: Tokenizer) -> list[Prompt]:
-    """Tokenize prompts and preprocess their images, cut where the context ends; raises as :func:`prepare`."""
+    """Tokenize prompts and preprocess their images, cut where the context ends."""
     prompts = []
     for sample in samples:
         images = prepare_images(sample.images, config.preprocess, None)

@@ -73,7 +73,6 @@ class Accuracy:
 
     @classmethod
     def of(cls, measured_on: str, difference: Divergence) -> Accuracy:
-        """The means of what was summed up."""
         return cls(
             measured_on=measured_on,
             positions=int(sum(difference.positions)),
@@ -93,9 +92,8 @@ class KvInt8:
         scales_from: ``calibration``, or ``the measured prompts`` where there was none: their loss is then that of
             prompts the scales have seen.
         positions: how many positions were compared; the first ones where there are many.
-        kl_text, kl_image: mean Kullback-Leibler divergence of the next-token distributions, in nats, at text and
-            at image positions.
-        agreement: share of text positions with the same most likely token.
+        kl_text, kl_image: as in :class:`Accuracy`.
+        agreement: its ``top1_agreement_text``.
         torch_difference: RMS of the difference between the graph and torch with keys and values rounded alike, as
             a fraction of what the rounding changes.
         bytes_per_position: keys and values of one position in all layers; the scales are part of the graph.
@@ -115,7 +113,7 @@ class KvInt8:
 
 @dataclass(frozen=True)
 class Checks:
-    """Results of comparing what was written with torch; :class:`Report` describes each."""
+    """Results of comparing what was written with torch, as in :class:`Report`."""
 
     accuracy: Accuracy
     parity: tuple[Parity, ...] = ()
@@ -129,9 +127,7 @@ class CalibrationRecord:
 
     Attributes:
         source: ``built-in``, a name, or ``none``.
-        samples, images, text_rows, image_rows: how much of it.
         fingerprint: sha256 of token ids and pixels.
-        notes: remarks on the data.
     """
 
     source: str
@@ -144,7 +140,6 @@ class CalibrationRecord:
 
     @classmethod
     def of(cls, prompts: Prompts) -> CalibrationRecord:
-        """The record of an export's calibration prompts."""
         calibration = prompts.calibration
         if not calibration:
             return cls("none", 0, 0, 0, 0, "", ())
@@ -162,21 +157,16 @@ class CalibrationRecord:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything known about one export.
+    """Everything known about one export; sizes in bytes, times in seconds.
 
     Attributes:
         recipe: the settings, defaults resolved.
-        calibration: the data that the quantizer looked at.
         parity: each graph against torch.
-        accuracy: the bundle against the checkpoint.
         goldens: this machine's results on the certificate's prompts, and the limits for a device.
         kv_int8: cost of an int8 K/V cache; None if the bundle offers none.
         modules: cost of GPTQ, by linear layer.
         vision: cost of int8 in each part of the vision side; empty for floating point.
-        size: bytes of the bundle.
-        seconds: wall time of the export.
-        layer_seconds: of each decoder layer.
-        peak_memory: largest resident size of the process, bytes; mapped files count.
+        peak_memory: largest resident size of the process; mapped files count.
         peak_own_memory: the largest part of it that is not mapped files, which the system may drop at any time;
             None if the system does not tell.
     """
@@ -196,5 +186,4 @@ class Report:
     peak_own_memory: int | None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain dictionaries."""
         return asdict(self)

@@ -37,12 +37,7 @@ class Streams:
     kv_int8: RoundedStream
 
     def advance(self, layer: DecoderLayer, original: DecoderLayer | None) -> None:
-        """Move everything but the original measured prompts past a layer.
-
-        Args:
-            layer: on the stored weights.
-            original: on the checkpoint's weights, for the calibration prompts.
-        """
+        """Move everything but the original measured prompts past ``layer``, which has the stored weights."""
         with watched(layer) as seen:
             if self.calibration is None or original is None:
                 self.quantized.advance(layer)
@@ -74,7 +69,6 @@ def begin_streams(
     """All prompts before the first layer, the probes as arrays too.
 
     Args:
-        job: gives the prompts.
         table: token rows [V, C].
         original: rows of each image by digest, for the measured prompts.
         rows: the same for the calibration prompts.

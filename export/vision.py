@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from owl2.export.checkpoint.modules import load_vision
 from owl2.export.checks.engines import encode_images, encode_images_in_float
 from owl2.export.checks.parity import compare
-from owl2.export.checks.sensitivity import Part, choose_kept, measure_parts
+from owl2.export.checks.sensitivity import choose_kept, measure_parts
 from owl2.export.graph.builder import GraphBuilder
 from owl2.export.graph.dialect import DIALECTS
 from owl2.export.graph.vision import VisionGraph
@@ -45,10 +45,6 @@ class ExportedVision:
     rows: dict[str, Floats]
     parity: Parity
     sensitivity: tuple[PartReport, ...]
-
-    def of(self, wanted: Iterable[str]) -> ExportedVision:
-        """Only the graph's rows of some images."""
-        return ExportedVision({}, {digest: self.rows[digest] for digest in wanted}, self.parity, self.sensitivity)
 
 
 def export_vision(job: ExportJob) -> ExportedVision:
@@ -83,12 +79,18 @@ def _write(
     """Write the graph; torch's own weights are gone from memory when this returns.
 
     Returns:
-        Torch's rows of the measured images with the stored weights and with the checkpoint's, by digest, and the cost
-        of int8 in each part.
+        Torch's rows by digest on the stored weights, the same on the checkpoint's, and the cost of int8 in each part.
     """
     types, reporter = job.config.types, job.reporter
     tower, abstractor = load_vision(job.checkpoint)
-    parts = _measure_parts(tower, abstractor, measured, reporter) if types.vision == "int8" else []
+    parts = []
+    if types.vision == "int8":
+        linears = sum(isinstance(module, nn.Linear) for module in abstractor.modules())
+        reporter.stage("vision, cost of int8", len(tower.encoder.layers) + linears)
+        pixels = torch.from_numpy(np.stack([image.pixels for image in measured[:SENSITIVITY_IMAGES]]))
+        for part in measure_parts(tower, abstractor, pixels):
+            parts.append(part)
+            reporter.advance()
     kept = choose_kept(parts)
     floating = {module for part in kept for module in part.modules}
 
@@ -103,26 +105,13 @@ def _write(
             # From here on torch has the weights that the graph stores.
             module.weight.copy_(make_weight(module, module.weight).dequantize())
     if types.activations == "fp16":
-        for part in (tower, abstractor):
-            for tensor in (*part.parameters(), *part.buffers()):
+        for network in (tower, abstractor):
+            for tensor in (*network.parameters(), *network.buffers()):
                 tensor.copy_(tensor.half().to(tensor.dtype))
     quantized = _torch_rows(tower, abstractor, measured, reporter)
     with GraphBuilder(job.folder / spec.VISION_GRAPH, types.activations) as graph:
         VisionGraph(DIALECTS[job.config.dialect](graph), job.model, make_weight).write(tower, abstractor)
     return quantized, original, tuple(PartReport(part.name, part.effect, part in kept) for part in parts)
-
-
-def _measure_parts(
-    tower: VisionModel, abstractor: VisualAbstractor, measured: list[PreparedImage], reporter: Reporter
-) -> list[Part]:
-    linears = sum(isinstance(module, nn.Linear) for module in abstractor.modules())
-    reporter.stage("vision, cost of int8", len(tower.encoder.layers) + linears)
-    pixels = torch.from_numpy(np.stack([image.pixels for image in measured[:SENSITIVITY_IMAGES]]))
-    parts = []
-    for part in measure_parts(tower, abstractor, pixels):
-        parts.append(part)
-        reporter.advance()
-    return parts
 
 
 @torch.no_grad()

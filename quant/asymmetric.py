@@ -16,17 +16,13 @@ from owl2.quant.gptq import damped_cholesky
 
 
 def asymmetric_target(weight: Tensor, hessian: Tensor, deviation: Tensor, damping: float, share: float) -> Tensor:
-    """Move a weight by ``share`` of the way to the one that makes up for changed inputs: -> [N, K].
+    """Move a weight by ``share`` (0 to 1) of the way to the one that makes up for changed inputs: -> [N, K].
 
     Args:
         weight: [N, K] in the dtype of ``hessian``.
-        hessian: [K, K], sum of x' x'^T.
-        deviation: [K, K], sum of (x - x') x'^T; both with the same weights of rows.
+        hessian: [K, K], the module's H.
+        deviation: [K, K], its D; both with the same weights of rows.
         damping: added to the Hessian's diagonal, as a fraction of its mean.
-        share: 0 leaves the weight as it is, 1 goes all the way.
-
-    Raises:
-        QuantizationError: the Hessian stays indefinite with damping up to 1.
     """
     if share == 0.0:
         return weight

@@ -50,7 +50,6 @@ def _descend_group(codes: Tensor, error: Tensor, slope: Tensor, block: Tensor, s
         slope: [g, N], half the derivative of the squared error: Hessian times error.
         block: [g, g], the group's own part of the damped Hessian.
         scale: [N].
-        bits: of a code.
     """
     for column, curvature in enumerate(block.diagonal().cpu().tolist()):
         if curvature == 0.0:

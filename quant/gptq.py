@@ -44,15 +44,6 @@ class GptqReport:
     dead_columns: int
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Factors:
-    """``H = feedback diag(pivots) feedback^T`` with feedback [K, K] unit upper triangular, pivots [K]."""
-
-    feedback: Tensor
-    pivots: Tensor
-    damping: float
-
-
 def gptq(weight: Tensor, hessian: Tensor, config: QuantConfig) -> tuple[QuantizedWeight, GptqReport]:
     """Quantize a weight for inputs with the given second moment.
 
@@ -63,7 +54,6 @@ def gptq(weight: Tensor, hessian: Tensor, config: QuantConfig) -> tuple[Quantize
     Args:
         weight: [N, K] float of any width.
         hessian: [K, K] float32 or float64, symmetric; any positive multiple gives the same codes.
-        config: settings of the grid and of GPTQ.
 
     Returns:
         Codes and scales in the original order of columns, and their error.
@@ -79,7 +69,7 @@ def gptq(weight: Tensor, hessian: Tensor, config: QuantConfig) -> tuple[Quantize
     dead = diagonal == 0
     groups = _processing_order(diagonal, config)
     columns = torch.cat([group for _, group in groups])
-    factors = _factorize(hessian, dead, columns, config.damping)
+    feedback, pivots, damping = _factorize(hessian, dead, columns, config.damping)
 
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scales = torch.empty(weight.shape[0], len(groups), dtype=torch.float32, device=weight.device)
@@ -88,9 +78,9 @@ def gptq(weight: Tensor, hessian: Tensor, config: QuantConfig) -> tuple[Quantize
     for number, group in groups:
         stop = start + len(group)
         original = weight[:, group].T.contiguous()
-        carried = factors.feedback[:start, start:stop].T @ error[:start]
-        within = factors.feedback[start:stop, start:stop]
-        scale = _group_scales(original, carried, within, factors.pivots[start:stop], config)
+        carried = feedback[:start, start:stop].T @ error[:start]
+        within = feedback[start:stop, start:stop]
+        scale = _group_scales(original, carried, within, pivots[start:stop], config)
         group_codes, error[start:stop] = _round_group(original, carried, within, scale, config.bits)
         codes[:, group] = group_codes.T
         scales[:, number] = scale.float()
@@ -98,13 +88,13 @@ def gptq(weight: Tensor, hessian: Tensor, config: QuantConfig) -> tuple[Quantize
 
     quantized = QuantizedWeight(codes, scales, config.bits, config.group_size)
     mean = diagonal[~dead].mean()
-    descend(weight, hessian, float(factors.damping * mean), quantized, config.sweeps)
+    descend(weight, hessian, float(damping * mean), quantized, config.sweeps)
     sampled = sampled_rows(weight)
     baseline = rtn(weight[sampled], config, torch.where(dead, mean, diagonal))
     report = GptqReport(
         error=relative_error(weight[sampled], quantized.dequantize()[sampled], hessian),
         rtn_error=relative_error(weight[sampled], baseline.dequantize(), hessian),
-        damping=factors.damping,
+        damping=damping,
         dead_columns=int(dead.sum()),
     )
     return quantized, report
@@ -158,10 +148,13 @@ def _processing_order(diagonal: Tensor, config: QuantConfig) -> list[tuple[int, 
     ]
 
 
-def _factorize(hessian: Tensor, dead: Tensor, columns: Tensor, damping: float) -> _Factors:
+def _factorize(hessian: Tensor, dead: Tensor, columns: Tensor, damping: float) -> tuple[Tensor, Tensor, float]:
     """Decompose the damped Hessian, rows and columns taken in the order of ``columns``.
 
     An upper factor is the lower factor of the matrix read backwards.
+
+    Returns:
+        U [K, K] and the diagonal of D [K] (see the head of this module), and the damping that was needed.
     """
     backwards = columns.flip(0)
     matrix = hessian[backwards][:, backwards]
@@ -172,7 +165,7 @@ def _factorize(hessian: Tensor, dead: Tensor, columns: Tensor, damping: float) -
     upper = lower.flip(0, 1)
     del lower
     root = upper.diagonal().clone()
-    return _Factors(upper.div_(root), root.square(), damping)
+    return upper.div_(root), root.square(), damping
 
 
 def damped_cholesky(matrix: Tensor, diagonal: Tensor, damping: float) -> tuple[Tensor, float]:
@@ -184,7 +177,7 @@ def damped_cholesky(matrix: Tensor, diagonal: Tensor, damping: float) -> tuple[T
         damping: fraction of the mean of the positive part of ``diagonal``; raised tenfold until it suffices.
 
     Raises:
-        QuantizationError: it does not, up to 1.
+        QuantizationError: 1 does not suffice.
     """
     undamped, mean = diagonal.clone(), diagonal[diagonal > 0].mean()
     while damping <= 1.0:
@@ -207,7 +200,6 @@ def _group_scales(original: Tensor, carried: Tensor, within: Tensor, pivots: Ten
         carried: [g, N], the sum over earlier columns.
         within: [g, g], the group's own part of the feedback.
         pivots: [g], the exact weight of each column's squared rounding error.
-        config: settings of the grid.
     """
     # Column k gets the sum over earlier columns on top of the corrections from its own group; the inverse
     # takes those into account before they are known, as if nothing in the group were rounded.

@@ -75,11 +75,7 @@ class QuantizedWeight:
 
 
 def check_weight(weight: Tensor) -> None:
-    """Refuse a weight that cannot be quantized.
-
-    Raises:
-        QuantizationError: not a matrix, empty, or has values that are not finite.
-    """
+    """Raise QuantizationError for a weight that is not a matrix, is empty or has values that are not finite."""
     if weight.ndim != 2 or weight.numel() == 0:
         raise QuantizationError(f"a weight must be a matrix out x in, got shape {tuple(weight.shape)}")
     bad = int((~torch.isfinite(weight)).sum())
@@ -132,12 +128,9 @@ def rtn(weight: Tensor, config: QuantConfig, importance: Tensor | None = None) -
         weight: [N, K] float of any width.
         config: bits, group_size, clip_search, signed_scales and scale_dtype are read.
         importance: [K] float, weight of each column in the clip search; None for equal.
-
-    Raises:
-        QuantizationError: the weight is not a matrix or holds NaN or infinite values.
     """
     check_weight(weight)
-    if not weight.dtype.itemsize >= 4:
+    if weight.dtype.itemsize < 4:
         weight = weight.float()
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scales = []
@@ -156,11 +149,7 @@ def _rounding_error(group: Tensor, scale: Tensor, bits: int, importance: Tensor 
 
 
 def _storable(scale: Tensor, dtype: ScaleType) -> Tensor:
-    """Round to ``dtype``; 1 instead of a scale that is zero or too small to divide by.
-
-    Raises:
-        QuantizationError: ``dtype`` ends below the scale.
-    """
+    """Round to ``dtype``; 1 instead of a scale that is zero or too small to divide by."""
     rounded = (scale.half() if dtype == "fp16" else scale).float()
     if not bool(rounded.isfinite().all()):
         raise QuantizationError(

@@ -73,11 +73,7 @@ class HessianAccumulator:
         return self._deviation
 
     def joined(self, other: HessianAccumulator, weight: float) -> HessianAccumulator:
-        """A new accumulator that has seen the rows of both, each of ``other`` counting ``weight`` times.
-
-        Raises:
-            CalibrationError: one of the two has seen no row.
-        """
+        """A new accumulator that has seen the rows of both, each of ``other`` counting ``weight`` times."""
         both = HessianAccumulator(self.width, f"{self.name} and {other.name}", self._moment.device)
         both.count = self.count + other.count
         torch.add(self.hessian, other.hessian, alpha=weight, out=both._moment)

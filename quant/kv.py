@@ -23,19 +23,13 @@ from owl2.quant.models.mplug_owl2.decoder import KeyValue
 from owl2.quant.stream import Stream
 
 MAX_CODE = 127
-# Room for magnitudes that calibration has not seen, since cut values cost more than wider steps. KL of the sample model
-# at text positions, by factor (scripts/compare_kv_scales.py), calibrated with data of its own domain: 1.1 0.0005,
-# 1.25 0.0007, 1.5 0.0010, 2 0.0018; with the built-in data: 1.1 0.0051, 1.25 0.0025, 1.5 0.0013, 2 0.0017.
+# Room for magnitudes that calibration has not seen, since cut values cost more than wider steps: docs/quantization.md.
 HEADROOM = 1.5
 
 
 @dataclass(frozen=True, eq=False)
 class KvScales:
-    """Steps between neighbouring codes of one layer.
-
-    Attributes:
-        keys, values: float32 [H, D], positive.
-    """
+    """Steps between neighbouring codes of one layer's keys and values: float32 [H, D], positive."""
 
     keys: Tensor
     values: Tensor
@@ -88,7 +82,6 @@ class RoundedStream:
     """A stream whose layers attend to keys and values as an int8 cache holds them.
 
     Attributes:
-        stream: moves along.
         scales: of every layer it has passed.
         codes: keys and values of each sequence in the first layer's cache.
     """
@@ -99,7 +92,6 @@ class RoundedStream:
         self.codes: list[KeyValue] = []
 
     def advance(self, layer: DecoderLayer, scales: KvScales) -> None:
-        """Move every sequence through ``layer``."""
         first = not self.scales
         self.scales.append(KvScales(scales.keys.cpu(), scales.values.cpu()))
 

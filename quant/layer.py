@@ -34,19 +34,16 @@ SITES = (
 
 LINEARS = tuple(name for site in SITES for name in site)
 
+Moments = tuple[HessianAccumulator, HessianAccumulator, HessianAccumulator]
+"""Of text rows, of image rows, and of both together."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModuleReport:
-    """Error of GPTQ in one linear layer; squared, relative to the energy of the layer's output.
-
-    The layer before rounding is the one that GPTQ aims at (:mod:`owl2.quant.asymmetric`).
+    """:class:`owl2.quant.gptq.GptqReport` of one linear layer, against the weight that GPTQ aims at.
 
     Attributes:
-        error: on the calibration rows as weighted for this layer.
-        rtn_error: the same for rounding to nearest with the same scale search.
         text_error, image_error: on the rows of one modality; None where the layer never sees them.
-        damping: fraction of the mean of the Hessian's diagonal that was added.
-        dead_columns: inputs that were always zero during calibration.
     """
 
     error: float
@@ -97,16 +94,11 @@ def quantize_layer(
         layer: float32; changed in place.
         original: the same layer, which stays as it is; ``rtn`` needs none.
         calibration: rows before this layer, not moved; ``rtn`` needs none.
-        config: settings of all weights.
         name: of the layer, for messages.
         skip: names of linear layers to leave as they are.
 
     Returns:
         One entry per other name of :data:`LINEARS`.
-
-    Raises:
-        CalibrationError: GPTQ without calibration, or a branch that sees no rows.
-        QuantizationError: a weight cannot be quantized; the message names it.
     """
     done: dict[str, QuantizedLinear] = {}
     for site in SITES:
@@ -127,15 +119,6 @@ def quantize_layer(
     return done
 
 
-@dataclass(frozen=True)
-class _Moments:
-    """Moments of the text rows, the image rows, and both."""
-
-    text: HessianAccumulator
-    image: HessianAccumulator
-    shared: HessianAccumulator
-
-
 def _moments(
     layer: DecoderLayer,
     original: DecoderLayer | None,
@@ -143,8 +126,7 @@ def _moments(
     calibration: Calibration | None,
     config: QuantConfig,
     name: str,
-) -> _Moments:
-    """Moments of the rows that enter the linear layers of ``site``."""
+) -> Moments:
     if calibration is None or original is None:
         raise CalibrationError(f"{name}: GPTQ needs calibration rows; give some, or choose method rtn on purpose")
     weight = _weight(layer, site[0])
@@ -163,13 +145,14 @@ def _moments(
     if site is not SITES[0]:  # no branch asks for its own; half a GB each for down_proj at full size
         text.release_deviation()
         image.release_deviation()
-    return _Moments(text, image, shared)
+    return text, image, shared
 
 
-def _gptq(weight: Tensor, linear: str, moments: _Moments, config: QuantConfig) -> QuantizedLinear:
+def _gptq(weight: Tensor, linear: str, moments: Moments, config: QuantConfig) -> QuantizedLinear:
     """GPTQ on the rows that a linear layer sees."""
+    text, image, shared = moments
     for_text, for_image = linear not in IMAGE_BRANCH, linear not in TEXT_BRANCH
-    seen = moments.shared if for_text and for_image else moments.text if for_text else moments.image
+    seen = shared if for_text and for_image else text if for_text else image
     target = asymmetric_target(weight, seen.hessian, seen.deviation, config.damping, config.asymmetry)
     quantized, cost = gptq(target, seen.hessian, config)
     sampled = sampled_rows(target)
@@ -177,8 +160,8 @@ def _gptq(weight: Tensor, linear: str, moments: _Moments, config: QuantConfig) -
     report = ModuleReport(
         error=cost.error,
         rtn_error=cost.rtn_error,
-        text_error=relative_error(target[sampled], stored, moments.text.hessian) if for_text else None,
-        image_error=relative_error(target[sampled], stored, moments.image.hessian) if for_image else None,
+        text_error=relative_error(target[sampled], stored, text.hessian) if for_text else None,
+        image_error=relative_error(target[sampled], stored, image.hessian) if for_image else None,
         damping=cost.damping,
         dead_columns=cost.dead_columns,
     )

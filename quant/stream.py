@@ -14,12 +14,7 @@ from owl2.runtime.config import DecoderConfig
 
 @dataclass(eq=False)
 class HiddenStates:
-    """One sequence before a layer.
-
-    Attributes:
-        rows: float32 [T, C], input of the next layer.
-        routing: of the T rows.
-    """
+    """One sequence before a layer: float32 rows [T, C] and their routing."""
 
     rows: Tensor
     routing: Routing
@@ -45,16 +40,6 @@ class Stream:
         """A second stream that starts from the same rows."""
         return Stream(self.config, map(replace, self.sequences))
 
-    @property
-    def text_rows(self) -> int:
-        """Text rows of all sequences."""
-        return sum(len(s.routing.text) for s in self.sequences)
-
-    @property
-    def image_rows(self) -> int:
-        """Image rows of all sequences."""
-        return sum(len(s.routing.image) for s in self.sequences)
-
     @torch.no_grad()
     def outputs(self, layer: DecoderLayer) -> Iterator[Tensor]:
         """The output rows of ``layer`` for each sequence, each [T, C] on the layer's device."""
@@ -67,25 +52,17 @@ class Stream:
             yield rows
 
     def advance(self, layer: DecoderLayer) -> None:
-        """Move every sequence through ``layer``."""
         for sequence, rows in zip(self.sequences, self.outputs(layer)):
             sequence.rows = rows.to(sequence.rows.device)
 
 
 class Calibration:
-    """The calibration prompts twice, on their way through the layers.
-
-    Attributes:
-        quantized: through the quantized weights.
-        original: through the checkpoint's weights.
-    """
+    """The calibration prompts twice, on their way through the layers: quantized ones, and the checkpoint's own."""
 
     def __init__(self, stream: Stream) -> None:
-        """Both begin with the rows of ``stream``, which is before the first layer."""
         self.quantized = stream
         self.original = stream.copy()
 
     def advance(self, quantized: DecoderLayer, original: DecoderLayer) -> None:
-        """Move each stream through its layer."""
         self.quantized.advance(quantized)
         self.original.advance(original)

@@ -66,7 +66,7 @@ class Checkpoint:
             ConfigError: config.json describes an unsupported model.
         """
         self.folder = folder
-        self._check_files()
+        weights = self._check_files()
         config = self._json("config.json")
         self.gptq = read_format(folder, config)
         self.config: ModelConfig = model_config(
@@ -75,7 +75,7 @@ class Checkpoint:
             self._json("generation_config.json") if (folder / "generation_config.json").exists() else {},
         )
         self._shards: OrderedDict[str, Shard] = OrderedDict()
-        self._weight_map = self._read_weight_map()
+        self._weight_map = self._read_weight_map(weights)
         # AutoGPTQ wrote a bias of zeros where a layer has none.
         self._idle_biases: set[str] = set()
         self.quantized = frozenset(
@@ -92,7 +92,6 @@ class Checkpoint:
         self.close()
 
     def close(self) -> None:
-        """Release the mapped shards."""
         while self._shards:
             self._shards.popitem()[1].close()
 
@@ -101,7 +100,6 @@ class Checkpoint:
 
     @property
     def weight_files(self) -> list[str]:
-        """Names of the files that hold weights."""
         return sorted(set(self._weight_map.values()))
 
     def stored(self, name: str) -> Tensor:
@@ -124,11 +122,6 @@ class Checkpoint:
         return value
 
     def quantized_weight(self, linear: str) -> QuantizedWeight:
-        """The integers of a layer named in :attr:`quantized`, as they are in the file.
-
-        Raises:
-            CheckpointError: they are damaged or malformed.
-        """
         assert self.gptq is not None
         bias = f"{linear}.bias"
         if bias in self._idle_biases and bias in self and bool(self.stored(bias).any()):
@@ -154,25 +147,23 @@ class Checkpoint:
                 target.copy_(self.tensor(prefix + name))
         return integers
 
-    def _check_files(self) -> None:
+    def _check_files(self) -> str:
+        """Name of the index or of the one file with the weights."""
         if not self.folder.is_dir():
             raise CheckpointError(
                 f"{self.folder} is not a folder; expected a checkpoint in the official layout (config.json, weights, "
                 "tokenizer.model, …)"
             )
         missing = [name for name in REQUIRED_FILES if not (self.folder / name).is_file()]
-        if self._weight_file() is None:
+        weights = [name for name in WEIGHT_FILES if (self.folder / name).is_file()]
+        weights += [path.name for path in self.folder.glob(GPTQ_FILES)]
+        if not weights:
             missing.append(f"weights (one of {', '.join(WEIGHT_FILES)})")
         if missing:
             raise CheckpointError(
                 f"{self.folder} is not an official mPLUG-Owl2 checkpoint; missing: {', '.join(missing)}"
             )
-
-    def _weight_file(self) -> str | None:
-        """The index or the one file with the weights."""
-        found = [name for name in WEIGHT_FILES if (self.folder / name).is_file()]
-        single = [path.name for path in self.folder.glob(GPTQ_FILES)]
-        return next(iter(found or single), None)
+        return weights[0]
 
     def _json(self, name: str) -> dict[str, Any]:
         path = self.folder / name
@@ -184,9 +175,7 @@ class Checkpoint:
             raise CheckpointError(f"{path} must hold a JSON object, got {type(value).__name__}")
         return value
 
-    def _read_weight_map(self) -> dict[str, str]:
-        name = self._weight_file()
-        assert name is not None
+    def _read_weight_map(self, name: str) -> dict[str, str]:
         if not name.endswith(".index.json"):
             return dict.fromkeys(self._shard(name).names, name)
         weight_map = self._json(name).get("weight_map")
@@ -232,11 +221,7 @@ class Checkpoint:
             )
 
     def _expect_quantized(self, expected: Expected) -> set[str]:
-        """Expect the tensors of quantized layers instead of their weights; returns the names of optional ones.
-
-        Raises:
-            CheckpointError: the JSON files and the tensors disagree on whether any layer is quantized.
-        """
+        """Expect the tensors of quantized layers instead of their weights; returns the names of optional ones."""
         if self.gptq is None and self.quantized:
             raise CheckpointError(
                 f"{self.folder}: {len(self.quantized)} layers are quantized, but neither config.json nor "

@@ -81,11 +81,7 @@ class GptqFormat:
 
 
 def read_format(folder: Path, config: Mapping[str, Any]) -> GptqFormat | None:
-    """The format of a quantized checkpoint; None for one that is not quantized.
-
-    Args:
-        folder: of the checkpoint.
-        config: its config.json.
+    """The format of a quantized checkpoint with this config.json; None for one that is not quantized.
 
     Raises:
         CheckpointError: an unsupported quantization, missing settings, or two files that disagree.
@@ -124,12 +120,11 @@ def _checked(settings: Mapping[str, Any], where: str) -> GptqFormat:
         f"the weights are quantized as {method}, format {form}; of quantized checkpoints only gptq in the formats "
         f"{' and '.join(FORMATS)} can be read. Export the original checkpoint instead",
     )
-    for key, right in (("bits", BITS), ("group_size", None)):
+    for key in ("bits", "group_size"):
         value = settings.get(key)
-        number = isinstance(value, int) and not isinstance(value, bool)
-        require(number, f"{key} must be an integer, got {value!r}")
-        require(right is None or value in right, f"{key} is {value}; only {right} can be read")
-    size = settings["group_size"]
+        require(type(value) is int, f"{key} must be an integer, got {value!r}")
+    bits, size = settings["bits"], settings["group_size"]
+    require(bits in BITS, f"bits is {bits}; only {BITS} can be read")
     require(size == -1 or (size > 0 and size % 16 == 0), f"group_size is {size}; -1 and multiples of 16 can be read")
     for key in ("desc_act", "sym", "lm_head"):
         value = settings.get(key)
@@ -145,7 +140,7 @@ def _checked(settings: Mapping[str, Any], where: str) -> GptqFormat:
     meta = settings.get("meta")
     producer = meta.get("quantizer") if isinstance(meta, Mapping) else None
     return GptqFormat(
-        bits=settings["bits"],
+        bits=bits,
         group_size=size,
         desc_act=bool(settings.get("desc_act", False)),
         symmetric=settings.get("sym"),

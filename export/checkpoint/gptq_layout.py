@@ -14,7 +14,7 @@ minus one, version 2 (``gptq_v2``) as they are.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -38,11 +38,10 @@ class GptqTensors:
     g_idx: Tensor | None
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
-        """Suffix and tensor of each."""
-        for suffix in ("qweight", "qzeros", "scales", "g_idx"):
-            tensor = getattr(self, suffix)
-            if tensor is not None:
-                yield suffix, tensor
+        """Suffix and tensor of each that exists."""
+        for field in fields(self):
+            if getattr(self, field.name) is not None:
+                yield field.name, getattr(self, field.name)
 
     @staticmethod
     def shapes(rows: int, width: int, form: GptqFormat) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
@@ -57,12 +56,7 @@ class GptqTensors:
 
 
 def unpack(tensors: GptqTensors, form: GptqFormat, name: str) -> QuantizedWeight:
-    """Integers and scales exactly as they are in the file, shapes having been checked.
-
-    Args:
-        tensors: of one linear layer.
-        form: how to read them.
-        name: of the layer, for messages.
+    """Integers and scales exactly as they are in the file; the shapes are checked already.
 
     Returns:
         Groups of ``form.block`` consecutive columns; the columns are sorted by group where ``g_idx`` asks for it.
@@ -84,8 +78,7 @@ def unpack(tensors: GptqTensors, form: GptqFormat, name: str) -> QuantizedWeight
     if columns is not None:
         signed = signed[columns]
 
-    def blocks(values: Tensor) -> Tensor:
-        """[G, N] by group of the file -> [N, G'] by block."""
+    def blocks(values: Tensor) -> Tensor:  # [G, N] by group of the file -> [N, G'] by block
         repeats = -(-size // form.block)
         return values[groups].T.repeat_interleave(repeats, dim=1)[:, : -(-width // form.block)].contiguous()
 
@@ -118,11 +111,7 @@ def _zero_points(packed: NDArray[np.int32], rows: int, form: GptqFormat, name: s
 
 
 def _order(g_idx: Tensor | None, width: int, size: int, name: str) -> tuple[Tensor | None, Tensor]:
-    """Which columns, and which groups, stand one after the other; None for columns that stay where they are.
-
-    Raises:
-        CheckpointError: groups are missing or have the wrong number of columns.
-    """
+    """Columns and groups in the order in which a bundle stores them; None for columns that stay where they are."""
     sequential = torch.arange(width) // size
     groups = torch.arange(int(sequential[-1]) + 1)
     if g_idx is None or torch.equal(g_idx.long(), sequential):

@@ -40,8 +40,9 @@ def model_config(config: Json, preprocessor: Json, generation: Json) -> ModelCon
         "can be exported",
     )
     visual = _section(config, "visual_config")
+    vision = _section(visual, "visual_model")
     return ModelConfig(
-        vision=_vision(_section(visual, "visual_model")),
+        vision=_read(VisionConfig, vision, {"hidden_act": str(vision.get("hidden_act", VisionConfig().hidden_act))}),
         abstractor=_abstractor(_section(visual, "visual_abstractor")),
         decoder=_decoder(config, generation),
         preprocess=_preprocess(preprocessor, config.get("image_aspect_ratio")),
@@ -55,22 +56,13 @@ def _section(parent: Json, key: str) -> Json:
 
 
 def _read(cls: type[T], source: Json, given: Mapping[str, Any]) -> T:
-    """Build ``cls`` from the keys that are called as its numbers and flags are, its own defaults where one is absent.
-
-    Args:
-        source: part of config.json.
-        given: the fields that are not read in this way.
-
-    Raises:
-        ConfigError: a value has another type, or a number is not positive.
-    """
+    """``cls`` from the keys with the names of its fields, its own defaults where one is absent; ``given`` as it is."""
     defaults: dict[str, Any] = {field.name: field.default for field in fields(cls)}  # type: ignore[arg-type]
     read = {name: _value(source, name, default) for name, default in defaults.items() if name not in given}
     return cls(**read, **given)
 
 
 def _value(source: Json, key: str, default: bool | int | float) -> bool | int | float:
-    """A flag or a positive number, whichever ``default`` is."""
     value = source.get(key)
     if value is None:
         return default
@@ -81,10 +73,6 @@ def _value(source: Json, key: str, default: bool | int | float) -> bool | int | 
     right = isinstance(value, int | float if real else int) and not isinstance(value, bool) and value > 0
     require(right, f"config.json: {key} must be a positive {'number' if real else 'integer'}, got {value!r}")
     return float(value) if real else int(value)
-
-
-def _vision(source: Json) -> VisionConfig:
-    return _read(VisionConfig, source, {"hidden_act": str(source.get("hidden_act", VisionConfig().hidden_act))})
 
 
 def _abstractor(source: Json) -> AbstractorConfig:
@@ -116,24 +104,18 @@ def _decoder(source: Json, generation: Json) -> DecoderConfig:
     eos = generation.get("eos_token_id", source.get("eos_token_id", DecoderConfig().eos_token_id))
     right = isinstance(eos, int) and not isinstance(eos, bool) and eos >= 0
     require(right, f"generation_config.json: eos_token_id must be one integer, got {eos!r}")
-    given = {"rope_scaling": _rope_scaling(source.get("rope_scaling")), "eos_token_id": eos}
-    return _read(DecoderConfig, source, given)
-
-
-def _rope_scaling(value: Any) -> RopeScaling | None:  # noqa: ANN401 - any JSON value
-    if value is None:
-        return None
-    right = isinstance(value, Mapping) and isinstance(value.get("factor"), int | float)
-    require(right, f'config.json: rope_scaling must be {{"type": …, "factor": …}}, got {value!r}')
-    return RopeScaling(type=value.get("type", value.get("rope_type")), factor=float(value["factor"]))
+    value, scaling = source.get("rope_scaling"), None
+    if value is not None:
+        right = isinstance(value, Mapping) and isinstance(value.get("factor"), int | float)
+        require(right, f'config.json: rope_scaling must be {{"type": …, "factor": …}}, got {value!r}')
+        scaling = RopeScaling(type=value.get("type", value.get("rope_type")), factor=float(value["factor"]))
+    return _read(DecoderConfig, source, {"rope_scaling": scaling, "eos_token_id": eos})
 
 
 def _preprocess(source: Json, image_aspect_ratio: str | None) -> PreprocessConfig:
-    for key, default in (("do_resize", True), ("do_center_crop", True), ("do_normalize", True)):
-        require(
-            source.get(key, default) is True,
-            f"preprocessor_config.json: {key} is {source.get(key)!r}; the model expects true",
-        )
+    for key in ("do_resize", "do_center_crop", "do_normalize"):
+        value = source.get(key, True)
+        require(value is True, f"preprocessor_config.json: {key} is {value!r}; the model expects true")
     for key, expected in (("resample", 3), ("rescale_factor", 1 / 255), ("do_rescale", True)):
         value = source.get(key, expected)
         require(value == expected, f"preprocessor_config.json: {key} is {value!r}, expected {expected!r}")

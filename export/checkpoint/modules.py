@@ -13,7 +13,6 @@ TABLE = "model.embed_tokens.weight"
 
 
 def load_vision(checkpoint: Checkpoint) -> tuple[VisionModel, VisualAbstractor]:
-    """The vision tower and the abstractor."""
     config = checkpoint.config
     tower = VisionModel(config.vision).eval()
     abstractor = VisualAbstractor(config.abstractor, config.decoder.hidden_size).eval()
@@ -31,7 +30,6 @@ def load_layer(checkpoint: Checkpoint, index: int, device: str) -> tuple[Decoder
 
 
 def load_norm(checkpoint: Checkpoint) -> RmsNorm:
-    """The norm after the last layer."""
     decoder = checkpoint.config.decoder
     norm = RmsNorm(decoder.hidden_size, decoder.rms_norm_eps)
     checkpoint.load_into(norm, "model.norm.")

@@ -36,7 +36,6 @@ class TorchBuffers:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all buffers."""
         return sum(tensor.nbytes for pair in self.presents for tensor in pair)
 
 
@@ -50,33 +49,21 @@ class TorchEngine:
         self._norm = load_norm(checkpoint)
         self._head = checkpoint.tensor(head_name(checkpoint))
         self._layer = _layers(checkpoint)
+        self.context = None
+        self.block = PREFILL_BLOCK
 
-    @property
-    def context(self) -> None:
-        """Only the model limits it."""
-        return None
-
-    @property
-    def block(self) -> int:
-        """New positions of a prefill step."""
-        return PREFILL_BLOCK
-
-    def close(self) -> None:
-        """Nothing to give back that the garbage collector does not."""
+    def close(self) -> None: ...
 
     @torch.no_grad()
     def encode_images(self, pixels: Floats) -> Floats:
-        """pixels: [N, 3, R, R] -> image rows [N, queries + 1, C]."""
         rows: Floats = self._abstractor(self._tower(torch.from_numpy(pixels))).numpy()
         return rows
 
     def allocate(self, capacity: int, previous: KvBuffers | None) -> TorchBuffers:
-        """Buffers for ``capacity`` positions that begin with the content of ``previous``."""
         return TorchBuffers(capacity, list(previous.presents) if isinstance(previous, TorchBuffers) else [])
 
     @torch.no_grad()
     def prefill(self, embeds: Floats, modality: Ints, past: int, buffers: KvBuffers, logit_rows: Ints) -> Floats:
-        """Run T mixed positions after ``past`` cached ones -> logits [R, V]."""
         tokens = len(embeds)
         cache = own(buffers, TorchBuffers, past + tokens)
         rotary = rotary_slice(self._config, past, tokens)
@@ -84,7 +71,10 @@ class TorchEngine:
         rows = torch.from_numpy(embeds)
         presents = []
         for index in range(self._config.num_hidden_layers):
-            cached = _cut(cache.presents[index], past) if past else None
+            cached = None
+            if past:
+                keys, values = cache.presents[index]
+                cached = keys[:, :, :past], values[:, :, :past]
             rows, present = self._layer(index)(rows, routing, (1, tokens), rotary, cached)
             presents.append(present)
         cache.presents = presents
@@ -92,7 +82,6 @@ class TorchEngine:
         return logits
 
     def decode(self, embeds: Floats, past: int, buffers: KvBuffers) -> Floats:
-        """Run one text position after ``past`` cached ones: embeds [1, C] -> logits [V]."""
         zero = np.zeros(1, dtype=np.int64)
         logits: Floats = self.prefill(embeds, zero, past, buffers, zero)[0]
         return logits
@@ -114,11 +103,6 @@ def open_checkpoint(folder: Path) -> Loaded:
     table = checkpoint.tensor(TABLE).numpy()
     context = config.decoder.max_position_embeddings
     return Loaded(str(folder), config, engine, tokenizer, table, ImageEncoder(engine), context)
-
-
-def _cut(pair: KeyValue, length: int) -> KeyValue:
-    keys, values = pair
-    return keys[:, :, :length], values[:, :, :length]
 
 
 def _layers(checkpoint: Checkpoint) -> Callable[[int], DecoderLayer]:

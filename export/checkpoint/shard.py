@@ -24,11 +24,7 @@ SAFETENSORS_TYPES = {
 
 
 class Shard:
-    """An open weight file; numbers are read when they are asked for.
-
-    Attributes:
-        names: of the tensors it holds.
-    """
+    """An open weight file; numbers are read when they are asked for. ``names`` are those of its tensors."""
 
     def __init__(self, path: Path) -> None:
         """Open a ``.bin`` or ``.safetensors`` file.
@@ -79,6 +75,5 @@ class Shard:
         return self._bin[name] if self._bin is not None else self._safe.get_tensor(name)
 
     def close(self) -> None:
-        """Release the mapping."""
         self._bin = None
         self._stack.close()

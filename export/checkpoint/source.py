@@ -32,12 +32,7 @@ def default_settings(folder: Path) -> dict[str, Any]:
 
 
 def check_settings(config: ExportConfig, checkpoint: Checkpoint) -> None:
-    """Refuse settings that the checkpoint cannot be exported with.
-
-    Raises:
-        ConfigError: other weights, another group size or another dialect than a quantized checkpoint has, or shapes
-            that the layout gptq cannot hold.
-    """
+    """Raise ConfigError for settings that the checkpoint cannot be exported with."""
     form, decoder = checkpoint.gptq, checkpoint.config.decoder
     if form is None:
         if config.layout == "gptq" and config.quant is not None:
@@ -73,11 +68,8 @@ def check_settings(config: ExportConfig, checkpoint: Checkpoint) -> None:
 
 def remaining(checkpoint: Checkpoint) -> list[str]:
     """Linear layers of the decoder that the checkpoint holds as floating-point numbers."""
-    names = (
-        f"{DECODER_LAYERS}{index}.{linear}"
-        for index in range(checkpoint.config.decoder.num_hidden_layers)
-        for linear in LINEARS
-    )
+    layers = range(checkpoint.config.decoder.num_hidden_layers)
+    names = (f"{DECODER_LAYERS}{index}.{linear}" for index in layers for linear in LINEARS)
     return [name for name in names if name not in checkpoint.quantized]
 
 

@@ -13,10 +13,10 @@ from owl2.export.checks.kv_int8 import FloatLogits, check_codes, compare as comp
 from owl2.export.checks.parity import compare
 from owl2.export.decoder import ExportedDecoder
 from owl2.export.job.job import ExportJob
+from owl2.export.job.written_bundle import WrittenBundle
 from owl2.export.report import Accuracy, Checks, KvInt8
 from owl2.export.streams import Embedded
 from owl2.export.vision import ExportedVision
-from owl2.export.written_bundle import WrittenBundle
 from owl2.runtime import spec
 from owl2.runtime.backends.ort.engine import OrtBuffers
 from owl2.runtime.engine import DecoderEngine, Floats, Ints
@@ -34,18 +34,12 @@ def check_bundle(
     probes: list[Embedded],
     probe_images: Mapping[str, PreparedImage],
 ) -> Checks:
-    """Run every graph and compare; writes the golden prompts. One decoder is open at a time.
+    """Run every graph and compare it with torch; write the golden prompts. One decoder is open at a time.
 
     Args:
-        job: gives the prompts; the measured ones are used.
-        bundle: the files to check.
-        expected: torch's results for the decoder.
-        vision: the checked vision side.
+        expected, vision: torch's results.
         probes: the probe prompts before the first layer.
-        probe_images: images of the probe prompts by digest.
-
-    Raises:
-        ParityError: a graph does not compute what torch computes.
+        probe_images: their images by digest.
     """
     prompts, reporter = job.prompts, job.reporter
     reporter.stage("comparing with torch", 3 * len(probes) + len(prompts.measured))
@@ -110,11 +104,6 @@ def _check_kv_int8(
     probes: list[Embedded],
     unrounded: FloatLogits,
 ) -> KvInt8:
-    """Compare the decoder with an int8 K/V cache with torch on the probes, then with its float32 one on ``unrounded``.
-
-    Raises:
-        ParityError: it does not compute what torch computes.
-    """
     job.reporter.stage("int8 K/V cache", len(probes) + len(unrounded.prompts))
     model, logits = bundle.model.decoder, []
     with float_decoder(bundle, "int8") as decoder:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from owl2.export.job.progress import Reporter
-from owl2.export.written_bundle import WrittenBundle
+from owl2.export.job.written_bundle import WrittenBundle
 from owl2.quant.calibration.samples import probe_samples
 from owl2.runtime import spec
 from owl2.runtime.bundle import WeightFormat
@@ -32,12 +32,8 @@ FLOAT_LIMIT_FLOOR = 1e-4
 
 
 def limit(kl: float, weights: WeightFormat) -> float:
-    """The largest divergence in nats at which a device passes.
-
-    Args:
-        kl: the exporting machine's.
-        weights: integer ones bring int8 activations, whose rounding differs between kernels.
-    """
+    """The largest divergence at which a device passes, from the exporting machine's, both in nats."""
+    # Integer weights bring int8 activations, whose rounding differs between kernels.
     integer = any(stored.startswith("int") for stored in (weights.decoder, weights.head, weights.vision))
     return max(LIMIT_FLOOR if integer else FLOAT_LIMIT_FLOOR, LIMIT_FACTOR * kl)
 
@@ -52,11 +48,8 @@ def make_goldens(
     """Write the golden prompts with the logits of the bundle's own graphs, activations in float32.
 
     Args:
-        bundle: gets the file.
-        probe_prompts: encoded.
-        rows: of their images by digest, from the vision graph with float32 activations.
+        rows: of the prompts' images by digest, from the vision graph with float32 activations.
         decoder: with float32 activations.
-        reporter: is told of each prompt.
     """
     table = bundle.embeddings()
     tokenizer = Tokenizer.load(bundle.folder)
@@ -91,16 +84,12 @@ def certify(
     """Results of the graphs as they run on this machine, and the limits for a device.
 
     Args:
-        bundle: gives the token table.
-        goldens: written by :func:`make_goldens`.
         decoder: as the runtime opens it.
-        probe_prompts: prompts of the goldens.
-        rows: of their images by digest, from the vision graph as it runs.
+        rows: of the prompts' images by digest, from the vision graph as it runs.
     """
     baselines = []
     for golden, prompt in zip(goldens, probe_prompts, strict=True):
         logits = run_golden(decoder, bundle.embeddings(), prompt, rows, golden.positions)
         kl, agreement = distance(golden.logits, logits)
-        largest = limit(kl, bundle.weights)
-        baselines.append(Baseline(golden.name, len(golden.positions), kl, agreement, largest))
+        baselines.append(Baseline(golden.name, len(golden.positions), kl, agreement, limit(kl, bundle.weights)))
     return tuple(baselines)

@@ -9,7 +9,7 @@ from pathlib import Path
 from owl2.export.checks.parity import with_float_activations
 from owl2.export.job.progress import Reporter
 from owl2.export.job.usage import return_memory
-from owl2.export.written_bundle import WrittenBundle
+from owl2.export.job.written_bundle import WrittenBundle
 from owl2.runtime import spec
 from owl2.runtime.backends.ort.engine import OrtVision, open_decoder
 from owl2.runtime.backends.ort.session import OrtOptions
@@ -26,7 +26,6 @@ def open_bundle_decoder(bundle: WrittenBundle, kv_cache: KvType) -> DecoderEngin
 
 @contextlib.contextmanager
 def float_decoder(bundle: WrittenBundle, kv_cache: KvType) -> Iterator[DecoderEngine]:
-    """The decoder with float32 activations."""
     with with_float_activations(bundle.path(spec.DECODER_GRAPHS[kv_cache])) as variant:
         yield _open(bundle, variant, None, exact=True)
 
@@ -45,7 +44,6 @@ def encode_images(
 
 
 def encode_images_in_float(path: Path, images: Mapping[str, PreparedImage], model: ModelConfig) -> dict[str, Floats]:
-    """The same with float32 activations."""
     with with_float_activations(path) as variant:
         return _rows(OrtVision(variant, model, OrtOptions(frugal=True)), images, None)
 

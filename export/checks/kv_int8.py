@@ -36,16 +36,11 @@ MAX_KEPT_BYTES = 256 << 20  # of logits: 2097 positions of a vocabulary of 32000
 
 @dataclass
 class FloatLogits:
-    """Prompts with their logits under a float32 K/V cache, up to :data:`MAX_KEPT_BYTES`.
+    """Prompts with their logits under a float32 K/V cache, up to :data:`MAX_KEPT_BYTES`."""
 
-    Attributes:
-        prompts: embeds [T, C], modality [T] and logits [T, V] each.
-    """
-
-    prompts: list[tuple[Floats, Ints, Floats]] = field(default_factory=list)
+    prompts: list[tuple[Floats, Ints, Floats]] = field(default_factory=list)  # embeds [T, C], modality [T], logits
 
     def offer(self, embeds: Floats, modality: Ints, logits: Floats) -> None:
-        """Keep a prompt if there is room."""
         if logits.nbytes + sum(kept.nbytes for _, _, kept in self.prompts) <= MAX_KEPT_BYTES:
             self.prompts.append((embeds, modality, logits))
 
@@ -87,7 +82,6 @@ def check_codes(stored: Codes, expected: Codes, decoder: DecoderConfig) -> None:
     Args:
         stored: key and value codes of the graph, int8 [1, H, at least T, padded D].
         expected: torch's, int8 [1, H, T, D].
-        decoder: of the model.
 
     Raises:
         ParityError: more codes differ than float32 noise explains.
@@ -106,7 +100,6 @@ def check_codes(stored: Codes, expected: Codes, decoder: DecoderConfig) -> None:
 
 
 def summary(loss: Divergence, torch_difference: float, decoder: DecoderConfig, *, calibrated: bool) -> KvInt8:
-    """The report on the divergence between the two caches."""
     return KvInt8(
         scales_from="calibration" if calibrated else "the measured prompts",
         positions=int(sum(loss.positions)),

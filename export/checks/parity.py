@@ -1,8 +1,7 @@
 """Comparing exported graphs with torch, as part of every export.
 
-Two questions are kept apart. Does the graph compute what torch computes *on the stored weights*? To answer it
-exactly, activations stay in float32 (:func:`with_float_activations`); a difference is a defect and ends the
-export. How much do the int8 activations of the fast kernels add? That is bounded loosely and reported.
+With float32 activations (:func:`with_float_activations`) a graph must compute what torch does on the stored weights.
+What the int8 activations of the fast kernels add is bounded loosely and reported.
 """
 
 from __future__ import annotations
@@ -39,11 +38,11 @@ def compare(
 
     Args:
         graph: name for messages.
-        activations: type in which the graph computes.
         exact: the graph's values with float32 activations.
         actual: the graph's values as it runs.
         quantized: torch's values on the stored weights.
         original: torch's values on the checkpoint's weights. All four arrays have one shape.
+        activations: type in which the graph computes.
 
     Raises:
         ParityError: the graph does not compute what torch computes, with the numbers.
@@ -86,17 +85,12 @@ def with_float_activations(path: Path) -> Iterator[Path]:
     It exists next to it while the context lasts and shares its external data.
     """
     model = onnx.load(path, load_external_data=False)
-    nodes = []
+    nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
         if node.op_type == "MatMulNBits":
-            kept = [attribute for attribute in node.attribute if attribute.name != "accuracy_level"]
-            del node.attribute[:]
-            node.attribute.extend([*kept, helper.make_attribute("accuracy_level", 0)])
-            nodes.append(node)
-        elif node.op_type == "DynamicQuantizeMatMul" and node.domain == CONTRIB:
-            nodes.extend(_dequantized(node))
-        else:
-            nodes.append(node)
+            next(attribute for attribute in node.attribute if attribute.name == "accuracy_level").i = 0
+        fused = node.op_type == "DynamicQuantizeMatMul" and node.domain == CONTRIB
+        nodes.extend(_dequantized(node) if fused else [node])
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     _widen(model.graph)
@@ -135,9 +129,9 @@ def _dequantized(node: onnx.NodeProto) -> list[onnx.NodeProto]:
     x, codes, scales, *rest = node.input
     bias = rest[1] if len(rest) > 1 else ""
     weight, product, output = f"{node.name}.weight", f"{node.name}.product", node.output[0]
-    made = [
+    nodes = [
         helper.make_node("Cast", [codes], [f"{node.name}.codes"], to=TensorProto.FLOAT),
         helper.make_node("Mul", [f"{node.name}.codes", scales], [weight]),
         helper.make_node("MatMul", [x, weight], [product if bias else output]),
     ]
-    return [*made, helper.make_node("Add", [product, bias], [output])] if bias else made
+    return [*nodes, helper.make_node("Add", [product, bias], [output])] if bias else nodes

@@ -63,13 +63,7 @@ class GraphBuilder:
     """
 
     def __init__(self, path: Path, activations: FloatType = "fp32", *, resume: bool = False) -> None:
-        """Begin a graph.
-
-        Args:
-            path: the file to write.
-            activations: type in which the graph computes.
-            resume: keep the existing external data for :meth:`restore`.
-        """
+        """Begin a graph that computes in ``activations``; ``resume`` keeps the external data for :meth:`restore`."""
         self.path = path
         self.activations = activations
         self._data_path = data_path(path)
@@ -94,7 +88,6 @@ class GraphBuilder:
         return name
 
     def output(self, name: str, dtype: int, shape: Sequence[Axis]) -> None:
-        """Declare a graph output."""
         self._outputs.append(helper.make_tensor_value_info(name, dtype, list(shape)))
 
     def node(
@@ -211,7 +204,6 @@ class GraphBuilder:
         self._written = hashlib.sha256()
 
     def save(self) -> None:
-        """Write the graph file and complete its external data."""
         self._data.flush()
         graph = helper.make_graph(
             self._nodes, self.path.stem, self._inputs, self._outputs, list(self._initializers.values())

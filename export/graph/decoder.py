@@ -1,8 +1,7 @@
 """The decoder graph: one graph for text decode, image prefill and mixed prefill.
 
-Rows are routed, not computed twice: text rows and image rows are gathered by index, each goes through its own
-key/value projections, and the result is put back in order. While decoding there are no image rows, so the image
-branch's weights are never read.
+Text rows and image rows are gathered by index, each for its own key/value projections, and put back in order. While
+decoding there are no image rows, so the image branch's weights are never read.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ class DecoderState:
     """A decoder graph between two layers.
 
     Attributes:
-        builder: the nodes so far.
         residual: tensor that holds the residual stream.
         pending: tensor not yet added to it; empty before the first layer.
         layers: number of layers written.

@@ -23,7 +23,6 @@ class Dialect(Protocol):
     Attributes:
         interface: the inputs and outputs of its decoder graphs, by the name that tells the runtime how to feed them.
         MINIMUM_ONNXRUNTIME: the lowest version that has every operator used, with the attributes used.
-        graph: what is written to.
     """
 
     interface: ClassVar[DialectName]
@@ -40,14 +39,7 @@ class Dialect(Protocol):
         """
 
     def dynamic_int8_matmul(self, x: str, name: str, codes: Tensor, scales: Tensor, bias: Tensor | None) -> str:
-        """Round x to uint8 while running and multiply it by integers: [M, K] -> [M, N].
-
-        Args:
-            x: input rows.
-            name: of the layer.
-            codes: int8 [N, K].
-            scales: float32 [N].
-            bias: float32 [N], added to the product.
+        """Round x to uint8 while running, multiply it by int8 codes [N, K] · scales [N], add a bias [N]: -> [M, N].
 
         Raises:
             ExportError: this operator set has no such product.

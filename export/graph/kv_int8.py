@@ -23,14 +23,7 @@ FIRST_SCALES_INPUT = 12  # of GroupQueryAttention; 8 to 11 are optional inputs t
 
 
 def write_int8_kv_graph(source: Path, target: Path, config: DecoderConfig, scales: Sequence[KvScales]) -> None:
-    """Write ``target``.
-
-    Args:
-        source: decoder graph with float32 K/V.
-        target: the file to write, in the same folder; it reads the external data of ``source``.
-        config: of the model.
-        scales: one entry per layer.
-    """
+    """Write ``target``, in the folder of ``source``, the graph with float32 K/V, whose external data it reads."""
     model = onnx.load(source, load_external_data=False)
     graph = model.graph
     attention = {node.input[3]: node for node in graph.node if node.op_type == "GroupQueryAttention"}

@@ -40,11 +40,7 @@ def pack(codes: NDArray[np.int8], bits: int, group_size: int) -> NDArray[np.uint
 
 
 def pack_zero_points(zero_points: NDArray[np.int8], bits: int) -> NDArray[np.uint8]:
-    """Pack signed zero points: [N, G] int8 -> [N, ceil(G * bits / 8)] uint8.
-
-    Raises:
-        ConfigError: bits are not 4 or 8, the zero points are not an int8 matrix or do not fit in ``bits``.
-    """
+    """Pack signed zero points: [N, G] int8 -> [N, ceil(G * bits / 8)] uint8; raises as :func:`pack`."""
     unsigned = _unsigned(zero_points, bits, "zero points")
     return _packed(np.pad(unsigned, ((0, 0), (0, unsigned.shape[1] % 2 if bits == 4 else 0))), bits)
 

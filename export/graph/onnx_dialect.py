@@ -23,10 +23,7 @@ from owl2.runtime.spec import DialectName
 
 
 class OnnxDialect:
-    """DequantizeLinear and MatMul, attention from primitive operators.
-
-    See :class:`owl2.export.graph.dialect.Dialect` for its methods.
-    """
+    """A :class:`owl2.export.graph.dialect.Dialect` of DequantizeLinear, MatMul and primitive operators."""
 
     interface: ClassVar[DialectName] = "onnx"
     # For the DequantizeLinear for blocks of INT4.
@@ -36,11 +33,6 @@ class OnnxDialect:
         self.graph = graph
 
     def integer_matmul(self, x: str, name: str, weight: QuantizedWeight) -> str:
-        """DequantizeLinear and MatMul.
-
-        Raises:
-            ExportError: integers that TensorRT does not take.
-        """
         graph, positive, columns = self.graph, bool((weight.scales > 0).all()), weight.codes.shape[1]
         if weight.bits != 4 or weight.zero_points is not None or not positive:
             raise ExportError(
@@ -60,15 +52,9 @@ class OnnxDialect:
         return graph.op("MatMul", x, matrix)
 
     def dynamic_int8_matmul(self, x: str, name: str, codes: Tensor, scales: Tensor, bias: Tensor | None) -> str:
-        """Refused: TensorRT has no such product.
-
-        Raises:
-            ExportError: always.
-        """
         raise ExportError(f"{name}: the dialect onnx has no products of int8 activations; use fp16")
 
     def rms_norm(self, x: str, width: int, eps: float) -> str:
-        """[M, C] -> [M, C]."""
         graph = self.graph
         wide = graph.cast(x, TensorProto.FLOAT)
         mean = graph.op("ReduceMean", graph.op("Mul", wide, wide), graph.indices(-1), keepdims=1)
@@ -76,16 +62,13 @@ class OnnxDialect:
         return graph.from_float32(graph.op("Div", wide, root))
 
     def add_rms_norm(self, residual: str, x: str, width: int, eps: float) -> tuple[str, str]:
-        """-> (normalised, sum)."""
         total = self.graph.op("Add", residual, x)
         return self.rms_norm(total, width, eps), total
 
     def silu(self, x: str) -> str:
-        """x · sigmoid(x)."""
         return self.graph.op("Mul", x, self.graph.op("Sigmoid", x))
 
     def activation(self, x: str, name: str) -> str:
-        """quick_gelu, x · sigmoid(1.702 x), or gelu, x / 2 · (1 + erf(x / √2))."""
         graph = self.graph
         if name == "quick_gelu":
             return graph.op("Mul", x, graph.op("Sigmoid", graph.op("Mul", x, self._scalar(1.702))))
@@ -93,7 +76,6 @@ class OnnxDialect:
         return graph.op("Mul", graph.op("Mul", x, self._scalar(0.5)), graph.op("Add", erf, self._scalar(1.0)))
 
     def declare_cache(self, config: DecoderConfig) -> None:
-        """Mask, rotary tables of the new positions, cached rows."""
         graph = self.graph
         graph.input(spec.ATTENTION_MASK, graph.element, ["T", "S_T"])
         for name in (spec.ROTARY_COS, spec.ROTARY_SIN):
@@ -107,7 +89,6 @@ class OnnxDialect:
         self._scalar(config.head_dim**-0.5)
 
     def declare_present(self, config: DecoderConfig) -> None:
-        """Rows of the new positions."""
         for layer in range(config.num_hidden_layers):
             for name in spec.present_names(layer):
                 self.graph.output(name, self.graph.element, ["T", spec.kv_row_width(config)])
@@ -134,7 +115,6 @@ class OnnxDialect:
         return graph.op("Reshape", joined, graph.indices(-1, config.hidden_size))
 
     def full_attention(self, qkv: tuple[str, str, str], heads: int, width: int) -> str:
-        """[N, Q, C] -> [N, Q, C]."""
         graph, (q, k, v), dim = self.graph, qkv, width // heads
 
         def by_head(x: str, perm: list[int]) -> str:

@@ -20,10 +20,7 @@ INT8_ACTIVATIONS = 4
 
 
 class OrtDialect:
-    """MatMulNBits, GroupQueryAttention, MultiHeadAttention, SkipSimplifiedLayerNormalization, QuickGelu.
-
-    See :class:`owl2.export.graph.dialect.Dialect` for its methods.
-    """
+    """A :class:`owl2.export.graph.dialect.Dialect` of fused operators."""
 
     interface: ClassVar[DialectName] = "ort"
     MINIMUM_ONNXRUNTIME: ClassVar[str] = "1.22"
@@ -32,7 +29,6 @@ class OrtDialect:
         self.graph = graph
 
     def integer_matmul(self, x: str, name: str, weight: QuantizedWeight) -> str:
-        """MatMulNBits."""
         graph = self.graph
         packed = matmul_nbits.pack(weight.codes.numpy(), weight.bits, weight.group_size)
         rows, columns = weight.codes.shape
@@ -56,7 +52,6 @@ class OrtDialect:
         )
 
     def dynamic_int8_matmul(self, x: str, name: str, codes: Tensor, scales: Tensor, bias: Tensor | None) -> str:
-        """DynamicQuantizeMatMul."""
         inputs = [
             x,
             self.graph.constant(name + ".codes", np.ascontiguousarray(codes.numpy().T)),
@@ -70,11 +65,9 @@ class OrtDialect:
         return self.graph.floats(f"ones_{width}", np.ones(width, dtype=np.float32))
 
     def rms_norm(self, x: str, width: int, eps: float) -> str:
-        """[M, C] -> [M, C]."""
         return self.graph.op("SimplifiedLayerNormalization", x, self._ones(width), axis=-1, epsilon=eps)
 
     def add_rms_norm(self, residual: str, x: str, width: int, eps: float) -> tuple[str, str]:
-        """-> (normalised, sum)."""
         outputs = self.graph.node(
             "SkipSimplifiedLayerNormalization",
             [residual, x, self._ones(width)],
@@ -85,17 +78,15 @@ class OrtDialect:
         return outputs[0], outputs[3]
 
     def silu(self, x: str) -> str:
-        """QuickGelu with alpha 1 is SiLU, in one vectorised operator."""
+        # With alpha 1 it is SiLU, in one vectorised operator.
         return self.graph.op("QuickGelu", x, domain=CONTRIB, alpha=1.0)
 
     def activation(self, x: str, name: str) -> str:
-        """quick_gelu or gelu."""
         if name == "quick_gelu":
             return self.graph.op("QuickGelu", x, domain=CONTRIB, alpha=1.702)
         return self.graph.op("Gelu", x, approximate="none")
 
     def declare_cache(self, config: DecoderConfig) -> None:
-        """Inputs of GroupQueryAttention."""
         graph = self.graph
         graph.input(spec.LENGTHS, TensorProto.INT32, ["B"])
         graph.input(spec.TOTAL_LENGTH, TensorProto.INT32, [])
@@ -107,7 +98,6 @@ class OrtDialect:
         self._sequence()  # here, so that its place does not depend on the first layer written
 
     def declare_present(self, config: DecoderConfig) -> None:
-        """Outputs of GroupQueryAttention."""
         for layer in range(config.num_hidden_layers):
             for name in spec.present_names(layer):
                 self.graph.output(name, self.graph.element, _cache_shape(config))
@@ -135,7 +125,6 @@ class OrtDialect:
         return self._rows_of_heads(outputs[0], config)
 
     def full_attention(self, qkv: tuple[str, str, str], heads: int, width: int) -> str:
-        """[N, Q, C] -> [N, Q, C]."""
         return self.graph.op("MultiHeadAttention", *qkv, domain=CONTRIB, num_heads=heads)
 
     def _sequence(self) -> str:

@@ -27,7 +27,6 @@ class VisionGraph:
         self.ops, self.graph, self.config, self.make_weight = ops, ops.graph, config, make_weight
 
     def write(self, tower: VisionModel, abstractor: VisualAbstractor) -> None:
-        """Append all nodes and write the graph file."""
         size = self.config.vision.image_size
         self.graph.input(spec.PIXELS, TensorProto.FLOAT, ["N", 3, size, size])
         x = self._embed(tower, self.graph.from_float32(spec.PIXELS))

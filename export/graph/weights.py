@@ -1,7 +1,4 @@
-"""Linear layers of a graph, and the forms in which their weights are stored.
-
-Every form writes itself through the dialect, so another one is a class here or anywhere else, and nothing more.
-"""
+"""Linear layers of a graph, and the forms in which their weights are stored; each writes itself through the dialect."""
 
 from __future__ import annotations
 
@@ -79,19 +76,15 @@ class DenseWeight:
 
     @property
     def rows(self) -> int:
-        """N."""
         return len(self.values)
 
     def dequantize(self) -> Tensor:
-        """float32 [N, K], rounded to the type of the file."""
         return self.values if self.dtype == "fp32" else self.values.half().float()
 
     def part(self, rows: slice) -> DenseWeight:
-        """Some of the outputs."""
         return replace(self, values=self.values[rows])
 
     def multiply(self, ops: Dialect, x: str, name: str, bias: Tensor | None) -> str:
-        """MatMul, in the activation type."""
         graph, matrix = ops.graph, np.ascontiguousarray(self.values.numpy().T)
         stored = graph.constant(name + ".weight", matrix.astype(DTYPES[self.dtype]))
         if self.dtype != graph.activations:
@@ -120,19 +113,15 @@ class ChannelInt8Weight:
 
     @property
     def rows(self) -> int:
-        """N."""
         return len(self.codes)
 
     def dequantize(self) -> Tensor:
-        """float32 [N, K]."""
         return self.codes.float() * self.scales[:, None]
 
     def part(self, rows: slice) -> ChannelInt8Weight:
-        """Some of the outputs."""
         return ChannelInt8Weight(self.codes[rows], self.scales[rows])
 
     def multiply(self, ops: Dialect, x: str, name: str, bias: Tensor | None) -> str:
-        """The dialect's product of integers."""
         return ops.dynamic_int8_matmul(x, name, self.codes, self.scales, bias)
 
 
@@ -144,21 +133,17 @@ class IntegerWeight:
 
     @property
     def rows(self) -> int:
-        """N."""
         return len(self.integers.codes)
 
     def dequantize(self) -> Tensor:
-        """float32 [N, K]."""
         return self.integers.dequantize()
 
     def part(self, rows: slice) -> IntegerWeight:
-        """Some of the outputs."""
         whole = self.integers
         zeros = None if whole.zero_points is None else whole.zero_points[rows]
         return IntegerWeight(replace(whole, codes=whole.codes[rows], scales=whole.scales[rows], zero_points=zeros))
 
     def multiply(self, ops: Dialect, x: str, name: str, bias: Tensor | None) -> str:
-        """The dialect's product with integers, the columns of x in their order first."""
         graph = ops.graph
         if self.integers.columns is not None:
             order = self.integers.columns.numpy()

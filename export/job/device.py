@@ -38,11 +38,7 @@ def check_device(name: str) -> torch.device:
 
 @contextlib.contextmanager
 def device_memory_errors(name: str) -> Iterator[None]:
-    """Turn exhausted GPU memory into an error that says what to do.
-
-    Raises:
-        ExportError: it was exhausted.
-    """
+    """Turn exhausted GPU memory into an ExportError that says what to do."""
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:

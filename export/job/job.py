@@ -33,16 +33,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(frozen=True)
 class ExportJob:
-    """What an export works with.
-
-    Attributes:
-        config: the settings.
-        checkpoint: the open checkpoint.
-        prompts: what passes through the model.
-        staging: where the files go until they are complete.
-        usage: time and memory so far.
-        reporter: is told of stages and steps.
-    """
+    """Settings, open checkpoint and tools of one export."""
 
     config: ExportConfig
     checkpoint: Checkpoint
@@ -58,12 +49,10 @@ class ExportJob:
 
     @property
     def model(self) -> ModelConfig:
-        """The model of the checkpoint."""
         return self.checkpoint.config
 
     @property
     def layers(self) -> int:
-        """Decoder layers of the model."""
         return self.model.decoder.num_hidden_layers
 
     @property
@@ -86,14 +75,7 @@ class ExportJob:
 
     @contextlib.contextmanager
     def writing(self, needed: int) -> Iterator[None]:
-        """Enter the staging folder; errors say how much space is needed, and what is kept for the next export.
-
-        Args:
-            needed: bytes of all files together.
-
-        Raises:
-            ExportError: another process writes to the target, or the disk is full.
-        """
+        """Enter the staging folder; errors say how much space is needed, and what is kept for the next export."""
         staging = self.staging
         try:
             with staging:
@@ -106,11 +88,7 @@ class ExportJob:
             raise
 
     def check_space(self, needed: int) -> None:
-        """Refuse to start what cannot be finished.
-
-        Raises:
-            ExportError: less than ``needed`` bytes, minus those of files that exist already, are free.
-        """
+        """Raise ExportError if less than ``needed`` bytes, minus those of files that exist already, are free."""
         if shutil.disk_usage(self.staging.target.parent).free < needed - self.staging.used:
             raise ExportError(self._no_space(needed))
 
@@ -125,15 +103,23 @@ class ExportJob:
     def write_report(
         self, checks: Checks, modules: Mapping[str, ModuleReport], vision: tuple[PartReport, ...] = ()
     ) -> Report:
-        """Write ``report.json``, once all other files but the manifest are complete.
-
-        Args:
-            checks: results of the comparison with torch.
-            modules: what GPTQ cost, by linear layer.
-            vision: what int8 costs each part of the vision side.
-        """
+        """Write ``report.json``, once all other files but the manifest are complete; see :class:`Report`."""
+        config, types = self.config, self.config.types
+        quant = config.quant if remaining(self.checkpoint) else None
         report = Report(
-            recipe=self._recipe(),
+            # The settings as they took effect; paths of the machine stay out.
+            recipe={
+                "source": source_record(self.checkpoint),
+                "weights": config.weights,
+                "head": types.head,
+                "vision": types.vision,
+                "dialect": config.dialect,
+                "activations": types.activations,
+                "embeddings": types.embeddings,
+                "quant": None if quant is None else asdict(quant),
+                "samples": config.samples,
+                "device": config.device,
+            },
             calibration=CalibrationRecord.of(self.prompts),
             parity=checks.parity,
             accuracy=checks.accuracy,
@@ -150,33 +136,10 @@ class ExportJob:
         write_json(self.folder / spec.REPORT, report.to_json())
         return report
 
-    def _recipe(self) -> dict[str, object]:
-        """The settings as they took effect; paths of the machine stay out."""
-        config, types = self.config, self.config.types
-        quant = config.quant if remaining(self.checkpoint) else None
-        return {
-            "source": source_record(self.checkpoint),
-            "weights": config.weights,
-            "head": types.head,
-            "vision": types.vision,
-            "dialect": config.dialect,
-            "activations": types.activations,
-            "embeddings": types.embeddings,
-            "quant": None if quant is None else asdict(quant),
-            "samples": config.samples,
-            "device": config.device,
-        }
-
 
 @contextlib.contextmanager
 def open_job(config: ExportConfig, reporter: Reporter) -> Iterator[ExportJob]:
-    """Check everything that can be checked before anything is written, and load the prompts.
-
-    Raises:
-        CheckpointError, ConfigError: the checkpoint cannot be used, or not with these settings.
-        CalibrationError: the calibration data cannot be used.
-        ExportError: the target may not be written to.
-    """
+    """Check everything that can be checked before anything is written, and load the prompts."""
     staging = Staging(config.bundle, source=config.checkpoint, overwrite=config.overwrite)
     if config.layout == "gptq" and staging.unfinished and not config.fresh:
         raise ExportError(

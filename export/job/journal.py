@@ -61,7 +61,6 @@ class Journal:
     """
 
     def __init__(self, job: ExportJob) -> None:
-        """Begin an empty journal; the staging folder of ``job`` is entered."""
         self.layers = 0
         self._job, self._staging = job, job.staging
         self._key = resume_key(job)
@@ -70,19 +69,17 @@ class Journal:
 
     def resume(self) -> None:
         """Take up what an earlier run left, or clear it away, and tell the user."""
-        if remark := self._resume():
-            self._job.reporter.note(remark)
-
-    def _resume(self) -> str:
-        left = (self._staging.journal / INDEX).exists()
-        try:
-            if self._job.config.fresh or not left:
-                self._staging.clear()
-                return "starting over; what an earlier export had finished is removed" if left else ""
-            content = self._read()
-        except _UnusableError as error:
+        left, note, content = (self._staging.journal / INDEX).exists(), self._job.reporter.note, None
+        if left and self._job.config.fresh:
+            note("starting over; what an earlier export had finished is removed")
+        elif left:
+            try:
+                content = self._read()
+            except _UnusableError as error:
+                note(f"what an interrupted export left cannot be continued: {error}; starting over")
+        if content is None:
             self._staging.clear()
-            return f"what an interrupted export left cannot be continued: {error}; starting over"
+            return
         vision = content["vision"]  # the first that is committed
         self._vision, self._decoder = vision, content["decoder"]
         self._job.usage.restore(content["usage"])
@@ -91,12 +88,14 @@ class Journal:
         weights = data_path(Path(spec.DECODER_GRAPH)).name
         _remove_all_but({*vision["files"], weights}, self._staging.folder)
         if self._decoder is None:
-            return "continuing an interrupted export after the vision tower"
-        self.layers = self._decoder["layers"]
+            note("continuing an interrupted export after the vision tower")
+            return
+        self.layers, total = self._decoder["layers"], self._job.layers
         self._keep()
-        if self.layers == self._job.layers:
-            return f"continuing an interrupted export after the last of {self._job.layers} layers"
-        return f"continuing an interrupted export at layer {self.layers + 1} of {self._job.layers}"
+        place = (
+            f"after the last of {total} layers" if self.layers == total else f"at layer {self.layers + 1} of {total}"
+        )
+        note(f"continuing an interrupted export {place}")
 
     def keep_vision(self, vision: ExportedVision) -> None:
         """Note that the vision side is finished; its files are closed."""
@@ -125,13 +124,7 @@ class Journal:
         return ExportedVision(dict(named[:first]), dict(named[first:]), parity, parts)
 
     def keep_layer(self, writer: DecoderGraph, arrays: Sequence[Array], modules: Mapping[str, ModuleReport]) -> None:
-        """Note that the next layer is finished.
-
-        Args:
-            writer: of the graph, which has the layer.
-            arrays: everything else that the layers to come depend on, in an order that :meth:`restore_layers` keeps.
-            modules: the reports of all linear layers so far.
-        """
+        """Note that the next layer is finished; ``arrays`` is everything outside the graph that later layers need."""
         state = writer.state()
         name, builder = f"layer-{state.layers}", state.builder
         earlier = self._decoder["segments"] if self._decoder is not None else []
@@ -150,18 +143,14 @@ class Journal:
         self._keep()
 
     def restore_layers(self, writer: DecoderGraph, restore: Callable[[list[Array]], None]) -> dict[str, ModuleReport]:
-        """Bring a fresh writer to where the finished layers end; there must be some.
+        """Bring a fresh writer to where the finished layers end, of which there are some; returns their reports.
 
         Args:
             writer: without any layer.
             restore: takes the arrays that were kept with the last layer; no reference to them is kept here.
-
-        Returns:
-            The reports that were kept with them.
         """
         record = self._decoder
-        if record is None:
-            raise ValueError("no layer is finished")
+        assert record is not None
         nodes = (self._staging.journal / record["graph"]["file"]).read_bytes()
         builder = BuilderState(nodes, record["names"], *record["segments"][-1])
         writer.restore(DecoderState(builder, record["residual"], record["pending"], record["layers"]))
@@ -194,7 +183,7 @@ class Journal:
         _remove_all_but(named | {INDEX}, self._staging.journal)
 
     def _read(self) -> dict[str, Any]:
-        """The content of the journal, after checking that everything it relies on is unchanged."""
+        """The content of the journal, once everything that it relies on has proved unchanged."""
         try:
             complete = json.loads((self._staging.journal / INDEX).read_text(encoding="utf-8"))
             text = complete["content"]
@@ -231,7 +220,6 @@ class Journal:
         return {"file": name, "sha256": digest.hexdigest()}
 
     def _write_arrays(self, name: str, arrays: Sequence[Array]) -> dict[str, Any]:
-        """Write arrays of any type one after the other."""
         layout = {"arrays": [[array.dtype.str, array.shape] for array in arrays]}
         return self._write(name, (np.ascontiguousarray(array).data for array in arrays)) | layout
 
@@ -292,7 +280,6 @@ def _remove_all_but(names: Collection[str], folder: Path) -> None:
 
 
 def _check_segments(path: Path, segments: Sequence[Sequence[Any]]) -> None:
-    """Compare each layer's part of a graph's external data with its hash."""
     if not path.is_file():
         raise _UnusableError(f"{path.name} is missing")
     with path.open("rb") as file:

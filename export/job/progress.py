@@ -37,27 +37,21 @@ class Reporter(Protocol):
 class Silent:
     """Shows nothing."""
 
-    def stage(self, name: str, total: int, done: int = 0) -> None:
-        """Ignored."""
+    def stage(self, name: str, total: int, done: int = 0) -> None: ...
 
-    def advance(self) -> None:
-        """Ignored."""
+    def advance(self) -> None: ...
 
-    def note(self, text: str) -> None:
-        """Ignored."""
+    def note(self, text: str) -> None: ...
 
 
 class Notes:
     """Shows no progress, only notes on stderr."""
 
-    def stage(self, name: str, total: int, done: int = 0) -> None:
-        """Ignored."""
+    def stage(self, name: str, total: int, done: int = 0) -> None: ...
 
-    def advance(self) -> None:
-        """Ignored."""
+    def advance(self) -> None: ...
 
     def note(self, text: str) -> None:
-        """Write a line of its own."""
         notice(text)
 
 
@@ -91,18 +85,15 @@ class Terminal:
         self._bars.stop()
 
     def stage(self, name: str, total: int, done: int = 0) -> None:
-        """Begin a bar, or time a line."""
         self._finish()
         self._stage = name, time.perf_counter()
         self._task = self._bars.add_task(name, total=total, completed=done)
 
     def advance(self) -> None:
-        """Move the bar."""
         if self._task is not None:
             self._bars.advance(self._task)
 
     def note(self, text: str) -> None:
-        """Write a line above the bars."""
         if self._bars.disable:
             notice(text)
         else:

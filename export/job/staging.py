@@ -46,20 +46,13 @@ class Staging:
     may be gone next time (Ctrl-C, a full disk, a kill). One process at a time writes to a target.
 
     Attributes:
-        target: folder to write.
         work: the hidden folder.
-        folder: in it, the files until they are complete.
-        journal: in it, notes that do not become part of the target.
+        folder, journal: its parts ``bundle`` and ``journal``.
         kept: says what is finished, once the next export can continue there if this one is interrupted; empty before.
     """
 
     def __init__(self, target: Path, *, source: Path | None = None, overwrite: bool) -> None:
         """Check the target; nothing is written yet, but a publication that a kill interrupted is put right.
-
-        Args:
-            target: folder to write.
-            source: folder that is read, which is never replaced.
-            overwrite: whether an existing bundle may be replaced.
 
         Raises:
             ExportError: the target exists and may not be replaced, or another process is writing to it.
@@ -77,7 +70,11 @@ class Staging:
         if self.work.exists():
             self._acquire()
             try:
-                self._recover()
+                # After a kill: put back a bundle that was to be replaced, remove what is left of one just published.
+                if self._replaced.exists() and not target.exists():
+                    self._replaced.rename(target)
+                if not self.folder.exists():
+                    self._remove()
             finally:
                 self._lock.release()
         if not overwrite and target.exists() and any(target.iterdir()):
@@ -104,7 +101,6 @@ class Staging:
             self._lock.release()
 
     def clear(self) -> None:
-        """Begin with empty folders."""
         self.kept = ""
         for folder in (self.journal, self.folder):
             shutil.rmtree(folder, ignore_errors=True)
@@ -117,7 +113,6 @@ class Staging:
 
     @property
     def used(self) -> int:
-        """Bytes of all files here."""
         return sum(path.stat().st_size for path in self.work.rglob("*") if path.is_file())
 
     @property
@@ -151,13 +146,6 @@ class Staging:
         for folder in (self.folder, self.journal):
             folder.mkdir(exist_ok=True)
 
-    def _recover(self) -> None:
-        """After a kill: put back a bundle that was to be replaced, remove what is left of one that was published."""
-        if self._replaced.exists() and not self.target.exists():
-            self._replaced.rename(self.target)
-        if not self.folder.exists():
-            self._remove()
-
     def _remove(self) -> None:
         """Remove the hidden folder; the lock goes last, since it holds off others."""
         for path in self.work.iterdir():
@@ -168,11 +156,6 @@ class Staging:
             self.work.rmdir()
 
     def _acquire(self, attempts: int = 3) -> None:
-        """Lock the hidden folder, which is made if it is missing.
-
-        Raises:
-            ExportError: another process holds it, or the folder cannot be written to.
-        """
         path = self.work / LOCK
         try:
             self.work.mkdir(parents=True, exist_ok=True)
@@ -213,5 +196,4 @@ def _unwritable(target: Path, error: OSError) -> ExportError:
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
-    """Write a JSON file for people to read."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -15,15 +15,6 @@ from owl2.runtime.memory import peak_memory
 SAMPLING_SECONDS = 0.1
 
 
-def own_memory() -> int | None:
-    """Bytes of memory that belong to this process alone now; None if the system does not tell (other than Linux).
-
-    Pages of mapped files, which the system may drop at any time, do not count.
-    """
-    memory = psutil.Process().memory_info()
-    return memory.rss - memory.shared if hasattr(memory, "shared") else None
-
-
 def return_memory() -> None:
     """Give unused memory back to the system: the C library keeps what many small arrays took."""
     gc.collect()
@@ -36,7 +27,8 @@ class Usage:
 
     Attributes:
         layer_seconds: one entry per finished decoder layer.
-        own_peak: the largest :func:`own_memory`, sampled ten times a second; None if the system does not tell.
+        own_peak: most bytes that belonged to this process alone, without pages of mapped files, which the system may
+            drop at any time; sampled ten times a second; None if the system does not tell (other than Linux).
     """
 
     def __init__(self) -> None:
@@ -57,7 +49,6 @@ class Usage:
         self._sampler.join()
 
     def begin_layers(self) -> None:
-        """Start the time of the first layer."""
         self._last = time.perf_counter()
 
     def end_layer(self) -> None:
@@ -78,15 +69,10 @@ class Usage:
 
     def to_json(self) -> dict[str, Any]:
         """The figures that a later run needs; :meth:`restore` takes them."""
-        return {
-            "seconds": self.seconds,
-            "layer_seconds": self.layer_seconds,
-            "peak": self.peak,
-            "own_peak": self.own_peak,
-        }
+        names = ("seconds", "layer_seconds", "peak", "own_peak")
+        return {name: getattr(self, name) for name in names}
 
     def restore(self, earlier: Mapping[str, Any]) -> None:
-        """Add the figures of an interrupted run."""
         self._earlier_seconds = earlier["seconds"]
         self.layer_seconds = list(earlier["layer_seconds"])
         self._peak = earlier["peak"]
@@ -94,7 +80,8 @@ class Usage:
 
     def _sample(self) -> None:
         while True:
-            self._note(own_memory())
+            memory = psutil.Process().memory_info()
+            self._note(memory.rss - memory.shared if hasattr(memory, "shared") else None)
             if self._stopped.wait(SAMPLING_SECONDS):
                 return
 

@@ -60,12 +60,11 @@ class CalibrationSet:
 
     @property
     def images(self) -> int:
-        """Number of images in the samples."""
         return sum(len(sample.images) for sample in self.samples)
 
 
 def load_calibration(path: Path | None, limit: int, *, need_images: bool = True) -> CalibrationSet:
-    """Read at most ``limit`` samples, spread evenly over the source; None gives the built-in set.
+    """Read at most ``limit`` samples, spread evenly over the source; the built-in set without a ``path``.
 
     At least one sample has an image if any does. Only the images of the chosen samples are opened.
 

@@ -20,11 +20,6 @@ def sine_positions(width: int, positions: Tensor) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def query_positions(width: int, count: int) -> Tensor:
-    """Fixed positions of the learned queries: -> [count, width]."""
-    return sine_positions(width, torch.arange(count, dtype=torch.float32))
-
-
 def grid_positions(width: int, grid: int, use_cls_token: bool) -> Tensor:
     """Fixed positions of the patches, column half first: -> [grid² (+1), width]; the CLS row is zero."""
     cells = torch.arange(grid * grid)
@@ -47,7 +42,8 @@ class CrossAttention(nn.Module):
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(width, width)
         self.value = nn.Linear(width, width)
-        self.register_buffer("q_pos_embed", query_positions(width, config.num_learnable_queries))
+        queries = torch.arange(config.num_learnable_queries, dtype=torch.float32)
+        self.register_buffer("q_pos_embed", sine_positions(width, queries))
         self.register_buffer("k_pos_embed", grid_positions(width, config.grid_size, config.use_cls_token))
 
     def _split(self, x: Tensor) -> Tensor:
@@ -125,7 +121,6 @@ class AbstractorEncoder(nn.Module):
         self.layers = nn.ModuleList(AbstractorLayer(config) for _ in range(config.num_hidden_layers))
 
     def block(self, index: int) -> CrossAttentionBlock:
-        """The block of one of the layers."""
         layer = self.layers[index]
         assert isinstance(layer, AbstractorLayer)
         return layer.crossattention

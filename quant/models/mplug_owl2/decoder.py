@@ -40,14 +40,7 @@ class Routing:
         return cls(text, image, torch.cat([text, image]).argsort())
 
     def to(self, device: torch.device) -> Routing:
-        """The same with its indices on ``device``."""
         return Routing(self.text.to(device), self.image.to(device), self.order.to(device))
-
-    def apply(self, rows: Tensor, on_text: nn.Module, on_image: nn.Module) -> Tensor:
-        """rows: [B·T, C]; each branch sees its own rows only -> [B·T, C']."""
-        if len(self.image) == 0:
-            return on_text(rows)  # type: ignore[no-any-return]
-        return torch.cat([on_text(rows[self.text]), on_image(rows[self.image])])[self.order]
 
 
 def rotary_tables(config: DecoderConfig, length: int, total: int) -> tuple[Tensor, Tensor]:
@@ -91,8 +84,11 @@ class Multiway(nn.Module):
         self.multiway = nn.ModuleList([text, image])
 
     def forward(self, rows: Tensor, routing: Routing) -> Tensor:
-        """rows: [B·T, C] -> [B·T, C']."""
-        return routing.apply(rows, self.multiway[0], self.multiway[1])
+        """rows: [B·T, C]; each branch sees its own rows only -> [B·T, C']."""
+        text, image = self.multiway
+        if len(routing.image) == 0:
+            return text(rows)  # type: ignore[no-any-return]
+        return torch.cat([text(rows[routing.text]), image(rows[routing.image])])[routing.order]
 
 
 class NewKeyValues(nn.Module):
@@ -102,7 +98,6 @@ class NewKeyValues(nn.Module):
     """
 
     def forward(self, keys: Tensor, values: Tensor) -> KeyValue:
-        """Both unchanged."""
         return keys, values
 
 

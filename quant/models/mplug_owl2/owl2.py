@@ -39,21 +39,15 @@ class Owl2Model(nn.Module):
         return self.model.visual_abstractor(self.model.vision_model(pixels))  # type: ignore[no-any-return]
 
     def embed(self, ids: Tensor) -> Tensor:
-        """ids: int64 [...] -> [..., C]."""
         return self.model.embed_tokens(ids)  # type: ignore[no-any-return]
 
     def decode(
         self, embeds: Tensor, modality: Tensor, past: list[KeyValue] | None = None
     ) -> tuple[Tensor, list[KeyValue]]:
-        """Run T new positions after those of ``past``.
-
-        Args:
-            embeds: [B, T, C].
-            modality: int64 [B, T], 1 at image positions.
-            past: keys and values of each layer; None for a new sequence.
+        """Run T new positions after those of ``past``: embeds [B, T, C], modality int64 [B, T], 1 at image positions.
 
         Returns:
-            Hidden rows after the final norm, [B, T, C], and the keys and values of all positions.
+            Hidden rows after the final norm, [B, T, C], and each layer's keys and values of all positions.
         """
         batch, tokens, width = embeds.shape
         rotary = rotary_slice(self.config.decoder, 0 if past is None else past[0][0].shape[2], tokens)

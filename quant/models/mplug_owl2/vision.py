@@ -12,16 +12,6 @@ from owl2.runtime.config import VisionConfig
 TABLE_GRID = 16
 
 
-def quick_gelu(x: Tensor) -> Tensor:
-    """x · sigmoid(1.702 x), any shape."""
-    return x * torch.sigmoid(1.702 * x)
-
-
-def activation(name: str, x: Tensor) -> Tensor:
-    """The config's ``hidden_act``: quick_gelu, or gelu in its exact erf form."""
-    return quick_gelu(x) if name == "quick_gelu" else F.gelu(x)
-
-
 class Embeddings(nn.Module):
     """Patches, CLS row, positions."""
 
@@ -76,17 +66,18 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """fc2(act(fc1(x)))."""
+    """fc2(act(fc1(x))), act being quick_gelu, x · sigmoid(1.702 x), or gelu in its exact erf form."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.hidden_act = config.hidden_act
+        self.quick = config.hidden_act == "quick_gelu"
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [N, S, C] -> [N, S, C]."""
-        return self.fc2(activation(self.hidden_act, self.fc1(x)))  # type: ignore[no-any-return]
+        x = self.fc1(x)
+        return self.fc2(x * torch.sigmoid(1.702 * x) if self.quick else F.gelu(x))  # type: ignore[no-any-return]
 
 
 class Layer(nn.Module):
@@ -113,7 +104,6 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
 
     def layer(self, index: int) -> Layer:
-        """One of the layers."""
         layer = self.layers[index]
         assert isinstance(layer, Layer)
         return layer
@@ -126,10 +116,8 @@ class VisionModel(nn.Module):
         super().__init__()
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config)
-        if config.use_post_layernorm:
-            self.post_layernorm: nn.LayerNorm | None = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        else:
-            self.post_layernorm = None
+        norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.use_post_layernorm else None
+        self.post_layernorm = norm
 
     def hidden_states(self, pixels: Tensor) -> list[Tensor]:
         """pixels: [N, 3, R, R] -> after pre_layernorm and after each layer, each [N, num_tokens, C]."""

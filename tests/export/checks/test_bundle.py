@@ -1,16 +1,21 @@
 """Faults that an export must notice, planted."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from folders import names
+from torch import Tensor
 
-from owl2.export import decoder
 from owl2.export.config import ExportConfig
+from owl2.export.graph.decoder import DecoderGraph
 from owl2.export.graph.ort_dialect import OrtDialect
+from owl2.export.graph.weights import Linear
 from owl2.export.pipeline import export_bundle
 from owl2.runtime.backends.ort.engine import OrtDecoder
 from owl2.runtime.errors import ParityError
+
+Gains = Mapping[str, tuple[Tensor, Tensor]]
 
 
 def planted(a1: Path, tmp_path: Path, message: str) -> None:
@@ -27,10 +32,12 @@ def test_a_wrong_activation(a1: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_branches_exchanged(a1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = decoder._gains
-    monkeypatch.setattr(
-        decoder, "_gains", lambda layer: {n: (image, text) for n, (text, image) in original(layer).items()}
-    )
+    original = DecoderGraph.layer
+
+    def exchanged(graph: DecoderGraph, linears: Mapping[str, Linear], gains: Gains) -> None:
+        original(graph, linears, {name: (image, text) for name, (text, image) in gains.items()})
+
+    monkeypatch.setattr(DecoderGraph, "layer", exchanged)
     planted(a1, tmp_path, "decoder.onnx does not compute")
 
 

@@ -16,9 +16,16 @@ def summary(bundle: Path, report: Report) -> str:
     accuracy, calibration, recipe = report.accuracy, report.calibration, report.recipe
     layer = duration(sum(report.layer_seconds) / max(1, len(report.layer_seconds)))
     rounded = "int8" if recipe["dialect"] == "ort" and recipe["weights"] in ("int4", "int8") else recipe["activations"]
+    peak, own = size(report.peak_memory), report.peak_own_memory
+    memory = f"  memory: at most {peak}, files mapped from the checkpoint included"
+    if own is not None:
+        memory = (
+            f"  memory: at most {size(own)}; {peak} with pages of the checkpoint's files, which the system drops where "
+            "memory is short"
+        )
     lines = [
         f"{bundle}: {size(report.size)} in {duration(report.seconds)}, {layer} a decoder layer",
-        _memory(report),
+        memory,
         *(
             f"  {p.graph}: equals torch within {p.exact:.1e} of the RMS; stored weights change it by {p.weights:.2%}, "
             f"{rounded} activations by {p.activations:.2%}"
@@ -57,16 +64,6 @@ def summary(bundle: Path, report: Report) -> str:
             "owl2 verify replays them on a device",
         ]
     return "\n".join(lines)
-
-
-def _memory(report: Report) -> str:
-    peak = size(report.peak_memory)
-    if report.peak_own_memory is None:
-        return f"  memory: at most {peak}, files mapped from the checkpoint included"
-    return (
-        f"  memory: at most {size(report.peak_own_memory)}; {peak} with pages of the checkpoint's files, which the "
-        "system drops where memory is short"
-    )
 
 
 def _kv_int8(report: Report) -> str:

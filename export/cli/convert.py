@@ -144,11 +144,11 @@ def convert(
     # Imported here, since they need the extra "export" and take seconds.
     from owl2.export.checkpoint.hub import local_checkpoint
     from owl2.export.checkpoint.source import default_settings
+    from owl2.export.cli.summary import summary
     from owl2.export.gptq_checkpoint import export_gptq
     from owl2.export.job.progress import Notes, Terminal
     from owl2.export.job.staging import Staging
     from owl2.export.pipeline import export_bundle
-    from owl2.export.summary import summary
 
     given = {name: value for name, value in settings.items() if value is not None}
     request = Request(kind, gpu) if kind or gpu else None

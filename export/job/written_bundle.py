@@ -24,12 +24,9 @@ from owl2.runtime.version import __version__
 
 @dataclass(frozen=True)
 class WrittenBundle:
-    """Graphs, token table and tokenizer, as an export has written them.
+    """Graphs, token table and tokenizer, as an export has written them; fields as in the manifest.
 
     Attributes:
-        folder: of the files.
-        model: architecture and image preprocessing.
-        dialect, activations, weights: as in the manifest.
         kv_cache: types of the K/V cache that have a graph, each with the lowest ONNX Runtime that runs it.
     """
 
@@ -58,7 +55,6 @@ class WrittenBundle:
         return cls(job.folder, job.model, dialect.interface, types.activations, weights, versions)
 
     def path(self, name: str) -> Path:
-        """Full path of a file."""
         return self.folder / name
 
     def embeddings(self) -> NDArray[np.floating[Any]]:
@@ -66,7 +62,6 @@ class WrittenBundle:
         return open_embeddings(self.folder, self.model.decoder, self.weights.embeddings)
 
     def manifest(self) -> Manifest:
-        """The manifest of all files; the report is one of them."""
         files = sorted(path for path in self.folder.iterdir() if path.is_file())
         return Manifest(
             format=spec.FORMAT_VERSION,
