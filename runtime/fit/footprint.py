@@ -50,7 +50,6 @@ class Part:
     """Memory for one purpose, bytes.
 
     Attributes:
-        name: of the purpose.
         size: estimate of the most it takes.
         least: what it takes in any case once the context is full; a load is refused by this figure.
         basis: where ``size`` comes from.
@@ -70,15 +69,7 @@ def find_runner(manifest: Manifest, device: Product) -> Runner:
 
 
 def memory_parts(manifest: Manifest, device: Product, context: int, kv_type: KvType, images: int) -> list[Part]:
-    """Memory of the device that running takes; parts that take none are left out.
-
-    Args:
-        manifest: of the bundle.
-        device: runs it.
-        context: positions of a conversation.
-        kv_type: type of keys and values.
-        images: in that conversation.
-    """
+    """Memory that a conversation of ``context`` positions takes; parts that take none are left out."""
     model, element, runner = manifest.model, int(BYTES_PER_VALUE[manifest.activations]), find_runner(manifest, device)
     cpu, engine = runner == "onnxruntime-cpu", runner.startswith("tensorrt")
     basis: Basis = "measured" if cpu and manifest.activations == "fp32" else "assumed"
@@ -129,9 +120,7 @@ def stored(manifest: Manifest, graph: str) -> int:
 def decoder_bytes(manifest: Manifest, *, resident: bool = False) -> tuple[float, float, float]:
     """Bytes of the decoder's matrices: those of the text (or shared), the image branch's own, and the head.
 
-    Args:
-        manifest: of the bundle.
-        resident: as ONNX Runtime's CPU provider holds them (see above), instead of as stored.
+    As stored, or ``resident`` as ONNX Runtime's CPU provider holds them (see above).
     """
     config, weights = manifest.model.decoder, manifest.weights
     width, layers = config.hidden_size, config.num_hidden_layers
@@ -151,7 +140,6 @@ def decoder_bytes(manifest: Manifest, *, resident: bool = False) -> tuple[float,
 
 
 def resident_decoder(manifest: Manifest, runner: Runner) -> int:
-    """Bytes of the decoder's weights in the device's memory."""
     if runner == "onnxruntime-cpu":
         growth = sum(decoder_bytes(manifest, resident=True)) / sum(decoder_bytes(manifest))
         return int(stored(manifest, spec.DECODER_GRAPH) * growth)

@@ -81,14 +81,17 @@ def this_cpu(root: Path = ROOT) -> MemoryBudget | None:
     memory = parse_meminfo(_read(root / "proc/meminfo"))
     if memory is None:
         return None
-    total, available = memory
-    left = _memory_limit(root)
-    limited = left is not None and left < available
+    total, free = memory
+    available = free
+    for version, folder in control_groups(root):
+        names = ("max", "current") if version == "v2" else ("limit_in_bytes", "usage_in_bytes")
+        headroom = _headroom(folder, *names)
+        if headroom is not None:
+            available = min(available, max(0, headroom + parse_droppable(_read(folder / "memory.stat"))))
+    limited = available < free
     name = "CPU of this machine" + (", in a group with a memory limit" if limited else "")
-    available = left if left is not None and limited else available
-    return MemoryBudget(
-        Product("cpu", name, "cpu", None, total, None), available, available, here=True, limited=limited
-    )
+    device = Product("cpu", name, "cpu", None, total, None)
+    return MemoryBudget(device, available, available, here=True, limited=limited)
 
 
 def parse_meminfo(text: str) -> tuple[int, int] | None:
@@ -97,17 +100,6 @@ def parse_meminfo(text: str) -> tuple[int, int] | None:
     if "MemTotal" not in values or "MemAvailable" not in values:
         return None
     return int(values["MemTotal"]) * 1024, int(values["MemAvailable"]) * 1024
-
-
-def _memory_limit(root: Path) -> int | None:
-    """Bytes left in the control groups of this process; None where none has a limit."""
-    left = []
-    for version, folder in control_groups(root):
-        names = ("max", "current") if version == "v2" else ("limit_in_bytes", "usage_in_bytes")
-        headroom = _headroom(folder, *names)
-        if headroom is not None:
-            left.append(max(0, headroom + parse_droppable(_read(folder / "memory.stat"))))
-    return min(left, default=None)
 
 
 def free_swap(root: Path = ROOT) -> int:
@@ -163,7 +155,7 @@ def parse_droppable(text: str) -> int:
 
 
 def this_gpu(root: Path = ROOT) -> MemoryBudget | None:
-    """The GPU of this machine, of several number 0; None if none is found."""
+    """The GPU of this machine, of several number 0."""
     return next(iter(gpus(root)), None)
 
 
@@ -175,8 +167,7 @@ def gpus(root: Path = ROOT) -> list[MemoryBudget]:
     # The first is a link to the second; containers hide the one and not always the other.
     model = _read(root / "proc/device-tree/model") or _read(root / "sys/firmware/devicetree/base/model")
     cpu = this_cpu(root)
-    jetson = None if cpu is None else parse_jetson_model(model, cpu.device.memory)
-    if cpu is not None and jetson is not None:
+    if cpu is not None and (jetson := parse_jetson_model(model, cpu.device.memory)) is not None:
         return [replace(cpu, device=jetson)]
     try:
         listing = subprocess.run(NVIDIA_SMI, capture_output=True, text=True, check=True, timeout=SMI_SECONDS).stdout
@@ -208,10 +199,7 @@ def parse_jetson_model(text: str, memory: int) -> Product | None:
 
 
 def parse_nvidia_smi(text: str) -> list[tuple[Product, int]]:
-    """Read lines of name, total and free MiB, and compute capability: GPUs and their free bytes.
-
-    A line without numbers is left out.
-    """
+    """Read the lines with numbers: name, total and free MiB, and compute capability. Returns GPUs and free bytes."""
     found = []
     for line in text.splitlines():
         fields = [field.strip() for field in line.split(",")]
@@ -249,7 +237,6 @@ def read_bandwidth() -> float:
 
 
 def _read(path: Path) -> str:
-    """Content of a file; empty where it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -39,7 +39,6 @@ def storage_types(
 
     Args:
         weights: type of the decoder's linear layers.
-        dialect: operators of the graphs.
         activations: None for fp32 in the dialect ort and with fp32 weights, fp16 in the dialect onnx.
         vision: type of the vision side's linear layers; None for int8 with integer weights (fp16 where the graph
             cannot compute with int8) and for the decoder's own type otherwise.
