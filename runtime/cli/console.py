@@ -35,7 +35,6 @@ def notice(text: str) -> None:
 
 
 def notice_interrupt(text: str) -> None:
-    """Write a message after Ctrl-C."""
     if sys.stderr.isatty():
         click.echo("\r", err=True, nl=False)  # over the ^C that the terminal has just shown
     notice(text)
@@ -70,7 +69,6 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 @contextmanager
 def _notices_of_warnings() -> Iterator[None]:
-    """Write warnings of this project as notices."""
     with warnings.catch_warnings():
         others = warnings.showwarning
 
@@ -151,7 +149,6 @@ def notice_context(answer: Answer, context: int) -> None:
 
 
 def describe(answer: Answer) -> str:
-    """Two lines with the figures of an answer."""
     stats = answer.stats
     new = stats.prompt_tokens - stats.reused_tokens
     return (

@@ -24,14 +24,12 @@ Row = tuple[str, str]
 
 @dataclass(frozen=True)
 class Inspection:
-    """A bundle's own account of itself, and its problems.
+    """The files of a bundle that describe it, and its problems.
 
     Attributes:
-        manifest: its ``owl2.json``.
         report: its ``report.json``; empty if it has none that can be read.
         engines: records of the TensorRT engines, by the name of their folder.
         onnxruntime: version of the installed one; None if none can be imported.
-        problems: a sentence each; empty if the bundle can be used.
     """
 
     manifest: Manifest
@@ -41,7 +39,7 @@ class Inspection:
     problems: list[str]
 
     def figures(self, name: str) -> dict[str, Any]:
-        """Numbers and texts of an entry of the report; empty if it has none."""
+        """Numbers and texts of an entry of the report."""
         return _plain(self.report.get(name))
 
     @property
@@ -82,11 +80,6 @@ def info(bundle: Path, verify: bool, as_json: bool) -> None:
 
 
 def _inspect(folder: Path, force: bool) -> Inspection:
-    """Read and check a bundle.
-
-    Raises:
-        BundleError: its manifest cannot be read.
-    """
     manifest = read_manifest(folder)
     with load_progress() as progress:
         problems = check_files(folder, manifest, force=force, on_progress=progress)
@@ -112,7 +105,6 @@ def _plain(entry: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
 
 
 def _kv_caches(found: Inspection) -> dict[str, dict[str, Any]]:
-    """Memory and requirements of every type of K/V cache that the bundle offers."""
     manifest, installed = found.manifest, found.onnxruntime
     return {
         kv_type: {
@@ -158,11 +150,19 @@ def _sections(folder: Path, found: Inspection) -> list[str]:
         ("onnxruntime", needs),
         ("family", manifest.family),
     ]
+    weights = manifest.weights
+    grouped = f", groups of {weights.group_size}" if weights.group_size else ""
+    method = f" ({weights.method}{grouped})" if weights.method != "none" else ""
     losses = {name: value for name, value in found.figures("kv_int8").items() if not name.startswith("bytes_")}
     files = [(name, size(entry.size)) for name, entry in manifest.files.items()]
     sections = {
         "model": _model(manifest),
-        "weights": _weights(manifest),
+        "weights": [
+            ("decoder", weights.decoder + method),
+            ("head", weights.head),
+            ("vision", weights.vision),
+            ("embeddings", weights.embeddings),
+        ],
         "K/V cache": _kv_rows(found),
         "accuracy": _figures(found.figures("accuracy")),
         "int8 K/V cache against fp32": _figures(losses),
@@ -200,18 +200,6 @@ def _model(manifest: Manifest) -> list[Row]:
             f"{model.rows_per_image} positions each",
         ),
         ("context", f"{decoder.max_position_embeddings} positions{stretch}"),
-    ]
-
-
-def _weights(manifest: Manifest) -> list[Row]:
-    weights = manifest.weights
-    grouped = f", groups of {weights.group_size}" if weights.group_size else ""
-    method = f" ({weights.method}{grouped})" if weights.method != "none" else ""
-    return [
-        ("decoder", weights.decoder + method),
-        ("head", weights.head),
-        ("vision", weights.vision),
-        ("embeddings", weights.embeddings),
     ]
 
 

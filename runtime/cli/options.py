@@ -75,14 +75,7 @@ verify_option = click.option(
 
 @dataclass(frozen=True)
 class Options:
-    """Options of the commands that answer.
-
-    Attributes:
-        threads, context, device, kv_cache, check_memory, verify: as in :meth:`Owl2.load`.
-        preprocess: how images are made square; None for the bundle's own mode.
-        generation: how answers are generated.
-        stats: whether figures follow an answer.
-    """
+    """Options of the commands that answer."""
 
     threads: int | None
     context: int | None
@@ -95,7 +88,6 @@ class Options:
     stats: bool
 
     def load(self, bundle: Path) -> Owl2:
-        """Verify and load a bundle; raises as :meth:`Owl2.load`."""
         with load_progress() as progress:
             return Owl2.load(
                 bundle,
@@ -109,7 +101,6 @@ class Options:
             )
 
     def stream(self, chat: Chat, question: str, images: Sequence[Image.Image]) -> AnswerStream:
-        """Ask in ``chat``; raises as :meth:`Chat.stream`."""
         return chat.stream(question, images, preprocess=self.preprocess, config=self.generation)
 
 

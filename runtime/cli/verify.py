@@ -12,7 +12,7 @@ import click
 from owl2.runtime.cli.console import duration, load_progress, reports_errors
 from owl2.runtime.cli.options import bundle_argument, device_option, memory_option, threads_option
 from owl2.runtime.cli.table import table
-from owl2.runtime.evaluation.verify import Replay, Verdict, verify
+from owl2.runtime.evaluation.verify import Verdict, verify
 
 
 @click.command("verify")
@@ -59,13 +59,12 @@ def _table(folder: Path, verdict: Verdict) -> str:
     if verdict.problems:
         lines = [f"  {problem}" for problem in verdict.problems]
         return "\n".join([f"{folder}: files differ from the export; nothing was replayed", *lines, "FAIL"])
-    rows = [("golden", "KL (nats)", "limit", "exporter", "same best token", ""), *map(_row, verdict.replays)]
+    rows = [("golden", "KL (nats)", "limit", "exporter", "same best token", "")]
+    for replay in verdict.replays:
+        figures = f"{replay.kl:.2e}", f"{replay.limit:.1e}", f"{replay.exported_kl:.1e}", f"{replay.top1_agreement:.1%}"
+        shown = ("", "", "", "") if replay.problem else figures
+        rows.append((replay.name, *shown, "pass" if replay.passed else "FAIL"))
     problems = [f"{replay.name}: {replay.problem}" for replay in verdict.replays if replay.problem]
     times = f"loaded in {duration(verdict.load_seconds)}, replayed in {duration(verdict.replay_seconds)}"
     result = "pass" if verdict.passed else "FAIL"
     return "\n".join([table(rows, "<>>>>"), *problems, "", f"all files verified; {times}", result])
-
-
-def _row(replay: Replay) -> tuple[str, ...]:
-    figures = (f"{replay.kl:.2e}", f"{replay.limit:.1e}", f"{replay.exported_kl:.1e}", f"{replay.top1_agreement:.1%}")
-    return replay.name, *(("", "", "", "") if replay.problem else figures), "pass" if replay.passed else "FAIL"
