@@ -20,7 +20,6 @@ Gram = tuple[str, ...]
 
 
 def words(text: str) -> list[str]:
-    """The words of a caption."""
     return WORD.findall(text.lower())
 
 
@@ -57,10 +56,6 @@ def cider_d(captions: Sequence[str], references: Sequence[Sequence[str]]) -> lis
     section 6: counts clipped to those of the reference, a Gaussian penalty on the difference in length (sigma 6),
     scaled by 10. The document frequencies are those of ``references``, one document per image: with a single image
     every weight and every score is 0.
-
-    Args:
-        captions: one per image.
-        references: captions that people wrote, for each image.
     """
     expected = [[_ngrams(words(text)) for text in texts] for texts in references]
     documents: Counter[Gram] = Counter()

@@ -86,10 +86,7 @@ class Item:
 
     Attributes:
         line: its number, from 1.
-        task: to be measured.
-        images: paths of its images.
         category: the line's ``"kind"``, by which results are grouped; empty for none.
-        id: as given; None for none.
     """
 
     line: int
@@ -135,17 +132,6 @@ def messages(task: Task, answer: str | None) -> tuple[Message, ...]:
 
 def _item(line: int, record: Record, folder: Path) -> Item:
     images = image_names(record)
-    task = _reader(record)(record, len(images))
-    category, name = record.get("kind", ""), record.get("id")
-    if not isinstance(category, str):
-        raise ValueError(f'"kind" must be a string, got {category!r}')
-    if name is not None and (not isinstance(name, str | int) or isinstance(name, bool)):
-        raise ValueError(f'"id" must be a string or a whole number, got {name!r}')
-    return Item(line, task, tuple(folder / image for image in images), category, name)
-
-
-def _reader(record: Record) -> Callable[[Record, int], Task]:
-    """The reader of the task that the record's fields stand for."""
     found = [name for name in _READERS if name in record]
     if len(found) != 1:
         given = ", ".join(found) if found else ", ".join(map(str, record)) or "nothing"
@@ -153,7 +139,13 @@ def _reader(record: Record) -> Callable[[Record, int], Task]:
             f"exactly one of the fields {', '.join(_READERS)} must say what to measure; got {given}"
             + ("" if found or "answer" not in record else ' (a single answer is a list, too: "answers": ["red"])')
         )
-    return _READERS[found[0]]
+    task = _READERS[found[0]](record, len(images))
+    category, name = record.get("kind", ""), record.get("id")
+    if not isinstance(category, str):
+        raise ValueError(f'"kind" must be a string, got {category!r}')
+    if name is not None and (not isinstance(name, str | int) or isinstance(name, bool)):
+        raise ValueError(f'"id" must be a string or a whole number, got {name!r}')
+    return Item(line, task, tuple(folder / image for image in images), category, name)
 
 
 def _question(record: Record, images: int) -> Question:

@@ -47,11 +47,11 @@ class Divergence:
         )
 
     def mean_kl(self, modality: int) -> float:
-        """Nats per position of a modality; 0 where there is none."""
+        """Nats per position of a modality; 0 where it has none."""
         return self.kl[modality] / max(self.positions[modality], 1.0)
 
     def agreement(self, modality: int) -> float:
-        """Share of a modality's positions with the same most likely token; 0 where there is none."""
+        """Share of a modality's positions with the same most likely token; 0 where it has none."""
         return self.same[modality] / max(self.positions[modality], 1.0)
 
     @property
@@ -61,13 +61,7 @@ class Divergence:
 
 
 def divergence(reference: Floats, actual: Floats, modality: Ints) -> Divergence:
-    """Compare the logits of one prompt.
-
-    Args:
-        reference: [T, V], whose distributions count as true.
-        actual: [T, V].
-        modality: [T], 1 at image rows.
-    """
+    """Compare the logits of one prompt: [T, V] twice, those of ``reference`` count as true; [T], 1 at image rows."""
     positions, kl, same = np.zeros(2), np.zeros(2), np.zeros(2)
     difference = 0.0
     for start in range(0, len(modality), ROWS_AT_ONCE):

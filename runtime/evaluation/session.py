@@ -25,7 +25,6 @@ class Session:
     """One model at work on one item.
 
     Attributes:
-        model: runs the prompts.
         cache: of all prompts of the item, so that what they share runs once.
         images: of the item, preprocessed as this model needs them.
     """
@@ -49,13 +48,8 @@ class Session:
     def logits(self, prompt: Prompt, first: int = 0) -> Iterator[tuple[int, Floats]]:
         """Logits of the positions from ``first`` on, in blocks of the same size for every model.
 
-        Cached positions before ``first`` are reused; the cache ends up holding the prompt.
-
-        Yields:
-            The position of a block's first row, and its logits [R, V].
-
-        Raises:
-            BackendError: a logit is NaN or infinite.
+        Cached positions before ``first`` are reused; the cache ends up holding the prompt. Yields the position of a
+        block's first row, and its logits [R, V]; raises BackendError if a logit is NaN or infinite.
         """
         rest = None
         for _, logits in prompt_logits(self.model, self.cache, prompt, first):
