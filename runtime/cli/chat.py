@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -159,17 +160,11 @@ def _open(text: str) -> Image.Image:
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         text = text[1:-1]
     try:
-        return load_image(_expanded(text))
+        return load_image(os.path.expanduser(text))  # noqa: PTH111 - Path's own raises for an unknown ~user
     except ImageError:
         if "\\" not in text:
             raise
-    return load_image(_expanded(re.sub(r"\\(.)", r"\1", text)))
-
-
-def _expanded(text: str) -> Path:
-    with contextlib.suppress(RuntimeError):  # ~name of a user that does not exist
-        return Path(text).expanduser()
-    return Path(text)
+    return load_image(os.path.expanduser(re.sub(r"\\(.)", r"\1", text)))  # noqa: PTH111
 
 
 def _reset(session: Session, _argument: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -37,22 +38,18 @@ def verify_command(bundle: Path, device: str, threads: int | None, check_memory:
     """
     with load_progress() as progress:
         verdict = verify(bundle, device=device, threads=threads, check_memory=check_memory, progress=progress)
-    click.echo(json.dumps(_record(verdict), indent=2) if as_json else _table(bundle, verdict))
-    sys.exit(0 if verdict.passed else 1)
-
-
-def _record(verdict: Verdict) -> dict[str, object]:
-    return {
-        "passed": verdict.passed,
-        "problems": list(verdict.problems),
-        "goldens": [
+    if as_json:
+        times = {"load_seconds": verdict.load_seconds, "replay_seconds": verdict.replay_seconds}
+        goldens = [
             # JSON has no NaN.
-            asdict(replay) | {"kl": replay.kl if replay.kl == replay.kl else None, "passed": replay.passed}
+            asdict(replay) | {"kl": None if math.isnan(replay.kl) else replay.kl, "passed": replay.passed}
             for replay in verdict.replays
-        ],
-        "load_seconds": verdict.load_seconds,
-        "replay_seconds": verdict.replay_seconds,
-    }
+        ]
+        record = {"passed": verdict.passed, "problems": verdict.problems, "goldens": goldens, **times}
+        click.echo(json.dumps(record, indent=2))
+    else:
+        click.echo(_table(bundle, verdict))
+    sys.exit(0 if verdict.passed else 1)
 
 
 def _table(folder: Path, verdict: Verdict) -> str:

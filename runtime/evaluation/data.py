@@ -1,18 +1,4 @@
-"""The user's own data: a JSON object per line, whose fields say what is asked of the model.
-
-=========================================  ==================================================================
-``{"question", "answers": [...]}``         a short answer, against those that people gave
-``{"question", "choices": [...],           the most likely of several answers
-"answer": number or text}``
-``{"captions": [...]}``                    a description, against those that people wrote
-``{"conversations": [{"from", "value"}]}`` the likelihood of the assistant's turns, as in calibration data
-``{"text"}``                               the likelihood of plain text
-=========================================  ==================================================================
-
-``"image"`` names an image or a list of them, relative to the file; ``"kind"`` is a category that results are grouped
-by; ``"id"`` is repeated in the results; other fields are ignored. ``<|image|>`` in a question marks the place of an
-image.
-"""
+"""The user's own data: a JSON object per line, whose fields say what is asked of the model; see docs/commands.md."""
 
 from __future__ import annotations
 

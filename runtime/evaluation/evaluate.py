@@ -48,9 +48,8 @@ class Evaluation:
         summary: scores by task and category, and the divergence from the reference.
         results: of each item that was measured.
         total: items that were to be measured.
-        seconds: that measuring took.
-        context: positions that a conversation could take.
-        preprocess: how images became square.
+        seconds: without loading.
+        preprocess: how images were made square.
     """
 
     summary: Summary
@@ -92,7 +91,7 @@ def evaluate(  # noqa: PLR0913 - the arguments of Owl2.load and those of the eva
     check_memory: bool = True,
     progress: OnEvaluationProgress | None = None,
 ) -> Evaluation:
-    """Measure a bundle on JSON lines; :mod:`owl2.runtime.evaluation.data` describes them.
+    """Measure a bundle on JSON lines, which ``owl2 eval --help`` describes.
 
     Everything that can be checked is checked before a model is loaded. Answers are greedy, so results are reproducible.
     Ctrl-C ends the evaluation early: what was measured until then is returned, and ``complete`` is False.

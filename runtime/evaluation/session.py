@@ -18,6 +18,7 @@ from owl2.runtime.images import PreparedImage
 from owl2.runtime.kv_cache import KvCache
 from owl2.runtime.load import Loaded
 from owl2.runtime.sampling import GenerationConfig
+from owl2.runtime.stream import AnswerStream
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,6 @@ class Session:
 
     def answer(self, prompt: Prompt, max_new_tokens: int) -> Answer:
         """The greedy answer to a prompt; cached positions are reused."""
-        config = GenerationConfig(max_new_tokens=max_new_tokens)
-        generation = generate(self.model, self.cache, prompt, config, threading.Event())
-        while True:
-            try:
-                next(generation)
-            except StopIteration as end:
-                answer: Answer = end.value
-                return answer
+        config, cancelled = GenerationConfig(max_new_tokens=max_new_tokens), threading.Event()
+        chunks = generate(self.model, self.cache, prompt, config, cancelled)
+        return AnswerStream(chunks, cancelled, threading.Lock(), lambda _: None).read()

@@ -91,7 +91,7 @@ class Summary:
 
 
 def summarise(results: Sequence[ItemResult]) -> Summary:
-    """Score results; part of the data will do."""
+    """Score results, of all items or of those measured so far."""
     tasks = []
     for name in dict.fromkeys(task_name(result.item.task) for result in results):
         chosen = [result for result in results if task_name(result.item.task) == name]

@@ -1,14 +1,14 @@
-"""What running a bundle on a device takes: memory by its parts, and what every token reads.
+"""Memory that a bundle takes on a device, by purpose, and the bytes that every token reads.
 
 Everything is computed from the manifest: shapes, types of weights, sizes of files. Where figures come from:
 
 * *computed*: shapes and file sizes decide it.
 * *measured*: with the CPU provider of ONNX Runtime 1.32 on x86-64 and random layers of the 7B shapes, as memory of the
   process's own (RssAnon). Integer weights are in memory once, repacked, with a float32 sum more per group than in the
-  file; the mapped pages of the file are dropped. float16 weights are held in float32. What a prefill and an image took
-  once stays in the runtime's arena: a step leaves one tensor of the feed-forward width per layer there, and all of it
-  twice, because the runtime plans memory anew when it sees a shape again (1 to 10 layers, within 15 %).
-* *assumed*: about GPUs, on none of which this project has run yet, and what a system keeps for itself.
+  file; the mapped pages of the file are dropped. float16 weights are held in float32. Memory that a prefill or an image
+  once took stays in the runtime's arena: a step leaves one tensor of the feed-forward width per layer there, and all of
+  it twice, because the runtime plans memory anew when it sees a shape again (1 to 10 layers, within 15 %).
+* *assumed*: about GPUs, on which this project has not run yet, and the memory that a system keeps for itself.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Part:
 
 
 def find_runner(manifest: Manifest, device: Product) -> Runner:
-    """What runs the bundle's graphs on the device: the dialect decides."""
+    """Choose what runs the bundle's graphs on the device; the dialect decides."""
     if manifest.dialect == "ort" or not device.engines:
         return "onnxruntime-cpu" if device.family == "cpu" else "onnxruntime-cuda"
     return device.engines[0]

@@ -1,7 +1,7 @@
 """Memory of devices: the CPU and the GPUs of this machine, and named products.
 
 Detection is best effort: a file or program that is missing, or that cannot be understood, leaves the answer None or
-empty and raises nothing. Parsing is apart from reading, so that it can be tested on recorded text.
+empty and raises nothing. Parsing is separate from reading, so that it can be tested on recorded text.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class MemoryBudget:
 
     @property
     def closable(self) -> int:
-        """What closing the desktop, and on this machine other programs, would add at most."""
+        """Bytes that closing the desktop, and on this machine other programs, would add at most."""
         system = JETSON_SYSTEM if self.device.shared else GEFORCE_SYSTEM
         return 0 if self.limited else max(0, self.device.memory - system - self.available)
 
@@ -155,7 +155,7 @@ def parse_droppable(text: str) -> int:
 
 
 def this_gpu(root: Path = ROOT) -> MemoryBudget | None:
-    """The GPU of this machine, of several number 0."""
+    """The GPU of this machine, the first of several."""
     return next(iter(gpus(root)), None)
 
 

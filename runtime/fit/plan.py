@@ -73,7 +73,7 @@ class Plan:
 
     @property
     def problem(self) -> str | None:
-        """Why the bundle cannot run on the device in any memory, and what to do; None if it can."""
+        """Why the bundle cannot run on the device, however much memory it has, and what to do; None if it can."""
         manifest, device = self.manifest, self.budget.device
         export, _ = exported(self, manifest.weights.decoder)
         if manifest.dialect == "onnx" and not device.engines:
@@ -120,7 +120,7 @@ class Plan:
 
     @cached_property
     def suggestions(self) -> dict[str, Plan]:
-        """Changes of which each makes it fit, and the plan after it; empty if it fits or nothing helps."""
+        """Changes that each make it fit, with the plan after it; empty if it fits already or nothing helps."""
         if self.fits:
             return {}
         found = run_changes(self)
