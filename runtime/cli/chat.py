@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,8 +22,15 @@ from owl2.runtime.owl import Owl2
 from owl2.runtime.preprocess import load_image, preprocess
 from owl2.runtime.version import __version__
 
-PROMPT = "> "
 LEAVING = "/quit or Ctrl-D leaves"
+COMMANDS = (
+    ("/image PATH", "attach an image to the next question; repeatable"),
+    ("/undo", "take the last question and its answer back"),
+    ("/reset", "begin a new conversation, without the attached images"),
+    ("/stats", "show the figures of the last answer"),
+    ("/help", "show this list"),
+    ("/quit", "leave (also Ctrl-D)"),
+)
 
 
 @dataclass
@@ -91,7 +97,7 @@ def chat(options: Options, bundle: Path) -> None:
 
 def _read_line(interactive: bool) -> str | None:
     """The next line without surrounding space; None at the end of input."""
-    prompt = PROMPT if interactive else ""
+    prompt = "> " if interactive else ""
     if interactive and not sys.stdout.isatty():
         # input() would write it to stdout, between the answers.
         click.echo(prompt, nl=False, err=True)
@@ -106,15 +112,29 @@ def _read_line(interactive: bool) -> str | None:
 
 def _obey(session: Session, line: str) -> None:
     """Carry out one line; an error is reported, and the conversation goes on."""
+    name, _, argument = line.partition(" ")
     try:
-        name, _, argument = line.partition(" ")
-        if name in COMMANDS:
-            run, _, _ = COMMANDS[name]
-            run(session, argument.strip())
-        elif line.startswith("/"):
-            raise Owl2Error(f"{name} is not a command; /help lists them")
-        elif line:
-            _ask(session, line)
+        match name:
+            case "/image":
+                _image(session, argument.strip())
+            case "/undo":
+                session.chat.undo()
+                session.answer = None
+                notice("the last question and its answer are taken back")
+            case "/reset":
+                session.chat.reset()
+                session.images, session.answer = [], None
+                notice("new conversation, no images attached")
+            case "/stats":
+                _stats(session)
+            case "/help":
+                click.echo(table(COMMANDS), err=True)
+            case "/quit":
+                session.done = True
+            case _ if line.startswith("/"):
+                raise Owl2Error(f"{name} is not a command; /help lists them")
+            case _ if line:
+                _ask(session, line)
     except Owl2Error as error:
         session.failed = True
         report(error)
@@ -123,9 +143,9 @@ def _obey(session: Session, line: str) -> None:
 
 
 def _ask(session: Session, question: str) -> None:
-    stream = None
+    stream, options = None, session.options
     try:
-        stream = session.options.stream(session.chat, question, session.images)
+        stream = session.chat.stream(question, session.images, preprocess=options.preprocess, config=options.generation)
         write(stream)
     except KeyboardInterrupt:
         if stream is None or not stream.finished:
@@ -167,20 +187,7 @@ def _open(text: str) -> Image.Image:
     return load_image(os.path.expanduser(re.sub(r"\\(.)", r"\1", text)))  # noqa: PTH111
 
 
-def _reset(session: Session, _argument: str) -> None:
-    session.chat.reset()
-    session.images = []
-    session.answer = None
-    notice("new conversation, no images attached")
-
-
-def _undo(session: Session, _argument: str) -> None:
-    session.chat.undo()
-    session.answer = None
-    notice("the last question and its answer are taken back")
-
-
-def _stats(session: Session, _argument: str) -> None:
+def _stats(session: Session) -> None:
     if session.answer is None:
         notice("no answer yet")
         return
@@ -189,25 +196,6 @@ def _stats(session: Session, _argument: str) -> None:
     click.echo(f"{describe(session.answer)}\ncontext: {used} of {session.owl.context} positions", err=True)
 
 
-def _help(_session: Session, _argument: str) -> None:
-    click.echo(table([(usage, text) for _, usage, text in COMMANDS.values()]), err=True)
-
-
-def _quit(session: Session, _argument: str) -> None:
-    session.done = True
-
-
 def _attached(session: Session) -> str:
     count = len(session.images)
     return f"{count} image{'s' * (count != 1)} attached to the next question"
-
-
-COMMANDS: dict[str, tuple[Callable[[Session, str], None], str, str]] = {
-    "/image": (_image, "/image PATH", "attach an image to the next question; repeatable"),
-    "/undo": (_undo, "/undo", "take the last question and its answer back"),
-    "/reset": (_reset, "/reset", "begin a new conversation, without the attached images"),
-    "/stats": (_stats, "/stats", "show the figures of the last answer"),
-    "/help": (_help, "/help", "show this list"),
-    "/quit": (_quit, "/quit", "leave (also Ctrl-D)"),
-}
-"""What a line that begins with the name does, given the rest of it; how it is written; its help."""

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
 import click
-from PIL import Image
 
-from owl2.runtime.chat import Chat
 from owl2.runtime.cli.console import load_progress
 from owl2.runtime.errors import ConfigError
 from owl2.runtime.owl import Owl2
@@ -19,7 +17,6 @@ from owl2.runtime.placement import CPU, KINDS, Placement
 from owl2.runtime.preprocess import MODES
 from owl2.runtime.sampling import GenerationConfig
 from owl2.runtime.spec import KvType
-from owl2.runtime.stream import AnswerStream
 
 DEFAULTS = GenerationConfig()
 
@@ -99,9 +96,6 @@ class Options:
                 verify=self.verify,
                 progress=progress,
             )
-
-    def stream(self, chat: Chat, question: str, images: Sequence[Image.Image]) -> AnswerStream:
-        return chat.stream(question, images, preprocess=self.preprocess, config=self.generation)
 
 
 def model_options(command: Callable[..., None]) -> Callable[..., None]:
