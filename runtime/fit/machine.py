@@ -45,7 +45,6 @@ class MemoryBudget:
     """A device and the memory that a model may take there, bytes.
 
     Attributes:
-        device: the product.
         available: what a new process can take now on this machine; assumed for a named product.
         host: available in the CPU's memory, where engines are built; None where it is not known.
         here: whether it is this machine.
@@ -64,9 +63,8 @@ class MemoryBudget:
         if device.family == "datacenter":
             available = int(device.memory * (1 - DATACENTER_RESERVED))
             return cls(device, available, None, here=False, limited=True)
-        available = device.memory - (
-            JETSON_SYSTEM + JETSON_DESKTOP if device.shared else GEFORCE_SYSTEM + GEFORCE_DESKTOP
-        )
+        taken = JETSON_SYSTEM + JETSON_DESKTOP if device.shared else GEFORCE_SYSTEM + GEFORCE_DESKTOP
+        available = device.memory - taken
         return cls(device, available, available if device.shared else None, here=False)
 
     @property

@@ -13,13 +13,7 @@ from owl2.runtime.spec import FloatType, KvType, VisionType, WeightType
 
 @dataclass(frozen=True, slots=True)
 class StorageTypes:
-    """Types of the numbers in a bundle.
-
-    Attributes:
-        decoder, head, vision, embeddings: of the weights, as in :class:`owl2.runtime.bundle.WeightFormat`.
-        activations: in which the graphs compute.
-        kv_cache: types of the K/V cache to choose from, that of the activations first.
-    """
+    """Types of the numbers in a bundle; ``kv_cache`` are those to choose from, that of the activations first."""
 
     decoder: WeightType
     head: WeightType
