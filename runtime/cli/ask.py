@@ -41,7 +41,7 @@ def ask(options: Options, bundle: Path, question: str, images: tuple[Path, ...],
     began = time.perf_counter()
     with options.load(bundle) as owl:
         load_seconds = time.perf_counter() - began
-        stream = options.stream(owl.chat(), text, opened)
+        stream = owl.chat().stream(text, opened, preprocess=options.preprocess, config=options.generation)
         if as_json:
             answer = stream.read()
             record = {"text": answer.text, "finish_reason": answer.finish_reason, **asdict(answer.stats)}

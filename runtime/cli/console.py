@@ -21,7 +21,7 @@ from owl2.runtime.verification import LoadProgress, OnProgress
 STOPPED = 130
 """Exit code of a program ended by Ctrl-C: 128 + SIGINT."""
 PROGRESS_DELAY = 0.5
-"""Seconds of hashing before it shows how far it has come."""
+"""Seconds of hashing before its progress is shown."""
 
 # An answer is a model's text: on a terminal it must not move the cursor or change colours.
 UNSHOWN = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
@@ -35,7 +35,6 @@ def notice(text: str) -> None:
 
 
 def notice_interrupt(text: str) -> None:
-    """Write a message after Ctrl-C."""
     if sys.stderr.isatty():
         click.echo("\r", err=True, nl=False)  # over the ^C that the terminal has just shown
     notice(text)
@@ -70,7 +69,6 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 @contextmanager
 def _notices_of_warnings() -> Iterator[None]:
-    """Write warnings of this project as notices."""
     with warnings.catch_warnings():
         others = warnings.showwarning
 
@@ -94,35 +92,32 @@ def _notices_of_warnings() -> Iterator[None]:
 
 @contextmanager
 def load_progress() -> Iterator[OnProgress | None]:
-    """Show on stderr how far hashing has come, if that is a terminal and takes more than a moment."""
+    """Show the progress of hashing on stderr, if that is a terminal and hashing takes more than a moment."""
     if not sys.stderr.isatty():
         yield None
         return
     began: float | None = None
-    advance: Callable[[int], None] | None = None
-    counted = 0
+    bar: Any = None
 
     def show(progress: LoadProgress) -> None:
-        nonlocal began, advance, counted
+        nonlocal began, bar
         if progress.stage != "verifying":
             bars.close()
-            began, advance, counted = None, None, 0  # another model may follow
+            began, bar = None, None  # another model may follow
             return
         began = time.monotonic() if began is None else began
-        if advance is None and time.monotonic() - began >= PROGRESS_DELAY and progress.done < progress.total:
+        if bar is None and time.monotonic() - began >= PROGRESS_DELAY and progress.done < progress.total:
             label = f"verifying {size(progress.total)}"
-            bar = click.progressbar(length=progress.total, label=label, file=sys.stderr)
-            advance = bars.enter_context(bar).update
-        if advance is not None:
-            advance(progress.done - counted)
-            counted = progress.done
+            bar = bars.enter_context(click.progressbar(length=progress.total, label=label, file=sys.stderr))
+        if bar is not None:
+            bar.update(progress.done - bar.pos)
 
     with ExitStack() as bars:
         yield show
 
 
 def write(stream: AnswerStream) -> None:
-    """Write an answer to stdout while it is generated; its line ends also where it is broken off."""
+    """Write an answer to stdout while it is generated; end its line even if it breaks off."""
     written = False
     try:
         for chunk in stream:
@@ -151,7 +146,6 @@ def notice_context(answer: Answer, context: int) -> None:
 
 
 def describe(answer: Answer) -> str:
-    """Two lines with the figures of an answer."""
     stats = answer.stats
     new = stats.prompt_tokens - stats.reused_tokens
     return (

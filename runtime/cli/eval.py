@@ -24,7 +24,7 @@ from owl2.runtime.cli.options import (
 )
 from owl2.runtime.cli.table import section, table
 from owl2.runtime.config import require
-from owl2.runtime.evaluation.divergence import IMAGE, TEXT, Divergence
+from owl2.runtime.evaluation.divergence import IMAGE, TEXT
 from owl2.runtime.evaluation.evaluate import (
     MAX_NEW_TOKENS,
     Evaluation,
@@ -32,7 +32,7 @@ from owl2.runtime.evaluation.evaluate import (
     OnEvaluationProgress,
     evaluate,
 )
-from owl2.runtime.evaluation.summary import Figure, Group
+from owl2.runtime.evaluation.summary import Figure
 from owl2.runtime.spec import KvType
 from owl2.runtime.verification import LoadProgress
 from owl2.runtime.version import __version__
@@ -59,8 +59,6 @@ MEASURES = {
     "tokens": "tokens",
 }
 SHARES = ("vqa_accuracy", "exact_match_normalised", "exact_match", "accuracy", "accuracy_per_token", "rouge_l")
-
-Row = tuple[str, ...]
 
 
 @click.command("eval")
@@ -186,30 +184,34 @@ def _progress() -> Iterator[OnEvaluationProgress | None]:
 
 def _table(evaluation: Evaluation, against: Path | None) -> str:
     summary = evaluation.summary
-    rows: list[Row] = [("", "items", "bundle", "" if against is None else "reference")]
+    rows: list[tuple[str, ...]] = [("", "items", "bundle", "" if against is None else "reference")]
     for task in summary.tasks:
         rows.append((TITLES[task.task], str(task.whole.items), "", ""))
         rows += [
             (f"  {MEASURES[name]}", "", _shown(name, figure), _shown(name, task.whole.reference.get(name)))
             for name, figure in task.whole.scores.items()
         ]
-        rows += [_category_row(category, group) for category, group in task.categories.items()]
+        for category, group in task.categories.items():
+            name, figure = next(iter(group.scores.items()))  # the main measure; the others are in the JSON
+            shown = _shown(name, figure), _shown(name, group.reference.get(name))
+            rows.append((f"    {category}", str(group.items), *shown))
         if (changes := task.whole.changes) is not None:
             better_or_worse = f"{changes.better} better, {changes.worse} worse"
             rows.append(("  answers changed", "", str(changes.changed), better_or_worse))
     blocks = [table(rows, "<>>>")]
-    if summary.divergence is not None:
-        blocks.append(section(f"against {against}", table(_divergence_rows(summary.divergence), "<>>")))
+    if (divergence := summary.divergence) is not None:
+        positions, kl, same = divergence.positions, divergence.mean_kl, divergence.agreement
+        rows = [
+            ("", "text", "image"),
+            ("positions", *(str(int(positions[modality])) for modality in (TEXT, IMAGE))),
+            ("KL (nats)", *(f"{kl(modality):.3g}" for modality in (TEXT, IMAGE))),
+            ("same best token", *(f"{same(modality):.1%}" for modality in (TEXT, IMAGE))),
+        ]
+        blocks.append(section(f"against {against}", table(rows, "<>>")))
     per_item = evaluation.seconds / max(summary.items, 1)
     count = "1 item" if summary.items == 1 else f"{summary.items} items"
     blocks.append(f"{count} in {duration(evaluation.seconds)}, {duration(per_item)} each; ± is the standard error")
     return "\n\n".join(blocks)
-
-
-def _category_row(category: str, group: Group) -> Row:
-    """The main measure; the others are in the JSON."""
-    name, figure = next(iter(group.scores.items()))
-    return f"    {category}", str(group.items), _shown(name, figure), _shown(name, group.reference.get(name))
 
 
 def _shown(name: str, figure: Figure | None) -> str:
@@ -219,13 +221,3 @@ def _shown(name: str, figure: Figure | None) -> str:
     if name in SHARES:
         return f"{100 * figure.value:.1f}" + ("" if error is None else f" ± {100 * error:.1f}") + " %"
     return f"{figure.value:.4g}" + ("" if error is None else f" ± {error:.2f}")
-
-
-def _divergence_rows(divergence: Divergence) -> list[Row]:
-    modalities = (TEXT, IMAGE)
-    return [
-        ("", "text", "image"),
-        ("positions", *(str(int(divergence.positions[modality])) for modality in modalities)),
-        ("KL (nats)", *(f"{divergence.mean_kl(modality):.3g}" for modality in modalities)),
-        ("same best token", *(f"{divergence.agreement(modality):.1%}" for modality in modalities)),
-    ]

@@ -24,31 +24,21 @@ Row = tuple[str, str]
 
 @dataclass(frozen=True)
 class Inspection:
-    """A bundle's own account of itself, and its problems.
+    """The files of a bundle that describe it, and its problems.
 
     Attributes:
-        manifest: its ``owl2.json``.
-        report: its ``report.json``; empty if it has none that can be read.
+        figures: numbers and texts of some entries of its ``report.json``; empty where they cannot be read.
+        goldens: result of the exporting machine on each golden prompt, and the limit for a device.
         engines: records of the TensorRT engines, by the name of their folder.
         onnxruntime: version of the installed one; None if none can be imported.
-        problems: a sentence each; empty if the bundle can be used.
     """
 
     manifest: Manifest
-    report: dict[str, Any]
+    figures: dict[str, dict[str, Any]]
+    goldens: list[dict[str, Any]]
     engines: dict[str, EngineRecord]
     onnxruntime: str | None
     problems: list[str]
-
-    def figures(self, name: str) -> dict[str, Any]:
-        """Numbers and texts of an entry of the report; empty if it has none."""
-        return _plain(self.report.get(name))
-
-    @property
-    def goldens(self) -> list[dict[str, Any]]:
-        """Result of the exporting machine on each golden prompt, and the limit for a device."""
-        entries = self.report.get("goldens")
-        return [_plain(entry) for entry in entries] if isinstance(entries, list) else []
 
 
 @click.command()
@@ -82,11 +72,6 @@ def info(bundle: Path, verify: bool, as_json: bool) -> None:
 
 
 def _inspect(folder: Path, force: bool) -> Inspection:
-    """Read and check a bundle.
-
-    Raises:
-        BundleError: its manifest cannot be read.
-    """
     manifest = read_manifest(folder)
     with load_progress() as progress:
         problems = check_files(folder, manifest, force=force, on_progress=progress)
@@ -103,7 +88,10 @@ def _inspect(folder: Path, force: bool) -> Inspection:
         report = {}  # the hashes report the damage
     engines, engine_problems = check_all(folder, manifest)
     report = report if isinstance(report, dict) else {}
-    return Inspection(manifest, report, engines, installed, problems + engine_problems)
+    figures = {name: _plain(report.get(name)) for name in ("accuracy", "kv_int8", "calibration")}
+    entries = report.get("goldens")
+    goldens = [_plain(entry) for entry in entries] if isinstance(entries, list) else []
+    return Inspection(manifest, figures, goldens, engines, installed, problems + engine_problems)
 
 
 def _plain(entry: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
@@ -112,7 +100,6 @@ def _plain(entry: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
 
 
 def _kv_caches(found: Inspection) -> dict[str, dict[str, Any]]:
-    """Memory and requirements of every type of K/V cache that the bundle offers."""
     manifest, installed = found.manifest, found.onnxruntime
     return {
         kv_type: {
@@ -138,10 +125,10 @@ def _record(found: Inspection) -> dict[str, Any]:
         "kv_bytes_per_position": default["bytes_per_position"],
         "kv_bytes_full_context": default["bytes_full_context"],
         "kv_cache": caches,
-        "kv_int8": found.figures("kv_int8"),
+        "kv_int8": found.figures["kv_int8"],
         "onnxruntime": found.onnxruntime,
-        "accuracy": found.figures("accuracy"),
-        "calibration": found.figures("calibration"),
+        "accuracy": found.figures["accuracy"],
+        "calibration": found.figures["calibration"],
         "goldens": found.goldens,
         "engines": {name: record.to_json() for name, record in found.engines.items()},
         "manifest": manifest.to_json(),
@@ -158,15 +145,23 @@ def _sections(folder: Path, found: Inspection) -> list[str]:
         ("onnxruntime", needs),
         ("family", manifest.family),
     ]
-    losses = {name: value for name, value in found.figures("kv_int8").items() if not name.startswith("bytes_")}
+    weights = manifest.weights
+    grouped = f", groups of {weights.group_size}" if weights.group_size else ""
+    method = f" ({weights.method}{grouped})" if weights.method != "none" else ""
+    losses = {name: value for name, value in found.figures["kv_int8"].items() if not name.startswith("bytes_")}
     files = [(name, size(entry.size)) for name, entry in manifest.files.items()]
     sections = {
         "model": _model(manifest),
-        "weights": _weights(manifest),
+        "weights": [
+            ("decoder", weights.decoder + method),
+            ("head", weights.head),
+            ("vision", weights.vision),
+            ("embeddings", weights.embeddings),
+        ],
         "K/V cache": _kv_rows(found),
-        "accuracy": _figures(found.figures("accuracy")),
+        "accuracy": _figures(found.figures["accuracy"]),
         "int8 K/V cache against fp32": _figures(losses),
-        "calibration": _figures(found.figures("calibration")),
+        "calibration": _figures(found.figures["calibration"]),
         "golden prompts": [(str(golden.get("name")), _golden(golden)) for golden in found.goldens],
         "TensorRT engines": [(name, _engine(record)) for name, record in found.engines.items()],
         "files": [*files, ("total", size(manifest.size))],
@@ -200,18 +195,6 @@ def _model(manifest: Manifest) -> list[Row]:
             f"{model.rows_per_image} positions each",
         ),
         ("context", f"{decoder.max_position_embeddings} positions{stretch}"),
-    ]
-
-
-def _weights(manifest: Manifest) -> list[Row]:
-    weights = manifest.weights
-    grouped = f", groups of {weights.group_size}" if weights.group_size else ""
-    method = f" ({weights.method}{grouped})" if weights.method != "none" else ""
-    return [
-        ("decoder", weights.decoder + method),
-        ("head", weights.head),
-        ("vision", weights.vision),
-        ("embeddings", weights.embeddings),
     ]
 
 

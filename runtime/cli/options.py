@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
 import click
-from PIL import Image
 
-from owl2.runtime.chat import Chat
 from owl2.runtime.cli.console import load_progress
 from owl2.runtime.errors import ConfigError
 from owl2.runtime.owl import Owl2
@@ -19,7 +17,6 @@ from owl2.runtime.placement import CPU, KINDS, Placement
 from owl2.runtime.preprocess import MODES
 from owl2.runtime.sampling import GenerationConfig
 from owl2.runtime.spec import KvType
-from owl2.runtime.stream import AnswerStream
 
 DEFAULTS = GenerationConfig()
 
@@ -75,14 +72,7 @@ verify_option = click.option(
 
 @dataclass(frozen=True)
 class Options:
-    """Options of the commands that answer.
-
-    Attributes:
-        threads, context, device, kv_cache, check_memory, verify: as in :meth:`Owl2.load`.
-        preprocess: how images are made square; None for the bundle's own mode.
-        generation: how answers are generated.
-        stats: whether figures follow an answer.
-    """
+    """Options of the commands that answer."""
 
     threads: int | None
     context: int | None
@@ -95,7 +85,6 @@ class Options:
     stats: bool
 
     def load(self, bundle: Path) -> Owl2:
-        """Verify and load a bundle; raises as :meth:`Owl2.load`."""
         with load_progress() as progress:
             return Owl2.load(
                 bundle,
@@ -107,10 +96,6 @@ class Options:
                 verify=self.verify,
                 progress=progress,
             )
-
-    def stream(self, chat: Chat, question: str, images: Sequence[Image.Image]) -> AnswerStream:
-        """Ask in ``chat``; raises as :meth:`Chat.stream`."""
-        return chat.stream(question, images, preprocess=self.preprocess, config=self.generation)
 
 
 def model_options(command: Callable[..., None]) -> Callable[..., None]:

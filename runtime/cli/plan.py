@@ -112,9 +112,8 @@ def _table(plan: Plan) -> str:
     if plan.problem is not None:
         blocks.append(section("problem", plan.problem))
     if not plan.fits:
-        rows = [
-            (change, size(after.needed), f"of {size(after.available)}") for change, after in plan.suggestions.items()
-        ]
+        changes = plan.suggestions.items()
+        rows = [(change, size(after.needed), f"of {size(after.available)}") for change, after in changes]
         nothing = "no option and no other export makes it fit"
         blocks.append(section("to make it fit", table(rows, "<>") if rows else nothing))
     return "\n\n".join(blocks)

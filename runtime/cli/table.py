@@ -7,12 +7,7 @@ from collections.abc import Sequence
 
 
 def table(rows: Sequence[Sequence[str]], align: str = "") -> str:
-    """Rows as columns, two spaces apart.
-
-    Args:
-        rows: of the same number of cells.
-        align: ``<`` or ``>`` for each column; left for those it does not reach.
-    """
+    """Rows of the same length as columns, two spaces apart; ``align`` has ``<`` or ``>`` for the first columns."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     sides = align.ljust(len(widths), "<")
     lines = ("  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths)) for row in rows)
@@ -20,5 +15,4 @@ def table(rows: Sequence[Sequence[str]], align: str = "") -> str:
 
 
 def section(title: str, text: str) -> str:
-    """Text, indented under a title."""
     return f"{title}\n{textwrap.indent(text, '  ')}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +13,7 @@ import click
 from owl2.runtime.cli.console import duration, load_progress, reports_errors
 from owl2.runtime.cli.options import bundle_argument, device_option, memory_option, threads_option
 from owl2.runtime.cli.table import table
-from owl2.runtime.evaluation.verify import Replay, Verdict, verify
+from owl2.runtime.evaluation.verify import Verdict, verify
 
 
 @click.command("verify")
@@ -37,35 +38,30 @@ def verify_command(bundle: Path, device: str, threads: int | None, check_memory:
     """
     with load_progress() as progress:
         verdict = verify(bundle, device=device, threads=threads, check_memory=check_memory, progress=progress)
-    click.echo(json.dumps(_record(verdict), indent=2) if as_json else _table(bundle, verdict))
-    sys.exit(0 if verdict.passed else 1)
-
-
-def _record(verdict: Verdict) -> dict[str, object]:
-    return {
-        "passed": verdict.passed,
-        "problems": list(verdict.problems),
-        "goldens": [
+    if as_json:
+        times = {"load_seconds": verdict.load_seconds, "replay_seconds": verdict.replay_seconds}
+        goldens = [
             # JSON has no NaN.
-            asdict(replay) | {"kl": replay.kl if replay.kl == replay.kl else None, "passed": replay.passed}
+            asdict(replay) | {"kl": None if math.isnan(replay.kl) else replay.kl, "passed": replay.passed}
             for replay in verdict.replays
-        ],
-        "load_seconds": verdict.load_seconds,
-        "replay_seconds": verdict.replay_seconds,
-    }
+        ]
+        record = {"passed": verdict.passed, "problems": verdict.problems, "goldens": goldens, **times}
+        click.echo(json.dumps(record, indent=2))
+    else:
+        click.echo(_table(bundle, verdict))
+    sys.exit(0 if verdict.passed else 1)
 
 
 def _table(folder: Path, verdict: Verdict) -> str:
     if verdict.problems:
         lines = [f"  {problem}" for problem in verdict.problems]
         return "\n".join([f"{folder}: files differ from the export; nothing was replayed", *lines, "FAIL"])
-    rows = [("golden", "KL (nats)", "limit", "exporter", "same best token", ""), *map(_row, verdict.replays)]
+    rows = [("golden", "KL (nats)", "limit", "exporter", "same best token", "")]
+    for replay in verdict.replays:
+        figures = f"{replay.kl:.2e}", f"{replay.limit:.1e}", f"{replay.exported_kl:.1e}", f"{replay.top1_agreement:.1%}"
+        shown = ("", "", "", "") if replay.problem else figures
+        rows.append((replay.name, *shown, "pass" if replay.passed else "FAIL"))
     problems = [f"{replay.name}: {replay.problem}" for replay in verdict.replays if replay.problem]
     times = f"loaded in {duration(verdict.load_seconds)}, replayed in {duration(verdict.replay_seconds)}"
     result = "pass" if verdict.passed else "FAIL"
     return "\n".join([table(rows, "<>>>>"), *problems, "", f"all files verified; {times}", result])
-
-
-def _row(replay: Replay) -> tuple[str, ...]:
-    figures = (f"{replay.kl:.2e}", f"{replay.limit:.1e}", f"{replay.exported_kl:.1e}", f"{replay.top1_agreement:.1%}")
-    return replay.name, *(("", "", "", "") if replay.problem else figures), "pass" if replay.passed else "FAIL"

@@ -20,7 +20,6 @@ Gram = tuple[str, ...]
 
 
 def words(text: str) -> list[str]:
-    """The words of a caption."""
     return WORD.findall(text.lower())
 
 
@@ -57,26 +56,20 @@ def cider_d(captions: Sequence[str], references: Sequence[Sequence[str]]) -> lis
     section 6: counts clipped to those of the reference, a Gaussian penalty on the difference in length (sigma 6),
     scaled by 10. The document frequencies are those of ``references``, one document per image: with a single image
     every weight and every score is 0.
-
-    Args:
-        captions: one per image.
-        references: captions that people wrote, for each image.
     """
-    expected = [[_ngrams(words(text)) for text in texts] for texts in references]
+    expected = [[words(text) for text in texts] for texts in references]
     documents: Counter[Gram] = Counter()
     for texts in expected:
-        documents.update({gram for grams in texts for gram in grams})
+        documents.update({gram for text in texts for gram in _ngrams(text)})
     scale = math.log(max(len(references), 1))
 
-    def weights(grams: Mapping[Gram, int]) -> dict[Gram, float]:
-        return {gram: count * (scale - math.log(max(documents[gram], 1))) for gram, count in grams.items()}
+    def weights(text: Sequence[str]) -> dict[Gram, float]:
+        return {gram: count * (scale - math.log(max(documents[gram], 1))) for gram, count in _ngrams(text).items()}
 
     scores = []
     for caption, texts in zip(captions, expected):
-        candidate = _ngrams(words(caption))
-        total = sum(
-            _similarity(weights(candidate), weights(text), _length(candidate) - _length(text)) for text in texts
-        )
+        candidate = words(caption)
+        total = sum(_similarity(weights(candidate), weights(text), len(candidate) - len(text)) for text in texts)
         scores.append(10.0 * total / max(len(texts), 1))
     return scores
 
@@ -84,10 +77,6 @@ def cider_d(captions: Sequence[str], references: Sequence[Sequence[str]]) -> lis
 def _ngrams(tokens: Sequence[str]) -> Counter[Gram]:
     """Counts of runs of 1 to 4 words."""
     return Counter(tuple(tokens[i : i + n]) for n in range(1, CIDER_N + 1) for i in range(len(tokens) - n + 1))
-
-
-def _length(grams: Mapping[Gram, int]) -> int:
-    return sum(count for gram, count in grams.items() if len(gram) == 1)
 
 
 def _similarity(candidate: Mapping[Gram, float], reference: Mapping[Gram, float], difference: int) -> float:

@@ -41,7 +41,6 @@ class Golden:
     """A prompt and the logits it must lead to.
 
     Attributes:
-        name: for people.
         prompt: raw text with one ``<|image|>`` per image.
         ids: its token ids, -200 per image.
         images: uint8 [H, W, 3] each.
@@ -63,7 +62,6 @@ class Baseline:
 
     Attributes:
         name: of the golden.
-        positions: compared.
         kl: mean Kullback-Leibler divergence of its distributions from the expected ones, nats.
         top1_agreement: share of positions with the same most likely token.
         limit: the largest ``kl`` at which a device passes.
@@ -98,10 +96,9 @@ def write_goldens(path: Path, goldens: Sequence[Golden]) -> None:
 
 
 def read_goldens(bundle: Bundle) -> tuple[Golden, ...]:
-    """The goldens of a bundle; no memory is allocated for arrays that the file only claims to hold.
+    """The goldens of a bundle; raises BundleCorruptError for a file that no export writes.
 
-    Raises:
-        BundleCorruptError: the file is not one that an export writes.
+    No memory is allocated for arrays that the file only claims to hold.
     """
     path = bundle.path(spec.GOLDENS)
     try:
@@ -117,11 +114,7 @@ def read_goldens(bundle: Bundle) -> tuple[Golden, ...]:
 
 
 def read_baselines(bundle: Bundle, goldens: Sequence[Golden]) -> dict[str, Baseline]:
-    """The report's entry of each golden, by name.
-
-    Raises:
-        BundleCorruptError: the report is not one that an export writes, or has no entry for a golden.
-    """
+    """The report's entry of each golden, by name; raises BundleCorruptError if a golden has none."""
     path = bundle.path(spec.REPORT)
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))["goldens"]

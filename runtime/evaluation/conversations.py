@@ -28,7 +28,7 @@ def read_records(path: Path, parse: Callable[[int, Record], T]) -> tuple[list[T]
 
     Args:
         path: of the file.
-        parse: is called with the number of each line, from 1, and its object; a ValueError says what is wrong.
+        parse: called with the number of each line, from 1, and its object; its ValueError makes the line malformed.
 
     Returns:
         The results of ``parse``, and a sentence for each line that is malformed.
@@ -67,11 +67,7 @@ def _record(line: str) -> Record:
 
 
 def image_names(record: Record) -> list[str]:
-    """The file names in the field ``image``.
-
-    Raises:
-        ValueError: it is neither a name nor a list of names.
-    """
+    """The file names in the field ``image``; raises ValueError if it is neither a name nor a list of names."""
     given = record.get("image") or []
     names = [given] if isinstance(given, str) else given
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -101,11 +97,7 @@ def conversation(record: Record, images: int) -> tuple[Message, ...]:
 
 
 def valid_text(text: str) -> str:
-    """The same text.
-
-    Raises:
-        ValueError: it holds half a surrogate pair, which JSON allows and Unicode does not.
-    """
+    """The same text; raises ValueError if it holds half a surrogate pair, which JSON allows and Unicode does not."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -1,22 +1,8 @@
-"""The user's own data: a JSON object per line, whose fields say what is asked of the model.
-
-=========================================  ==================================================================
-``{"question", "answers": [...]}``         a short answer, against those that people gave
-``{"question", "choices": [...],           the most likely of several answers
-"answer": number or text}``
-``{"captions": [...]}``                    a description, against those that people wrote
-``{"conversations": [{"from", "value"}]}`` the likelihood of the assistant's turns, as in calibration data
-``{"text"}``                               the likelihood of plain text
-=========================================  ==================================================================
-
-``"image"`` names an image or a list of them, relative to the file; ``"kind"`` is a category that results are grouped
-by; ``"id"`` is repeated in the results; other fields are ignored. ``<|image|>`` in a question marks the place of an
-image.
-"""
+"""The user's own data: a JSON object per line, whose fields say what is asked of the model; see docs/commands.md."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +22,7 @@ from owl2.runtime.families.mplug_owl2.template import Message, with_images
 
 CAPTION_QUESTION = "Provide a one-sentence caption for the provided image."
 MAX_LISTED_PROBLEMS = 100
+TASK_FIELDS = ("answers", "choices", "captions", "conversations", "text")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +73,7 @@ class Item:
 
     Attributes:
         line: its number, from 1.
-        task: to be measured.
-        images: paths of its images.
         category: the line's ``"kind"``, by which results are grouped; empty for none.
-        id: as given; None for none.
     """
 
     line: int
@@ -135,7 +119,14 @@ def messages(task: Task, answer: str | None) -> tuple[Message, ...]:
 
 def _item(line: int, record: Record, folder: Path) -> Item:
     images = image_names(record)
-    task = _reader(record)(record, len(images))
+    found = [name for name in TASK_FIELDS if name in record]
+    if len(found) != 1:
+        given = ", ".join(found) if found else ", ".join(map(str, record)) or "nothing"
+        raise ValueError(
+            f"exactly one of the fields {', '.join(TASK_FIELDS)} must say what to measure; got {given}"
+            + ("" if found or "answer" not in record else ' (a single answer is a list, too: "answers": ["red"])')
+        )
+    task = _task(found[0], record, len(images))
     category, name = record.get("kind", ""), record.get("id")
     if not isinstance(category, str):
         raise ValueError(f'"kind" must be a string, got {category!r}')
@@ -144,20 +135,28 @@ def _item(line: int, record: Record, folder: Path) -> Item:
     return Item(line, task, tuple(folder / image for image in images), category, name)
 
 
-def _reader(record: Record) -> Callable[[Record, int], Task]:
-    """The reader of the task that the record's fields stand for."""
-    found = [name for name in _READERS if name in record]
-    if len(found) != 1:
-        given = ", ".join(found) if found else ", ".join(map(str, record)) or "nothing"
-        raise ValueError(
-            f"exactly one of the fields {', '.join(_READERS)} must say what to measure; got {given}"
-            + ("" if found or "answer" not in record else ' (a single answer is a list, too: "answers": ["red"])')
-        )
-    return _READERS[found[0]]
-
-
-def _question(record: Record, images: int) -> Question:
-    return Question(_asked(record, images), _texts(record, "answers"))
+def _task(name: str, record: Record, images: int) -> Task:
+    match name:
+        case "answers":
+            return Question(_asked(record, images), _texts(record, "answers"))
+        case "choices":
+            return _choice(record, images)
+        case "captions":
+            if images == 0:
+                raise ValueError('"captions" needs an "image"')
+            return Caption(_asked(record, images, CAPTION_QUESTION), _texts(record, "captions"))
+        case "conversations":
+            turns = conversation(record, images)
+            if not any(turn.role == "ASSISTANT" and turn.text for turn in turns):
+                raise ValueError('"conversations" has no turn from "gpt" with a text to measure')
+            return Conversation(turns)
+        case _:
+            text = record["text"]
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(f'"text" must be a non-empty string, got {text!r}')
+            if images:
+                raise ValueError('"text" cannot have an "image"; use "conversations" for both')
+            return Text(valid_text(text))
 
 
 def _choice(record: Record, images: int) -> Choice:
@@ -169,37 +168,6 @@ def _choice(record: Record, images: int) -> Choice:
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
         raise ValueError(f'"answer" must be one of the choices or its index from 0, got {answer!r}')
     return Choice(_asked(record, images), choices, answer)
-
-
-def _caption(record: Record, images: int) -> Caption:
-    if images == 0:
-        raise ValueError('"captions" needs an "image"')
-    return Caption(_asked(record, images, CAPTION_QUESTION), _texts(record, "captions"))
-
-
-def _conversation(record: Record, images: int) -> Conversation:
-    turns = conversation(record, images)
-    if not any(turn.role == "ASSISTANT" and turn.text for turn in turns):
-        raise ValueError('"conversations" has no turn from "gpt" with a text to measure')
-    return Conversation(turns)
-
-
-def _text(record: Record, images: int) -> Text:
-    text = record["text"]
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f'"text" must be a non-empty string, got {text!r}')
-    if images:
-        raise ValueError('"text" cannot have an "image"; use "conversations" for both')
-    return Text(valid_text(text))
-
-
-_READERS: dict[str, Callable[[Record, int], Task]] = {
-    "answers": _question,
-    "choices": _choice,
-    "captions": _caption,
-    "conversations": _conversation,
-    "text": _text,
-}
 
 
 def _asked(record: Record, images: int, default: str = "") -> str:

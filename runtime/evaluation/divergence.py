@@ -47,11 +47,11 @@ class Divergence:
         )
 
     def mean_kl(self, modality: int) -> float:
-        """Nats per position of a modality; 0 where there is none."""
+        """Nats per position of a modality; 0 where it has none."""
         return self.kl[modality] / max(self.positions[modality], 1.0)
 
     def agreement(self, modality: int) -> float:
-        """Share of a modality's positions with the same most likely token; 0 where there is none."""
+        """Share of a modality's positions with the same most likely token; 0 where it has none."""
         return self.same[modality] / max(self.positions[modality], 1.0)
 
     @property
@@ -61,23 +61,16 @@ class Divergence:
 
 
 def divergence(reference: Floats, actual: Floats, modality: Ints) -> Divergence:
-    """Compare the logits of one prompt.
-
-    Args:
-        reference: [T, V], whose distributions count as true.
-        actual: [T, V].
-        modality: [T], 1 at image rows.
-    """
-    positions, kl, same = np.zeros(2), np.zeros(2), np.zeros(2)
-    difference = 0.0
+    """Compare the logits of one prompt: [T, V] twice, those of ``reference`` count as true; [T], 1 at image rows."""
+    sums, difference = np.zeros((3, 2)), 0.0
     for start in range(0, len(modality), ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)
         expected, found, modalities = reference[rows], actual[rows], modality[rows]
-        positions += np.bincount(modalities, minlength=2)
-        kl += np.bincount(modalities, row_kl(expected, found), 2)
-        same += np.bincount(modalities, expected.argmax(-1) == found.argmax(-1), 2)
+        weights = np.ones(len(modalities)), row_kl(expected, found), expected.argmax(-1) == found.argmax(-1)
+        sums += [np.bincount(modalities, weight, 2) for weight in weights]
         difference += float(np.abs(expected - found).mean(-1, dtype=np.float64).sum())
-    return Divergence(_pair(positions), _pair(kl), _pair(same), difference)
+    positions, kl, same = ((float(pair[TEXT]), float(pair[IMAGE])) for pair in sums)
+    return Divergence(positions, kl, same, difference)
 
 
 def modality_of(prompt: Prompt) -> Ints:
@@ -106,7 +99,3 @@ def token_logprobs(logits: Floats, ids: Ints) -> NDArray[np.float64]:
         rows = slice(start, start + ROWS_AT_ONCE)
         logprobs.append(np.take_along_axis(log_softmax_rows(logits[rows]), ids[rows, None], axis=1)[:, 0])
     return np.concatenate(logprobs)
-
-
-def _pair(values: NDArray[np.float64]) -> Pair:
-    return float(values[TEXT]), float(values[IMAGE])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,9 +48,8 @@ class Evaluation:
         summary: scores by task and category, and the divergence from the reference.
         results: of each item that was measured.
         total: items that were to be measured.
-        seconds: that measuring took.
-        context: positions that a conversation could take.
-        preprocess: how images became square.
+        seconds: without loading.
+        preprocess: how images were made square.
     """
 
     summary: Summary
@@ -62,15 +61,10 @@ class Evaluation:
 
     @property
     def complete(self) -> bool:
-        """Whether every item was measured."""
         return len(self.results) == self.total
 
     def to_json(self, *, items: bool = False) -> dict[str, Any]:
-        """Plain dictionaries.
-
-        Args:
-            items: with the outputs of every item.
-        """
+        """Plain dictionaries, with the outputs of every item if ``items``."""
         record = {
             "preprocess": self.preprocess,
             "context": self.context,
@@ -97,7 +91,7 @@ def evaluate(  # noqa: PLR0913 - the arguments of Owl2.load and those of the eva
     check_memory: bool = True,
     progress: OnEvaluationProgress | None = None,
 ) -> Evaluation:
-    """Measure a bundle on JSON lines; :mod:`owl2.runtime.evaluation.data` describes them.
+    """Measure a bundle on JSON lines, which ``owl2 eval --help`` describes.
 
     Everything that can be checked is checked before a model is loaded. Answers are greedy, so results are reproducible.
     Ctrl-C ends the evaluation early: what was measured until then is returned, and ``complete`` is False.
@@ -157,20 +151,12 @@ def evaluate(  # noqa: PLR0913 - the arguments of Owl2.load and those of the eva
             stack.enter_context(closing(reference))
         measuring = measure(owl.model, items, reference, max_new_tokens=max_new_tokens, preprocess=preprocess)
         began = time.perf_counter()
-        results = _collect(measuring, len(items), progress)
+        results: list[ItemResult] = []
+        with suppress(KeyboardInterrupt):
+            for result in measuring:
+                results.append(result)
+                if progress is not None:
+                    progress(EvaluationProgress(len(results), len(items)))
         seconds = time.perf_counter() - began
     mode = preprocess or owl.config.preprocess.mode
-    return Evaluation(summarise(results), results, len(items), seconds, owl.context, mode)
-
-
-def _collect(
-    measuring: Iterator[ItemResult], total: int, progress: OnEvaluationProgress | None
-) -> tuple[ItemResult, ...]:
-    """The results until the end or Ctrl-C."""
-    results: list[ItemResult] = []
-    with suppress(KeyboardInterrupt):
-        for result in measuring:
-            results.append(result)
-            if progress is not None:
-                progress(EvaluationProgress(len(results), total))
-    return tuple(results)
+    return Evaluation(summarise(results), tuple(results), len(items), seconds, owl.context, mode)

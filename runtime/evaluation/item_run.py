@@ -18,6 +18,7 @@ from owl2.runtime.images import PreparedImage
 from owl2.runtime.kv_cache import KvCache
 from owl2.runtime.load import Loaded
 from owl2.runtime.sampling import GenerationConfig
+from owl2.runtime.stream import AnswerStream
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,6 @@ class ItemRun:
     """The run of an item on one model.
 
     Attributes:
-        model: runs the prompts.
         cache: of all prompts of the item, so that what they share runs once.
         images: of the item, preprocessed as this model needs them.
     """
@@ -49,13 +49,8 @@ class ItemRun:
     def logits(self, prompt: Prompt, first: int = 0) -> Iterator[tuple[int, Floats]]:
         """Logits of the positions from ``first`` on, in blocks of the same size for every model.
 
-        Cached positions before ``first`` are reused; the cache ends up holding the prompt.
-
-        Yields:
-            The position of a block's first row, and its logits [R, V].
-
-        Raises:
-            BackendError: a logit is NaN or infinite.
+        Cached positions before ``first`` are reused; the cache ends up holding the prompt. Yields the position of a
+        block's first row, and its logits [R, V]; raises BackendError if a logit is NaN or infinite.
         """
         rest = None
         for _, logits in prompt_logits(self.model, self.cache, prompt, first):
@@ -73,11 +68,6 @@ class ItemRun:
 
     def answer(self, prompt: Prompt, max_new_tokens: int) -> Answer:
         """The greedy answer to a prompt; cached positions are reused."""
-        config = GenerationConfig(max_new_tokens=max_new_tokens)
-        generation = generate(self.model, self.cache, prompt, config, threading.Event())
-        while True:
-            try:
-                next(generation)
-            except StopIteration as end:
-                answer: Answer = end.value
-                return answer
+        config, cancelled = GenerationConfig(max_new_tokens=max_new_tokens), threading.Event()
+        chunks = generate(self.model, self.cache, prompt, config, cancelled)
+        return AnswerStream(chunks, cancelled, threading.Lock(), lambda _: None).read()

@@ -90,8 +90,6 @@ class ItemResult:
     """Result of one item.
 
     Attributes:
-        item: the question.
-        output: of the model.
         reference: output of the model that it is compared with; None without one.
         divergence: from the reference, over the prompt with its expected answer; None without a reference.
     """
@@ -113,8 +111,6 @@ def measure(
     """Measure item after item, greedily, so that results are reproducible. Only the results stay in memory.
 
     Args:
-        model: is measured.
-        items: as :func:`owl2.runtime.evaluation.read_items` returns them.
         reference: a second model, with the same vocabulary and context.
         max_new_tokens: of an answer.
         preprocess: ``resize``, ``pad`` or ``crop`` instead of each model's own mode.
@@ -145,10 +141,7 @@ def context_problems(model: Loaded, items: Sequence[Item]) -> list[str]:
 
 
 def expected_answer(task: Task) -> str:
-    """The answer with which the distributions of two models are compared: the most frequent one, the first of several.
-
-    Empty for tasks that ask nothing.
-    """
+    """The most frequent answer, the first of several, as two models are compared with it; empty if nothing is asked."""
     match task:
         case Question(_, answers) | Caption(_, answers):
             return Counter(answers).most_common(1)[0][0]
@@ -206,7 +199,6 @@ def _choice_likelihoods(run: ItemRun, task: Choice, prompt: Prompt) -> ChoiceLik
 
 
 def _text_likelihoods(runs: Sequence[ItemRun], item: Item, text: str) -> tuple[list[Likelihood], Divergence]:
-    """Likelihood of all tokens of a plain text; see :func:`_likelihoods`."""
     parts = [
         _likelihoods(runs, item, prompts, _predicting(prompts[0], [(1, len(prompts[0].keys))]))
         for prompts in zip(*(run.windows(text) for run in runs))
@@ -236,12 +228,8 @@ def _likelihoods(
 
     Args:
         runs: of the model, and of its reference if there is one.
-        item: for messages.
         prompts: the same one, as each model merges it.
         predicting: int64 [T], 1 at the positions whose next token counts.
-
-    Raises:
-        ReferenceModelError: the models split the prompt into different tokens, so that positions cannot be compared.
     """
     tokens = [[key if isinstance(key, int) else None for key in prompt.keys] for prompt in prompts]
     if tokens.count(tokens[0]) != len(tokens):
@@ -273,7 +261,6 @@ def _predicting(prompt: Prompt, spans: Sequence[tuple[int, int]]) -> Ints:
 
 
 def _shared_length(first: Sequence[Key], second: Sequence[Key]) -> int:
-    """Length of the common beginning."""
     pairs = enumerate(zip(first, second))
     return next((index for index, (a, b) in pairs if a != b), min(len(first), len(second)))
 

@@ -26,14 +26,10 @@ def open_reference(
     check_memory: bool = True,
     on_progress: OnProgress | None = None,
 ) -> Loaded:
-    """Open the model that ``model`` is compared with, with the same context.
+    """Open a bundle or an official checkpoint that ``model`` is compared with, with the same context.
 
-    A checkpoint runs in torch, which ``pip install 'owl2[export]'`` brings and which is imported only then.
-
-    Args:
-        folder: a bundle or an official checkpoint.
-        model: is compared with it.
-        device, threads, check_memory, on_progress: of a bundle, as of :func:`open_bundle`.
+    A checkpoint runs in torch, which ``pip install 'owl2[export]'`` brings and which is imported only then; the
+    options are for a bundle.
 
     Raises:
         ReferenceModelError: torch is not installed, or the two models have different shapes.
@@ -57,11 +53,7 @@ def open_reference(
 
 
 def is_bundle(folder: Path) -> bool:
-    """Whether a folder is a bundle, or else an official checkpoint.
-
-    Raises:
-        BundleError: it is neither.
-    """
+    """Whether a folder is a bundle, or else an official checkpoint; raises BundleError if it is neither."""
     if (folder / spec.MANIFEST).is_file():
         return True
     if (folder / "config.json").is_file():

@@ -18,6 +18,9 @@ from owl2.runtime.evaluation.vqa import exact_match, vqa_accuracy
 Score = Mapping[str, float]
 """Measures of one item, by name; empty where only sums over items mean something."""
 
+_Scored = tuple[ItemResult, Score, Score | None]
+"""A result, and the scores of the model and of its reference."""
+
 
 @dataclass(frozen=True, slots=True)
 class Figure:
@@ -35,12 +38,7 @@ Figures = Mapping[str, Figure]
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """Differences between the answers of a model and those of its reference.
-
-    Attributes:
-        changed: answers that are not the same.
-        better, worse: of these, how many score higher or lower.
-    """
+    """How many answers are not the reference's, and how many of these score better or worse."""
 
     changed: int
     better: int
@@ -52,7 +50,6 @@ class Group:
     """Items that are scored alike.
 
     Attributes:
-        items: how many.
         scores: of the model, by name of the measure; the first is the main one.
         reference: the same of the reference; empty without one.
         changes: None without a reference, and for tasks without answers.
@@ -66,13 +63,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class TaskSummary:
-    """Results of one task.
-
-    Attributes:
-        task: its name, see :func:`task_name`.
-        whole: all its items.
-        categories: the same by category; empty where no item has one.
-    """
+    """Results of one task, named by :func:`task_name`: of all its items, and by category where an item has one."""
 
     task: str
     whole: Group
@@ -81,20 +72,13 @@ class TaskSummary:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Results of all items.
-
-    Attributes:
-        items: how many.
-        tasks: in the order of the data.
-        divergence: from the reference; None without one.
-    """
+    """Results of all items, tasks in the order of the data; the divergence from the reference is None without one."""
 
     items: int
     tasks: tuple[TaskSummary, ...]
     divergence: Divergence | None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain dictionaries."""
         return {
             "items": self.items,
             "tasks": {
@@ -106,26 +90,21 @@ class Summary:
         }
 
 
-@dataclass(frozen=True)
-class _ScoredItem:
-    result: ItemResult
-    score: Score
-    reference: Score | None
-
-    @property
-    def category(self) -> str:
-        return self.result.item.category or "other"
-
-
 def summarise(results: Sequence[ItemResult]) -> Summary:
-    """Score results; part of the data will do."""
+    """Score results, of all items or of those measured so far."""
     tasks = []
     for name in dict.fromkeys(task_name(result.item.task) for result in results):
-        scored = _scored(name, [result for result in results if task_name(result.item.task) == name])
-        categories = dict.fromkeys(entry.category for entry in scored)
-        if not any(entry.result.item.category for entry in scored):
-            categories = {}
-        groups = {key: _group([entry for entry in scored if entry.category == key]) for key in categories}
+        chosen = [result for result in results if task_name(result.item.task) == name]
+        items = [result.item for result in chosen]
+        references = [result.reference for result in chosen if result.reference is not None]
+        scores = _scores(name, items, [result.output for result in chosen])
+        reference_scores = _scores(name, items, references) if references else [None] * len(chosen)
+        scored = list(zip(chosen, scores, reference_scores))
+        categories: dict[str, list[_Scored]] = {}
+        if any(item.category for item in items):
+            for entry, item in zip(scored, items):
+                categories.setdefault(item.category or "other", []).append(entry)
+        groups = {category: _group(entries) for category, entries in categories.items()}
         tasks.append(TaskSummary(name, _group(scored), groups))
     divergences = [result.divergence for result in results if result.divergence is not None]
     return Summary(len(results), tuple(tasks), reduce(add, divergences) if divergences else None)
@@ -147,7 +126,6 @@ def task_name(task: Task) -> str:
 
 
 def item_json(result: ItemResult) -> dict[str, Any]:
-    """One item with its outputs, in plain dictionaries."""
     item = result.item
     record: dict[str, Any] = {"line": item.line, "id": item.id, "kind": item.category, "task": task_name(item.task)}
     record["output"] = _output_json(item.task, result.output)
@@ -169,14 +147,6 @@ def divergence_json(divergence: Divergence) -> dict[str, Any]:
         for name, modality in (("text", TEXT), ("image", IMAGE))
     }
     return {**modalities, "mean_abs_logit_difference": divergence.mean_difference}
-
-
-def _scored(name: str, results: Sequence[ItemResult]) -> list[_ScoredItem]:
-    items = [result.item for result in results]
-    scores = _scores(name, items, [result.output for result in results])
-    references = [result.reference for result in results if result.reference is not None]
-    reference_scores = _scores(name, items, references) if references else [None] * len(results)
-    return [_ScoredItem(*entry) for entry in zip(results, scores, reference_scores)]
 
 
 def _scores(name: str, items: Sequence[Item], outputs: Sequence[Output]) -> Sequence[Score]:
@@ -207,58 +177,48 @@ def _score(task: Task, output: Output) -> Score:
             return {}
 
 
-def _group(scored: Sequence[_ScoredItem]) -> Group:
-    scores = _figures([entry.score for entry in scored], [entry.result.output for entry in scored])
-    references = [entry.reference for entry in scored if entry.reference is not None]
+def _group(scored: Sequence[_Scored]) -> Group:
+    scores = [score for _, score, _ in scored]
+    references = [reference for _, _, reference in scored if reference is not None]
+    figures = _figures(scores, [result.output for result, _, _ in scored])
     if not references:
-        return Group(len(scored), scores, {}, None)
-    outputs = [entry.result.reference for entry in scored if entry.result.reference is not None]
-    changes = _changes(scored, references) if scored[0].score else None
-    return Group(len(scored), scores, _figures(references, outputs), changes)
+        return Group(len(scored), figures, {}, None)
+    changes = None
+    if scores[0]:
+        main = next(iter(scores[0]))
+        pairs = [
+            (score[main], reference[main])
+            for (result, score, _), reference in zip(scored, references)
+            if _answer(result.output) != _answer(result.reference)
+        ]
+        better, worse = sum(ours > theirs for ours, theirs in pairs), sum(ours < theirs for ours, theirs in pairs)
+        changes = Changes(len(pairs), better, worse)
+    outputs = [result.reference for result, _, _ in scored if result.reference is not None]
+    return Group(len(scored), figures, _figures(references, outputs), changes)
 
 
 def _figures(scores: Sequence[Score], outputs: Sequence[Output]) -> Figures:
     likelihoods = [output for output in outputs if isinstance(output, Likelihood)]
     if likelihoods:
-        return _likelihood_figures(reduce(add, likelihoods))
-    return {name: _mean([score[name] for score in scores]) for name in scores[0]}
-
-
-def _mean(values: Sequence[float]) -> Figure:
-    count = len(values)
-    mean = math.fsum(values) / count
-    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / count)
-    return Figure(mean, deviation / math.sqrt(count) if count > 1 else None)
-
-
-def _likelihood_figures(total: Likelihood) -> Figures:
-    mean = total.nats / max(total.tokens, 1)
-    figures = {"perplexity": Figure(math.exp(min(mean, 700.0))), "nats_per_token": Figure(mean)}
-    if total.bytes:
-        figures["bits_per_byte"] = Figure(total.nats / math.log(2) / total.bytes)
-    return figures | {"tokens": Figure(total.tokens)}
-
-
-def _changes(scored: Sequence[_ScoredItem], references: Sequence[Score]) -> Changes:
-    main = next(iter(scored[0].score))
-    pairs = [
-        (entry.score[main], reference[main])
-        for entry, reference in zip(scored, references)
-        if _answer(entry.result.output) != _answer(entry.result.reference)
-    ]
-    return Changes(
-        len(pairs), sum(ours > theirs for ours, theirs in pairs), sum(ours < theirs for ours, theirs in pairs)
-    )
+        total = reduce(add, likelihoods)
+        mean = total.nats / max(total.tokens, 1)
+        figures = {"perplexity": Figure(math.exp(min(mean, 700.0))), "nats_per_token": Figure(mean)}
+        if total.bytes:
+            figures["bits_per_byte"] = Figure(total.nats / math.log(2) / total.bytes)
+        return figures | {"tokens": Figure(total.tokens)}
+    figures, count = {}, len(scores)
+    for name in scores[0]:
+        values = [score[name] for score in scores]
+        mean = math.fsum(values) / count
+        deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / count)
+        figures[name] = Figure(mean, deviation / math.sqrt(count) if count > 1 else None)
+    return figures
 
 
 def _answer(output: Output | None) -> object:
-    match output:
-        case Generation(text):
-            return text
-        case ChoiceLikelihoods():
-            return output.best
-        case _:
-            return None
+    if isinstance(output, Generation):
+        return output.text
+    return output.best if isinstance(output, ChoiceLikelihoods) else None
 
 
 def _output_json(task: Task, output: Output) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def verify(
 
 
 def replay(model: Loaded, golden: Golden, baseline: Baseline) -> Replay:
-    """Run a golden and compare its logits; raises as :meth:`Engine.prefill`."""
+    """Run a golden and compare its logits."""
     if model.tokenizer.encode_prompt(golden.prompt) != golden.ids.tolist():
         problem = "the tokenizer splits the prompt differently than on the exporting machine"
         return Replay(golden.name, 0, math.nan, 0.0, baseline.limit, baseline.kl, problem)
@@ -135,9 +135,7 @@ def run_golden(
     """Logits [R, V] of some positions of a prompt, as :func:`stepwise_logits`.
 
     Args:
-        decoder: runs the graph.
         table: token embeddings [V, C].
-        prompt: merged positions.
         rows: of its images, by digest, each [queries + 1, C].
         positions: int64 [R], rising.
     """
@@ -151,7 +149,6 @@ def stepwise_logits(
     """Logits [R, V] of some positions: most of a prompt in one prefill, its last text step by step from the KV cache.
 
     Args:
-        decoder: runs the graph.
         embeds: [T, C].
         modality: [T], 1 at image rows.
         positions: int64 [R], rising.

@@ -32,12 +32,10 @@ _CONTRACTED = """
 """
 
 
-def _misspelled(word: str) -> list[str]:
-    """The word with one of its apostrophes missing, for each of them."""
-    return [word[:i] + word[i + 1 :] for i, letter in enumerate(word) if letter == "'"]
-
-
-CONTRACTIONS = {wrong: word for word in _CONTRACTED.split() for wrong in _misspelled(word)}
+# By each spelling that lacks one of the apostrophes.
+CONTRACTIONS = {
+    word[:i] + word[i + 1 :]: word for word in _CONTRACTED.split() for i, letter in enumerate(word) if letter == "'"
+}
 
 
 def normalise(answer: str) -> str:
@@ -60,12 +58,8 @@ def normalise(answer: str) -> str:
 def vqa_accuracy(answer: str, given: Sequence[str]) -> float:
     """Accuracy of an answer against those that several people gave, 0 to 1.
 
-    The mean, over the people, of min(number of *others* who gave this answer / 3, 1). With fewer than four people, the
-    number of others replaces 3.
-
-    Args:
-        answer: of the model.
-        given: at least two answers, usually ten.
+    The mean, over the people, of min(number of *others* who gave this answer / 3, 1). With fewer than four people (at
+    least two, usually ten), the number of others replaces 3.
     """
     normalised = normalise(answer)
     same = [normalise(other) == normalised for other in given]

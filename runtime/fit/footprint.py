@@ -1,14 +1,14 @@
-"""What running a bundle on a device takes: memory by its parts, and what every token reads.
+"""Memory that a bundle takes on a device, by purpose, and the bytes that every token reads.
 
 Everything is computed from the manifest: shapes, types of weights, sizes of files. Where figures come from:
 
 * *computed*: shapes and file sizes decide it.
 * *measured*: with the CPU provider of ONNX Runtime 1.32 on x86-64 and random layers of the 7B shapes, as memory of the
   process's own (RssAnon). Integer weights are in memory once, repacked, with a float32 sum more per group than in the
-  file; the mapped pages of the file are dropped. float16 weights are held in float32. What a prefill and an image took
-  once stays in the runtime's arena: a step leaves one tensor of the feed-forward width per layer there, and all of it
-  twice, because the runtime plans memory anew when it sees a shape again (1 to 10 layers, within 15 %).
-* *assumed*: about GPUs, on none of which this project has run yet, and what a system keeps for itself.
+  file; the mapped pages of the file are dropped. float16 weights are held in float32. Memory that a prefill or an image
+  once took stays in the runtime's arena: a step leaves one tensor of the feed-forward width per layer there, and all of
+  it twice, because the runtime plans memory anew when it sees a shape again (1 to 10 layers, within 15 %).
+* *assumed*: about GPUs, on which this project has not run yet, and the memory that a system keeps for itself.
 """
 
 from __future__ import annotations
@@ -50,7 +50,6 @@ class Part:
     """Memory for one purpose, bytes.
 
     Attributes:
-        name: of the purpose.
         size: estimate of the most it takes.
         least: what it takes in any case once the context is full; a load is refused by this figure.
         basis: where ``size`` comes from.
@@ -63,22 +62,14 @@ class Part:
 
 
 def find_runner(manifest: Manifest, device: Product) -> Runner:
-    """What runs the bundle's graphs on the device: the dialect decides."""
+    """Choose what runs the bundle's graphs on the device; the dialect decides."""
     if manifest.dialect == "ort" or not device.engines:
         return "onnxruntime-cpu" if device.family == "cpu" else "onnxruntime-cuda"
     return device.engines[0]
 
 
 def memory_parts(manifest: Manifest, device: Product, context: int, kv_type: KvType, images: int) -> list[Part]:
-    """Memory of the device that running takes; parts that take none are left out.
-
-    Args:
-        manifest: of the bundle.
-        device: runs it.
-        context: positions of a conversation.
-        kv_type: type of keys and values.
-        images: in that conversation.
-    """
+    """Memory that a conversation of ``context`` positions takes; parts that take none are left out."""
     model, element, runner = manifest.model, int(BYTES_PER_VALUE[manifest.activations]), find_runner(manifest, device)
     cpu, engine = runner == "onnxruntime-cpu", runner.startswith("tensorrt")
     basis: Basis = "measured" if cpu and manifest.activations == "fp32" else "assumed"
@@ -129,9 +120,7 @@ def stored(manifest: Manifest, graph: str) -> int:
 def decoder_bytes(manifest: Manifest, *, resident: bool = False) -> tuple[float, float, float]:
     """Bytes of the decoder's matrices: those of the text (or shared), the image branch's own, and the head.
 
-    Args:
-        manifest: of the bundle.
-        resident: as ONNX Runtime's CPU provider holds them (see above), instead of as stored.
+    As stored, or ``resident`` as ONNX Runtime's CPU provider holds them (see above).
     """
     config, weights = manifest.model.decoder, manifest.weights
     width, layers = config.hidden_size, config.num_hidden_layers
@@ -151,7 +140,6 @@ def decoder_bytes(manifest: Manifest, *, resident: bool = False) -> tuple[float,
 
 
 def resident_decoder(manifest: Manifest, runner: Runner) -> int:
-    """Bytes of the decoder's weights in the device's memory."""
     if runner == "onnxruntime-cpu":
         growth = sum(decoder_bytes(manifest, resident=True)) / sum(decoder_bytes(manifest))
         return int(stored(manifest, spec.DECODER_GRAPH) * growth)

@@ -1,7 +1,7 @@
 """Memory of devices: the CPU and the GPUs of this machine, and named products.
 
 Detection is best effort: a file or program that is missing, or that cannot be understood, leaves the answer None or
-empty and raises nothing. Parsing is apart from reading, so that it can be tested on recorded text.
+empty and raises nothing. Parsing is separate from reading, so that it can be tested on recorded text.
 """
 
 from __future__ import annotations
@@ -45,7 +45,6 @@ class MemoryBudget:
     """A device and the memory that a model may take there, bytes.
 
     Attributes:
-        device: the product.
         available: what a new process can take now on this machine; assumed for a named product.
         host: available in the CPU's memory, where engines are built; None where it is not known.
         here: whether it is this machine.
@@ -64,14 +63,13 @@ class MemoryBudget:
         if device.family == "datacenter":
             available = int(device.memory * (1 - DATACENTER_RESERVED))
             return cls(device, available, None, here=False, limited=True)
-        available = device.memory - (
-            JETSON_SYSTEM + JETSON_DESKTOP if device.shared else GEFORCE_SYSTEM + GEFORCE_DESKTOP
-        )
+        taken = JETSON_SYSTEM + JETSON_DESKTOP if device.shared else GEFORCE_SYSTEM + GEFORCE_DESKTOP
+        available = device.memory - taken
         return cls(device, available, available if device.shared else None, here=False)
 
     @property
     def closable(self) -> int:
-        """What closing the desktop, and on this machine other programs, would add at most."""
+        """Bytes that closing the desktop, and on this machine other programs, would add at most."""
         system = JETSON_SYSTEM if self.device.shared else GEFORCE_SYSTEM
         return 0 if self.limited else max(0, self.device.memory - system - self.available)
 
@@ -81,14 +79,17 @@ def this_cpu(root: Path = ROOT) -> MemoryBudget | None:
     memory = parse_meminfo(_read(root / "proc/meminfo"))
     if memory is None:
         return None
-    total, available = memory
-    left = _memory_limit(root)
-    limited = left is not None and left < available
+    total, free = memory
+    available = free
+    for version, folder in control_groups(root):
+        names = ("max", "current") if version == "v2" else ("limit_in_bytes", "usage_in_bytes")
+        headroom = _headroom(folder, *names)
+        if headroom is not None:
+            available = min(available, max(0, headroom + parse_droppable(_read(folder / "memory.stat"))))
+    limited = available < free
     name = "CPU of this machine" + (", in a group with a memory limit" if limited else "")
-    available = left if left is not None and limited else available
-    return MemoryBudget(
-        Product("cpu", name, "cpu", None, total, None), available, available, here=True, limited=limited
-    )
+    device = Product("cpu", name, "cpu", None, total, None)
+    return MemoryBudget(device, available, available, here=True, limited=limited)
 
 
 def parse_meminfo(text: str) -> tuple[int, int] | None:
@@ -97,17 +98,6 @@ def parse_meminfo(text: str) -> tuple[int, int] | None:
     if "MemTotal" not in values or "MemAvailable" not in values:
         return None
     return int(values["MemTotal"]) * 1024, int(values["MemAvailable"]) * 1024
-
-
-def _memory_limit(root: Path) -> int | None:
-    """Bytes left in the control groups of this process; None where none has a limit."""
-    left = []
-    for version, folder in control_groups(root):
-        names = ("max", "current") if version == "v2" else ("limit_in_bytes", "usage_in_bytes")
-        headroom = _headroom(folder, *names)
-        if headroom is not None:
-            left.append(max(0, headroom + parse_droppable(_read(folder / "memory.stat"))))
-    return min(left, default=None)
 
 
 def free_swap(root: Path = ROOT) -> int:
@@ -163,7 +153,7 @@ def parse_droppable(text: str) -> int:
 
 
 def this_gpu(root: Path = ROOT) -> MemoryBudget | None:
-    """The GPU of this machine, of several number 0; None if none is found."""
+    """The GPU of this machine, the first of several."""
     return next(iter(gpus(root)), None)
 
 
@@ -175,8 +165,7 @@ def gpus(root: Path = ROOT) -> list[MemoryBudget]:
     # The first is a link to the second; containers hide the one and not always the other.
     model = _read(root / "proc/device-tree/model") or _read(root / "sys/firmware/devicetree/base/model")
     cpu = this_cpu(root)
-    jetson = None if cpu is None else parse_jetson_model(model, cpu.device.memory)
-    if cpu is not None and jetson is not None:
+    if cpu is not None and (jetson := parse_jetson_model(model, cpu.device.memory)) is not None:
         return [replace(cpu, device=jetson)]
     try:
         listing = subprocess.run(NVIDIA_SMI, capture_output=True, text=True, check=True, timeout=SMI_SECONDS).stdout
@@ -208,10 +197,7 @@ def parse_jetson_model(text: str, memory: int) -> Product | None:
 
 
 def parse_nvidia_smi(text: str) -> list[tuple[Product, int]]:
-    """Read lines of name, total and free MiB, and compute capability: GPUs and their free bytes.
-
-    A line without numbers is left out.
-    """
+    """Read the lines with numbers: name, total and free MiB, and compute capability. Returns GPUs and free bytes."""
     found = []
     for line in text.splitlines():
         fields = [field.strip() for field in line.split(",")]
@@ -249,7 +235,6 @@ def read_bandwidth() -> float:
 
 
 def _read(path: Path) -> str:
-    """Content of a file; empty where it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -37,10 +37,8 @@ class Plan:
     """Running a bundle on a device: memory, speed, and what to change; ``print(plan)`` gives a summary.
 
     Attributes:
-        manifest: of the bundle.
         budget: the device and its memory.
         context: positions of a conversation.
-        kv_type: type of keys and values.
         images: in that conversation.
         bundle: folder, for people.
         notes: on the choice of the device, a sentence each.
@@ -56,12 +54,11 @@ class Plan:
 
     @property
     def runner(self) -> Runner:
-        """What runs the graphs."""
         return footprint.find_runner(self.manifest, self.budget.device)
 
     @cached_property
     def parts(self) -> list[Part]:
-        """The memory needed on the device, by purpose, each figure with its basis."""
+        """Memory needed on the device, by purpose."""
         return footprint.memory_parts(self.manifest, self.budget.device, self.context, self.kv_type, self.images)
 
     @property
@@ -76,7 +73,7 @@ class Plan:
 
     @property
     def problem(self) -> str | None:
-        """Why the bundle cannot run on the device in any memory, and what to do; None if it can."""
+        """Why the bundle cannot run on the device, however much memory it has, and what to do; None if it can."""
         manifest, device = self.manifest, self.budget.device
         export, _ = exported(self, manifest.weights.decoder)
         if manifest.dialect == "onnx" and not device.engines:
@@ -94,7 +91,6 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether it runs there."""
         return self.problem is None and self.needed <= self.available
 
     @property
@@ -124,7 +120,7 @@ class Plan:
 
     @cached_property
     def suggestions(self) -> dict[str, Plan]:
-        """Changes of which each makes it fit, and the plan after it; empty if it fits or nothing helps."""
+        """Changes that each make it fit, with the plan after it; empty if it fits already or nothing helps."""
         if self.fits:
             return {}
         found = run_changes(self)
@@ -236,26 +232,14 @@ def find_budget(name: str) -> tuple[MemoryBudget, tuple[str, ...]]:
 
 
 def check_memory(
-    manifest: Manifest,
-    context: int | None,
-    kv_type: KvType,
-    device: Placement = HOST,
-    *,
-    root: Path = ROOT,
+    manifest: Manifest, context: int | None, kv_type: KvType, device: Placement = HOST, *, root: Path = ROOT
 ) -> None:
     """Refuse to load a model that cannot fit, before the system kills the process for it.
 
     The estimate errs on the small side: weights, and keys and values of the first positions, or of a context that was
-    asked for. It is compared with what is available on the CPU (with swap on a disk) or the Jetson, or free on the GPU
-    that has the most: which of several an index means is up to CUDA. Devices of other packages, and those whose memory
-    is not known, are not checked.
-
-    Args:
-        manifest: of the bundle.
-        context: positions that were asked for; None for the model's own limit, which a conversation may never reach.
-        kv_type: type of keys and values.
-        device: runs the bundle.
-        root: of the system's files.
+    asked for (with None, a conversation may never reach the model's own limit). It is compared with what is available
+    on the CPU (with swap on a disk) or the Jetson, or free on the GPU that has the most: which of several an index
+    means is up to CUDA. Devices of other packages, and those whose memory is not known, are not checked.
 
     Raises:
         InsufficientMemoryError: with the figures and what would fit.

@@ -34,7 +34,6 @@ class Product:
     Attributes:
         name: short name, as commands take it.
         product: full name.
-        family: of products.
         compute: CUDA compute capability times ten (SM): 87 for Orin; None for a CPU.
         memory: bytes.
         bandwidth: of that memory, bytes per second; None where it is not known.
@@ -65,7 +64,6 @@ class Product:
         return bool(self.engines) and self.compute is not None and self.compute >= FIRST_WITH_INT4
 
     def to_json(self) -> dict[str, Any]:
-        """All of the above by name."""
         return asdict(self) | {"shared": self.shared, "engines": list(self.engines), "int4_engines": self.int4_engines}
 
 
@@ -115,11 +113,7 @@ PRODUCTS = MappingProxyType(
 
 
 def find_product(name: str) -> Product:
-    """The device of that short name.
-
-    Raises:
-        ConfigError: it is not known; all names are listed.
-    """
+    """The device of that short name; raises ConfigError with all names if it is not known."""
     if name not in PRODUCTS:
         raise ConfigError(f"device {name!r} is not known; known: {', '.join(PRODUCTS)}")
     return PRODUCTS[name]

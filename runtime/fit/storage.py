@@ -13,13 +13,7 @@ from owl2.runtime.spec import FloatType, KvType, VisionType, WeightType
 
 @dataclass(frozen=True, slots=True)
 class StorageTypes:
-    """Types of the numbers in a bundle.
-
-    Attributes:
-        decoder, head, vision, embeddings: of the weights, as in :class:`owl2.runtime.bundle.WeightFormat`.
-        activations: in which the graphs compute.
-        kv_cache: types of the K/V cache to choose from, that of the activations first.
-    """
+    """Types of the numbers in a bundle; ``kv_cache`` are those to choose from, that of the activations first."""
 
     decoder: WeightType
     head: WeightType
@@ -39,7 +33,6 @@ def storage_types(
 
     Args:
         weights: type of the decoder's linear layers.
-        dialect: operators of the graphs.
         activations: None for fp32 in the dialect ort and with fp32 weights, fp16 in the dialect onnx.
         vision: type of the vision side's linear layers; None for int8 with integer weights (fp16 where the graph
             cannot compute with int8) and for the decoder's own type otherwise.
