@@ -42,7 +42,7 @@ def as_bytes(pixels: np.ndarray, config: PreprocessConfig) -> np.ndarray:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("case", "size"), CASES)
-def test_pixels_are_the_originals_bit_for_bit(golden, case, size, mode):
+def test_pixels_are_the_originals_bit_for_bit(golden, case, size, mode) -> None:
     expected = np.load(golden / case / "vision.npz")
     config = PreprocessConfig(mode, size, size)
     pixels = np.stack([preprocess(image, config) for image in images(golden, case)])
@@ -51,14 +51,14 @@ def test_pixels_are_the_originals_bit_for_bit(golden, case, size, mode):
     np.testing.assert_array_equal(pixels, expected[f"pixel_values_{mode}"])
 
 
-def test_the_mode_can_be_overridden(golden):
+def test_the_mode_can_be_overridden(golden) -> None:
     image = load_image(golden / "images" / "00_rgb_landscape_97x61.png")
     expected = np.load(golden / "a1_base_bin" / "vision.npz")["pixel_values_pad"][0]
     np.testing.assert_array_equal(preprocess(image, SMALL, "pad"), expected)
 
 
 @pytest.mark.parametrize("name", ["02_gray_L_40x75.png", "03_rgba_64x64.png", "04_palette_P_120x33.png"])
-def test_pillow_image_path_and_text_path_agree(golden, name):
+def test_pillow_image_path_and_text_path_agree(golden, name) -> None:
     path = golden / "images" / name
     with Image.open(path) as image:
         expected = image.convert("RGB")
@@ -66,7 +66,7 @@ def test_pillow_image_path_and_text_path_agree(golden, name):
     assert load_image(path) == load_image(str(path)) == expected
 
 
-def test_arrays_agree_with_images(golden):
+def test_arrays_agree_with_images(golden) -> None:
     image = load_image(golden / "images" / "00_rgb_landscape_97x61.png")
     array = np.asarray(image)
     assert load_image(array) == image
@@ -76,7 +76,7 @@ def test_arrays_agree_with_images(golden):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_one_pixel_becomes_a_plain_square(mode):
+def test_one_pixel_becomes_a_plain_square(mode) -> None:
     config = PreprocessConfig(mode, 56, 56)
     pixels = preprocess(load_image(np.full((1, 1, 3), [[[255, 0, 128]]], np.uint8)), config)
     assert pixels.shape == (3, 56, 56)
@@ -85,27 +85,27 @@ def test_one_pixel_becomes_a_plain_square(mode):
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 300), st.integers(1, 300), st.sampled_from(list(MODES)), st.integers(0, 2**32 - 1))
-def test_every_shape_gives_finite_square_pixels(width, height, mode, seed):
+def test_every_shape_gives_finite_square_pixels(width, height, mode, seed) -> None:
     array = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     pixels = preprocess(load_image(array), PreprocessConfig(mode, 28, 28))
     assert pixels.shape == (3, 28, 28)
     assert np.isfinite(pixels).all()
 
 
-def test_crop_larger_than_the_image_is_filled_with_black():
+def test_crop_larger_than_the_image_is_filled_with_black() -> None:
     config = PreprocessConfig("crop", 20, 30)
     values = as_bytes(preprocess(load_image(np.full((20, 20, 3), 200, np.uint8)), config), config)
     assert values[:, 5:25, 5:25].min() == 200
     assert values.sum() == 3 * 20 * 20 * 200
 
 
-def test_padding_is_centred_rounding_down():
+def test_padding_is_centred_rounding_down() -> None:
     config = PreprocessConfig("pad", 4, 4)
     values = as_bytes(preprocess(load_image(np.zeros((1, 4, 3), np.uint8)), config), config)
     np.testing.assert_array_equal(values[0], [[122] * 4, [0] * 4, [122] * 4, [122] * 4])
 
 
-def test_exif_orientation_is_ignored(tmp_path):
+def test_exif_orientation_is_ignored(tmp_path) -> None:
     image = Image.new("RGB", (30, 20))
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -113,7 +113,7 @@ def test_exif_orientation_is_ignored(tmp_path):
     assert load_image(tmp_path / "turned.jpg").size == (30, 20)
 
 
-def test_palette_with_transparency_gives_no_warning(tmp_path):
+def test_palette_with_transparency_gives_no_warning(tmp_path) -> None:
     image = Image.new("P", (4, 4))
     image.putpalette([200, 100, 50] * 256)
     image.save(tmp_path / "p.png", transparency=b"\x00\x80\xff")
@@ -121,14 +121,14 @@ def test_palette_with_transparency_gives_no_warning(tmp_path):
 
 
 @pytest.mark.parametrize(("width", "height"), [(9000, 9000), (10_000, 10_000), (30_000, 30_000), (65_000, 65_000)])
-def test_too_large_is_refused_before_decoding(tmp_path, width, height):
+def test_too_large_is_refused_before_decoding(tmp_path, width, height) -> None:
     path = tmp_path / "bomb.png"
     path.write_bytes(png_header(width, height))
     with pytest.raises(ImageError, match=rf"bomb\.png.*{width * height}.*{MAX_PIXELS}.*scale it down"):
         load_image(path)
 
 
-def test_the_limit_on_pixels_is_the_callers(golden):
+def test_the_limit_on_pixels_is_the_callers(golden) -> None:
     path = golden / "images" / "05_rgb_exact_56x56.png"
     assert load_image(path, max_pixels=56 * 56).size == (56, 56)
     for source in (path, load_image(path), np.zeros((56, 56, 3), np.uint8)):
@@ -137,7 +137,7 @@ def test_the_limit_on_pixels_is_the_callers(golden):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_thin_strip_does_not_explode(mode):
+def test_a_thin_strip_does_not_explode(mode) -> None:
     strip = Image.new("RGB", (1, 200_000))
     with pytest.raises(ImageError, match=f"1 x 200000 would become .* in mode {mode}, the limit is {MAX_PIXELS}"):
         preprocess(strip, PreprocessConfig(), mode)
@@ -156,13 +156,13 @@ def test_a_thin_strip_does_not_explode(mode):
         ),
     ],
 )
-def test_unreadable_files_are_named(tmp_path, name, content, reason):
+def test_unreadable_files_are_named(tmp_path, name, content, reason) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ImageError, match=f"{reason}.*give an intact image in one of these formats"):
         load_image(tmp_path / name)
 
 
-def test_missing_files_and_folders_are_named(tmp_path):
+def test_missing_files_and_folders_are_named(tmp_path) -> None:
     with pytest.raises(ImageError, match=r"cannot read .*nowhere\.png: No such file"):
         load_image(tmp_path / "nowhere.png")
     with pytest.raises(ImageError, match=r"cannot read .*: Is a directory"):
@@ -170,7 +170,7 @@ def test_missing_files_and_folders_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "gif", "tiff"])
-def test_truncated_files_are_refused(golden, tmp_path, suffix):
+def test_truncated_files_are_refused(golden, tmp_path, suffix) -> None:
     path = tmp_path / f"cut.{suffix}"
     load_image(golden / "images" / "07_rgb_large_301x199.png").save(path)
     assert load_image(path).size == (301, 199)
@@ -187,32 +187,32 @@ def test_truncated_files_are_refused(golden, tmp_path, suffix):
         (np.zeros(5, np.uint8), r"uint8 \[5\]"),
     ],
 )
-def test_arrays_of_another_kind_are_refused(array, given_as):
+def test_arrays_of_another_kind_are_refused(array, given_as) -> None:
     with pytest.raises(ImageError, match=f"must be uint8 .* got {given_as}; scale values"):
         load_image(array)
 
 
-def test_empty_images_are_refused():
+def test_empty_images_are_refused() -> None:
     with pytest.raises(ImageError, match=r"the array is empty \(0 x 5\)"):
         load_image(np.zeros((5, 0, 3), np.uint8))
     with pytest.raises(ImageError, match=r"the image is empty \(0 x 0\)"):
         load_image(Image.new("RGB", (0, 0)))
 
 
-def test_sixteen_bit_images_are_refused_instead_of_turning_white(tmp_path):
+def test_sixteen_bit_images_are_refused_instead_of_turning_white(tmp_path) -> None:
     Image.fromarray(np.full((4, 4), 40_000, np.uint16)).save(tmp_path / "deep.png")
     with pytest.raises(ImageError, match=r"deep\.png has pixels of mode I;16, more than 8 bits; convert it"):
         load_image(tmp_path / "deep.png")
 
 
-def test_other_types_and_unconverted_images_are_refused():
+def test_other_types_and_unconverted_images_are_refused() -> None:
     with pytest.raises(ImageError, match="cannot be given as bytes; pass a path"):
         load_image(b"\x89PNG")
     with pytest.raises(ImageError, match="expects an RGB image, got mode L"):
         preprocess(Image.new("L", (4, 4)), SMALL)
 
 
-def test_digest_tells_images_apart(golden):
+def test_digest_tells_images_apart(golden) -> None:
     first, second = (preprocess(image, SMALL) for image in images(golden, "a1_base_bin")[:2])
     assert digest(first) == digest(first.copy()) != digest(second)
     assert digest(np.asfortranarray(first)) == digest(first)
