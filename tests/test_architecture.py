@@ -67,7 +67,7 @@ def room(module: str) -> str:
 
 def imports(path: Path) -> set[str]:
     """Full names of all modules that a file imports, wherever in it."""
-    found = set()
+    found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from evaluation_data import rehash
+from conftest import flip_byte, rehash
 
 from owl2 import LoadProgress, Owl2, verify
 from owl2.runtime import spec, verification
@@ -62,8 +62,7 @@ def test_wrong_weights_fail_though_the_hashes_are_right(sample_bundle: Path, tmp
 
 
 def test_a_changed_file_fails_before_anything_runs(copy: Path) -> None:
-    path = copy / "decoder.onnx.data"
-    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    flip_byte(copy / "decoder.onnx.data")
     verdict = verify(copy)
     assert not verdict.passed
     assert verdict.problems == ("decoder.onnx.data was changed (its sha256 differs)",)

@@ -1,6 +1,8 @@
 """The conversation template is the original's to the character; placeholders and images must agree."""
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +14,7 @@ CASES = ["a1_base_bin", "a2_fp16_safetensors", "a3_tokenizer_plain_special_map"]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_conversations_are_rendered_as_the_original_does(golden, case) -> None:
+def test_conversations_are_rendered_as_the_original_does(golden: Path, case: str) -> None:
     entries = json.loads((golden / case / "prompts.json").read_text())
     conversations = [entry for entry in entries if entry["kind"] == "conversation"]
     assert len(conversations) > 20
@@ -34,7 +36,7 @@ def test_two_turns() -> None:
 
 def test_unknown_roles_are_refused() -> None:
     with pytest.raises(PromptError, match="unknown role 'SYSTEM' of a message; use one of USER, ASSISTANT"):
-        Message("SYSTEM", "Be nice.")
+        Message("SYSTEM", "Be nice.")  # type: ignore[arg-type]
 
 
 def test_placeholders_go_in_front_of_the_question() -> None:
@@ -49,7 +51,7 @@ def test_placeholders_of_the_question_stay_where_they_are() -> None:
 
 
 @pytest.mark.parametrize("function", [with_images, check_placeholders])
-def test_too_many_placeholders(function) -> None:
+def test_too_many_placeholders(function: Callable[[str, int], object]) -> None:
     with pytest.raises(PromptError, match=r"has 2 .* placeholders, but 1 image given; give the missing"):
         function(IMAGE_TOKEN * 2 + "Why?", 1)
     with pytest.raises(PromptError, match=r"has 1 .* placeholder, but 0 images"):
@@ -57,7 +59,7 @@ def test_too_many_placeholders(function) -> None:
 
 
 @pytest.mark.parametrize("function", [with_images, check_placeholders])
-def test_too_few_placeholders(function) -> None:
+def test_too_few_placeholders(function: Callable[[str, int], object]) -> None:
     with pytest.raises(PromptError, match=r"3 images given, but the prompt has 1 .* write one placeholder"):
         function(IMAGE_TOKEN + "Why?", 3)
 

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN
+from conftest import GOLDEN, edit_json
 from hypothesis import given, strategies as st
 
 from owl2.runtime.config import IMAGE_TOKEN, IMAGE_TOKEN_ID
@@ -28,25 +28,21 @@ def load(case: str = "a1_base_bin") -> Tokenizer:
 
 
 @pytest.fixture
-def folder(golden, tmp_path):
+def folder(golden: Path, tmp_path: Path) -> Path:
     """The tokenizer's files, to be damaged."""
     for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copy(golden / "a1_base_bin" / "model" / name, tmp_path)
     return tmp_path
 
 
-def edit(path: Path, **changes: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
 @pytest.mark.parametrize("case", CASES)
-def test_prompts_become_the_originals_ids(golden, case) -> None:
+def test_prompts_become_the_originals_ids(golden: Path, case: str) -> None:
     for entry in json.loads((golden / case / "prompts.json").read_text()):
         assert load(case).encode_prompt(entry["prompt"]) == entry["input_ids"], entry["id"]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_ids_become_the_originals_text(golden, case) -> None:
+def test_ids_become_the_originals_text(golden: Path, case: str) -> None:
     for entry in json.loads((golden / case / "tokenizer_decode.json").read_text()):
         assert load(case).decode(entry["ids"]) == entry["text_skip_special"], entry["id"]
         assert load(case).decode(entry["ids"], skip_special=False) == entry["text"], entry["id"]
@@ -80,7 +76,7 @@ def test_bos_is_asked_for() -> None:
     assert load().encode("Hello.", bos=True) == [1, *load().encode("Hello.")]
 
 
-# Recorded from transformers 4.31 with "legacy": false: no leading space behind a special string.
+# Recorded from transformers 4.31 with "legacy": false: no leading space after a special string.
 @pytest.mark.parametrize(
     ("case", "text", "expected"),
     [
@@ -90,40 +86,40 @@ def test_bos_is_asked_for() -> None:
         ("a3_tokenizer_plain_special_map", "one </s> two</s>▁three", [1, 325, 728, 2, 0, 2, 0]),
     ],
 )
-def test_tokenizer_without_legacy_behaviour(case, text, expected) -> None:
+def test_tokenizer_without_legacy_behaviour(case: str, text: str, expected: list[int]) -> None:
     assert replace(load(case), legacy=False).encode(text, bos=True) == expected
 
 
-def test_legacy_is_read_from_the_file(folder) -> None:
-    edit(folder / "tokenizer_config.json", legacy=False)
+def test_legacy_is_read_from_the_file(folder: Path) -> None:
+    edit_json(folder / "tokenizer_config.json", legacy=False)
     assert not Tokenizer.load(folder).legacy
-    edit(folder / "tokenizer_config.json", legacy=None)
+    edit_json(folder / "tokenizer_config.json", legacy=None)
     assert Tokenizer.load(folder).legacy
 
 
-def test_only_plain_strings_of_the_special_map_swallow_blanks(folder) -> None:
+def test_only_plain_strings_of_the_special_map_swallow_blanks(folder: Path) -> None:
     ids = load().encode("a </s> b")
-    edit(folder / "tokenizer_config.json", eos_token="</s>")
+    edit_json(folder / "tokenizer_config.json", eos_token="</s>")
     (folder / "special_tokens_map.json").write_text("{}")
     assert Tokenizer.load(folder).encode("a </s> b") == ids
-    edit(folder / "special_tokens_map.json", eos_token="</s>")
+    edit_json(folder / "special_tokens_map.json", eos_token="</s>")
     assert Tokenizer.load(folder).encode("a </s> b") == load().encode("a</s>b")
 
 
 @given(st.text())
-def test_text_survives_encoding_and_decoding(text) -> None:
+def test_text_survives_encoding_and_decoding(text: str) -> None:
     ids = load().encode(text, parse_special=False)
     assert load().decode(ids) == text.replace("▁", " ")
 
 
 @given(st.lists(TOKENS))
-def test_streamed_pieces_join_to_the_decoded_text(ids) -> None:
+def test_streamed_pieces_join_to_the_decoded_text(ids: list[int]) -> None:
     stream = StreamDecoder(load())
     assert "".join(map(stream.feed, ids)) + stream.flush() == load().decode(ids)
 
 
 @given(st.text())
-def test_streaming_never_shows_half_a_character(text) -> None:
+def test_streaming_never_shows_half_a_character(text: str) -> None:
     stream = StreamDecoder(load())
     seen = ""
     for token in load().encode(text, parse_special=False):
@@ -142,7 +138,7 @@ def test_incomplete_characters_are_held_back() -> None:
 
 
 @pytest.mark.parametrize("token", [-1, IMAGE_TOKEN_ID, 800])
-def test_ids_outside_the_vocabulary_are_refused(token) -> None:
+def test_ids_outside_the_vocabulary_are_refused(token: int) -> None:
     for decode in (StreamDecoder(load()).feed, lambda token: load().decode([1, token])):
         with pytest.raises(BundleError, match=rf"token id {token} is outside the tokenizer's vocabulary 0\.\.799"):
             decode(token)
@@ -154,7 +150,7 @@ def test_invalid_unicode_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"])
-def test_missing_and_damaged_files_are_named(folder, name) -> None:
+def test_missing_and_damaged_files_are_named(folder: Path, name: str) -> None:
     content = (folder / name).read_bytes()
     for damaged in (content[: len(content) // 2], b"", b"\xff\xfe garbage"):
         (folder / name).write_bytes(damaged)
@@ -165,7 +161,7 @@ def test_missing_and_damaged_files_are_named(folder, name) -> None:
         Tokenizer.load(folder)
 
 
-def test_files_of_another_kind_are_refused(folder) -> None:
+def test_files_of_another_kind_are_refused(folder: Path) -> None:
     (folder / "special_tokens_map.json").write_text("[]")
     with pytest.raises(BundleCorruptError, match=r"special_tokens_map\.json must hold a JSON object, got list"):
         Tokenizer.load(folder)
@@ -188,7 +184,7 @@ def test_files_of_another_kind_are_refused(folder) -> None:
         ),
     ],
 )
-def test_unsupported_settings_are_refused(folder, name, change, message) -> None:
-    edit(folder / name, **change)
+def test_unsupported_settings_are_refused(folder: Path, name: str, change: dict[str, object], message: str) -> None:
+    edit_json(folder / name, **change)
     with pytest.raises(BundleError, match=message):
         Tokenizer.load(folder)
