@@ -230,7 +230,7 @@ class TestWrongCalls:
 
     def test_an_open_file(self, case: Case) -> None:
         with case.files[0].open("rb") as file, pytest.raises(ImageError, match=r"PIL\.Image\.open\(file\)"):
-            case.owl.chat().ask("What?", images=file)
+            case.owl.chat().ask("What?", images=file)  # type: ignore[arg-type]
 
     def test_none_stands_for_no_image(self, case: Case) -> None:
         assert case.owl.chat().ask("Hi", images=None, max_new_tokens=2).stats.images_encoded == 0

@@ -243,8 +243,8 @@ class TestConversation:
             try:
                 next(stream)
             except StopIteration as end:
-                assert isinstance(end.value, Answer)
-                return end.value
+                answer: Answer = end.value
+                return answer
 
     def then(self, model: Loaded, prompt: Prompt, answer: Answer, question: str) -> Prompt:
         """The next turn."""
