@@ -206,13 +206,14 @@ class TestPublicNames:
         assert run_python("import owl2; print(owl2.export.__name__, owl2.quant.__name__)") == "owl2.export owl2.quant"
 
     def test_types_can_be_read(self) -> None:
+        """Every name in an annotation can be resolved, also outside of type checking."""
         for name in owl2.__all__:
             value = getattr(owl2, name)
             if isinstance(value, type):
                 for member in vars(value).values():
                     function = getattr(member, "__func__", member)
                     if callable(function) and not isinstance(function, type):
-                        typing.get_type_hints(function)
+                        assert isinstance(typing.get_type_hints(function), dict), function
 
 
 def error_instances() -> list[errors.Owl2Error]:

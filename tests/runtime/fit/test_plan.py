@@ -18,6 +18,7 @@ from owl2.runtime.bundle import Manifest
 from owl2.runtime.fit.footprint import stored
 from owl2.runtime.fit.plan import CONTEXT_STEP
 from owl2.runtime.fit.products import GIB, PRODUCTS
+from owl2.runtime.spec import KvType
 
 
 class TestProblems:
@@ -29,7 +30,7 @@ class TestProblems:
             (manifest("fp16"), "orin-nx-16gb", "int8", "export with --dialect ort --weights fp16 --activations fp16"),
         ],
     )
-    def test_what_memory_does_not_mend(self, bundle: Manifest, name: str, kv_type: Any, words: str) -> None:
+    def test_what_memory_does_not_mend(self, bundle: Manifest, name: str, kv_type: KvType, words: str) -> None:
         plan = Plan(bundle, device(name), 512, kv_type)
         assert not plan.fits
         assert plan.problem is not None
