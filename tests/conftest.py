@@ -19,7 +19,7 @@ from owl2.export.pipeline import export_bundle
 from owl2.quant.models.mplug_owl2 import Owl2Model
 from owl2.runtime.__main__ import cli
 from owl2.runtime.spec import MANIFEST, TOKENIZER_FILES
-from owl2.runtime.verification import hash_file
+from owl2.runtime.verification import OnBlock, hash_file
 
 # The matrices here are tiny; threads that wait for each other only cost time on a busy machine.
 torch.set_num_threads(1)
@@ -106,6 +106,19 @@ def rehash(bundle: Path, name: str) -> None:
     path = bundle / name
     files = json.loads((bundle / MANIFEST).read_text())["files"]
     edit_manifest(bundle, files=files | {name: {"size": path.stat().st_size, "sha256": hash_file(path)}})
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files that were hashed."""
+    names: list[str] = []
+
+    def counted(path: Path, on_block: OnBlock = int) -> str:
+        names.append(path.name)
+        return hash_file(path, on_block)
+
+    monkeypatch.setattr("owl2.runtime.verification.hash_file", counted)
+    return names
 
 
 @pytest.fixture

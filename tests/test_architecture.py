@@ -91,7 +91,7 @@ def test_every_room_imports_only_those_before_it(module: str) -> None:
     assert not wrong, f"{module} ({home}) imports {wrong}; {home} may import {', '.join(sorted(allowed))}"
 
 
-def test_there_is_no_import_cycle() -> None:
+def test_imports_have_no_cycle() -> None:
     graph = {module: neighbours(path) & set(MODULES) for module, path in MODULES.items()}
     done: set[str] = set()
 
@@ -126,7 +126,7 @@ def test_scripts_import_what_exists(path: Path) -> None:
 
 
 def run_python(script: str) -> str:
-    """What a script prints in a process of its own."""
+    """Output of a script in a process of its own."""
     result = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=os.sep, timeout=120
     )

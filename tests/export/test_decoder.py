@@ -1,4 +1,4 @@
-"""What calibrates a layer."""
+"""Rows that calibrate a layer."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -20,7 +20,7 @@ from owl2.quant.stream import Calibration, Stream
 def test_calibration_passes_through_the_quantized_layers(
     a1: Path, tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What calibrates layer 1 is what the stored layer 0 makes of the rows, not what the original one does."""
+    """Layer 1 is calibrated with the outputs of the stored layer 0, not with those of the original one."""
     seen: list[Stream] = []
     exact: list[Stream] = []
     layers: list[DecoderLayer] = []

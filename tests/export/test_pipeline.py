@@ -61,7 +61,7 @@ class TestWeights:
         assert set(report.modules) == expected
         assert all(module.error < module.rtn_error for module in report.modules.values())
         size = sum(path.stat().st_size for path in target.iterdir())
-        # Page alignment of the weights and the graphs themselves weigh little beside real weights only.
+        # Page alignment of the weights and the graphs themselves are small only next to real weights.
         with open_job(replace(config, overwrite=True), Silent()) as job:
             assert 0.3 * size < job.size < size
 

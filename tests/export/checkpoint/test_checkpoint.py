@@ -35,7 +35,7 @@ def tensors(golden: Path) -> Tensors:
 
 @pytest.fixture
 def folder(golden: Path, tmp_path: Path) -> Path:
-    """That checkpoint without its weights."""
+    """Files of the checkpoint without its weights."""
     for file in (golden / "a1_base_bin" / "model").iterdir():
         if not file.name.startswith("pytorch_model"):
             shutil.copy(file, tmp_path)
@@ -190,7 +190,7 @@ def test_few_shards_are_open_at_a_time(folder: Path, tensors: Tensors, index: st
 
 
 @pytest.mark.parametrize("name", ["nowhere", "config.json"])
-def test_what_is_no_folder_is_refused(folder: Path, name: str) -> None:
+def test_what_is_not_a_folder_is_refused(folder: Path, name: str) -> None:
     with pytest.raises(CheckpointError, match=rf"{name} is not a folder; expected a checkpoint in the official layout"):
         Checkpoint(folder / name)
 
@@ -383,13 +383,13 @@ def test_a_bare_pickle_is_refused(folder: Path, tmp_path: Path) -> None:
     assert not touched.exists()
 
 
-def test_a_bin_that_is_no_dictionary_is_refused(folder: Path, tensors: Tensors) -> None:
+def test_a_bin_that_is_not_a_dictionary_is_refused(folder: Path, tensors: Tensors) -> None:
     torch.save(list(tensors.values()), folder / BIN)
     with pytest.raises(CheckpointError, match=f"{BIN}: expected a dictionary of tensors, got list"):
         Checkpoint(folder)
 
 
-def test_entries_that_are_no_named_tensors_are_passed_over(folder: Path, tensors: Tensors) -> None:
+def test_entries_that_are_not_named_tensors_are_passed_over(folder: Path, tensors: Tensors) -> None:
     torch.save({"epoch": 3, 7: torch.ones(1)} | tensors, folder / BIN)
     with Checkpoint(folder) as checkpoint:
         assert "epoch" not in checkpoint

@@ -209,7 +209,7 @@ class TestSettings:
             (folder / "quantize_config.json").write_text(json.dumps(own))
         return read_format(folder, {} if config is None else {"quantization_config": config})
 
-    def test_none_is_none(self, tmp_path: Path) -> None:
+    def test_a_checkpoint_that_is_not_quantized(self, tmp_path: Path) -> None:
         assert self.read(tmp_path, None) is None
 
     def test_what_auto_gptq_wrote(self, tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ class TestExport:
     def test_both_modalities_and_the_calibration_are_looked_at(
         self, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """With calibration the scales come from it alone, so that the held-out prompts stay unseen."""
+        """With calibration the scales come only from it, so that the held-out prompts stay unseen."""
         seen: list[int] = []
         original = KvRange.add
 

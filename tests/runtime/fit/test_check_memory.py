@@ -53,7 +53,7 @@ def test_what_is_suggested_passes(tmp_path: Path) -> None:
 
 
 def test_it_errs_on_the_small_side(tmp_path: Path) -> None:
-    """What the estimate calls too large by its uncertain parts is not refused."""
+    """A model that exceeds memory only by the uncertain parts of the estimate is not refused."""
     tight = 7 * GIB // 1024
     root = machine(tmp_path, tight, tight)
     budget = this_cpu(root)
@@ -114,7 +114,7 @@ def test_devices_of_other_packages_are_not_checked(small_machine: Path, monkeypa
 
 
 def test_swap_on_a_disk_is_taken_into_account(small_machine: Path) -> None:
-    """A model that the memory alone does not hold is accepted: nothing is raised."""
+    """A model that memory without swap does not hold is accepted: nothing is raised."""
     write(small_machine, "proc/swaps", SWAPS)
     check_memory(manifest(), 2048, "fp32", root=small_machine)
 

@@ -118,7 +118,7 @@ def test_floating_matrices_are_in_an_engine_once_per_profile() -> None:
     assert plan.bytes_per_token[0] < decoder
 
 
-def test_on_a_gpu_a_cache_that_grows_is_there_twice() -> None:
+def test_on_a_gpu_a_cache_that_grows_exists_twice() -> None:
     for dialect in ("ort", "onnx"):
         found = sizes(Plan(manifest("int4", dialect, "fp16"), device("rtx4090"), 2048, "fp16"))
         assert (found["K/V cache"], found["K/V cache, growing"]) == (GIB, 7 * GIB // 8)

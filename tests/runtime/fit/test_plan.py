@@ -82,7 +82,7 @@ class TestSuggestions:
             assert change == f"--context {after.context}"
             assert not replace(plan, context=after.context + CONTEXT_STEP).fits
 
-    def test_closing_the_desktop_is_enough_or_it_is_not_suggested_alone(self) -> None:
+    def test_closing_the_desktop_is_suggested_by_itself_where_it_is_enough(self) -> None:
         for available in range(7 * GIB, 10 * GIB, GIB // 8):
             budget = replace(device("orin-nx-16gb"), available=available)
             plan = Plan(manifest("int4", "ort", "fp16"), budget, 4096, "fp16")
@@ -103,7 +103,7 @@ class TestSuggestions:
         assert Plan(manifest("int4", "ort", "fp16"), device("orin-nano-4gb"), 2048, "fp16").suggestions == {}
 
     def test_int4_files_are_as_large_as_an_export_makes_them(self) -> None:
-        """What another export would weigh, against shapes alone."""
+        """Weights of another export, against what follows from shapes."""
         for weights in ("int8", "fp16", "fp32"):
             plan = Plan(manifest(weights), cpu(7.0), 512, "int8")
             change, after = next(iter(plan.suggestions.items()))
@@ -115,7 +115,7 @@ class TestSuggestions:
 class TestFunction:
     @pytest.fixture
     def folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Manifest], Path]:
-        """Write a bundle that is nothing but its manifest; there is no GPU."""
+        """Write a bundle that is nothing but its manifest, on a machine without a GPU."""
         monkeypatch.setenv("PATH", str(tmp_path))
 
         def make(content: Manifest) -> Path:

@@ -86,7 +86,7 @@ def assert_same_codes(made: Sequence[NDArray[Any]], expected: Sequence[NDArray[A
 
 
 class TestBundle:
-    def test_the_weights_are_there_once(self, bundle: Bundle) -> None:
+    def test_the_weights_are_stored_once(self, bundle: Bundle) -> None:
         assert list(bundle.folder.glob("decoder*.data")) == [bundle.path("decoder.onnx.data")]
         models = [onnx.load(bundle.decoder_graph(kv_type), load_external_data=False) for kv_type in ("fp32", "int8")]
         external = [
@@ -99,7 +99,7 @@ class TestBundle:
             scales.nbytes for scales in scales_of(bundle)
         )
 
-    def test_the_graphs_differ_in_attention_alone(self, bundle: Bundle) -> None:
+    def test_the_graphs_differ_only_in_attention(self, bundle: Bundle) -> None:
         nodes = [
             list(onnx.load(bundle.decoder_graph(kv_type), load_external_data=False).graph.node)
             for kv_type in ("fp32", "int8")
@@ -159,7 +159,7 @@ class TestBundle:
 
 class TestCodes:
     def test_first_layer_holds_the_rounded_keys_and_values(self, bundle: Bundle, model: Loaded, image: Path) -> None:
-        """They depend on the input alone, so that the float32 cache says what is to be rounded."""
+        """They depend only on the input, so that the float32 cache says what is to be rounded."""
         embeds, modality = rows_of(model, PROMPT, image)
         assert set(modality) == {0, 1}
         made, _ = filled(OrtEngine(bundle, INT8), embeds, modality)
