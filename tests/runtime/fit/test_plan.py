@@ -103,7 +103,7 @@ class TestSuggestions:
         assert Plan(manifest("int4", "ort", "fp16"), device("orin-nano-4gb"), 2048, "fp16").suggestions == {}
 
     def test_int4_files_are_as_large_as_an_export_makes_them(self) -> None:
-        """Weights of another export, against what follows from shapes."""
+        """The size of a suggested export is estimated from its shapes."""
         for weights in ("int8", "fp16", "fp32"):
             plan = Plan(manifest(weights), cpu(7.0), 512, "int8")
             change, after = next(iter(plan.suggestions.items()))
