@@ -25,11 +25,13 @@ class Case:
         self.folder, self.bundle = folder, bundle
         self.owl = Owl2.load(bundle)
         images = GOLDEN / "images"
-        self.files = [images / name for name in json.loads((folder / "checks.json").read_text())["images"]]
+        self.files: list[Path] = [images / name for name in json.loads((folder / "checks.json").read_text())["images"]]
         prompts = {entry["id"]: entry["prompt"] for entry in json.loads((folder / "prompts.json").read_text())}
         index = json.loads((folder / "forward_index.json").read_text())
         self.prompts: dict[str, str] = {entry["name"]: prompts[entry["prompt_id"]] for entry in index}
-        self.images = {entry["name"]: [images / name for name in entry["images"]] for entry in index}
+        self.images: dict[str, list[Path]] = {
+            entry["name"]: [images / name for name in entry["images"]] for entry in index
+        }
 
     def array(self, file: str, name: str) -> NDArray[Any]:
         """An array that the original recorded."""

@@ -18,7 +18,8 @@ from owl2.export.config import ExportConfig
 from owl2.export.pipeline import export_bundle
 from owl2.quant.models.mplug_owl2 import Owl2Model
 from owl2.runtime.__main__ import cli
-from owl2.runtime.spec import TOKENIZER_FILES
+from owl2.runtime.spec import MANIFEST, TOKENIZER_FILES
+from owl2.runtime.verification import OnBlock, hash_file
 
 # The matrices here are tiny; threads that wait for each other only cost time on a busy machine.
 torch.set_num_threads(1)
@@ -88,6 +89,36 @@ def flip_byte(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    """Replace keys of the object in a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_manifest(bundle: Path, **changes: object) -> None:
+    """Replace keys of a bundle's manifest."""
+    edit_json(bundle / MANIFEST, **changes)
+
+
+def rehash(bundle: Path, name: str) -> None:
+    """Make the manifest agree with a file that was changed."""
+    path = bundle / name
+    files = json.loads((bundle / MANIFEST).read_text())["files"]
+    edit_manifest(bundle, files=files | {name: {"size": path.stat().st_size, "sha256": hash_file(path)}})
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files that were hashed."""
+    names: list[str] = []
+
+    def counted(path: Path, on_block: OnBlock = int) -> str:
+        names.append(path.name)
+        return hash_file(path, on_block)
+
+    monkeypatch.setattr("owl2.runtime.verification.hash_file", counted)
+    return names
 
 
 @pytest.fixture

@@ -1,12 +1,9 @@
-"""Data and damaged bundles for the tests of ``owl2 eval`` and ``owl2 verify``."""
+"""Data for the tests of ``owl2 eval``."""
 
 import json
 from pathlib import Path
 
 from conftest import ROOT
-
-from owl2.runtime import spec
-from owl2.runtime.verification import hash_file
 
 IMAGES = ROOT / "sample" / "pictures"
 CHOICES = ("a small purple star on the left", "a big red cross", "two stars")
@@ -42,11 +39,3 @@ def write_every_task(path: Path) -> Path:
         },
         {"text": "a small blue circle on the right " * 60},
     )
-
-
-def rehash(bundle: Path, name: str) -> None:
-    """Make the manifest agree with a file that was changed."""
-    manifest = json.loads((bundle / spec.MANIFEST).read_text())
-    path = bundle / name
-    manifest["files"][name] = {"size": path.stat().st_size, "sha256": hash_file(path)}
-    (bundle / spec.MANIFEST).write_text(json.dumps(manifest))

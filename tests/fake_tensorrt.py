@@ -175,7 +175,7 @@ class FakeGpu:
         (self.streams[stream] if self._recording is None else self._recording).append(work)
 
     def bytes(self, address: int, nbytes: int) -> NDArray[Any]:
-        """The memory at an address, which must lie in one allocation."""
+        """The memory at an address, which must be within one allocation."""
         for start, array in self.allocations.items():
             if start <= address and address + nbytes <= start + array.nbytes:
                 return array[address - start : address - start + nbytes]
@@ -267,7 +267,7 @@ CudaGraphStrategy = SimpleNamespace(DISABLED="disabled", WHOLE_GRAPH_CAPTURE="wh
 
 
 class IRuntimeConfig:
-    """How a context of TensorRT for RTX runs."""
+    """Settings with which a context of TensorRT for RTX runs."""
 
     def __init__(self) -> None:
         self.strategy = ExecutionContextAllocationStrategy.STATIC
@@ -378,7 +378,7 @@ class IExecutionContext:
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
         if name not in self.engine.inputs and name not in self.engine.outputs:
-            raise Misuse(f"there is no {name}")
+            raise Misuse(f"the engine has no tensor {name}")
         if memory % ALIGNMENT:
             raise Misuse(f"{name} is bound at {memory:#x}, which is not aligned")
         self.addresses[name] = memory

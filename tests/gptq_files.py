@@ -1,10 +1,11 @@
 """Reading checkpoints in the GPTQ layout, and bundles made of them, without the code under test."""
 
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import onnx
 import reference
+from numpy.typing import NDArray
 from onnx import numpy_helper
 from safetensors.torch import load_file
 from torch import Tensor
@@ -15,7 +16,7 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
     return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
 
 
-def bundle_weight(bundle: Path, name: str, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+def bundle_weight(bundle: Path, name: str, width: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None]:
     """Codes [N, K], scales [N, G] and packed zero points of a linear layer in the decoder graph."""
     model = onnx.load(bundle / "decoder.onnx")
     stored = {tensor.name: tensor for tensor in model.graph.initializer}

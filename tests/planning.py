@@ -15,18 +15,20 @@ from owl2.runtime.fit.footprint import decoder_bytes
 from owl2.runtime.fit.machine import MemoryBudget
 from owl2.runtime.fit.plan import Plan
 from owl2.runtime.fit.products import GIB, PRODUCTS, Product
-from owl2.runtime.spec import BYTES_PER_VALUE, DialectName, FloatType
+from owl2.runtime.spec import BYTES_PER_VALUE, DialectName, FloatType, WeightType
 from owl2.runtime.verification import FileEntry
 
 MODEL = ModelConfig(VisionConfig(), AbstractorConfig(), DecoderConfig(), PreprocessConfig())
 VISION_WEIGHTS = 24 * (4 * 1024**2 + 2 * 1024 * 4096) + 6 * (4 * 1024**2 + 3 * 1024 * 2816) + 1024 * 4096
 """In the linear layers of tower and abstractor."""
-WEIGHTS = ("int4", "int8", "fp16", "fp32")
+WEIGHTS: tuple[WeightType, ...] = ("int4", "int8", "fp16", "fp32")
 FORMS: tuple[tuple[DialectName, FloatType], ...] = (("ort", "fp32"), ("ort", "fp16"), ("onnx", "fp16"))
 """Dialect and activations."""
 
 
-def manifest(weights: Any = "int4", dialect: Any = "ort", activations: Any = "fp32", **decoder: Any) -> Manifest:
+def manifest(
+    weights: WeightType = "int4", dialect: DialectName = "ort", activations: FloatType = "fp32", **decoder: Any
+) -> Manifest:
     """A 7B bundle as owl2-export makes it with these options, its files of the sizes that the weights take."""
     config = ExportConfig(Path("in"), Path("out"), weights=weights, dialect=dialect, activations=activations)
     group = 0 if config.quant is None else config.group_size
@@ -52,7 +54,7 @@ def manifest(weights: Any = "int4", dialect: Any = "ort", activations: Any = "fp
     return replace(made, files={name: FileEntry(size, "0" * 64) for name, size in sizes.items()})
 
 
-def can_be_exported(weights: Any, dialect: Any, activations: Any) -> bool:
+def can_be_exported(weights: WeightType, dialect: DialectName, activations: FloatType) -> bool:
     """Whether owl2-export takes these options together."""
     try:
         ExportConfig(Path("in"), Path("out"), weights=weights, dialect=dialect, activations=activations)

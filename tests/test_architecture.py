@@ -67,7 +67,7 @@ def room(module: str) -> str:
 
 def imports(path: Path) -> set[str]:
     """Full names of all modules that a file imports, wherever in it."""
-    found = set()
+    found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
@@ -91,7 +91,7 @@ def test_every_room_imports_only_those_before_it(module: str) -> None:
     assert not wrong, f"{module} ({home}) imports {wrong}; {home} may import {', '.join(sorted(allowed))}"
 
 
-def test_there_is_no_import_cycle() -> None:
+def test_imports_have_no_cycle() -> None:
     graph = {module: neighbours(path) & set(MODULES) for module, path in MODULES.items()}
     done: set[str] = set()
 
@@ -126,7 +126,7 @@ def test_scripts_import_what_exists(path: Path) -> None:
 
 
 def run_python(script: str) -> str:
-    """What a script prints in a process of its own."""
+    """Output of a script in a process of its own."""
     result = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=os.sep, timeout=120
     )
@@ -206,13 +206,14 @@ class TestPublicNames:
         assert run_python("import owl2; print(owl2.export.__name__, owl2.quant.__name__)") == "owl2.export owl2.quant"
 
     def test_types_can_be_read(self) -> None:
+        """Every name in an annotation can be resolved, also outside of type checking."""
         for name in owl2.__all__:
             value = getattr(owl2, name)
             if isinstance(value, type):
                 for member in vars(value).values():
                     function = getattr(member, "__func__", member)
                     if callable(function) and not isinstance(function, type):
-                        typing.get_type_hints(function)
+                        assert isinstance(typing.get_type_hints(function), dict), function
 
 
 def error_instances() -> list[errors.Owl2Error]:

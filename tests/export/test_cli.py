@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ COMMAND = (sys.executable, "-m", "owl2.export")
 
 @pytest.mark.slow
 class TestCommand:
-    def run(self, *args: object, **options: object) -> "subprocess.CompletedProcess[str]":
+    def run(self, *args: object, **options: Any) -> "subprocess.CompletedProcess[str]":
         command = [*COMMAND, *map(str, args)]
         return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, **options)
 
@@ -84,7 +85,7 @@ class TestCommand:
         assert result.stderr.endswith("Nothing was left behind\n")
         assert names(tmp_path) == []
 
-    def test_disk_full_behind_finished_layers(self, a1: Path, tmp_path: Path) -> None:
+    def test_disk_full_after_finished_layers(self, a1: Path, tmp_path: Path) -> None:
         """They are kept, and with room the same command continues."""
 
         def limit() -> None:

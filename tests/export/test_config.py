@@ -1,6 +1,7 @@
 """Settings of an export are checked before anything begins."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,7 @@ from owl2.runtime.errors import ConfigError
         ({"device": "gpu"}, "device 'gpu': use cpu, cuda or cuda:N"),
     ],
 )
-def test_settings_are_checked(settings: dict[str, object], message: str) -> None:
+def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ExportConfig(Path("in"), Path("out"), **settings)
 

@@ -1,4 +1,4 @@
-"""What calibrates a layer."""
+"""Rows that calibrate a layer."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -11,7 +11,7 @@ from owl2.export.checkpoint.checkpoint import Checkpoint
 from owl2.export.config import ExportConfig
 from owl2.export.pipeline import export_bundle
 from owl2.quant.config import QuantConfig
-from owl2.quant.layer import QuantizedLinear
+from owl2.quant.layer import QuantizedLinear, quantize_layer
 from owl2.quant.models.mplug_owl2 import DecoderLayer
 from owl2.quant.stream import Calibration, Stream
 
@@ -20,11 +20,10 @@ from owl2.quant.stream import Calibration, Stream
 def test_calibration_passes_through_the_quantized_layers(
     a1: Path, tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What calibrates layer 1 is what the stored layer 0 makes of the rows, not what the original one does."""
+    """Layer 1 is calibrated with the outputs of the stored layer 0, not with those of the original one."""
     seen: list[Stream] = []
     exact: list[Stream] = []
     layers: list[DecoderLayer] = []
-    original = decoder.quantize_layer
 
     def watched(
         layer: DecoderLayer,
@@ -37,7 +36,7 @@ def test_calibration_passes_through_the_quantized_layers(
         seen.append(calibration.quantized.copy())
         exact.append(calibration.original.copy())
         layers.append(layer)
-        return original(layer, unchanged, calibration, config, name, kept)
+        return quantize_layer(layer, unchanged, calibration, config, name, kept)
 
     monkeypatch.setattr(decoder, "quantize_layer", watched)
     export_bundle(ExportConfig(a1, tmp_path / "bundle", calibration=photos, group_size=32))

@@ -103,7 +103,7 @@ class TestWriting:
             export_gptq(config)
 
     def test_targets(self, written: tuple[Path, Report], a1: Path, tmp_path: Path) -> None:
-        """What is there stays, unless it was written here and --overwrite is given."""
+        """An existing folder stays, unless it was written here and --overwrite is given."""
         folder = tmp_path / "written"
         shutil.copytree(written[0], folder)
         config = ExportConfig(a1, folder, group_size=16, method="rtn", layout="gptq")

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +18,14 @@ from owl2.export.config import ExportConfig
 from owl2.export.job.job import open_job
 from owl2.export.job.progress import Silent
 from owl2.export.pipeline import export_bundle
+from owl2.quant.config import Method
 from owl2.quant.layer import LINEARS
 from owl2.quant.models.mplug_owl2 import Owl2Model
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.errors import CalibrationError
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
 from owl2.runtime.preprocess import load_image, preprocess
+from owl2.runtime.spec import VisionType, WeightType
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +42,7 @@ class TestWeights:
         ],
     )
     def test_every_type_is_written_and_checked(
-        self, a1: Path, tmp_path: Path, photos: Path, weights: str, vision: str, method: str
+        self, a1: Path, tmp_path: Path, photos: Path, weights: WeightType, vision: VisionType | None, method: Method
     ) -> None:
         target = tmp_path / "bundle"
         config = ExportConfig(
@@ -58,13 +61,14 @@ class TestWeights:
         assert set(report.modules) == expected
         assert all(module.error < module.rtn_error for module in report.modules.values())
         size = sum(path.stat().st_size for path in target.iterdir())
-        # Page alignment of the weights and the graphs themselves weigh little beside real weights only.
+        # Page alignment of the weights and the graphs themselves are small only next to real weights.
         with open_job(replace(config, overwrite=True), Silent()) as job:
             assert 0.3 * size < job.size < size
 
     def test_fewer_bits_lose_more(self, a1: Path, tmp_path: Path, photos: Path) -> None:
         kls = []
-        for weights in ("fp32", "fp16", "int8", "int4"):
+        order: tuple[WeightType, ...] = ("fp32", "fp16", "int8", "int4")
+        for weights in order:
             config = ExportConfig(a1, tmp_path / weights, weights=weights, vision="fp32", calibration=photos)
             kls.append(export_bundle(config).accuracy.kl_text)
         assert kls == sorted(kls)
@@ -88,7 +92,7 @@ class TestWeights:
         assert different <= {"report.json"}  # it holds seconds and memory
 
 
-VARIATIONS = {
+VARIATIONS: dict[str, dict[str, Any]] = {
     "no_cls_token": {
         "vision": {"use_cls_token": False, "use_post_layernorm": False},
         "abstractor": {"use_cls_token": False},

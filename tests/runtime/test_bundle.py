@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from conftest import edit_manifest, flip_byte, rehash
 
 from owl2 import Owl2
 from owl2.runtime.bundle import Bundle, Manifest, read_manifest
@@ -15,12 +17,6 @@ from owl2.runtime.errors import (
     BundleVersionError,
     ConfigError,
 )
-from owl2.runtime.verification import hash_file
-
-
-def edit(bundle: Path, **changes: object) -> None:
-    path = bundle / "owl2.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def test_every_file_is_listed_with_its_size(bundle_a1: Path) -> None:
@@ -44,10 +40,7 @@ def test_the_token_table_is_mapped_and_not_read(bundle_a1: Path) -> None:
 
 @pytest.mark.parametrize("name", ["decoder.onnx", "decoder.onnx.data", "vision.onnx.data", "embeddings.bin"])
 def test_one_changed_byte(copy: Path, name: str) -> None:
-    path = copy / name
-    content = bytearray(path.read_bytes())
-    content[len(content) // 3] ^= 1
-    path.write_bytes(content)
+    flip_byte(copy / name)
     with pytest.raises(BundleCorruptError, match=rf"{name} was changed \(its sha256 differs\); copy or export"):
         Owl2.load(copy)
 
@@ -76,7 +69,7 @@ def test_a_bundle_of_the_version_before(copy: Path) -> None:
 
 @pytest.mark.parametrize("version", [0, 2, 5, "4", None, [4]])
 def test_unknown_format_version(copy: Path, version: object) -> None:
-    edit(copy, format=version)
+    edit_manifest(copy, format=version)
     with pytest.raises(
         BundleVersionError,
         match=r"this owl2 reads versions 3 and 4; export the checkpoint again \(owl2-export CHECKPOINT BUNDLE --over",
@@ -98,14 +91,14 @@ def test_unknown_format_version(copy: Path, version: object) -> None:
     ],
 )
 def test_a_manifest_that_was_edited(copy: Path, changes: dict[str, object], message: str) -> None:
-    edit(copy, **changes)
+    edit_manifest(copy, **changes)
     with pytest.raises(BundleCorruptError, match=message):
         Owl2.load(copy)
 
 
 def test_weights_of_an_unknown_type(copy: Path) -> None:
     weights = json.loads((copy / "owl2.json").read_text())["weights"]
-    edit(copy, weights=weights | {"decoder": "int3"})
+    edit_manifest(copy, weights=weights | {"decoder": "int3"})
     with pytest.raises(
         BundleCorruptError, match=r"weights\.decoder: expected one of int4, int8, fp16, fp32, got 'int3'"
     ):
@@ -121,7 +114,7 @@ def test_a_manifest_that_is_not_json(copy: Path) -> None:
 def test_files_outside_the_bundle_are_not_followed(copy: Path, tmp_path: Path) -> None:
     (tmp_path / "outside").write_bytes(b"secret")
     files = json.loads((copy / "owl2.json").read_text())["files"]
-    edit(copy, files=files | {"../outside": {"size": 6, "sha256": "0" * 64}})
+    edit_manifest(copy, files=files | {"../outside": {"size": 6, "sha256": "0" * 64}})
     with pytest.raises(BundleCorruptError, match=r"\.\./outside is outside the bundle"):
         Owl2.load(copy)
 
@@ -141,7 +134,7 @@ def test_a_folder_that_is_not_a_bundle(tmp_path: Path, golden: Path) -> None:
 def test_a_file_that_is_not_listed_is_not_used(copy: Path) -> None:
     files = json.loads((copy / "owl2.json").read_text())["files"]
     del files["vision.onnx.data"]
-    edit(copy, files=files)
+    edit_manifest(copy, files=files)
     with pytest.raises(BundleCorruptError, match=r"vision\.onnx\.data is not listed in owl2\.json"):
         Owl2.load(copy)
 
@@ -149,9 +142,7 @@ def test_a_file_that_is_not_listed_is_not_used(copy: Path) -> None:
 def test_a_graph_that_onnxruntime_refuses(copy: Path) -> None:
     """The hashes hold; its own first line is passed on."""
     (copy / "vision.onnx").write_bytes(b"no graph")
-    files = json.loads((copy / "owl2.json").read_text())["files"]
-    files["vision.onnx"] = {"size": 8, "sha256": hash_file(copy / "vision.onnx")}
-    edit(copy, files=files)
+    rehash(copy, "vision.onnx")
     with pytest.raises(BackendError, match=r"vision\.onnx cannot be loaded: "):
         Owl2.load(copy)
 
@@ -181,7 +172,7 @@ def test_a_model_that_was_edited(
     copy: Path, part: str, changes: dict[str, object], error: type[Exception], message: str
 ) -> None:
     model = json.loads((copy / "owl2.json").read_text())["model"]
-    edit(copy, model=model | {part: model[part] | changes})
+    edit_manifest(copy, model=model | {part: model[part] | changes})
     with pytest.raises(error, match=message):
         Owl2.load(copy)
 
@@ -197,7 +188,7 @@ def test_a_model_that_was_edited(
     ],
 )
 def test_settings_that_cannot_work(
-    bundle_a1: Path, settings: dict[str, object], error: type[Exception], message: str
+    bundle_a1: Path, settings: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
         Owl2.load(bundle_a1, **settings)

@@ -1,9 +1,10 @@
 """Conversations: what is reused, what a failed or abandoned turn leaves, messages in and out, threads."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from owl2 import (
 )
 from owl2.export.config import ExportConfig
 from owl2.export.pipeline import export_bundle
+from owl2.runtime.engine import Engine, Floats, KvBuffers
 from owl2.runtime.families.mplug_owl2.template import Message, render
 
 
@@ -35,7 +37,7 @@ def ask_first(case: Case) -> tuple[Chat, str]:
     return chat, chat.ask("What is this?", images=case.files[:1], max_new_tokens=6).text
 
 
-def engine_of(case: Case) -> type:
+def engine_of(case: Case) -> type[Engine]:
     return type(case.owl.model.engine)
 
 
@@ -77,9 +79,10 @@ class TestReuse:
         assert warm.stats.reused_tokens == 0
 
     def test_kv_buffers_are_written_in_place_and_grow(self, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-        allocate, sizes = engine_of(case).allocate, []
+        allocate = engine_of(case).allocate
+        sizes: list[int] = []
 
-        def counted(self: Any, capacity: int, previous: Any) -> Any:
+        def counted(self: Engine, capacity: int, previous: KvBuffers | None) -> KvBuffers:
             sizes.append(capacity)
             return allocate(self, capacity, previous)
 
@@ -92,7 +95,7 @@ class TestReuse:
         assert len(sizes) == 2
         assert sizes[1] == stats.kv_cache_positions > sizes[0]
 
-    def test_keys_of_stretched_positions_are_not_reused(self, make_checkpoint: MakeCheckpoint, tmp_path: Any) -> None:
+    def test_keys_of_stretched_positions_are_not_reused(self, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
         """Dynamic scaling turns the keys of a long sequence by other angles than those of a short one."""
         scaling = {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 48}
         export_bundle(ExportConfig(make_checkpoint(top=scaling), tmp_path / "bundle", weights="fp32"))
@@ -142,13 +145,14 @@ class TestUnfinished:
     def test_a_failing_step(self, case: Case, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]) -> None:
         chat, _ = ask_first(case)
         before = chat.messages
-        decode, calls = engine_of(case).decode, []
+        decode = engine_of(case).decode
+        calls: list[int] = []
 
-        def failing(self: Any, *arguments: Any) -> Any:
+        def failing(self: Engine, embeds: Floats, past: int, buffers: KvBuffers) -> Floats:
             calls.append(1)
             if len(calls) == 3:
                 raise error("the third step fails")
-            return decode(self, *arguments)
+            return decode(self, embeds, past, buffers)
 
         monkeypatch.setattr(engine_of(case), "decode", failing)
         with pytest.raises(error, match="third step"):
@@ -202,9 +206,10 @@ class TestUnfinished:
         self, case: Case, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         stream = case.owl.chat().stream("word " * 80, max_new_tokens=5)
-        prefill, blocks = engine_of(case).prefill, []
+        prefill = engine_of(case).prefill
+        blocks: list[int] = []
 
-        def counted(self: Any, embeds: Any, *others: Any) -> Any:
+        def counted(self: Engine, embeds: Floats, *others: Any) -> Floats:
             blocks.append(len(embeds))
             stream.cancel()
             return prefill(self, embeds, *others)
@@ -296,7 +301,7 @@ class TestMessages:
         chat, _ = ask_first(case)
         last = chat.ask("Why?", max_new_tokens=2)
 
-        def written(*_: object) -> Iterator[Chunk]:
+        def written(*_: object) -> Generator[Chunk, None, Answer]:
             yield Chunk("It is <|image|>.", 5, 0.0, "stop")
             return replace(last, text="It is <|image|>.")
 
@@ -397,10 +402,10 @@ class TestThreads:
         before = chat.messages
         decode, inside, go = engine_of(case).decode, threading.Event(), threading.Event()
 
-        def slow(self: Any, *arguments: Any) -> Any:
+        def slow(self: Engine, embeds: Floats, past: int, buffers: KvBuffers) -> Floats:
             inside.set()
             go.wait(10)
-            return decode(self, *arguments)
+            return decode(self, embeds, past, buffers)
 
         monkeypatch.setattr(engine_of(case), "decode", slow)
         stream = chat.stream("Why?", max_new_tokens=50)

@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given, strategies as st
 
 from owl2 import ContextOverflowError
-from owl2.runtime.backends.ort.engine import OrtEngine
+from owl2.runtime.backends.ort.engine import OrtBuffers, OrtEngine
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.config import IMAGE_TOKEN_ID
+from owl2.runtime.engine import own
 from owl2.runtime.families.mplug_owl2.positions import digests_of, embed, merge
-from owl2.runtime.kv_cache import GROWTH, KvCache
+from owl2.runtime.kv_cache import GROWTH, Key, KvCache
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ keys = st.lists(st.one_of(st.integers(0, 3), st.tuples(st.sampled_from("ab"), st
 
 
 @given(held=keys, wanted=keys)
-def test_shared_prefix_is_the_longest_common_one(engine: OrtEngine, held: list, wanted: list) -> None:
+def test_shared_prefix_is_the_longest_common_one(engine: OrtEngine, held: list[Key], wanted: list[Key]) -> None:
     cache = KvCache(engine, 100)
     cache.commit(held)
     count = cache.shared_prefix(wanted)
@@ -33,17 +34,17 @@ def test_shared_prefix_is_the_longest_common_one(engine: OrtEngine, held: list, 
 
 def test_buffers_grow_in_steps_and_keep_their_content(engine: OrtEngine) -> None:
     cache = KvCache(engine, 2 * GROWTH + 10)
-    first = cache.reserve(5)
+    first = own(cache.reserve(5), OrtBuffers)
     for array in first.arrays:
         array[:, :, :5] = np.arange(5)[:, None]
     cache.commit(range(5))
     assert cache.reserve(GROWTH - 5) is first
-    second = cache.reserve(GROWTH)
+    second = own(cache.reserve(GROWTH), OrtBuffers)
     assert second.capacity == 2 * GROWTH
     assert all((array[:, :, :5] == np.arange(5)[:, None]).all() for array in second.arrays)
     cache.commit(range(GROWTH))
     assert cache.reserve(GROWTH).capacity == 2 * GROWTH + 10
-    assert cache.nbytes == sum(array.nbytes for array in cache.reserve(1).arrays)
+    assert cache.nbytes == sum(array.nbytes for array in own(cache.reserve(1), OrtBuffers).arrays)
 
 
 def test_reserving_changes_nothing_and_truncating_forgets(engine: OrtEngine) -> None:

@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import pickle
 import typing
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -174,7 +175,7 @@ class TestLife:
         assert {progress.stage for progress in again} == {"loading"}, "nothing changed since"
 
     @pytest.mark.parametrize("copied", [pickle.dumps, copy.deepcopy])
-    def test_it_cannot_be_pickled_and_says_what_to_do(self, case: Case, copied: Any) -> None:
+    def test_it_cannot_be_pickled_and_says_what_to_do(self, case: Case, copied: Callable[[object], object]) -> None:
         with pytest.raises(Owl2Error, match=r"cannot be pickled; .*Owl2\.load\('"):
             copied(case.owl)
         with pytest.raises(Owl2Error, match=r"cannot be pickled; .*messages=chat\.messages"):
@@ -231,7 +232,7 @@ class TestWrongCalls:
         with case.files[0].open("rb") as file, pytest.raises(ImageError, match=r"PIL\.Image\.open\(file\)"):
             case.owl.chat().ask("What?", images=file)  # type: ignore[arg-type]
 
-    def test_none_is_no_image(self, case: Case) -> None:
+    def test_none_stands_for_no_image(self, case: Case) -> None:
         assert case.owl.chat().ask("Hi", images=None, max_new_tokens=2).stats.images_encoded == 0
 
     def test_a_question_that_is_not_a_text(self, case: Case) -> None:
@@ -243,7 +244,7 @@ class TestWrongCalls:
     @pytest.mark.parametrize(
         "method", [Owl2.load, Owl2.chat, Owl2.generate, Owl2.stream, Owl2.logits, Chat.ask, Chat.stream, Chat.fork]
     )
-    def test_types_can_be_read(self, method: Any) -> None:
+    def test_types_can_be_read(self, method: Callable[..., object]) -> None:
         assert "return" in typing.get_type_hints(method)
 
     def test_options_are_the_fields_of_the_config(self) -> None:

@@ -1,13 +1,15 @@
-"""Pixels equal the original's bit for bit; anything that is no usable image is refused with the reason."""
+"""Pixels equal the original's bit for bit; anything that is not a usable image is refused with the reason."""
 
 import json
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
+from numpy.typing import NDArray
 from PIL import Image
 
 from owl2 import Owl2
@@ -34,15 +36,16 @@ def images(golden: Path, case: str) -> list[Image.Image]:
     return [load_image(golden / "images" / name) for name in names]
 
 
-def as_bytes(pixels: np.ndarray, config: PreprocessConfig) -> np.ndarray:
+def as_bytes(pixels: NDArray[np.float32], config: PreprocessConfig) -> NDArray[np.uint8]:
     """Undo the normalisation: the 8-bit values before it."""
     mean, std = np.array(config.mean)[:, None, None], np.array(config.std)[:, None, None]
-    return np.rint((pixels * std + mean) * 255).astype(np.uint8)
+    values: NDArray[np.uint8] = np.rint((pixels * std + mean) * 255).astype(np.uint8)
+    return values
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("case", "size"), CASES)
-def test_pixels_are_the_originals_bit_for_bit(golden, case, size, mode):
+def test_pixels_are_the_originals_bit_for_bit(golden: Path, case: str, size: int, mode: str) -> None:
     expected = np.load(golden / case / "vision.npz")
     config = PreprocessConfig(mode, size, size)
     pixels = np.stack([preprocess(image, config) for image in images(golden, case)])
@@ -51,14 +54,14 @@ def test_pixels_are_the_originals_bit_for_bit(golden, case, size, mode):
     np.testing.assert_array_equal(pixels, expected[f"pixel_values_{mode}"])
 
 
-def test_the_mode_can_be_overridden(golden):
+def test_the_mode_can_be_overridden(golden: Path) -> None:
     image = load_image(golden / "images" / "00_rgb_landscape_97x61.png")
     expected = np.load(golden / "a1_base_bin" / "vision.npz")["pixel_values_pad"][0]
     np.testing.assert_array_equal(preprocess(image, SMALL, "pad"), expected)
 
 
 @pytest.mark.parametrize("name", ["02_gray_L_40x75.png", "03_rgba_64x64.png", "04_palette_P_120x33.png"])
-def test_pillow_image_path_and_text_path_agree(golden, name):
+def test_pillow_image_path_and_text_path_agree(golden: Path, name: str) -> None:
     path = golden / "images" / name
     with Image.open(path) as image:
         expected = image.convert("RGB")
@@ -66,7 +69,7 @@ def test_pillow_image_path_and_text_path_agree(golden, name):
     assert load_image(path) == load_image(str(path)) == expected
 
 
-def test_arrays_agree_with_images(golden):
+def test_arrays_agree_with_images(golden: Path) -> None:
     image = load_image(golden / "images" / "00_rgb_landscape_97x61.png")
     array = np.asarray(image)
     assert load_image(array) == image
@@ -76,7 +79,7 @@ def test_arrays_agree_with_images(golden):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_one_pixel_becomes_a_plain_square(mode):
+def test_one_pixel_becomes_a_plain_square(mode: str) -> None:
     config = PreprocessConfig(mode, 56, 56)
     pixels = preprocess(load_image(np.full((1, 1, 3), [[[255, 0, 128]]], np.uint8)), config)
     assert pixels.shape == (3, 56, 56)
@@ -85,27 +88,27 @@ def test_one_pixel_becomes_a_plain_square(mode):
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 300), st.integers(1, 300), st.sampled_from(list(MODES)), st.integers(0, 2**32 - 1))
-def test_every_shape_gives_finite_square_pixels(width, height, mode, seed):
+def test_every_shape_gives_finite_square_pixels(width: int, height: int, mode: str, seed: int) -> None:
     array = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     pixels = preprocess(load_image(array), PreprocessConfig(mode, 28, 28))
     assert pixels.shape == (3, 28, 28)
     assert np.isfinite(pixels).all()
 
 
-def test_crop_larger_than_the_image_is_filled_with_black():
+def test_crop_larger_than_the_image_is_filled_with_black() -> None:
     config = PreprocessConfig("crop", 20, 30)
     values = as_bytes(preprocess(load_image(np.full((20, 20, 3), 200, np.uint8)), config), config)
     assert values[:, 5:25, 5:25].min() == 200
     assert values.sum() == 3 * 20 * 20 * 200
 
 
-def test_padding_is_centred_rounding_down():
+def test_padding_is_centred_rounding_down() -> None:
     config = PreprocessConfig("pad", 4, 4)
     values = as_bytes(preprocess(load_image(np.zeros((1, 4, 3), np.uint8)), config), config)
     np.testing.assert_array_equal(values[0], [[122] * 4, [0] * 4, [122] * 4, [122] * 4])
 
 
-def test_exif_orientation_is_ignored(tmp_path):
+def test_exif_orientation_is_ignored(tmp_path: Path) -> None:
     image = Image.new("RGB", (30, 20))
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -113,7 +116,7 @@ def test_exif_orientation_is_ignored(tmp_path):
     assert load_image(tmp_path / "turned.jpg").size == (30, 20)
 
 
-def test_palette_with_transparency_gives_no_warning(tmp_path):
+def test_palette_with_transparency_gives_no_warning(tmp_path: Path) -> None:
     image = Image.new("P", (4, 4))
     image.putpalette([200, 100, 50] * 256)
     image.save(tmp_path / "p.png", transparency=b"\x00\x80\xff")
@@ -121,14 +124,14 @@ def test_palette_with_transparency_gives_no_warning(tmp_path):
 
 
 @pytest.mark.parametrize(("width", "height"), [(9000, 9000), (10_000, 10_000), (30_000, 30_000), (65_000, 65_000)])
-def test_too_large_is_refused_before_decoding(tmp_path, width, height):
+def test_too_large_is_refused_before_decoding(tmp_path: Path, width: int, height: int) -> None:
     path = tmp_path / "bomb.png"
     path.write_bytes(png_header(width, height))
     with pytest.raises(ImageError, match=rf"bomb\.png.*{width * height}.*{MAX_PIXELS}.*scale it down"):
         load_image(path)
 
 
-def test_the_limit_on_pixels_is_the_callers(golden):
+def test_the_limit_on_pixels_is_the_callers(golden: Path) -> None:
     path = golden / "images" / "05_rgb_exact_56x56.png"
     assert load_image(path, max_pixels=56 * 56).size == (56, 56)
     for source in (path, load_image(path), np.zeros((56, 56, 3), np.uint8)):
@@ -137,7 +140,7 @@ def test_the_limit_on_pixels_is_the_callers(golden):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_thin_strip_does_not_explode(mode):
+def test_a_thin_strip_does_not_explode(mode: str) -> None:
     strip = Image.new("RGB", (1, 200_000))
     with pytest.raises(ImageError, match=f"1 x 200000 would become .* in mode {mode}, the limit is {MAX_PIXELS}"):
         preprocess(strip, PreprocessConfig(), mode)
@@ -156,13 +159,13 @@ def test_a_thin_strip_does_not_explode(mode):
         ),
     ],
 )
-def test_unreadable_files_are_named(tmp_path, name, content, reason):
+def test_unreadable_files_are_named(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ImageError, match=f"{reason}.*give an intact image in one of these formats"):
         load_image(tmp_path / name)
 
 
-def test_missing_files_and_folders_are_named(tmp_path):
+def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=r"cannot read .*nowhere\.png: No such file"):
         load_image(tmp_path / "nowhere.png")
     with pytest.raises(ImageError, match=r"cannot read .*: Is a directory"):
@@ -170,7 +173,7 @@ def test_missing_files_and_folders_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "gif", "tiff"])
-def test_truncated_files_are_refused(golden, tmp_path, suffix):
+def test_truncated_files_are_refused(golden: Path, tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"cut.{suffix}"
     load_image(golden / "images" / "07_rgb_large_301x199.png").save(path)
     assert load_image(path).size == (301, 199)
@@ -187,32 +190,32 @@ def test_truncated_files_are_refused(golden, tmp_path, suffix):
         (np.zeros(5, np.uint8), r"uint8 \[5\]"),
     ],
 )
-def test_arrays_of_another_kind_are_refused(array, given_as):
+def test_arrays_of_another_kind_are_refused(array: NDArray[Any], given_as: str) -> None:
     with pytest.raises(ImageError, match=f"must be uint8 .* got {given_as}; scale values"):
         load_image(array)
 
 
-def test_empty_images_are_refused():
+def test_empty_images_are_refused() -> None:
     with pytest.raises(ImageError, match=r"the array is empty \(0 x 5\)"):
         load_image(np.zeros((5, 0, 3), np.uint8))
     with pytest.raises(ImageError, match=r"the image is empty \(0 x 0\)"):
         load_image(Image.new("RGB", (0, 0)))
 
 
-def test_sixteen_bit_images_are_refused_instead_of_turning_white(tmp_path):
+def test_sixteen_bit_images_are_refused_instead_of_turning_white(tmp_path: Path) -> None:
     Image.fromarray(np.full((4, 4), 40_000, np.uint16)).save(tmp_path / "deep.png")
     with pytest.raises(ImageError, match=r"deep\.png has pixels of mode I;16, more than 8 bits; convert it"):
         load_image(tmp_path / "deep.png")
 
 
-def test_other_types_and_unconverted_images_are_refused():
+def test_other_types_and_unconverted_images_are_refused() -> None:
     with pytest.raises(ImageError, match="cannot be given as bytes; pass a path"):
-        load_image(b"\x89PNG")
+        load_image(b"\x89PNG")  # type: ignore[arg-type]
     with pytest.raises(ImageError, match="expects an RGB image, got mode L"):
         preprocess(Image.new("L", (4, 4)), SMALL)
 
 
-def test_digest_tells_images_apart(golden):
+def test_digest_tells_images_apart(golden: Path) -> None:
     first, second = (preprocess(image, SMALL) for image in images(golden, "a1_base_bin")[:2])
     assert digest(first) == digest(first.copy()) != digest(second)
     assert digest(np.asfortranarray(first)) == digest(first)

@@ -1,11 +1,15 @@
 """Filters on small rows with known answers, their invariants on random ones, and the rules for stopping."""
 
 import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import assume, given, strategies as st
 from hypothesis.extra.numpy import arrays
+from numpy.typing import NDArray
 
 from owl2.runtime.errors import BackendError, ConfigError
 from owl2.runtime.families.mplug_owl2.tokenizer import StreamDecoder, Tokenizer
@@ -26,18 +30,19 @@ LOGITS = np.log(np.array([1, 2, 3, 4], np.float32))
 ROWS = arrays(np.float32, st.integers(1, 40), elements=st.floats(-30, 30, width=32))
 
 
-def softmax(logits):
-    weights = np.exp(logits.astype(np.float64) - logits.max())
-    return weights / weights.sum()
+def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    weights: NDArray[np.float64] = np.exp(logits.astype(np.float64) - logits.max())
+    weights /= weights.sum()
+    return weights
 
 
-def test_log_softmax():
+def test_log_softmax() -> None:
     np.testing.assert_allclose(np.exp(log_softmax(LOGITS)), [0.1, 0.2, 0.3, 0.4], rtol=1e-6)
     np.testing.assert_allclose(log_softmax(LOGITS + 1000), log_softmax(LOGITS), atol=1e-4)
     assert log_softmax(LOGITS).dtype == np.float32
 
 
-def test_temperature():
+def test_temperature() -> None:
     np.testing.assert_allclose(softmax(apply_temperature(LOGITS, 0.5)), np.array([1, 4, 9, 16]) / 30, rtol=1e-6)
     np.testing.assert_allclose(softmax(apply_temperature(LOGITS, 1e9)), [0.25] * 4, rtol=1e-6)
     np.testing.assert_array_equal(softmax(apply_temperature(LOGITS, 1e-320)), [0, 0, 0, 1])
@@ -45,7 +50,7 @@ def test_temperature():
         apply_temperature(LOGITS, 0)
 
 
-def test_top_k():
+def test_top_k() -> None:
     np.testing.assert_allclose(softmax(keep_top_k(LOGITS, 2)), [0, 0, 3 / 7, 4 / 7], rtol=1e-6)
     np.testing.assert_array_equal(keep_top_k(LOGITS, 0), LOGITS)
     np.testing.assert_array_equal(keep_top_k(LOGITS, 9), LOGITS)
@@ -63,7 +68,7 @@ def test_top_k():
         (1.0, [0.1, 0.2, 0.3, 0.4]),
     ],
 )
-def test_top_p(p, expected):
+def test_top_p(p: float, expected: list[float]) -> None:
     np.testing.assert_allclose(softmax(keep_top_p(LOGITS, p)), expected, rtol=1e-6)
 
 
@@ -76,11 +81,11 @@ def test_top_p(p, expected):
         (1.0, [0, 0, 0, 1]),
     ],
 )
-def test_min_p(min_p, expected):
+def test_min_p(min_p: float, expected: list[float]) -> None:
     np.testing.assert_allclose(softmax(keep_min_p(LOGITS, min_p)), expected, rtol=1e-6)
 
 
-def test_repetition_penalty():
+def test_repetition_penalty() -> None:
     logits = np.array([-1.0, 2.0, 0.0, 4.0], np.float32)
     np.testing.assert_array_equal(apply_repetition_penalty(logits, [3, 0, 3, 3, -200], 2.0), [-2, 2, 0, 2])
     np.testing.assert_array_equal(apply_repetition_penalty(logits, [], 2.0), logits)
@@ -88,7 +93,7 @@ def test_repetition_penalty():
 
 
 @given(ROWS, st.floats(0.01, 0.99))
-def test_top_p_keeps_the_smallest_prefix(logits, p):
+def test_top_p_keeps_the_smallest_prefix(logits: NDArray[np.float32], p: float) -> None:
     kept = np.isfinite(keep_top_p(logits, p))
     probabilities = softmax(logits)
     assert probabilities[kept].sum() >= p - 1e-9
@@ -97,14 +102,14 @@ def test_top_p_keeps_the_smallest_prefix(logits, p):
 
 
 @given(ROWS, st.integers(1, 50))
-def test_top_k_keeps_the_largest(logits, k):
+def test_top_k_keeps_the_largest(logits: NDArray[np.float32], k: int) -> None:
     kept = np.isfinite(keep_top_k(logits, k))
     assert kept.sum() >= min(k, logits.size)
     assert kept.all() or logits[kept].min() > logits[~kept].max()
 
 
 @given(ROWS)
-def test_greedy_takes_the_largest_and_leaves_the_generator_alone(logits):
+def test_greedy_takes_the_largest_and_leaves_the_generator_alone(logits: NDArray[np.float32]) -> None:
     rng = np.random.default_rng(0)
     before = rng.bit_generator.state
     assert sample(logits, GenerationConfig(), rng) == int(np.argmax(logits))
@@ -112,7 +117,9 @@ def test_greedy_takes_the_largest_and_leaves_the_generator_alone(logits):
 
 
 @given(ROWS, st.integers(0, 2**32), st.floats(0.1, 3.0), st.integers(0, 10), st.floats(0.1, 1.0), st.floats(0, 1))
-def test_sampling_is_reproducible_and_respects_the_filters(logits, seed, temperature, top_k, top_p, min_p):
+def test_sampling_is_reproducible_and_respects_the_filters(
+    logits: NDArray[np.float32], seed: int, temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
     config = GenerationConfig(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     first, second = (
         [sample(logits, config, rng) for _ in range(5)] for rng in (np.random.default_rng(seed) for _ in range(2))
@@ -123,14 +130,14 @@ def test_sampling_is_reproducible_and_respects_the_filters(logits, seed, tempera
     assert allowed[first].all()
 
 
-def test_samples_follow_the_distribution():
+def test_samples_follow_the_distribution() -> None:
     rng = np.random.default_rng(5)
     config = GenerationConfig(temperature=1.0, top_k=3)
     drawn = np.bincount([sample(LOGITS, config, rng) for _ in range(9000)], minlength=4)
     np.testing.assert_allclose(drawn / 9000, [0, 2 / 9, 3 / 9, 4 / 9], atol=0.02)
 
 
-def test_the_penalty_applies_before_the_choice():
+def test_the_penalty_applies_before_the_choice() -> None:
     config = GenerationConfig(repetition_penalty=2.0)
     assert sample(LOGITS, config, np.random.default_rng(0), previous_ids=[3]) == 2
     assert sample(LOGITS, GenerationConfig(), np.random.default_rng(0), previous_ids=[3]) == 3
@@ -138,7 +145,7 @@ def test_the_penalty_applies_before_the_choice():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_broken_logits_are_reported(bad, temperature):
+def test_broken_logits_are_reported(bad: float, temperature: float) -> None:
     logits = LOGITS.copy()
     logits[2] = bad
     with pytest.raises(BackendError, match="1 of 4 logits are NaN or infinite: the model's arithmetic overflowed"):
@@ -164,13 +171,13 @@ def test_broken_logits_are_reported(bad, temperature):
         ("stop", ("",), r"stop \(''\,\) must be a non-empty string, or several"),
     ],
 )
-def test_bad_settings_are_refused(name, value, message):
+def test_bad_settings_are_refused(name: str, value: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         GenerationConfig(**{name: value})
 
 
 @pytest.mark.parametrize("case", ["a1_base_bin", "a2_fp16_safetensors"])
-def test_answers_end_where_the_original_would_end_them(golden, case):
+def test_answers_end_where_the_original_would_end_them(golden: Path, case: str) -> None:
     """At the end-of-sequence id exactly there; at other keywords there or before, since pieces do not matter here."""
     tokenizer = Tokenizer.load(golden / case / "model")
     for entry in json.loads((golden / case / "stop_criteria.json").read_text()):
@@ -184,32 +191,32 @@ def test_answers_end_where_the_original_would_end_them(golden, case):
             assert any(ours[: theirs.index(True) + 1]), entry["name"]
 
 
-def run(stops, pieces):
+def run(stops: Sequence[str], pieces: Iterable[str]) -> tuple[str, bool, str]:
     """Text passed on, whether it was stopped, and what the end releases."""
     stop = StopFilter(stops)
     results = [stop.feed(piece) for piece in pieces]
     return "".join(text for text, _ in results), any(stopped for _, stopped in results), stop.flush()
 
 
-def test_stop_strings_are_cut_off():
+def test_stop_strings_are_cut_off() -> None:
     assert run(("###",), ["Hello #", "#", "# more", "text"]) == ("Hello ", True, "")
     assert run(("###",), ["Hello #", "#", " more"]) == ("Hello ## more", False, "")
     assert run(("###",), ["Hello ", "##"]) == ("Hello ", False, "##")
     assert run((), ["as ", "it is"]) == ("as it is", False, "")
 
 
-def test_only_the_possible_beginning_is_held_back():
+def test_only_the_possible_beginning_is_held_back() -> None:
     stop = StopFilter(("aab",))
     assert [stop.feed(letter) for letter in "aaab"] == [("", False), ("", False), ("a", False), ("", True)]
 
 
-def test_the_stop_string_that_is_complete_first_counts():
+def test_the_stop_string_that_is_complete_first_counts() -> None:
     assert run(("abcd", "bc"), ["abcd"]) == ("a", True, "")
     assert run(("xbc", "bc"), ["axbc"]) == ("a", True, "")
 
 
 @given(st.text("ab#", max_size=30), st.lists(st.text("ab#", min_size=1, max_size=4), max_size=3), st.data())
-def test_the_cut_does_not_depend_on_the_pieces(text, stops, data):
+def test_the_cut_does_not_depend_on_the_pieces(text: str, stops: Sequence[str], data: st.DataObject) -> None:
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
     pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
     emitted, stopped, held = run(stops, pieces)

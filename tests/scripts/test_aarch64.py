@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import ROOT
+from numpy.typing import NDArray
 
 SCRIPTS = ROOT / "scripts"
 
@@ -37,7 +38,7 @@ def recorded(bundle_a1: Path, golden: Path, tmp_path_factory: pytest.TempPathFac
     return out
 
 
-def changed(recording: Any, **arrays: np.ndarray) -> Any:
+def changed(recording: Any, **arrays: NDArray[Any]) -> Any:
     return dataclasses.replace(
         recording, arrays={**recording.arrays, **{name.replace("_", ".", 1): array for name, array in arrays.items()}}
     )

@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from owl2.export.checkpoint.gptq_format import GptqFormat, read_format
 from owl2.export.checkpoint.gptq_layout import GptqTensors, pack, pack_words, unpack, unpack_words
@@ -18,7 +19,7 @@ ROWS, WIDTH = 24, 80  # five groups of 16
 GPTQMODEL = "gptqmodel:7.7.0"
 
 
-def slow_words(values: np.ndarray, bits: int) -> np.ndarray:
+def slow_words(values: NDArray[np.uint8], bits: int) -> NDArray[np.int32]:
     """Number by number, with Python's integers."""
     packed = 32 // bits
     words = np.zeros((len(values) // packed, values.shape[1]), dtype=np.int64)
@@ -27,7 +28,9 @@ def slow_words(values: np.ndarray, bits: int) -> np.ndarray:
     return words.astype(np.uint32).view(np.int32)
 
 
-def slow_weight(codes: np.ndarray, zeros: np.ndarray, scales: torch.Tensor, g_idx: list[int]) -> torch.Tensor:
+def slow_weight(
+    codes: NDArray[np.uint8], zeros: NDArray[np.uint8], scales: torch.Tensor, g_idx: list[int]
+) -> torch.Tensor:
     """[N, K] from unsigned codes [K, N], zero points [G, N] and scales [G, N], number by number."""
     weight = torch.empty(codes.shape[1], codes.shape[0])
     for column, row in np.ndindex(codes.shape):
@@ -37,7 +40,9 @@ def slow_weight(codes: np.ndarray, zeros: np.ndarray, scales: torch.Tensor, g_id
     return weight
 
 
-def made(bits: int, g_idx: list[int], version: int, *, symmetric: bool = False) -> tuple[GptqTensors, torch.Tensor]:
+def made(
+    bits: int, g_idx: list[int], version: Literal[1, 2], *, symmetric: bool = False
+) -> tuple[GptqTensors, torch.Tensor]:
     """Random tensors of a layer and the weight they stand for."""
     numbers = np.random.default_rng(bits + version)
     groups = max(g_idx) + 1
@@ -73,7 +78,9 @@ def test_words(bits: int) -> None:
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("g_idx", [SEQUENTIAL, SWAPPED, SCATTERED], ids=["sequential", "swapped", "scattered"])
-def test_unpacking_equals_the_slow_reference(bits: int, version: int, symmetric: bool, g_idx: list[int]) -> None:
+def test_unpacking_equals_the_slow_reference(
+    bits: int, version: Literal[1, 2], symmetric: bool, g_idx: list[int]
+) -> None:
     tensors, expected = made(bits, g_idx, version, symmetric=symmetric)
     form = GptqFormat(bits, 16, symmetric=symmetric, version=version)
     weight = unpack(tensors, form, "layer")
@@ -155,7 +162,7 @@ def test_scales_that_are_not_finite_are_refused() -> None:
 class TestWriting:
     @pytest.mark.parametrize("bits", [4, 8])
     @pytest.mark.parametrize("version", [1, 2])
-    def test_what_is_written_is_read_back(self, bits: int, version: int) -> None:
+    def test_what_is_written_is_read_back(self, bits: int, version: Literal[1, 2]) -> None:
         torch.manual_seed(bits)
         weight = rtn(torch.randn(ROWS, 200), QuantConfig(bits=bits, group_size=32, method="rtn", scale_dtype="fp16"))
         form = GptqFormat(bits, 32, version=version)
@@ -202,12 +209,12 @@ class TestSettings:
             (folder / "quantize_config.json").write_text(json.dumps(own))
         return read_format(folder, {} if config is None else {"quantization_config": config})
 
-    def test_none_is_none(self, tmp_path: Path) -> None:
+    def test_a_checkpoint_that_is_not_quantized(self, tmp_path: Path) -> None:
         assert self.read(tmp_path, None) is None
 
     def test_what_auto_gptq_wrote(self, tmp_path: Path) -> None:
         """Before formats had names, in a file of its own."""
-        own = {
+        own: dict[str, Any] = {
             "bits": 4,
             "group_size": 128,
             "damp_percent": 0.01,

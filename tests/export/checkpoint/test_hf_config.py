@@ -2,6 +2,8 @@
 
 import json
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,24 +20,25 @@ from owl2.runtime.errors import ConfigError
 
 VISION = "visual_config.visual_model"
 ABSTRACTOR = "visual_config.visual_abstractor"
-AT_448 = {"size": 448, "crop_size": 448}
+Json = dict[str, Any]
+AT_448: Json = {"size": 448, "crop_size": 448}
 
 
 @pytest.fixture
-def files(golden):
+def files(golden: Path) -> list[Json]:
     """config.json, preprocessor_config.json and generation_config.json of a recorded checkpoint."""
     folder = golden / "a1_base_bin" / "model"
     names = ("config", "preprocessor_config", "generation_config")
     return [json.loads((folder / f"{name}.json").read_text()) for name in names]
 
 
-def changed(config: dict, path: str, value: object) -> dict:
+def changed(config: Json, path: str, value: object) -> Json:
     """``config`` with the key at a dotted path replaced."""
     key, _, rest = path.partition(".")
     return config | {key: changed(config[key], rest, value) if rest else value}
 
 
-def test_every_key_that_is_read():
+def test_every_key_that_is_read() -> None:
     config = {
         "model_type": "mplug_owl2",
         "visual_config": {
@@ -125,7 +128,7 @@ def test_every_key_that_is_read():
 
 
 @pytest.mark.parametrize("visual", [{}, {"visual_config": None}, {"visual_config": {"visual_model": {}}}])
-def test_absent_keys_take_the_official_codes_defaults(visual):
+def test_absent_keys_take_the_official_codes_defaults(visual: Json) -> None:
     config = model_config({"model_type": "mplug_owl2"} | visual, AT_448, {})
     vision, abstractor, decoder = config.vision, config.abstractor, config.decoder
     assert (vision.hidden_size, vision.intermediate_size, vision.num_hidden_layers) == (1024, 4096, 24)
@@ -148,7 +151,7 @@ def test_absent_keys_take_the_official_codes_defaults(visual):
     )
 
 
-def test_foreign_keys_are_ignored(files):
+def test_foreign_keys_are_ignored(files: list[Json]) -> None:
     config, preprocessor, generation = files
     known = {"visual_model", "visual_abstractor"}
     assert {"top_k", "is_decoder", "id2label"} < set(config["visual_config"]["visual_model"])
@@ -160,22 +163,23 @@ def test_foreign_keys_are_ignored(files):
     assert model_config(config, preprocessor | {"new": [1]}, generation | {"temperature": "hot"}) == expected
 
 
-def test_integers_are_accepted_for_numbers(files):
+def test_integers_are_accepted_for_numbers(files: list[Json]) -> None:
     config, preprocessor, generation = files
     config |= {"rope_theta": 1000000, "rope_scaling": {"rope_type": "linear", "factor": 2}}
     decoder = model_config(config, preprocessor, generation).decoder
     assert (decoder.rope_theta, decoder.rope_scaling) == (1e6, RopeScaling("linear", 2.0))
+    assert decoder.rope_scaling is not None
     assert type(decoder.rope_theta) is type(decoder.rope_scaling.factor) is float
 
 
 @pytest.mark.parametrize("grid_size", [None, 0])
-def test_a_grid_size_of_nothing_means_32(files, grid_size):
+def test_a_grid_size_of_nothing_means_32(files: list[Json], grid_size: int | None) -> None:
     config, _, generation = files
     config = changed(changed(config, f"{ABSTRACTOR}.grid_size", grid_size), f"{VISION}.image_size", 448)
     assert model_config(config, AT_448, generation).abstractor.grid_size == 32
 
 
-def test_eos_comes_from_the_generation_config_first(files):
+def test_eos_comes_from_the_generation_config_first(files: list[Json]) -> None:
     config, preprocessor, _ = files
     config |= {"eos_token_id": 6}
     assert model_config(config, preprocessor, {"eos_token_id": 0}).decoder.eos_token_id == 0
@@ -193,20 +197,20 @@ def test_eos_comes_from_the_generation_config_first(files):
         ({"image_aspect_ratio": ""}, "crop"),
     ],
 )
-def test_image_aspect_ratio_chooses_the_mode(files, changes, mode):
+def test_image_aspect_ratio_chooses_the_mode(files: list[Json], changes: Json, mode: str) -> None:
     config, preprocessor, generation = files
     assert model_config(config | changes, preprocessor, generation).preprocess.mode == mode
 
 
 @pytest.mark.parametrize("size", [64, {"shortest_edge": 64}])
 @pytest.mark.parametrize("crop_size", [56, {"height": 56, "width": 56}])
-def test_sizes_are_numbers_or_objects(files, size, crop_size):
+def test_sizes_are_numbers_or_objects(files: list[Json], size: object, crop_size: object) -> None:
     config, preprocessor, generation = files
     preprocess = model_config(config, preprocessor | {"size": size, "crop_size": crop_size}, generation).preprocess
     assert (preprocess.size, preprocess.crop_size) == (64, 56)
 
 
-def test_the_recorded_checkpoints_differ_where_they_should(files, golden):
+def test_the_recorded_checkpoints_differ_where_they_should(files: list[Json], golden: Path) -> None:
     folder = golden / "a2_fp16_safetensors" / "model"
     names = ("config", "preprocessor_config", "generation_config")
     other = model_config(*(json.loads((folder / f"{name}.json").read_text()) for name in names))
@@ -247,7 +251,7 @@ def test_the_recorded_checkpoints_differ_where_they_should(files, golden):
         ("rope_scaling", "linear", "rope_scaling must be .*, got 'linear'"),
     ],
 )
-def test_models_that_cannot_be_are_refused(files, path, value, message):
+def test_models_that_cannot_be_are_refused(files: list[Json], path: str, value: object, message: str) -> None:
     config, preprocessor, generation = files
     with pytest.raises(ConfigError, match=message):
         model_config(changed(config, path, value), preprocessor, generation)
@@ -273,14 +277,14 @@ def test_models_that_cannot_be_are_refused(files, path, value, message):
         (f"{ABSTRACTOR}.grid_size", 4.0, "grid_size must be a positive integer, got 4.0"),
     ],
 )
-def test_values_of_a_wrong_type_are_refused(files, path, value, message):
+def test_values_of_a_wrong_type_are_refused(files: list[Json], path: str, value: object, message: str) -> None:
     config, preprocessor, generation = files
     with pytest.raises(ConfigError, match=f"^config.json: {message}$"):
         model_config(changed(config, path, value), preprocessor, generation)
 
 
 @pytest.mark.parametrize("eos", [None, "2", [2, 3], True, -1])
-def test_eos_must_be_one_id(files, eos):
+def test_eos_must_be_one_id(files: list[Json], eos: object) -> None:
     config, preprocessor, _ = files
     with pytest.raises(ConfigError, match=f"eos_token_id must be one integer, got {re.escape(repr(eos))}$"):
         model_config(config, preprocessor, {"eos_token_id": eos})
@@ -308,13 +312,13 @@ def test_eos_must_be_one_id(files, eos):
         ({"image_mean": [None, 1, 1]}, r"image_mean must be three numbers, got \[None, 1, 1\]"),
     ],
 )
-def test_other_preprocessing_is_refused(files, changes, message):
+def test_other_preprocessing_is_refused(files: list[Json], changes: Json, message: str) -> None:
     config, preprocessor, generation = files
     with pytest.raises(ConfigError, match=message):
         model_config(config, preprocessor | changes, generation)
 
 
-def test_a_missing_size_is_clips_own(files):
+def test_a_missing_size_is_clips_own(files: list[Json]) -> None:
     config, _, generation = files
     with pytest.raises(ConfigError, match="preprocessor crop_size 224 must equal vision image_size 56"):
         model_config(config, {}, generation)

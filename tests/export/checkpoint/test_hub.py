@@ -107,6 +107,6 @@ def test_nothing_is_downloaded_unasked() -> None:
         local_checkpoint(MODEL, download=False)
 
 
-def test_a_path_is_no_hub_id() -> None:
+def test_a_path_is_not_a_hub_id() -> None:
     with pytest.raises(CheckpointError, match=r"'/a/b/c' is not a hub id; expected OWNER/MODEL"):
         local_checkpoint("/a/b/c", download=True)

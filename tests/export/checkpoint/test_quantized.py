@@ -78,6 +78,7 @@ def test_a_bundle_keeps_them_and_quantizes_the_rest(a1: Path, tmp_path: Path) ->
             assert weight.columns is not None
             assert weight.zero_points is not None
             codes, scales, zeros = bundle_weight(tmp_path / "bundle", name.removeprefix("model."), 64)
+            assert zeros is not None
             np.testing.assert_array_equal(codes, weight.codes.numpy())
             np.testing.assert_array_equal(scales, weight.scales.numpy())
             unpacked = reference.unpack_nbits(zeros.reshape(64, -1), 4, 4)

@@ -33,10 +33,11 @@ class TestExport:
         self.planted(golden, tmp_path, r"does not round keys as torch does: \d+\.\d% of the codes in the first layer")
 
     def test_values_a_little_off(self, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        original = pipeline.write_int8_kv_graph
 
         def write(source: Path, target: Path, config: DecoderConfig, scales: list[KvScales]) -> None:
-            original(source, target, config, [KvScales(entry.keys, entry.values * 1.05) for entry in scales])
+            graph.write_int8_kv_graph(
+                source, target, config, [KvScales(entry.keys, entry.values * 1.05) for entry in scales]
+            )
 
         monkeypatch.setattr(pipeline, "write_int8_kv_graph", write)
         self.planted(golden, tmp_path, "does not round values as torch does")
@@ -44,11 +45,10 @@ class TestExport:
     def test_far_too_wide_steps_in_later_layers(
         self, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        original = pipeline.write_int8_kv_graph
 
         def write(source: Path, target: Path, config: DecoderConfig, scales: list[KvScales]) -> None:
             wide = [KvScales(entry.keys * 8, entry.values * 8) for entry in scales[1:]]
-            original(source, target, config, [scales[0], *wide])
+            graph.write_int8_kv_graph(source, target, config, [scales[0], *wide])
 
         monkeypatch.setattr(pipeline, "write_int8_kv_graph", write)
         self.planted(golden, tmp_path, "does not compute what torch computes with keys and values rounded")
@@ -87,7 +87,7 @@ class TestExport:
     def test_both_modalities_and_the_calibration_are_looked_at(
         self, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """With calibration the scales come from it alone, so that the held-out prompts stay unseen."""
+        """With calibration the scales come only from it, so that the held-out prompts stay unseen."""
         seen: list[int] = []
         original = KvRange.add
 

@@ -1,17 +1,22 @@
 """int8 hurts where activations have outliers; those parts are found and kept."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from owl2.export.checkpoint.checkpoint import Checkpoint
 from owl2.export.checkpoint.modules import load_vision
 from owl2.export.checks.sensitivity import ERROR_LEFT, MAX_FLOAT_WORK, Part, choose_kept, measure_parts
 from owl2.export.graph.weights import ChannelInt8Weight
+from owl2.quant.models.mplug_owl2 import VisionModel, VisualAbstractor
+
+Vision = tuple[VisionModel, VisualAbstractor, Tensor]
 
 
 @pytest.fixture
-def vision(sample_checkpoint):
+def vision(sample_checkpoint: Path) -> Vision:
     with Checkpoint(sample_checkpoint) as checkpoint:
         config = checkpoint.config
         tower, abstractor = load_vision(checkpoint)
@@ -20,8 +25,8 @@ def vision(sample_checkpoint):
 
 
 @torch.no_grad()
-def test_an_effect_is_what_int8_does_to_the_image_rows(vision):
-    """The last linear layer, by hand: what it changes needs no forward pass behind it."""
+def test_an_effect_is_what_int8_does_to_the_image_rows(vision: Vision) -> None:
+    """The last linear layer, by hand: what it changes needs no forward pass after it."""
     tower, abstractor, pixels = vision
     parts = {part.name: part for part in measure_parts(tower, abstractor, pixels)}
     x = abstractor.hidden_states(tower(pixels))[-1]
@@ -38,11 +43,11 @@ def test_an_effect_is_what_int8_does_to_the_image_rows(vision):
 
 
 @torch.no_grad()
-def test_effects_add_up_and_cover_every_linear_layer_once(vision):
+def test_effects_add_up_and_cover_every_linear_layer_once(vision: Vision) -> None:
     tower, abstractor, pixels = vision
     before = abstractor(tower(pixels))
     parts = list(measure_parts(tower, abstractor, pixels))
-    assert torch.equal(abstractor(tower(pixels)), before)  # measuring leaves nothing behind
+    assert torch.equal(abstractor(tower(pixels)), before)  # measuring changes nothing
     covered = [module for part in parts for module in part.modules]
     linears = [m for model in (tower, abstractor) for m in model.modules() if isinstance(m, nn.Linear)]
     assert len(covered) == len(linears)
@@ -51,7 +56,7 @@ def test_effects_add_up_and_cover_every_linear_layer_once(vision):
 
 
 @torch.no_grad()
-def test_a_layer_with_outliers_is_kept(vision):
+def test_a_layer_with_outliers_is_kept(vision: Vision) -> None:
     """One input channel of a layer 300 times as strong as the rest: one scale for all no longer fits."""
     tower, abstractor, pixels = vision
     index = 1
@@ -65,24 +70,24 @@ def test_a_layer_with_outliers_is_kept(vision):
     assert worst.name == f"vision_model.encoder.layers.{index}"
 
 
-def part(name, effect, work):
+def part(name: str, effect: float, work: int) -> Part:
     return Part(name, (), effect, work)
 
 
-def test_the_best_gain_for_the_work_is_kept_within_the_budget():
+def test_the_best_gain_for_the_work_is_kept_within_the_budget() -> None:
     parts = [part("large", 0.4, 900), part("cheap", 0.3, 50), part("dear", 0.31, 120), part("slight", 0.001, 1)]
     kept = [p.name for p in choose_kept(parts)]
     assert kept == ["cheap", "slight"]  # "dear" and "large" exceed what is left of the tenth of the work
     assert sum(p.work for p in choose_kept(parts)) <= MAX_FLOAT_WORK * 1071
 
 
-def test_keeping_stops_when_little_error_is_left():
+def test_keeping_stops_when_little_error_is_left() -> None:
     parts = [part("a", 0.1, 10), *(part(f"small {i}", 0.001, 10) for i in range(100))]
     assert [p.name for p in choose_kept(parts)] == ["a"]
     left = sum(p.effect**2 for p in parts) - 0.1**2
     assert left <= ERROR_LEFT**2 * sum(p.effect**2 for p in parts)
 
 
-def test_nothing_to_keep():
+def test_nothing_to_keep() -> None:
     assert choose_kept([]) == []
     assert choose_kept([part("a", 0.0, 10)]) == []

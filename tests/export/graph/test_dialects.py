@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from owl2 import ConfigError, Owl2
@@ -56,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, sample_checkpoint: Path) ->
     return bundle(tmp_path_factory.mktemp("int4") / "b", sample_checkpoint, method="rtn", dialect="onnx")
 
 
-def golden_logits(owl: Owl2, case: Path, images: Path) -> tuple[np.ndarray, np.ndarray]:
+def golden_logits(owl: Owl2, case: Path, images: Path) -> tuple[NDArray[Any], NDArray[Any]]:
     """Logits of ``owl`` and of the original for all golden prompts, [positions, V] each."""
     prompts = {entry["id"]: entry["prompt"] for entry in json.loads((case / "prompts.json").read_text())}
     recorded, made, expected = np.load(case / "forward.npz"), [], []
@@ -87,7 +88,7 @@ def test_float16_puts_the_same_token_first(tmp_path: Path, golden: Path, model: 
 class TestInt4:
     """The same integers in both dialects, kept from a GPTQ checkpoint: their own grids differ by the sign of scales."""
 
-    def logits(self, bundle: Bundle, *, exact: bool) -> np.ndarray:
+    def logits(self, bundle: Bundle, *, exact: bool) -> NDArray[Any]:
         """Of 40 rows, 20 in the middle being image rows; the last 8 step by step."""
         config, generator = bundle.manifest.model.decoder, np.random.default_rng(3)
         embeds = generator.standard_normal((40, config.hidden_size), dtype=np.float32)

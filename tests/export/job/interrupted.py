@@ -66,7 +66,7 @@ def main() -> None:
             try:
                 if job["kill"]:
                     plant(*job["kill"])
-                settings = {
+                settings: dict[str, Any] = {
                     name: Path(value) if name in ("checkpoint", "bundle") else value
                     for name, value in job["config"].items()
                 }

@@ -38,29 +38,36 @@ pytestmark = pytest.mark.slow
 
 ELSEWHERE = torch.device("lazy", 0)  # a type that torch does not try to start up
 aten = torch.ops.aten
-# These take tensors of two devices on purpose; indices may lie on the CPU.
+# These take tensors of two devices on purpose; indices may be on the CPU.
 MOVES = (aten._to_copy.default, aten.copy_.default, aten.index.Tensor)
 MATH_ATTENTION = 0
 
 
 class Remote(torch.Tensor):
-    """A tensor that claims to lie elsewhere."""
+    """A tensor that claims to be elsewhere."""
+
+    content: torch.Tensor
 
     @staticmethod
-    def __new__(cls, inner: torch.Tensor) -> Remote:
-        made = torch.Tensor._make_wrapper_subclass(
-            cls, inner.size(), strides=inner.stride(), dtype=inner.dtype, device=ELSEWHERE
+    def __new__(cls: type[Remote], content: torch.Tensor) -> Remote:
+        remote = torch.Tensor._make_wrapper_subclass(
+            cls, content.size(), strides=content.stride(), dtype=content.dtype, device=ELSEWHERE
         )
-        made.inner = inner
-        return made
+        remote.content = content
+        return remote
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares it as a method of instances
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return run(func, args, kwargs or {})
 
 
-class Elsewhere(TorchDispatchMode):
+class Elsewhere(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Makes factories with the device of :class:`Remote` work."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return run(func, args, kwargs or {})
@@ -78,14 +85,14 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if device is not None:
         remote = torch.device(device).type == ELSEWHERE.type
         kwargs = kwargs | {"device": "cpu" if remote else device}
-    result = func(*tree_map(inner_of, args), **tree_map(inner_of, kwargs))
+    result = func(*tree_map(content_of, args), **tree_map(content_of, kwargs))
     if func._schema.is_mutable:
         return args[0]
     return tree_map(lambda x: Remote(x) if isinstance(x, torch.Tensor) else x, result) if remote else result
 
 
-def inner_of(value: Any) -> Any:
-    return value.inner if isinstance(value, Remote) else value
+def content_of(value: Any) -> Any:
+    return value.content if isinstance(value, Remote) else value
 
 
 def test_the_wrapper_notices_a_mixture() -> None:
@@ -99,7 +106,7 @@ def test_the_wrapper_notices_a_mixture() -> None:
 
 
 def exported(checkpoint: Checkpoint, folder: Path, device: str, **settings: Any) -> tuple[bytes, list[torch.Tensor]]:
-    """The first layer's file, and all rows behind it."""
+    """The first layer's file, and all rows after it."""
     folder.mkdir()
     config = ExportConfig(checkpoint.folder, folder / "bundle", group_size=32, **settings)
     object.__setattr__(config, "device", device)  # a name that users cannot give

@@ -7,17 +7,24 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from conftest import flip_byte
 from folders import names
 
 from owl2.export import decoder
+from owl2.export.checkpoint.checkpoint import Checkpoint
+from owl2.export.checkpoint.modules import load_layer
 from owl2.export.config import ExportConfig
 from owl2.export.job.progress import Silent
 from owl2.export.job.staging import Staging
 from owl2.export.pipeline import export_bundle
+from owl2.quant.grid import QuantizedWeight
+from owl2.quant.models.mplug_owl2 import DecoderLayer
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.errors import ParityError
 
@@ -111,12 +118,11 @@ def interrupt(config: ExportConfig, layer: int, error: BaseException | None = No
     """Export until ``layer`` (0 is the first) begins, then stop as Ctrl-C does; returns the notes."""
     notes = Notes()
     with pytest.MonkeyPatch.context() as patch:
-        original = decoder.load_layer
 
-        def stopped(checkpoint: object, index: int, device: str) -> object:
+        def stopped(checkpoint: Checkpoint, index: int, device: str) -> tuple[DecoderLayer, dict[str, QuantizedWeight]]:
             if index == layer:
                 raise error or KeyboardInterrupt
-            return original(checkpoint, index, device)
+            return load_layer(checkpoint, index, device)
 
         patch.setattr(decoder, "load_layer", stopped)
         with pytest.raises(type(error) if error else KeyboardInterrupt):
@@ -145,24 +151,21 @@ def copy(stopped: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(stopped, tmp_path / "copy"))
 
 
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
-DAMAGES = {
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "index cut": (lambda work: os.truncate(work / "journal" / "journal.json", 300), "journal.json is damaged"),
-    "index changed": (lambda work: flip(work / "journal" / "journal.json"), "journal.json is damaged"),
+    "index changed": (lambda work: flip_byte(work / "journal" / "journal.json"), "journal.json is damaged"),
     "index of no JSON object": (
         lambda work: (work / "journal" / "journal.json").write_text('["x"]'),
         "journal.json is damaged",
     ),
-    "nodes changed": (lambda work: flip(work / "journal" / "layer-2.graph"), "layer-2.graph is missing or damaged"),
-    "rows changed": (lambda work: flip(work / "journal" / "layer-2.rows"), "layer-2.rows is missing or damaged"),
+    "nodes changed": (
+        lambda work: flip_byte(work / "journal" / "layer-2.graph"),
+        "layer-2.graph is missing or damaged",
+    ),
+    "rows changed": (lambda work: flip_byte(work / "journal" / "layer-2.rows"), "layer-2.rows is missing or damaged"),
     "rows missing": (lambda work: (work / "journal" / "vision.rows").unlink(), "vision.rows is missing or damaged"),
     "weights changed": (
-        lambda work: flip(work / "bundle" / "decoder.onnx.data"),
+        lambda work: flip_byte(work / "bundle" / "decoder.onnx.data"),
         r"layer \d in decoder.onnx.data is incomplete or damaged",
     ),
     "weights cut": (
@@ -170,7 +173,7 @@ DAMAGES = {
         "layer 1 in decoder.onnx.data is incomplete or damaged",
     ),
     "vision changed": (
-        lambda work: flip(work / "bundle" / "vision.onnx.data"),
+        lambda work: flip_byte(work / "bundle" / "vision.onnx.data"),
         "vision.onnx.data is missing or damaged",
     ),
 }
@@ -188,12 +191,12 @@ def test_a_damaged_journal_starts_over(a1: Path, copy: Path, name: str) -> None:
 
 
 def test_what_starts_over_after_damage_is_whole(a1: Path, copy: Path, whole: dict[str, bytes]) -> None:
-    flip(copy / ".bundle.partial" / "bundle" / "decoder.onnx.data")
+    flip_byte(copy / ".bundle.partial" / "bundle" / "decoder.onnx.data")
     export_bundle(settings(a1, copy))
     assert files(copy / "bundle") == whole
 
 
-def test_a_torn_tail_after_the_last_layer_is_no_damage(a1: Path, copy: Path, whole: dict[str, bytes]) -> None:
+def test_a_torn_tail_after_the_last_layer_is_not_damage(a1: Path, copy: Path, whole: dict[str, bytes]) -> None:
     with (copy / ".bundle.partial" / "bundle" / "decoder.onnx.data").open("ab") as file:
         file.write(b"half a layer" * 10_000)
     notes = Notes()
@@ -211,7 +214,7 @@ class TestKey:
             ({"group_size": 64, "samples": 200}, r"group_size was 32, now 64, .*samples was 1, now 200"),
         ],
     )
-    def test_other_settings_start_over(self, a1: Path, copy: Path, change: dict[str, object], reason: str) -> None:
+    def test_other_settings_start_over(self, a1: Path, copy: Path, change: dict[str, Any], reason: str) -> None:
         notes = interrupt(replace(settings(a1, copy), **change), 1)
         assert re.search(f"cannot be continued: .*{reason}", notes[0]), notes
 

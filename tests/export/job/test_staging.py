@@ -33,7 +33,7 @@ class TestTarget:
         assert Bundle.open(target).manifest.weights.decoder == "fp16"
         assert names(tmp_path) == ["bundle"]
 
-    def test_a_folder_that_is_no_bundle_is_never_replaced(self, a1: Path, tmp_path: Path) -> None:
+    def test_a_folder_that_is_not_a_bundle_is_never_replaced(self, a1: Path, tmp_path: Path) -> None:
         (tmp_path / "photos").mkdir()
         (tmp_path / "photos" / "wedding.jpg").write_bytes(b"precious")
         with pytest.raises(ExportError, match="is not a bundle; it is left alone"):
@@ -59,7 +59,7 @@ class TestTarget:
         assert Bundle.open(tmp_path / "real").manifest.weights.decoder == "fp16"
         assert names(tmp_path) == ["link", "real"]
 
-    def test_the_root_folder_is_no_bundle(self, a1: Path) -> None:
+    def test_the_root_folder_is_not_a_bundle(self, a1: Path) -> None:
         with pytest.raises(ExportError, match="is not a bundle"):
             export_bundle(ExportConfig(a1, Path("/"), overwrite=True))
 
@@ -128,7 +128,7 @@ class TestOneAtATime:
             staging.publish()
         assert names(tmp_path) == ["bundle"]
 
-    def test_a_folder_that_is_none(self, tmp_path: Path) -> None:
+    def test_a_parent_that_is_a_file(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
         with (
             pytest.raises(ExportError, match=r"cannot write to .*/file: Not a directory"),

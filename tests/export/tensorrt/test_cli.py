@@ -27,7 +27,7 @@ def test_no_gpu_here_is_said(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_it_needs_neither_torch_nor_onnx_nor_an_onnx_runtime(folder: Path) -> None:
-    """As on a Jetson with the extra tensorrt alone."""
+    """As on a Jetson with only the extra tensorrt."""
     blocked = dict.fromkeys(("torch", "onnx", "onnxruntime", "safetensors", "huggingface_hub"))
     run = f"import sys; sys.modules |= {blocked}; from owl2.export.__main__ import main; main()"
     arguments = ["engine", str(folder), "--gpu", "rtx3070", "--context", "256", "--prefill", "64", "--json"]

@@ -7,7 +7,6 @@ import pytest
 from PIL import Image
 
 from owl2 import Owl2
-from owl2.runtime.verification import OnBlock, hash_file
 
 
 @pytest.fixture(scope="session")
@@ -24,16 +23,3 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prompt_length(owl: Owl2) -> Callable[[str], int]:
     """Positions of the prompt for a first question."""
     return lambda question: owl.chat().ask(question, max_new_tokens=1).stats.prompt_tokens
-
-
-@pytest.fixture
-def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the files that were hashed."""
-    names: list[str] = []
-
-    def counted(path: Path, on_block: OnBlock = int) -> str:
-        names.append(path.name)
-        return hash_file(path, on_block)
-
-    monkeypatch.setattr("owl2.runtime.verification.hash_file", counted)
-    return names

@@ -70,7 +70,7 @@ class TestLoadProgress:
         monkeypatch.setattr(console, "PROGRESS_DELAY", 0)
 
     def shown(self, monkeypatch: pytest.MonkeyPatch, *reports: LoadProgress | type[BaseException]) -> str:
-        """What a load that reports this, or ends with that, shows on a terminal."""
+        """Output on a terminal of a load that reports this, or ends with that."""
         screen = Screen()
         monkeypatch.setattr(sys, "stderr", screen)
         with load_progress() as progress:

@@ -7,8 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import RunCommand
-from evaluation_data import rehash
+from conftest import RunCommand, flip_byte, rehash
 from isolation import BLOCKED
 
 from owl2.runtime import spec
@@ -38,8 +37,7 @@ def test_table(run: RunCommand, bundle_a1: Path) -> None:
 
 
 def test_a_changed_file_is_named(run: RunCommand, copy: Path) -> None:
-    path = copy / "decoder.onnx.data"
-    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    flip_byte(copy / "decoder.onnx.data")
     result = run("verify", copy)
     assert result.exit_code == 1
     assert "decoder.onnx.data was changed (its sha256 differs)" in result.stdout

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from evaluation_data import rehash
+from conftest import rehash
 
 from owl2 import Owl2, verify
 from owl2.export.checks.certificate import FLOAT_LIMIT_FLOOR, LIMIT_FACTOR, LIMIT_FLOOR

@@ -2,15 +2,14 @@
 
 import dataclasses
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from evaluation_data import rehash
+from conftest import flip_byte, rehash
 
 from owl2 import LoadProgress, Owl2, verify
-from owl2.runtime import spec, verification
+from owl2.runtime import spec
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.evaluation.certificate import golden_positions, read_goldens, write_goldens
 from owl2.runtime.evaluation.verify import run_golden, stepwise_logits
@@ -28,18 +27,9 @@ def test_a_fresh_bundle_passes(name: str, request: pytest.FixtureRequest) -> Non
         assert replay.kl == pytest.approx(replay.exported_kl, rel=1e-2, abs=1e-9)
 
 
-def test_every_file_is_hashed_although_it_was_verified_before(
-    sample_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_file_is_hashed_although_it_was_verified_before(sample_bundle: Path, hashed: list[str]) -> None:
     Bundle.open(sample_bundle)
-    hashed: list[str] = []
-    original = verification.hash_file
-
-    def hash_file(path: Path, on_block: Callable[[int], object]) -> str:
-        hashed.append(path.name)
-        return original(path, on_block)
-
-    monkeypatch.setattr(verification, "hash_file", hash_file)
+    hashed.clear()
     assert verify(sample_bundle).passed
     assert set(hashed) == set(Bundle.open(sample_bundle).manifest.files)
 
@@ -62,8 +52,7 @@ def test_wrong_weights_fail_though_the_hashes_are_right(sample_bundle: Path, tmp
 
 
 def test_a_changed_file_fails_before_anything_runs(copy: Path) -> None:
-    path = copy / "decoder.onnx.data"
-    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    flip_byte(copy / "decoder.onnx.data")
     verdict = verify(copy)
     assert not verdict.passed
     assert verdict.problems == ("decoder.onnx.data was changed (its sha256 differs)",)

@@ -2,19 +2,19 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import onnx
 import pytest
-from planning import MODEL, WEIGHTS, can_be_exported, cases, cpu, device, manifest
+from planning import FORMS, MODEL, WEIGHTS, can_be_exported, cases, cpu, device, manifest
 
 from owl2 import Plan
 from owl2.runtime import spec
-from owl2.runtime.bundle import read_manifest
+from owl2.runtime.bundle import Manifest, read_manifest
 from owl2.runtime.config import RopeScaling
 from owl2.runtime.fit.footprint import stored
 from owl2.runtime.fit.machine import MemoryBudget
 from owl2.runtime.fit.products import GIB
+from owl2.runtime.spec import DialectName, FloatType, KvType
 
 
 def sizes(plan: Plan) -> dict[str, int]:
@@ -34,7 +34,7 @@ def test_int4_weights_of_7b() -> None:
 
 
 def test_kv_of_the_dialects() -> None:
-    def kv(bundle: Any, kv_type: Any) -> int:
+    def kv(bundle: Manifest, kv_type: KvType) -> int:
         return sizes(Plan(bundle, cpu(32), 1, kv_type))["K/V cache"]
 
     assert kv(manifest(), "fp32") == 2 * 32 * 4096 * 4
@@ -56,8 +56,8 @@ def test_float16_files_take_twice_their_size_on_a_cpu_and_once_on_a_gpu() -> Non
 
 
 @pytest.mark.parametrize("name", ["orin-nx-16gb", "rtx3060"])
-@pytest.mark.parametrize("form", [("ort", "fp32"), ("ort", "fp16"), ("onnx", "fp16")])
-def test_more_of_anything_takes_more_memory(name: str, form: tuple[str, Any]) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_more_of_anything_takes_more_memory(name: str, form: tuple[DialectName, FloatType]) -> None:
     budget, (dialect, activations) = device(name), form
     weight_types = [weights for weights in WEIGHTS if can_be_exported(weights, *form)]
     for weights in weight_types:
@@ -118,7 +118,7 @@ def test_floating_matrices_are_in_an_engine_once_per_profile() -> None:
     assert plan.bytes_per_token[0] < decoder
 
 
-def test_on_a_gpu_a_cache_that_grows_is_there_twice() -> None:
+def test_on_a_gpu_a_cache_that_grows_exists_twice() -> None:
     for dialect in ("ort", "onnx"):
         found = sizes(Plan(manifest("int4", dialect, "fp16"), device("rtx4090"), 2048, "fp16"))
         assert (found["K/V cache"], found["K/V cache, growing"]) == (GIB, 7 * GIB // 8)

@@ -1,4 +1,4 @@
-"""What is found on a machine, read from recorded text."""
+"""Memory and devices of a machine, read from recorded text."""
 
 import os
 from pathlib import Path

@@ -18,6 +18,7 @@ from owl2.runtime.bundle import Manifest
 from owl2.runtime.fit.footprint import stored
 from owl2.runtime.fit.plan import CONTEXT_STEP
 from owl2.runtime.fit.products import GIB, PRODUCTS
+from owl2.runtime.spec import KvType
 
 
 class TestProblems:
@@ -29,7 +30,7 @@ class TestProblems:
             (manifest("fp16"), "orin-nx-16gb", "int8", "export with --dialect ort --weights fp16 --activations fp16"),
         ],
     )
-    def test_what_memory_does_not_mend(self, bundle: Manifest, name: str, kv_type: Any, words: str) -> None:
+    def test_what_memory_does_not_mend(self, bundle: Manifest, name: str, kv_type: KvType, words: str) -> None:
         plan = Plan(bundle, device(name), 512, kv_type)
         assert not plan.fits
         assert plan.problem is not None
@@ -81,7 +82,7 @@ class TestSuggestions:
             assert change == f"--context {after.context}"
             assert not replace(plan, context=after.context + CONTEXT_STEP).fits
 
-    def test_closing_the_desktop_is_enough_or_it_is_not_suggested_alone(self) -> None:
+    def test_closing_the_desktop_is_suggested_by_itself_where_it_is_enough(self) -> None:
         for available in range(7 * GIB, 10 * GIB, GIB // 8):
             budget = replace(device("orin-nx-16gb"), available=available)
             plan = Plan(manifest("int4", "ort", "fp16"), budget, 4096, "fp16")
@@ -102,7 +103,7 @@ class TestSuggestions:
         assert Plan(manifest("int4", "ort", "fp16"), device("orin-nano-4gb"), 2048, "fp16").suggestions == {}
 
     def test_int4_files_are_as_large_as_an_export_makes_them(self) -> None:
-        """What another export would weigh, against shapes alone."""
+        """The size of a suggested export is estimated from its shapes."""
         for weights in ("int8", "fp16", "fp32"):
             plan = Plan(manifest(weights), cpu(7.0), 512, "int8")
             change, after = next(iter(plan.suggestions.items()))
@@ -114,7 +115,7 @@ class TestSuggestions:
 class TestFunction:
     @pytest.fixture
     def folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Manifest], Path]:
-        """Write a bundle that is nothing but its manifest; there is no GPU."""
+        """Write a bundle that is nothing but its manifest, on a machine without a GPU."""
         monkeypatch.setenv("PATH", str(tmp_path))
 
         def make(content: Manifest) -> Path:

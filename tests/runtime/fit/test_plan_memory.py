@@ -23,6 +23,7 @@ from owl2.quant.layer import LINEARS
 from owl2.runtime import spec
 from owl2.runtime.config import DecoderConfig
 from owl2.runtime.fit.plan import Plan
+from owl2.runtime.spec import WeightType
 from owl2.runtime.verification import FileEntry
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
@@ -76,14 +77,14 @@ def measured(script: str, *arguments: object) -> object:
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout)
 
 
-def random_weight(kind: str, rows: int, columns: int) -> LinearWeight:
-    if kind == "int4":
+def random_weight(weights: WeightType, rows: int, columns: int) -> LinearWeight:
+    if weights == "int4":
         codes = torch.randint(-7, 8, (rows, columns), dtype=torch.int8)
         return IntegerWeight(QuantizedWeight(codes, torch.full((rows, columns // 128), 0.01), 4, 128))
     return DenseWeight(torch.randn(rows, columns) * 0.02, "fp16")
 
 
-def write_decoder(path: Path, kind: str) -> None:
+def write_decoder(path: Path, weights: WeightType) -> None:
     """Random weights in the shapes of ``DECODER``."""
     width, inner = DECODER.hidden_size, DECODER.intermediate_size
     wide = {"mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width), "mlp.down_proj": (width, inner)}
@@ -92,11 +93,11 @@ def write_decoder(path: Path, kind: str) -> None:
         writer = DecoderGraph(OrtDialect(graph), DECODER)
         for layer in range(DECODER.num_hidden_layers):
             linears = {
-                name: Linear(f"layers.{layer}.{name}", random_weight(kind, *wide.get(name, (width, width))))
+                name: Linear(f"layers.{layer}.{name}", random_weight(weights, *wide.get(name, (width, width))))
                 for name in LINEARS
             }
             writer.layer(linears, {"input_layernorm": gains, "post_attention_layernorm": gains})
-        writer.finish(gains[0], random_weight(kind, DECODER.vocab_size, width))
+        writer.finish(gains[0], random_weight(weights, DECODER.vocab_size, width))
 
 
 @pytest.fixture(scope="module")
@@ -106,21 +107,21 @@ def planned(sample_bundle: Path) -> Plan:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "most"), [("int4", 1.06), ("fp16", 1.22)])
-def test_a_decoder_takes_what_is_estimated(planned: Plan, tmp_path: Path, kind: str, most: float) -> None:
+@pytest.mark.parametrize(("stored_as", "most"), [("int4", 1.06), ("fp16", 1.22)])
+def test_a_decoder_takes_what_is_estimated(planned: Plan, tmp_path: Path, stored_as: WeightType, most: float) -> None:
     """int4 weights are in memory once, float16 ones in float32; a session takes a few MiB in addition.
 
     Converting float16 leaves gaps in the arena, up to a fifth with matrices as small as these (none at full size),
     which a prefill then uses: in all it is as estimated.
     """
     path = tmp_path / spec.DECODER_GRAPH
-    write_decoder(path, kind)
+    write_decoder(path, stored_as)
     manifest = planned.manifest
     size = path.with_name(path.name + ".data").stat().st_size
     manifest = replace(
         manifest,
         model=replace(manifest.model, decoder=DECODER),
-        weights=replace(manifest.weights, decoder=kind, head=kind, group_size=128),
+        weights=replace(manifest.weights, decoder=stored_as, head=stored_as, group_size=128),
         files={**manifest.files, f"{spec.DECODER_GRAPH}.data": FileEntry(size, "")},
     )
     parts = {part.name: part for part in replace(planned, manifest=manifest, context=CONTEXT, images=1).parts}

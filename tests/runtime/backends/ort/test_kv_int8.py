@@ -4,13 +4,15 @@ import contextlib
 import json
 import shutil
 import threading
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-from click.testing import CliRunner
-from conftest import MakeCheckpoint
+from conftest import MakeCheckpoint, RunCommand, edit_manifest, rehash
+from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from owl2 import Answer, BackendError, Chat, ConfigError, GenerationConfig, Owl2
@@ -18,17 +20,15 @@ from owl2.export.config import ExportConfig
 from owl2.export.pipeline import export_bundle
 from owl2.quant.kv import HEADROOM
 from owl2.runtime import spec
-from owl2.runtime.__main__ import cli
 from owl2.runtime.backends.ort.engine import OrtBuffers, OrtEngine
 from owl2.runtime.backends.ort.session import OrtOptions
 from owl2.runtime.bundle import Bundle
-from owl2.runtime.engine import EngineOptions, own
+from owl2.runtime.engine import EngineOptions, Floats, Ints, own
 from owl2.runtime.errors import BackendUnavailableError, BundleCorruptError
 from owl2.runtime.families.mplug_owl2.positions import Prompt, embed
 from owl2.runtime.generate import generate
 from owl2.runtime.kv_cache import GROWTH, KvCache
 from owl2.runtime.load import Loaded, open_bundle
-from owl2.runtime.verification import hash_file
 
 INT8 = OrtOptions(kv_cache="int8")
 PROMPT = "USER: <|image|>What is it, and what does it mean? ASSISTANT: It is"
@@ -57,30 +57,19 @@ def image(golden: Path) -> Path:
     return golden / "images" / "00_rgb_landscape_97x61.png"
 
 
-@pytest.fixture
-def copy(bundle_a1: Path, tmp_path: Path) -> Path:
-    """A bundle that a test may damage."""
-    return Path(shutil.copytree(bundle_a1, tmp_path / "bundle"))
-
-
-def edit(folder: Path, **changes: object) -> None:
-    path = folder / spec.MANIFEST
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def rows_of(model: Loaded, text: str, image: Path) -> tuple[np.ndarray, np.ndarray]:
+def rows_of(model: Loaded, text: str, image: Path) -> tuple[Floats, Ints]:
     prompt = model.encode(text, model.prepare(image))
     rows, _ = model.encoder.rows(list(prompt.images.values()))
     return embed(prompt.keys, model.table, rows)
 
 
-def filled(engine: OrtEngine, embeds: np.ndarray, modality: np.ndarray) -> tuple[OrtBuffers, np.ndarray]:
+def filled(engine: OrtEngine, embeds: Floats, modality: Ints) -> tuple[OrtBuffers, Floats]:
     """Buffers with room for three more positions after one prefill, and its logits [T, V]."""
     buffers = own(engine.allocate(len(embeds) + 3, None), OrtBuffers)
     return buffers, engine.prefill(embeds, modality, 0, buffers, np.arange(len(embeds)))
 
 
-def scales_of(bundle: Bundle) -> list[np.ndarray]:
+def scales_of(bundle: Bundle) -> list[NDArray[Any]]:
     """Of keys and values of each layer in turn, as the graph holds them."""
     model = onnx.load(bundle.decoder_graph("int8"), load_external_data=False)
     named = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -88,7 +77,7 @@ def scales_of(bundle: Bundle) -> list[np.ndarray]:
     return [numpy_helper.to_array(named[f"layers.{i}.{which}.cache_scales"]) for i in layers for which in "kv"]
 
 
-def assert_same_codes(made: list[np.ndarray], expected: list[np.ndarray], positions: int) -> None:
+def assert_same_codes(made: Sequence[NDArray[Any]], expected: Sequence[NDArray[Any]], positions: int) -> None:
     differences = [
         np.abs(a[:, :, :positions].astype(int) - b[:, :, :positions].astype(int)) for a, b in zip(made, expected)
     ]
@@ -97,9 +86,9 @@ def assert_same_codes(made: list[np.ndarray], expected: list[np.ndarray], positi
 
 
 class TestBundle:
-    def test_the_weights_are_there_once(self, bundle: Bundle) -> None:
+    def test_the_weights_are_stored_once(self, bundle: Bundle) -> None:
         assert list(bundle.folder.glob("decoder*.data")) == [bundle.path("decoder.onnx.data")]
-        models = [onnx.load(bundle.decoder_graph(kind), load_external_data=False) for kind in ("fp32", "int8")]
+        models = [onnx.load(bundle.decoder_graph(kv_type), load_external_data=False) for kv_type in ("fp32", "int8")]
         external = [
             {tensor.name: tensor.SerializeToString() for tensor in model.graph.initializer if tensor.external_data}
             for model in models
@@ -110,10 +99,10 @@ class TestBundle:
             scales.nbytes for scales in scales_of(bundle)
         )
 
-    def test_the_graphs_differ_in_attention_alone(self, bundle: Bundle) -> None:
+    def test_the_graphs_differ_only_in_attention(self, bundle: Bundle) -> None:
         nodes = [
-            list(onnx.load(bundle.decoder_graph(kind), load_external_data=False).graph.node)
-            for kind in ("fp32", "int8")
+            list(onnx.load(bundle.decoder_graph(kv_type), load_external_data=False).graph.node)
+            for kv_type in ("fp32", "int8")
         ]
         changed = {one.op_type for one, other in zip(*nodes, strict=True) if one != other}
         assert changed == {"GroupQueryAttention"}
@@ -126,13 +115,13 @@ class TestBundle:
             Owl2.load(bundle_a1, kv_cache="int4")  # type: ignore[arg-type]
 
     def test_a_bundle_without_it(self, copy: Path) -> None:
-        edit(copy, kv_cache={"fp32": "1.22"})
+        edit_manifest(copy, kv_cache={"fp32": "1.22"})
         with pytest.raises(ConfigError, match=r"kv_cache 'int8': .* offers fp32; choose"):
             Owl2.load(copy, kv_cache="int8")
         assert Owl2.load(copy).logits("Hi").shape[1] == 800
 
     def test_an_onnxruntime_too_old_for_it_still_runs_the_other(self, copy: Path) -> None:
-        edit(copy, kv_cache={"fp32": "1.22", "int8": "99.1"})
+        edit_manifest(copy, kv_cache={"fp32": "1.22", "int8": "99.1"})
         with pytest.raises(
             BackendUnavailableError,
             match=r"the int8 K/V cache needs onnxruntime 99\.1 or newer, .* is installed; upgrade it .* 'fp32'",
@@ -150,29 +139,27 @@ class TestBundle:
         ],
     )
     def test_a_manifest_that_was_edited(self, copy: Path, offered: object, message: str) -> None:
-        edit(copy, kv_cache=offered)
+        edit_manifest(copy, kv_cache=offered)
         with pytest.raises(BundleCorruptError, match=message):
             Owl2.load(copy)
 
     def test_its_graph_must_be_listed(self, copy: Path) -> None:
         files = json.loads((copy / spec.MANIFEST).read_text())["files"]
         del files["decoder.kv_int8.onnx"]
-        edit(copy, files=files)
+        edit_manifest(copy, files=files)
         with pytest.raises(BundleCorruptError, match=r"decoder\.kv_int8\.onnx is not listed"):
             Owl2.load(copy)
 
     def test_a_graph_with_another_type_of_cache(self, copy: Path) -> None:
-        path = copy / "decoder.kv_int8.onnx"
-        shutil.copy(copy / "decoder.onnx", path)
-        files = json.loads((copy / spec.MANIFEST).read_text())["files"]
-        edit(copy, files=files | {path.name: {"size": path.stat().st_size, "sha256": hash_file(path)}})
+        shutil.copy(copy / "decoder.onnx", copy / "decoder.kv_int8.onnx")
+        rehash(copy, "decoder.kv_int8.onnx")
         with pytest.raises(BackendError, match=r"past_key_values\.0\.key is a tensor\(float\), a tensor"):
             Owl2.load(copy, kv_cache="int8")
 
 
 class TestCodes:
     def test_first_layer_holds_the_rounded_keys_and_values(self, bundle: Bundle, model: Loaded, image: Path) -> None:
-        """They depend on the input alone, so that the float32 cache says what is to be rounded."""
+        """They depend only on the input, so that the float32 cache says what is to be rounded."""
         embeds, modality = rows_of(model, PROMPT, image)
         assert set(modality) == {0, 1}
         made, _ = filled(OrtEngine(bundle, INT8), embeds, modality)
@@ -264,7 +251,7 @@ class TestConversation:
         words = model.tokenizer.encode(f"USER: {question} ASSISTANT:", parse_special=False)
         return Prompt([*prompt.keys, *answer.ids, *words], prompt.images)
 
-    def codes(self, cache: KvCache, positions: int) -> list[np.ndarray]:
+    def codes(self, cache: KvCache, positions: int) -> list[NDArray[Any]]:
         return [array[:, :, :positions].copy() for array in own(cache.reserve(0), OrtBuffers).arrays]
 
     def test_second_turn_equals_a_cold_start(self, model: Loaded, image: Path) -> None:
@@ -315,31 +302,33 @@ class TestConversation:
 
 
 class TestCommands:
-    def run(self, *args: object) -> str:
-        result = CliRunner().invoke(cli, [str(arg) for arg in args], prog_name="owl2")
+    def output(self, run: RunCommand, *arguments: object) -> str:
+        result = run(*arguments)
         assert result.exit_code == 0, result.output
         return result.stdout
 
-    def test_ask(self, bundle_a1: Path, model: Loaded, image: Path) -> None:
+    def test_ask(self, run: RunCommand, bundle_a1: Path, model: Loaded, image: Path) -> None:
         asked = ("ask", bundle_a1, "What is it?", "--image", image, "--max-new-tokens", 12, "--json", "--kv-cache")
-        records = {kind: json.loads(self.run(*asked, kind)) for kind in ("int8", "fp32")}
+        records = {kv_type: json.loads(self.output(run, *asked, kv_type)) for kv_type in ("int8", "fp32")}
         assert records["int8"]["text"] == Chat(model).ask("What is it?", image, max_new_tokens=12).text
         assert records["int8"]["kv_cache_positions"] == GROWTH
         assert records["int8"]["kv_cache_memory"] == GROWTH * spec.kv_bytes(model.config.decoder, "int8")
         assert records["fp32"]["kv_cache_memory"] == GROWTH * spec.kv_bytes(model.config.decoder, "fp32")
 
-    def test_the_sample_model_answers_alike(self, sample_bundle: Path, sample_checkpoint: Path) -> None:
+    def test_the_sample_model_answers_alike(
+        self, run: RunCommand, sample_bundle: Path, sample_checkpoint: Path
+    ) -> None:
         image = sample_checkpoint.parent / "pictures" / "scene3.png"
         asked = ("ask", sample_bundle, "Describe the picture.", "--image", image, "--kv-cache")
-        assert self.run(*asked, "int8") == self.run(*asked, "fp32")
+        assert self.output(run, *asked, "int8") == self.output(run, *asked, "fp32")
 
-    def test_stats_name_the_memory(self, bundle_a1: Path) -> None:
+    def test_stats_name_the_memory(self, run: RunCommand, bundle_a1: Path) -> None:
         asked = ("ask", bundle_a1, "What is it?", "--max-new-tokens", 3, "--stats", "--kv-cache", "int8")
-        result = CliRunner().invoke(cli, [str(arg) for arg in asked], prog_name="owl2")
+        result = run(*asked)
         assert "96.0 KiB of it K/V cache for 256 positions" in result.stderr
 
-    def test_info(self, bundle_a1: Path, copy: Path) -> None:
-        record = json.loads(self.run("info", bundle_a1, "--json"))
+    def test_info(self, run: RunCommand, bundle_a1: Path, copy: Path) -> None:
+        record = json.loads(self.output(run, "info", bundle_a1, "--json"))
         assert record["kv_cache"]["int8"] == {
             "bytes_per_position": 384,
             "bytes_full_context": 384 * 2048,
@@ -347,8 +336,8 @@ class TestCommands:
             "usable": True,
         }
         assert record["kv_int8"] == json.loads((bundle_a1 / "report.json").read_text())["kv_int8"]
-        table = self.run("info", bundle_a1)
+        table = self.output(run, "info", bundle_a1)
         assert "  int8  384 B per position, 768.0 KiB at full context (float16 would take 768 B per position)" in table
         assert "int8 K/V cache against fp32\n  scales_from       the measured prompts\n" in table
-        edit(copy, kv_cache={"fp32": "1.22", "int8": "99.1"})
-        assert "; needs onnxruntime 99.1 or newer" in self.run("info", copy)
+        edit_manifest(copy, kv_cache={"fp32": "1.22", "int8": "99.1"})
+        assert "; needs onnxruntime 99.1 or newer" in self.output(run, "info", copy)

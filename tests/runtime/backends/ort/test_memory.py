@@ -1,4 +1,4 @@
-"""K/V buffers and inputs on a device: here the CPU plays the device, behind the same calls of ONNX Runtime."""
+"""K/V buffers and inputs on a device: here the CPU plays the device, through the same calls of ONNX Runtime."""
 
 import ctypes
 from collections import Counter

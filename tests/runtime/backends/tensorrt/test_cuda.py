@@ -51,8 +51,8 @@ def test_a_package_for_a_newer_driver(driver: int, built: int, message: str) -> 
     ],
 )
 def test_the_real_package_takes_every_call(call: Callable[[CudaGpu], object], name: str) -> None:
-    """It answers that there is no driver, and not that names or arguments are wrong."""
-    runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-python has no wheel here")
+    """It reports a missing driver, and not that names or arguments are wrong."""
+    runtime = pytest.importorskip("cuda.bindings.runtime", reason="no wheel for this platform")
     if runtime.cudaDriverGetVersion()[1]:
         pytest.skip("these calls would reach a GPU with made-up addresses")
     with pytest.raises(BackendError, match=rf"^{name} failed: cudaErrorInsufficientDriver$"):

@@ -13,7 +13,7 @@ from owl2.runtime.backends.tensorrt.context import captures_graphs
 
 @pytest.mark.parametrize("name", ["IExecutionContext", "ICudaEngine", "Runtime", "IRuntimeConfig", "ILogger"])
 def test_the_fake_has_its_names_and_parameters(name: str) -> None:
-    real = getattr(pytest.importorskip("tensorrt_rtx", reason="there is no wheel here"), name)
+    real = getattr(pytest.importorskip("tensorrt_rtx", reason="no wheel for this platform"), name)
     ours = {key: value for key, value in vars(getattr(fake_tensorrt, name)).items() if not key.startswith("_")}
     assert ours
     for key, value in ours.items():
@@ -35,7 +35,7 @@ def signatures(function: object) -> list[str]:
 
 
 def test_enumerators() -> None:
-    trt = pytest.importorskip("tensorrt_rtx", reason="there is no wheel here")
+    trt = pytest.importorskip("tensorrt_rtx", reason="no wheel for this platform")
     for name in ("DataType", "TensorLocation", "ExecutionContextAllocationStrategy", "CudaGraphStrategy"):
         for member in vars(getattr(fake_tensorrt, name)):
             assert hasattr(getattr(trt, name), member), f"{name}.{member}"

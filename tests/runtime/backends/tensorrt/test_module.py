@@ -48,7 +48,7 @@ class TestMessages:
 
     def test_of_the_real_one_come_with_the_error(self, tmp_path: Path) -> None:
         """Without a GPU, a runtime can be made, and refuses with reasons. In a process of its own, lest it crash."""
-        pytest.importorskip("tensorrt_rtx", reason="there is no wheel here")
+        pytest.importorskip("tensorrt_rtx", reason="no wheel for this platform")
         (tmp_path / "decoder.engine").write_bytes(b"abc" * 1000)
         script = (
             "import pathlib, tensorrt_rtx as trt\n"

@@ -8,12 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from conftest import RunCommand
 from fake_engines import VERSION, with_engines
 from fake_tensorrt import FakeGpu, FakeTensorRt
 
 from owl2 import BackendError, BackendUnavailableError, BundleError, ConfigError, InsufficientMemoryError, Owl2, verify
-from owl2.runtime.__main__ import cli
 from owl2.runtime.backends.nvidia import driver_problem
 from owl2.runtime.backends.tensorrt import engine
 from owl2.runtime.bundle import Bundle
@@ -72,9 +71,11 @@ def test_what_cannot_run_is_refused_before_anything_large_is_read(
             verify(copy, device=device)
 
 
-def test_a_bundle_with_engines_is_whole_without_onnxruntime(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bundle_with_engines_is_whole_without_onnxruntime(
+    run: RunCommand, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    result = CliRunner().invoke(cli, ["info", str(folder)], prog_name="owl2")
+    result = run("info", folder)
     assert result.exit_code == 0, result.output
     assert "none installed" in result.stdout
     assert "TensorRT engines" in result.stdout

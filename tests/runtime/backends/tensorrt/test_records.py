@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
+from conftest import RunCommand, flip_byte
 from fake_engines import CONTEXT, FakeModel, build, read_record, write_record
 from fake_tensorrt import FakeGpu
 
 from owl2 import BackendError, BackendUnavailableError, BundleCorruptError, BundleError
-from owl2.runtime.__main__ import cli
 from owl2.runtime.backends.ort.engine import OrtEngine
 from owl2.runtime.backends.tensorrt.records import BUILT_ANYWHERE
 from owl2.runtime.bundle import Bundle
@@ -121,7 +120,7 @@ def test_engines_of_other_graphs(copy: Path) -> None:
     [
         (lambda path: path.unlink(), "decoder.engine is missing"),
         (lambda path: path.write_bytes(path.read_bytes()[:-1]), r"decoder.engine has .*truncated"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"!"), "decoder.engine was changed"),
+        (flip_byte, "decoder.engine was changed"),
     ],
 )
 def test_damage(copy: Path, damage: Callable[[Path], object], message: str) -> None:
@@ -168,11 +167,10 @@ def test_a_record_that_is_not_json(copy: Path) -> None:
         ("rename", "engines: '../x-sm87' is not a name such as tensorrt-sm87"),
     ],
 )
-def test_info_and_verify_tell_wherever_they_run(copy: Path, change: str, message: str) -> None:
+def test_info_and_verify_tell_wherever_they_run(run: RunCommand, copy: Path, change: str, message: str) -> None:
     folder, manifest = copy / ENGINES, copy / "owl2.json"
     if change == "damage":
-        path = folder / "vision.engine"
-        path.write_bytes(path.read_bytes()[:-1] + b"!")
+        flip_byte(folder / "vision.engine")
     elif change == "edit":
         path = folder / "engine.json"
         path.write_text(path.read_text().replace(f'"context": {CONTEXT}', '"context": 4096'))
@@ -185,15 +183,15 @@ def test_info_and_verify_tell_wherever_they_run(copy: Path, change: str, message
     else:
         manifest.write_text(manifest.read_text().replace("tensorrt-sm87", "../x-sm87"))
     for command, shown in (("info", "1 problem:"), ("verify", "nothing was replayed")):
-        result = CliRunner().invoke(cli, [command, str(copy)], prog_name="owl2")
+        result = run(command, copy)
         assert result.exit_code == 1
         assert message in result.stdout
         assert shown in result.stdout
 
 
-def test_info_and_verify_are_content_with_whole_ones(copy: Path) -> None:
+def test_info_and_verify_are_content_with_whole_ones(run: RunCommand, copy: Path) -> None:
     for command in ("info", "verify"):
-        result = CliRunner().invoke(cli, [command, str(copy)], prog_name="owl2")
+        result = run(command, copy)
         assert result.exit_code == 0, result.stdout
         assert "files verified" in result.stdout
 

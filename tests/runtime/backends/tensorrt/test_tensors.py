@@ -16,7 +16,7 @@ from owl2.runtime.bundle import Bundle
 
 @pytest.mark.parametrize("graph", ["decoder", "vision"])
 def test_the_parser_sees_the_inputs_and_outputs_that_an_engine_must_have(bundle: Bundle, graph: str) -> None:
-    trt = pytest.importorskip("tensorrt_rtx", reason="there is no wheel here")
+    trt = pytest.importorskip("tensorrt_rtx", reason="no wheel for this platform")
     logger, model = trt.Logger(trt.Logger.ERROR), bundle.manifest.model
     network = trt.Builder(logger).create_network(0)
     path = bundle.folder / f"{graph}.onnx"

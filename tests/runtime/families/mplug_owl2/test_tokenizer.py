@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN
+from conftest import GOLDEN, edit_json
 from hypothesis import given, strategies as st
 
 from owl2.runtime.config import IMAGE_TOKEN, IMAGE_TOKEN_ID
@@ -28,38 +28,34 @@ def load(case: str = "a1_base_bin") -> Tokenizer:
 
 
 @pytest.fixture
-def folder(golden, tmp_path):
+def folder(golden: Path, tmp_path: Path) -> Path:
     """The tokenizer's files, to be damaged."""
     for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copy(golden / "a1_base_bin" / "model" / name, tmp_path)
     return tmp_path
 
 
-def edit(path: Path, **changes: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
 @pytest.mark.parametrize("case", CASES)
-def test_prompts_become_the_originals_ids(golden, case):
+def test_prompts_become_the_originals_ids(golden: Path, case: str) -> None:
     for entry in json.loads((golden / case / "prompts.json").read_text()):
         assert load(case).encode_prompt(entry["prompt"]) == entry["input_ids"], entry["id"]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_ids_become_the_originals_text(golden, case):
+def test_ids_become_the_originals_text(golden: Path, case: str) -> None:
     for entry in json.loads((golden / case / "tokenizer_decode.json").read_text()):
         assert load(case).decode(entry["ids"]) == entry["text_skip_special"], entry["id"]
         assert load(case).decode(entry["ids"], skip_special=False) == entry["text"], entry["id"]
 
 
-def test_fields():
+def test_fields() -> None:
     tokenizer = load()
     assert (tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)
     assert tokenizer.vocab_size == 800
     assert tokenizer.special_ids == {0, 1, 2}
 
 
-def test_special_strings_can_be_left_as_text():
+def test_special_strings_can_be_left_as_text() -> None:
     tokenizer = load()
     text = "say </s> and <s>, <unk>"
     plain = tokenizer.encode(text, parse_special=False)
@@ -68,19 +64,19 @@ def test_special_strings_can_be_left_as_text():
     assert {0, 1, 2} <= set(tokenizer.encode(text))
 
 
-def test_placeholders_count_even_where_special_strings_do_not():
+def test_placeholders_count_even_where_special_strings_do_not() -> None:
     ids = load().encode_prompt(f"a</s>{IMAGE_TOKEN}b", parse_special=False)
     assert ids.count(IMAGE_TOKEN_ID) == 1
     assert ids.count(2) == 0
 
 
-def test_bos_is_asked_for():
+def test_bos_is_asked_for() -> None:
     assert load().encode("") == []
     assert load().encode("", bos=True) == [1]
     assert load().encode("Hello.", bos=True) == [1, *load().encode("Hello.")]
 
 
-# Recorded from transformers 4.31 with "legacy": false: no leading space behind a special string.
+# Recorded from transformers 4.31 with "legacy": false: no leading space after a special string.
 @pytest.mark.parametrize(
     ("case", "text", "expected"),
     [
@@ -90,40 +86,40 @@ def test_bos_is_asked_for():
         ("a3_tokenizer_plain_special_map", "one </s> two</s>▁three", [1, 325, 728, 2, 0, 2, 0]),
     ],
 )
-def test_tokenizer_without_legacy_behaviour(case, text, expected):
+def test_tokenizer_without_legacy_behaviour(case: str, text: str, expected: list[int]) -> None:
     assert replace(load(case), legacy=False).encode(text, bos=True) == expected
 
 
-def test_legacy_is_read_from_the_file(folder):
-    edit(folder / "tokenizer_config.json", legacy=False)
+def test_legacy_is_read_from_the_file(folder: Path) -> None:
+    edit_json(folder / "tokenizer_config.json", legacy=False)
     assert not Tokenizer.load(folder).legacy
-    edit(folder / "tokenizer_config.json", legacy=None)
+    edit_json(folder / "tokenizer_config.json", legacy=None)
     assert Tokenizer.load(folder).legacy
 
 
-def test_only_plain_strings_of_the_special_map_swallow_blanks(folder):
+def test_only_plain_strings_of_the_special_map_swallow_blanks(folder: Path) -> None:
     ids = load().encode("a </s> b")
-    edit(folder / "tokenizer_config.json", eos_token="</s>")
+    edit_json(folder / "tokenizer_config.json", eos_token="</s>")
     (folder / "special_tokens_map.json").write_text("{}")
     assert Tokenizer.load(folder).encode("a </s> b") == ids
-    edit(folder / "special_tokens_map.json", eos_token="</s>")
+    edit_json(folder / "special_tokens_map.json", eos_token="</s>")
     assert Tokenizer.load(folder).encode("a </s> b") == load().encode("a</s>b")
 
 
 @given(st.text())
-def test_text_survives_encoding_and_decoding(text):
+def test_text_survives_encoding_and_decoding(text: str) -> None:
     ids = load().encode(text, parse_special=False)
     assert load().decode(ids) == text.replace("▁", " ")
 
 
 @given(st.lists(TOKENS))
-def test_streamed_pieces_join_to_the_decoded_text(ids):
+def test_streamed_pieces_join_to_the_decoded_text(ids: list[int]) -> None:
     stream = StreamDecoder(load())
     assert "".join(map(stream.feed, ids)) + stream.flush() == load().decode(ids)
 
 
 @given(st.text())
-def test_streaming_never_shows_half_a_character(text):
+def test_streaming_never_shows_half_a_character(text: str) -> None:
     stream = StreamDecoder(load())
     seen = ""
     for token in load().encode(text, parse_special=False):
@@ -131,7 +127,7 @@ def test_streaming_never_shows_half_a_character(text):
         assert text.replace("▁", " ").startswith(seen)
 
 
-def test_incomplete_characters_are_held_back():
+def test_incomplete_characters_are_held_back() -> None:
     stream = StreamDecoder(load())
     assert [stream.feed(token) for token in OWL] == ["", "", "", "\N{OWL}"]
     assert [stream.feed(token) for token in OWL[:2]] == ["", ""]
@@ -142,19 +138,19 @@ def test_incomplete_characters_are_held_back():
 
 
 @pytest.mark.parametrize("token", [-1, IMAGE_TOKEN_ID, 800])
-def test_ids_outside_the_vocabulary_are_refused(token):
+def test_ids_outside_the_vocabulary_are_refused(token: int) -> None:
     for decode in (StreamDecoder(load()).feed, lambda token: load().decode([1, token])):
         with pytest.raises(BundleError, match=rf"token id {token} is outside the tokenizer's vocabulary 0\.\.799"):
             decode(token)
 
 
-def test_invalid_unicode_is_refused():
+def test_invalid_unicode_is_refused() -> None:
     with pytest.raises(PromptError, match="not valid Unicode: surrogates not allowed at position 2"):
         load().encode_prompt("ab\ud800")
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"])
-def test_missing_and_damaged_files_are_named(folder, name):
+def test_missing_and_damaged_files_are_named(folder: Path, name: str) -> None:
     content = (folder / name).read_bytes()
     for damaged in (content[: len(content) // 2], b"", b"\xff\xfe garbage"):
         (folder / name).write_bytes(damaged)
@@ -165,7 +161,7 @@ def test_missing_and_damaged_files_are_named(folder, name):
         Tokenizer.load(folder)
 
 
-def test_files_of_another_kind_are_refused(folder):
+def test_files_of_another_kind_are_refused(folder: Path) -> None:
     (folder / "special_tokens_map.json").write_text("[]")
     with pytest.raises(BundleCorruptError, match=r"special_tokens_map\.json must hold a JSON object, got list"):
         Tokenizer.load(folder)
@@ -188,7 +184,7 @@ def test_files_of_another_kind_are_refused(folder):
         ),
     ],
 )
-def test_unsupported_settings_are_refused(folder, name, change, message):
-    edit(folder / name, **change)
+def test_unsupported_settings_are_refused(folder: Path, name: str, change: dict[str, object], message: str) -> None:
+    edit_json(folder / name, **change)
     with pytest.raises(BundleError, match=message):
         Tokenizer.load(folder)
