@@ -41,7 +41,7 @@ def write_int8_kv_graph(source: Path, target: Path, config: DecoderConfig, scale
             values[name].type.tensor_type.elem_type = TensorProto.INT8
         names = [f"layers.{layer}.{which}.cache_scales" for which in ("k", "v")]
         for name, steps in zip(names, (entry.keys, entry.values)):
-            graph.initializer.append(numpy_helper.from_array(_padded(steps.numpy(), config), name))
+            graph.initializer.append(numpy_helper.from_array(padded_scales(steps.numpy(), config), name))
         node = attention[past[0]]
         node.input.extend([""] * (FIRST_SCALES_INPUT - len(node.input)) + names)
         settings = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
@@ -49,7 +49,7 @@ def write_int8_kv_graph(source: Path, target: Path, config: DecoderConfig, scale
     target.write_bytes(model.SerializeToString())
 
 
-def _padded(steps: NDArray[np.float32], config: DecoderConfig) -> NDArray[np.float32]:
+def padded_scales(steps: NDArray[np.float32], config: DecoderConfig) -> NDArray[np.float32]:
     """Scales [H, D] as the graph takes them: [1, H, 1, padded D], with padding after each rotary half.
 
     Padded channels hold zeros, whose scale may be any positive number.

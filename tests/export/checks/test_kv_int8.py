@@ -28,8 +28,8 @@ class TestExport:
         assert list(tmp_path.iterdir()) == []
 
     def test_heads_exchanged(self, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        original = graph.padded
-        monkeypatch.setattr(graph, "padded", lambda steps, config: original(steps, config)[:, ::-1].copy())
+        original = graph.padded_scales
+        monkeypatch.setattr(graph, "padded_scales", lambda steps, config: original(steps, config)[:, ::-1].copy())
         self.planted(golden, tmp_path, r"does not round keys as torch does: \d+\.\d% of the codes in the first layer")
 
     def test_values_a_little_off(self, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
