@@ -9,8 +9,8 @@ from typing import Any, Literal, get_args
 
 from owl2.quant.config import Method, QuantConfig
 from owl2.runtime.config import require
+from owl2.runtime.fit.storage import StorageTypes, storage_types
 from owl2.runtime.spec import FloatType, VisionType, WeightType
-from owl2.runtime.storage import StorageTypes, storage_types
 
 Layout = Literal["bundle", "gptq"]
 

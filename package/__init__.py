@@ -49,6 +49,7 @@ if TYPE_CHECKING:
         ReferenceModelError as ReferenceModelError,
     )
     from owl2.runtime.evaluation.verify import verify as verify
+    from owl2.runtime.fit.plan import Plan as Plan, plan as plan
     from owl2.runtime.generate import (
         Answer as Answer,
         Chunk as Chunk,
@@ -65,6 +66,7 @@ _HOMES = {
     "owl2.runtime.bundle": ("Bundle", "Manifest"),
     "owl2.runtime.chat": ("Chat",),
     "owl2.runtime.stream": ("AnswerStream",),
+    "owl2.runtime.fit.plan": ("Plan", "plan"),
     "owl2.runtime.generate": ("Answer", "Chunk", "FinishReason", "Stats"),
     "owl2.runtime.owl": ("Owl2",),
     "owl2.runtime.sampling": ("GenerationConfig",),

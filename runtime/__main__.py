@@ -26,7 +26,7 @@ def cli() -> None:
     \b
     Examples:
       owl2 info bundle/
-      owl2 ask bundle/ "What is in the picture?" --image cat.jpg
+      owl2 ask bundle/ "What is in the image?" --image cat.jpg
       owl2 chat bundle/
       owl2 plan bundle/ --device orin-nano-8gb
       owl2 eval bundle/ --data questions.jsonl

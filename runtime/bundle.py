@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from owl2.runtime import spec
 from owl2.runtime.config import DecoderConfig, ModelConfig, from_json, require
 from owl2.runtime.errors import BundleCorruptError, BundleError, BundleVersionError, ConfigError
-from owl2.runtime.spec import DialectName, FloatType, KvType
+from owl2.runtime.spec import DialectName, FloatType, KvType, VisionType, WeightType
 from owl2.runtime.verification import FileEntry, OnProgress, verify_files
 
 
@@ -32,9 +32,9 @@ class WeightFormat:
         group_size: columns per scale; 0 where nothing is grouped.
     """
 
-    decoder: str
-    head: str
-    vision: str
+    decoder: WeightType
+    head: WeightType
+    vision: VisionType
     embeddings: Literal["fp32", "fp16"]
     method: str
     group_size: int

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from owl2.runtime.config import require
+from owl2.runtime.errors import BackendError
 from owl2.runtime.placement import HOST, Placement
 from owl2.runtime.spec import KvType
 
@@ -16,6 +18,8 @@ Ints = NDArray[np.int64]
 
 PREFILL_BLOCK = 256
 """New positions of a prefill step, where a backend has no reason for another number."""
+CLOSED = "this model was closed; load the bundle again"
+"""Message of the BackendError that every call raises after :meth:`Engine.close`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,27 @@ class KvBuffers(Protocol):
     @property
     def nbytes(self) -> int:
         """Bytes of memory they take."""
+
+
+Buffers = TypeVar("Buffers", bound=KvBuffers)
+
+
+def own(buffers: KvBuffers, expected: type[Buffers], total: int = 0) -> Buffers:
+    """The buffers as those of the engine that made them.
+
+    Args:
+        buffers: given by a caller.
+        expected: class of the engine's buffers.
+        total: positions that they must hold.
+
+    Raises:
+        BackendError: another backend made them.
+        ConfigError: they are too small.
+    """
+    if not isinstance(buffers, expected):
+        raise BackendError(f"these K/V buffers belong to another backend: {type(buffers).__name__}")
+    require(total <= buffers.capacity, f"{total} positions do not fit K/V buffers of {buffers.capacity}")
+    return buffers
 
 
 class DecoderEngine(Protocol):

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from owl2.runtime.backends.ort.engine import OrtBuffers, OrtDecoder, OrtOptions
+from owl2.runtime.backends.ort.engine import OrtBuffers, OrtDecoder
+from owl2.runtime.backends.ort.session import OrtOptions
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.spec import KvType
 

@@ -24,15 +24,15 @@ from owl2.export.graph.onnx_dialect import OnnxDialect
 from owl2.export.graph.vision import VisionGraph
 from owl2.export.graph.weights import DenseWeight, IntegerWeight, Linear, LinearWeight
 from owl2.export.job.progress import Terminal
-from owl2.export.tensorrt.build import Job, build_engine
-from owl2.export.tensorrt.cli import PREFILL
+from owl2.export.tensorrt.build import build_engine
 from owl2.export.tensorrt.profiles import Limits, decoder_profiles, vision_profile
-from owl2.export.tensorrt.target import choose, find_gpu
+from owl2.export.tensorrt.target import choose_target, find_gpu
 from owl2.quant.grid import QuantizedWeight
 from owl2.quant.layer import LINEARS
 from owl2.quant.models.mplug_owl2 import DecoderLayer, VisionModel, VisualAbstractor
 from owl2.runtime import spec
 from owl2.runtime.config import ModelConfig
+from owl2.runtime.engine import PREFILL_BLOCK
 
 GROUP = 128
 GIB = 2**30
@@ -81,13 +81,15 @@ def main() -> int:
     parser.add_argument("--gpu", default="rtx4090", help="GPU that the engines are for (default rtx4090)")
     parser.add_argument("--layers", type=int, default=32, help="decoder layers (default 32)")
     parser.add_argument("--context", type=int, default=2048, help="positions of a conversation (default 2048)")
-    parser.add_argument("--prefill", type=int, default=PREFILL, help=f"positions of a step (default {PREFILL})")
+    parser.add_argument(
+        "--prefill", type=int, default=PREFILL_BLOCK, help=f"positions of a step (default {PREFILL_BLOCK})"
+    )
     given = parser.parse_args()
     given.scratch.mkdir(parents=True, exist_ok=True)
     config = model_config(CONFIG | {"num_hidden_layers": given.layers}, PREPROCESSOR, {})
     limits = Limits(given.context, given.prefill, 1)
     device, here = find_gpu(given.gpu)
-    target = choose("tensorrt-rtx", device, "onnx", "int4", here=here)
+    target = choose_target("tensorrt-rtx", device, "onnx", "int4", here=here)
     steps = (
         (spec.VISION_GRAPH, write_vision, (vision_profile(config, limits),)),
         (spec.DECODER_GRAPH, write_decoder, decoder_profiles(config, limits)),
@@ -100,7 +102,7 @@ def main() -> int:
         engine = given.scratch / f"{name}.engine"
         with Terminal() as reporter:
             built = build_engine(
-                target.module, Job(given.scratch / name, engine, profiles, target.compute, None), reporter
+                target.module, given.scratch / name, engine, profiles, reporter, compute=target.compute
             )
         size = (given.scratch / f"{name}.data").stat().st_size
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 
+from owl2 import Owl2
 from owl2.export.checkpoint.hf_config import model_config
 from owl2.export.config import ExportConfig
 from owl2.export.pipeline import export_bundle
 from owl2.quant.models.mplug_owl2 import Owl2Model
+from owl2.runtime.__main__ import cli
 from owl2.runtime.spec import TOKENIZER_FILES
 
 # The matrices here are tiny; threads that wait for each other only cost time on a busy machine.
@@ -23,6 +26,7 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 MakeCheckpoint = Callable[..., Path]
+RunCommand = Callable[..., Result]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -65,6 +69,35 @@ def bundle_a1_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundle_a2_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Golden a2 as a float32 bundle of standard operators."""
     return _bundle(tmp_path_factory, GOLDEN / "a2_fp16_safetensors" / "model", weights="fp32", dialect="onnx")
+
+
+@pytest.fixture(scope="session")
+def owl(bundle_a1: Path) -> Owl2:
+    """Golden a1, loaded."""
+    return Owl2.load(bundle_a1)
+
+
+@pytest.fixture
+def copy(bundle_a1: Path, tmp_path: Path) -> Path:
+    """Golden a1's bundle, which a test may damage."""
+    return Path(shutil.copytree(bundle_a1, tmp_path / "bundle"))
+
+
+def flip_byte(path: Path) -> None:
+    """Damage a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.fixture
+def run() -> RunCommand:
+    """Run ``owl2`` with arguments of any type, in this process; ``stdin`` is a text."""
+
+    def invoke(*arguments: object, stdin: str | None = None) -> Result:
+        return CliRunner().invoke(cli, [str(argument) for argument in arguments], input=stdin, prog_name="owl2")
+
+    return invoke
 
 
 @pytest.fixture(scope="session")

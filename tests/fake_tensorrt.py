@@ -1,9 +1,9 @@
-"""A GPU and its TensorRT that do not exist: what the backend asks of both is recorded, checked, and done on the CPU.
+"""A GPU and its TensorRT that do not exist: the backend's calls of both are recorded, checked, and done on the CPU.
 
-"Device memory" is host memory at real addresses, full of NaN at first and again when it is given back. Work of a
-stream is queued and done when it is waited for, so what is read too early is not there. "Engines" name a graph, which
-ONNX Runtime runs with what lies at the addresses that were bound. Misuse that a real GPU would answer with wrong
-numbers, or with nothing at all, raises :class:`Misuse`.
+"Device memory" is host memory at real addresses, full of NaN at first and again after it was given back. Work of a
+stream is queued, and done when it is waited for, so an array that is read too early is not filled yet. "Engines" name a
+graph, which ONNX Runtime runs with the content of the addresses that were bound. Misuse that a real GPU would answer
+with wrong numbers, or not at all, raises :class:`Misuse`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from numpy.typing import NDArray
 
 from owl2.runtime.backends.tensorrt.cuda import ALIGNMENT, Strided
 from owl2.runtime.errors import BackendError
@@ -31,7 +32,7 @@ class Misuse(AssertionError):
 
 @dataclass(frozen=True)
 class Copy:
-    """A copy that was asked for: ``up``, ``down`` or ``within``; addresses of device memory."""
+    """A copy that was enqueued: ``up``, ``down`` or ``within``; the address is of device memory."""
 
     direction: str
     address: int
@@ -43,25 +44,23 @@ class FakeGpu:
     """See :class:`owl2.runtime.backends.tensorrt.cuda.Gpu`.
 
     Attributes:
-        copies: all that were asked for.
-        peak: most bytes that were ever allocated at once.
+        copies: all that were enqueued.
         launches, captures: how many graphs.
-        captures_fail: as where something cannot be recorded.
+        captures_fail: makes every capture fail, as if something could not be recorded.
         limit: bytes of its memory.
     """
 
     name: str = "Fake Orin"
     compute_capability: tuple[int, int] = (8, 7)
     copies: list[Copy] = field(default_factory=list)
-    peak: int = 0
     launches: int = 0
     captures: int = 0
     captures_fail: bool = False
     limit: int = 1 << 40
-    allocations: dict[int, np.ndarray] = field(default_factory=dict)
+    allocations: dict[int, NDArray[Any]] = field(default_factory=dict)
     graphs: dict[int, list[Callable[[], None]]] = field(default_factory=dict)
     streams: dict[int, list[Callable[[], None]]] = field(default_factory=dict)
-    _kept: list[np.ndarray] = field(default_factory=list)
+    _kept: list[NDArray[Any]] = field(default_factory=list)
     _recording: list[Callable[[], None]] | None = None
     _handles: int = 100
 
@@ -76,10 +75,7 @@ class FakeGpu:
         return self._recording is not None
 
     def use(self) -> None:
-        """There is only one."""
-
-    def memory(self) -> tuple[int, int]:
-        return self.limit - self.allocated, self.limit
+        """This one is always in use."""
 
     def allocate(self, nbytes: int) -> int:
         if nbytes <= 0:
@@ -92,7 +88,6 @@ class FakeGpu:
         start = -block.ctypes.data % ALIGNMENT
         array = block[start : start + nbytes]
         self.allocations[array.ctypes.data] = array
-        self.peak = max(self.peak, self.allocated)
         return int(array.ctypes.data)
 
     def free(self, address: int) -> None:
@@ -116,7 +111,7 @@ class FakeGpu:
             raise Misuse("nothing is done while recording, so there is nothing to wait for")
         self._drain(stream)
 
-    def upload(self, address: int, array: np.ndarray, stream: int) -> None:
+    def upload(self, address: int, array: NDArray[Any], stream: int) -> None:
         self._copied("up", address, array.nbytes)
         self._contiguous(array)
         nbytes, alive = array.nbytes, weakref.ref(array)
@@ -129,7 +124,7 @@ class FakeGpu:
 
         self._host_copy(stream, work)
 
-    def download(self, array: np.ndarray, address: int, stream: int) -> None:
+    def download(self, array: NDArray[Any], address: int, stream: int) -> None:
         self._copied("down", address, array.nbytes)
         self._contiguous(array)
         self._host_copy(stream, lambda: np.copyto(_bytes(array), self.bytes(address, array.nbytes)))
@@ -179,7 +174,7 @@ class FakeGpu:
             raise Misuse("the stream is gone")
         (self.streams[stream] if self._recording is None else self._recording).append(work)
 
-    def bytes(self, address: int, nbytes: int) -> np.ndarray:
+    def bytes(self, address: int, nbytes: int) -> NDArray[Any]:
         """The memory at an address, which must lie in one allocation."""
         for start, array in self.allocations.items():
             if start <= address and address + nbytes <= start + array.nbytes:
@@ -194,7 +189,7 @@ class FakeGpu:
             raise Misuse("copies of host memory that is not pinned cannot be recorded")
         self.submit(stream, work)
 
-    def _contiguous(self, array: np.ndarray) -> None:
+    def _contiguous(self, array: NDArray[Any]) -> None:
         if not array.flags.c_contiguous:
             raise Misuse("only contiguous arrays can be copied")
 
@@ -208,7 +203,7 @@ class FakeGpu:
         return self._handles
 
 
-def _bytes(array: np.ndarray) -> np.ndarray:
+def _bytes(array: NDArray[Any]) -> NDArray[Any]:
     return array.reshape(-1).view(np.uint8)
 
 
@@ -218,7 +213,7 @@ Profile = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
 
 @dataclass(frozen=True)
 class FakeEngineFile:
-    """What the bytes of an "engine" say."""
+    """Content of the file of an "engine"."""
 
     graph: str
     profiles: list[Profile]
@@ -231,13 +226,14 @@ class FakeEngineFile:
 NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 
 
-class FakeTensorRt:
-    """The module: the names of TensorRT's Python API that the backend uses, and no others.
+class FakeTensorRt(ModuleType):
+    """The module, with those names of TensorRT's Python API that the backend uses, and no others.
 
-    With ``rtx`` it is ``tensorrt_rtx``, which can make CUDA graphs by itself.
+    With ``rtx`` it is ``tensorrt_rtx``, which captures CUDA graphs by itself.
     """
 
     def __init__(self, device: FakeGpu, version: str = "10.3.0", *, rtx: bool = False) -> None:
+        super().__init__("tensorrt_rtx" if rtx else "tensorrt")
         self.__version__ = version
         self.device = device
         self.contexts: list[IExecutionContext] = []
@@ -291,7 +287,7 @@ class Runtime:
         try:
             content = FakeEngineFile(**json.loads(bytes(serialized_engine)))
         except ValueError:
-            self._logger.log(ILogger.ERROR, "magicTag failed:\n  it is no TRT engine file")
+            self._logger.log(ILogger.ERROR, "magicTag failed:\n  it is not a TRT engine file")
             return None
         return ICudaEngine(self._trt, self._logger, content)
 
@@ -318,7 +314,7 @@ class ICudaEngine:
         return len(self.content.profiles)
 
     def get_tensor_name(self, index: int) -> str:
-        return list(self._all)[index]
+        return list(map(str, self._all))[index]
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return tuple(size if isinstance(size, int) else -1 for size in self._all[name].shape)
@@ -326,7 +322,7 @@ class ICudaEngine:
     def get_tensor_dtype(self, name: str) -> Any:
         return NUMPY[self._all[name].type]
 
-    def get_tensor_location(self, name: str) -> str:
+    def get_tensor_location(self, name: str) -> Any:
         return TensorLocation.DEVICE
 
     def get_device_memory_size_for_profile_v2(self, profile_index: int) -> int:
@@ -358,7 +354,7 @@ class IExecutionContext:
         self.enqueued: list[dict[str, tuple[int, ...]]] = []
         """Shapes of the inputs each time."""
         self.failures = 0
-        """How many of the next runs fail."""
+        """The number of next runs that fail."""
         self._state = 0
         self._ran_in = -1
 
@@ -398,14 +394,14 @@ class IExecutionContext:
         if device.recording and self._ran_in != self._state:
             raise Misuse("a context must run once with its shapes before it is captured")
         self._check()
-        state, shapes, addresses = self._state, dict(self.shapes), dict(self.addresses)
+        state, shapes, addresses, captured = self._state, dict(self.shapes), dict(self.addresses), device.recording
 
-        def work(captured: bool) -> None:
+        def work() -> None:
             if captured and state != self._state:
                 raise Misuse("the context of a captured graph was given other shapes or addresses")
             self._run(shapes, addresses)
 
-        device.submit(stream_handle, lambda captured=device.recording: work(captured))
+        device.submit(stream_handle, work)
         self.enqueued.append(shapes)
         self._ran_in = state
         return True

@@ -17,8 +17,8 @@ from owl2.export.checkpoint.modules import TABLE, head_name, load_layer, load_no
 from owl2.quant.models.mplug_owl2 import DecoderLayer, Routing
 from owl2.quant.models.mplug_owl2.decoder import KeyValue, rotary_slice
 from owl2.runtime.config import ModelConfig
-from owl2.runtime.engine import PREFILL_BLOCK, Floats, Ints, KvBuffers
-from owl2.runtime.errors import BackendError, BundleError, CheckpointError
+from owl2.runtime.engine import PREFILL_BLOCK, Floats, Ints, KvBuffers, own
+from owl2.runtime.errors import BundleError, CheckpointError
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
 from owl2.runtime.images import ImageEncoder
 from owl2.runtime.load import Loaded
@@ -78,18 +78,17 @@ class TorchEngine:
     @torch.no_grad()
     def prefill(self, embeds: Floats, modality: Ints, past: int, buffers: KvBuffers, logit_rows: Ints) -> Floats:
         """Run T mixed positions after ``past`` cached ones -> logits [R, V]."""
-        if not isinstance(buffers, TorchBuffers):
-            raise BackendError(f"these K/V buffers belong to another backend: {type(buffers).__name__}")
         tokens = len(embeds)
+        cache = own(buffers, TorchBuffers, past + tokens)
         rotary = rotary_slice(self._config, past, tokens)
         routing = Routing.of(torch.from_numpy(modality)[None])
         rows = torch.from_numpy(embeds)
         presents = []
         for index in range(self._config.num_hidden_layers):
-            cached = _cut(buffers.presents[index], past) if past else None
+            cached = _cut(cache.presents[index], past) if past else None
             rows, present = self._layer(index)(rows, routing, (1, tokens), rotary, cached)
             presents.append(present)
-        buffers.presents = presents
+        cache.presents = presents
         logits: Floats = (self._norm(rows[torch.from_numpy(logit_rows)]) @ self._head.T).numpy()
         return logits
 

@@ -11,7 +11,8 @@ from owl2.export.job.progress import Reporter
 from owl2.export.job.usage import return_memory
 from owl2.export.written_bundle import WrittenBundle
 from owl2.runtime import spec
-from owl2.runtime.backends.ort.engine import OrtOptions, OrtVision, open_decoder
+from owl2.runtime.backends.ort.engine import OrtVision, open_decoder
+from owl2.runtime.backends.ort.session import OrtOptions
 from owl2.runtime.config import ModelConfig
 from owl2.runtime.engine import DecoderEngine, Floats
 from owl2.runtime.images import PreparedImage

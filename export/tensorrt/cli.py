@@ -1,9 +1,8 @@
-"""Command ``owl2-export engine``: TensorRT engines for a bundle that is there."""
+"""Command ``owl2-export engine``: TensorRT engines for an existing bundle."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,9 @@ import click
 
 from owl2.runtime.cli.console import duration, reports_errors, size
 from owl2.runtime.config import resolve_context
-from owl2.runtime.fit.footprint import BundleSizes, MemoryBudget, Scenario, Settings, building
-from owl2.runtime.fit.machine import DetectedDevice, host_memory
-from owl2.runtime.fit.products import Product
+from owl2.runtime.engine import PREFILL_BLOCK
+from owl2.runtime.fit.footprint import build_bytes
+from owl2.runtime.fit.machine import this_cpu
 from owl2.runtime.placement import EngineKind
 
 if TYPE_CHECKING:
@@ -24,14 +23,12 @@ if TYPE_CHECKING:
     from owl2.export.tensorrt.target import BuildTarget
     from owl2.runtime.bundle import Bundle, Manifest
 
-PREFILL = 256
-"""As many as the runtime computes at a time, unless the logits of a whole prompt are asked for."""
 MIB = 1 << 20
 
 
 @dataclass(frozen=True)
 class Request:
-    """The options as given; None where the default is to be found."""
+    """The options as given; None for the default."""
 
     kind: EngineKind | None
     gpu: str | None
@@ -41,21 +38,21 @@ class Request:
     workspace: int | None = None
 
     def target(self, dialect: str, weights: str) -> BuildTarget:
-        """What to build with and for.
+        """The module and the GPU, for a bundle of this dialect whose decoder has these weights.
 
         Raises:
-            ConfigError, BackendUnavailableError: as :func:`.target.choose`, or there is no GPU here.
+            ConfigError, BackendUnavailableError: as :func:`.target.choose_target` and :func:`.target.find_gpu`.
         """
-        from owl2.export.tensorrt.target import choose, find_gpu
+        from owl2.export.tensorrt.target import choose_target, find_gpu
 
         device, here = find_gpu(self.gpu)
         # Only one kind can be built elsewhere, and it comes last.
         usual: EngineKind = (device.engines or ("tensorrt",))[0 if here else -1]
-        return choose(self.kind or usual, device, dialect, weights, here=here)
+        return choose_target(self.kind or usual, device, dialect, weights, here=here)
 
 
 def _show_gpus(context: click.Context, _option: click.Parameter, value: str | None) -> str | None:
-    """List the GPUs and end where the user asks for that."""
+    """List the GPUs and end if the user asks for that."""
     if value == "list":
         from owl2.export.tensorrt.target import table
 
@@ -69,34 +66,9 @@ gpu_option = click.option(
     metavar="NAME|smNN|this|list",
     is_eager=True,
     callback=_show_gpus,
-    help="GPU that engines are for: a name such as rtx3060, a compute capability such as sm86, or the one of this "
-    "machine (the default); list shows all.",
+    help="GPU that engines are for: a name such as rtx3060, a compute capability such as sm86, or this machine's (the "
+    "default); list shows all.",
 )
-
-
-def limit_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Options that say what engines can be asked for."""
-    for option in (
-        click.option(
-            "--workspace", type=click.IntRange(min=1), metavar="MIB", help="Most scratch memory on the GPU; all of it."
-        ),
-        click.option(
-            "--images", type=int, default=1, show_default=True, help="Images that the engine encodes at a time."
-        ),
-        click.option(
-            "--prefill",
-            type=int,
-            show_default=f"{PREFILL}, or the context",
-            help="New positions of one step; longer prompts take several.",
-        ),
-        click.option(
-            "--context",
-            type=int,
-            help="Most positions of a conversation; the model's own if not given.",
-        ),
-    ):
-        command = option(command)
-    return command
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -104,12 +76,25 @@ def limit_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "--kind",
     type=click.Choice(get_args(EngineKind)),
-    help="tensorrt for the GPU of this machine, with the TensorRT that is installed (Jetson, servers); tensorrt-rtx "
-    "for GeForce and RTX cards, built anywhere. The first that the GPU can have if not given.",
+    help="tensorrt for the GPU of this machine, with the installed TensorRT (Jetson, servers); tensorrt-rtx for "
+    "GeForce and RTX cards, built on any machine. If not given, the first that the GPU can run.",
 )
 @gpu_option
-@limit_options
-@click.option("--json", "as_json", is_flag=True, help="Write what was built as JSON; no progress is shown.")
+@click.option("--context", type=int, help="Positions of a conversation; the model's own if not given.")
+@click.option(
+    "--prefill",
+    type=int,
+    show_default=f"{PREFILL_BLOCK}, or the context",
+    help="New positions of one step; longer prompts take several.",
+)
+@click.option("--images", type=int, default=1, show_default=True, help="Images that the engine encodes at a time.")
+@click.option(
+    "--workspace",
+    type=click.IntRange(min=1),
+    metavar="MIB",
+    help="Scratch memory on the GPU at most; all of it if not given.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Write the result as JSON and show no progress.")
 @reports_errors
 def engine(
     *,
@@ -124,9 +109,9 @@ def engine(
 ) -> None:
     """Build TensorRT engines from the graphs of BUNDLE, which was exported with --dialect onnx.
 
-    They are written into the bundle (engines/), stamped with TensorRT's version and the GPU they are for; engines for
-    several GPUs may lie in one bundle. A 7B decoder takes minutes, and about three and a half times the engine's size
-    in memory. On a Jetson: export on a workstation, copy the bundle, and run this there; it needs no torch.
+    They are written into the bundle (engines/) with TensorRT's version and the GPU they are for; a bundle may have
+    engines for several GPUs. A 7B decoder takes minutes, and about three and a half times the engine's size in memory.
+    For a Jetson: export on a workstation, copy the bundle, and run this on the Jetson; it needs no torch.
 
     \b
     Examples:
@@ -142,51 +127,46 @@ def engine(
         reporter: Reporter = Notes() if as_json else stack.enter_context(Terminal())
         request = Request(kind, gpu, context, prefill, images, workspace)
         report = build(Bundle.open(bundle), request, reporter)
-    if as_json:
-        click.echo(json.dumps(report.to_json(), indent=2))
-    else:
-        click.echo(summary(report))
+    click.echo(json.dumps(report.to_json(), indent=2) if as_json else summary(report))
 
 
 def build(bundle: Bundle, request: Request, reporter: Reporter) -> EngineReport:
     """Build the engines that were asked for.
 
     Raises:
-        ConfigError, BackendUnavailableError, ExportError: as what it calls.
+        ConfigError, BackendUnavailableError, ExportError: as the functions it calls.
     """
     from owl2.export.tensorrt.folder import build_engines
     from owl2.export.tensorrt.profiles import Limits
 
-    target = request.target(bundle.manifest.dialect, bundle.manifest.weights.decoder)
-    context = resolve_context(bundle.manifest.model.decoder, request.context)
-    prefill = min(PREFILL, context) if request.prefill is None else request.prefill
+    manifest = bundle.manifest
+    target = request.target(manifest.dialect, manifest.weights.decoder)
+    context = resolve_context(manifest.model.decoder, request.context)
+    prefill = min(PREFILL_BLOCK, context) if request.prefill is None else request.prefill
     limits = Limits(context, prefill, request.images)
-    reporter.note(memory_note(bundle.manifest, target.device))
+    reporter.note(_memory_note(manifest))
     workspace = None if request.workspace is None else request.workspace * MIB
     return build_engines(bundle, target, limits, workspace, reporter)
 
 
-def memory_note(manifest: Manifest, device: Product) -> str:
-    """What building takes of the CPU's memory, an estimate, and what is there."""
-    found, host = DetectedDevice(device, device.memory), host_memory()
-    settings = Settings(manifest.model.decoder.max_position_embeddings, manifest.activations, images=1)
-    needs = building(Scenario(BundleSizes.of(manifest), MemoryBudget.of_machine(found, host), settings))
-    if needs is None:
-        return "how much memory building takes is not known"
-    there = "" if needs.available is None else f", {size(needs.available)} are available"
-    fits = "; that may not be enough: build elsewhere, or add swap" if needs.fits is False else ""
-    return f"building the decoder's engine takes about {size(needs.needed)} of this machine's memory{there}{fits}"
+def _memory_note(manifest: Manifest) -> str:
+    """An estimate of the CPU's memory that building takes, and how much is available."""
+    needed, cpu = build_bytes(manifest), this_cpu()
+    available = "" if cpu is None else f", {size(cpu.available)} are available"
+    short = cpu is not None and needed > cpu.available
+    advice = "; that may not be enough: build on another machine, or add swap" if short else ""
+    return f"building the decoder's engine takes about {size(needed)} of this machine's memory{available}{advice}"
 
 
 def summary(report: EngineReport) -> str:
-    """What was built, for people."""
+    """The result, for people."""
     record = report.record
     capability = ".".join(map(str, record.compute_capability))
     lines = [
         f"{report.folder}: {record.kind} {record.tensorrt} for compute capability {capability}, {record.context} "
         f"positions, {record.prefill} of them in a step"
     ]
-    for name, made in report.built.items():
-        parsed, built = duration(made.parse_seconds), duration(made.build_seconds)
-        lines.append(f"  {name}: {size(made.size)}, parsed in {parsed}, built in {built}")
+    for name, stats in report.built.items():
+        parsed, built = duration(stats.parse_seconds), duration(stats.build_seconds)
+        lines.append(f"  {name}: {size(stats.size)}, parsed in {parsed}, built in {built}")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Which shapes an engine is built for."""
+"""The shapes that an engine is built for."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from owl2.runtime import spec
 from owl2.runtime.config import ModelConfig, require
 
 Shape = tuple[int, ...]
-Range = tuple[Shape, Shape, Shape]
+ShapeRange = tuple[Shape, Shape, Shape]
 """Least, usual and largest shape of an input."""
-Three = tuple[int, int, int]
+CountRange = tuple[int, int, int]
 """Least, usual and largest number of rows."""
-Profile = Mapping[str, Range]
+Profile = Mapping[str, ShapeRange]
+"""Shapes by name of the input."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What an engine can be asked for at most.
+    """The largest step that an engine takes.
 
     Attributes:
         context: positions of a conversation.
@@ -47,35 +48,37 @@ def decoder_profiles(model: ModelConfig, limits: Limits) -> tuple[Profile, Profi
 
     The runtime gives at least one row of the K/V cache, masked where nothing is cached yet.
     """
-    usual = min(limits.prefill, 2 * model.rows_per_image)
+    most = limits.prefill
+    usual = min(most, 2 * model.rows_per_image)
     image = min(usual - 1, model.rows_per_image)
     cached = (1, min(limits.context, 512), limits.context)
-    most = limits.prefill
     prefill = _inputs(model, tokens=(1, usual, most), cached=cached, image=(0, image, most), logits=(1, 1, most))
     decode = _inputs(model, tokens=(1, 1, 1), cached=cached, image=(0, 0, 0), logits=(1, 1, 1))
     return prefill, decode
 
 
-def _inputs(model: ModelConfig, *, tokens: Three, cached: Three, image: Three, logits: Three) -> Profile:
-    """All inputs of the decoder for these numbers of rows, each least, usual and largest."""
+def _inputs(
+    model: ModelConfig, *, tokens: CountRange, cached: CountRange, image: CountRange, logits: CountRange
+) -> Profile:
+    """All inputs of the decoder for these numbers of rows."""
     config = model.decoder
     text = (0 if image[2] else 1, tokens[1] - image[1], tokens[2])
 
-    def lengths(counts: Three, *others: int) -> Range:
+    def rows(counts: CountRange, *others: int) -> ShapeRange:
         least, usual, most = ((count, *others) for count in counts)
         return least, usual, most
 
-    cache = lengths(cached, spec.kv_row_width(config))
-    table = lengths(tokens, config.head_dim // 2)
-    embeds = tuple((1, *shape) for shape in lengths(tokens, config.hidden_size))
-    mask = tuple((count, rows + count) for count, rows in zip(tokens, cached))
+    cache = rows(cached, spec.kv_row_width(config))
+    table = rows(tokens, config.head_dim // 2)
+    embeds = tuple((1, *shape) for shape in rows(tokens, config.hidden_size))
+    mask = tuple((count, past + count) for count, past in zip(tokens, cached))
     return {
         spec.EMBEDS: (embeds[0], embeds[1], embeds[2]),
-        spec.MODALITY: lengths(tokens),
-        spec.TEXT_ROWS: lengths(text),
-        spec.IMAGE_ROW_INDEX: lengths(image),
-        spec.ROW_ORDER: lengths(tokens),
-        spec.LOGIT_ROWS: lengths(logits),
+        spec.MODALITY: rows(tokens),
+        spec.TEXT_ROWS: rows(text),
+        spec.IMAGE_ROW_INDEX: rows(image),
+        spec.ROW_ORDER: rows(tokens),
+        spec.LOGIT_ROWS: rows(logits),
         spec.ATTENTION_MASK: (mask[0], mask[1], mask[2]),
         spec.ROTARY_COS: table,
         spec.ROTARY_SIN: table,

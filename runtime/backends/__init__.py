@@ -1,1 +1,1 @@
-"""Backends behind :class:`owl2.runtime.engine.Engine`."""
+"""Implementations of :class:`owl2.runtime.engine.Engine`."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from owl2.runtime.bundle import Bundle, Manifest
 from owl2.runtime.engine import Engine, EngineOptions
+from owl2.runtime.errors import BackendUnavailableError
 from owl2.runtime.placement import BACKEND_ENTRY_POINTS, Placement
 from owl2.runtime.spec import DialectName
 
@@ -26,6 +27,9 @@ def find_backend(device: Placement, dialect: DialectName) -> Backend:
 
     TensorRT takes the dialect onnx, in engines built from it; ONNX Runtime takes everything else. Backends of other
     packages register the kind of device they run on as an entry point.
+
+    Raises:
+        BackendUnavailableError: a package that the backend needs is not installed or cannot be imported.
     """
     if device.kind == "tensorrt" or (device.kind == "tensorrt-rtx" and dialect == "onnx"):
         from owl2.runtime.backends.tensorrt.engine import prepare
@@ -37,6 +41,11 @@ def find_backend(device: Placement, dialect: DialectName) -> Backend:
         with needs_onnxruntime():
             from owl2.runtime.backends.ort.engine import prepare as prepare_ort
         return prepare_ort
-    (found,) = entry_points(group=BACKEND_ENTRY_POINTS, name=device.kind)
-    backend: Backend = found.load()
+    found = list(entry_points(group=BACKEND_ENTRY_POINTS, name=device.kind))
+    if not found:
+        raise BackendUnavailableError(f"device {device}: no installed package has a backend for {device.kind}")
+    try:
+        backend: Backend = found[0].load()
+    except Exception as error:  # other people's modules
+        raise BackendUnavailableError(f"device {device}: {found[0].value} cannot be imported: {error}") from error
     return backend

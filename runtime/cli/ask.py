@@ -7,13 +7,11 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import click
 
 from owl2.runtime.cli.console import describe, duration, notice_context, reports_errors, write
 from owl2.runtime.cli.options import Options, bundle_argument, model_options
-from owl2.runtime.generate import Answer
 from owl2.runtime.preprocess import load_image
 
 
@@ -25,44 +23,33 @@ from owl2.runtime.preprocess import load_image
 @reports_errors
 @model_options
 def ask(options: Options, bundle: Path, question: str, images: tuple[Path, ...], as_json: bool) -> None:
-    """Ask one question, about images or not, and stream the answer.
+    """Ask one question, with or without images, and stream the answer.
 
-    QUESTION is - to read it from stdin. Images go before the question, in the given order, unless it says
-    where with one <|image|> for each.
+    QUESTION may be - to read it from stdin. Images go before the question, in the given order, unless it says where
+    with one <|image|> for each.
 
     \b
     Examples:
-      owl2 ask bundle/ "What is in the picture?" --image cat.jpg
+      owl2 ask bundle/ "What is in the image?" --image cat.jpg
       owl2 ask bundle/ "What changed?" --image before.png --image after.png --stats
       owl2 ask bundle/ "Tell a story." --temperature 0.8 --seed 1
       owl2 ask bundle/ "What is it?" --image cat.jpg --device cuda
       owl2 ask bundle/ - --image page.png --json < question.txt
     """
     text = sys.stdin.read().strip() if question == "-" else question
-    # Before the model, which may take long to load.
-    opened = [load_image(path) for path in images]
-    start = time.perf_counter()
-    owl = options.load(bundle)
-    loaded = time.perf_counter() - start
-    stream = options.stream(owl.chat(), text, opened)
-    if as_json:
-        for _ in stream:
-            pass
-        click.echo(json.dumps(_record(stream.answer, loaded), indent=2))
-    else:
-        write(stream)
-    answer = stream.answer
-    notice_context(answer, owl.context)
+    opened = [load_image(path) for path in images]  # before the model, which may take long to load
+    began = time.perf_counter()
+    with options.load(bundle) as owl:
+        load_seconds = time.perf_counter() - began
+        stream = options.stream(owl.chat(), text, opened)
+        if as_json:
+            answer = stream.read()
+            record = {"text": answer.text, "finish_reason": answer.finish_reason, **asdict(answer.stats)}
+            record |= {"tokens_per_second": answer.stats.tokens_per_second, "load_seconds": load_seconds}
+            click.echo(json.dumps(record, indent=2))
+        else:
+            write(stream)
+            answer = stream.answer
+        notice_context(answer, owl.context)
     if options.stats:
-        click.echo(f"loaded in {duration(loaded)}\n{describe(answer)}", err=True)
-
-
-def _record(answer: Answer, loaded: float) -> dict[str, Any]:
-    """The whole answer with its figures: seconds, bytes and counts."""
-    return {
-        "text": answer.text,
-        "finish_reason": answer.finish_reason,
-        **asdict(answer.stats),
-        "tokens_per_second": answer.stats.tokens_per_second,
-        "load_seconds": loaded,
-    }
+        click.echo(f"loaded in {duration(load_seconds)}\n{describe(answer)}", err=True)

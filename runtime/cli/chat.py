@@ -23,6 +23,7 @@ from owl2.runtime.cli.console import (
     write,
 )
 from owl2.runtime.cli.options import Options, bundle_argument, model_options
+from owl2.runtime.cli.table import table
 from owl2.runtime.config import PreprocessConfig
 from owl2.runtime.errors import ContextOverflowError, ImageError, Owl2Error
 from owl2.runtime.generate import Answer
@@ -35,17 +36,17 @@ LEAVING = "/quit or Ctrl-D leaves"
 
 @dataclass
 class Session:
-    """A conversation and what the terminal keeps beside it.
+    """A conversation in the terminal.
 
     Attributes:
         chat: the conversation.
         options: how answers are generated.
         context: positions it may take.
         preprocess: how the bundle prepares images.
-        images: wait for the next question.
-        answer: the last finished one.
-        done: no more lines are wanted.
-        failed: a line could not be carried out.
+        images: attached to the next question.
+        answer: the last one.
+        done: whether to leave.
+        failed: whether a line could not be carried out.
     """
 
     chat: Chat
@@ -65,8 +66,8 @@ class Session:
 def chat(options: Options, bundle: Path) -> None:
     """Hold a conversation; /help lists its commands.
 
-    Ctrl-C stops an answer and takes its question back, Ctrl-D leaves. Without a terminal every line of stdin
-    is a question or a command, and the exit code is 1 if one of them failed.
+    Ctrl-C stops an answer and takes its question back, Ctrl-D leaves. Without a terminal, every line of stdin is a
+    question or a command, and the exit code is 1 if one of them failed.
 
     \b
     Examples:
@@ -78,21 +79,16 @@ def chat(options: Options, bundle: Path) -> None:
     interactive = sys.stdin.isatty()
     if interactive:
         notice(f"loading {bundle}")
-    owl = options.load(bundle)
-    session = Session(owl.chat(), options, owl.context, owl.config.preprocess)
-    if interactive:
-        _prepare_terminal()
-        notice(f"version {__version__}; /help lists the commands, Ctrl-C stops an answer, {LEAVING}")
-    _converse(session, interactive)
+    with options.load(bundle) as owl:
+        session = Session(owl.chat(), options, owl.context, owl.config.preprocess)
+        if interactive:
+            if sys.stdout.isatty():
+                with contextlib.suppress(ImportError):  # not on Windows
+                    import readline  # noqa: F401 - input() uses it from now on
+            notice(f"version {__version__}; /help lists the commands, Ctrl-C stops an answer, {LEAVING}")
+        _converse(session, interactive)
     if session.failed and not interactive:
         sys.exit(1)
-
-
-def _prepare_terminal() -> None:
-    """Line editing and history, where this Python has them."""
-    if sys.stdout.isatty():
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401 - input() uses it from now on
 
 
 def _converse(session: Session, interactive: bool) -> None:
@@ -113,7 +109,7 @@ def _read_line(interactive: bool) -> str | None:
     """The next line without surrounding space; None at the end of input."""
     prompt = PROMPT if interactive else ""
     if interactive and not sys.stdout.isatty():
-        # input() would write it between the answers.
+        # input() would write it to stdout, between the answers.
         click.echo(prompt, nl=False, err=True)
         prompt = ""
     try:
@@ -125,30 +121,34 @@ def _read_line(interactive: bool) -> str | None:
 
 
 def _obey(session: Session, line: str) -> None:
-    """Carry out one line; what goes wrong is reported and the conversation goes on."""
+    """Carry out one line; an error is reported, and the conversation goes on."""
     try:
-        if line.startswith("/"):
-            _command(session, line)
+        name, _, argument = line.partition(" ")
+        if name in COMMANDS:
+            COMMANDS[name].run(session, argument.strip())
+        elif line.startswith("/"):
+            raise Owl2Error(f"{name} is not a command; /help lists them")
         elif line:
             _ask(session, line)
     except Owl2Error as error:
         session.failed = True
         report(error)
         if isinstance(error, ContextOverflowError):
-            notice("/reset begins a new conversation")
+            notice("/reset begins a new conversation, /undo takes the last question back")
 
 
 def _ask(session: Session, question: str) -> None:
-    stream = session.options.stream(session.chat, question, session.images)
+    stream = None
     try:
+        stream = session.options.stream(session.chat, question, session.images)
         write(stream)
     except KeyboardInterrupt:
-        if stream.finished:  # it came too late to stop anything
-            _keep(session, stream.answer)
-            raise
-        waiting = f"; {_count(session.images)} for the next one" if session.images else ""
-        notice_interrupt(f"stopped; the conversation is as it was before this question{waiting}")
-        return
+        if stream is None or not stream.finished:
+            attached = f"; {_attached(session)}" if session.images else ""
+            notice_interrupt(f"stopped; the conversation is as it was before this question{attached}")
+            return
+        _keep(session, stream.answer)  # it came too late to stop anything
+        raise
     _keep(session, stream.answer)
 
 
@@ -160,25 +160,18 @@ def _keep(session: Session, answer: Answer) -> None:
         click.echo(describe(answer), err=True)
 
 
-def _command(session: Session, line: str) -> None:
-    name, _, argument = line.partition(" ")
-    if name not in COMMANDS:
-        raise Owl2Error(f"there is no command {name}; /help lists them")
-    COMMANDS[name].run(session, argument.strip())
-
-
 def _image(session: Session, argument: str) -> None:
     if not argument:
         raise Owl2Error("/image needs the path of an image, as in /image ~/cat.jpg")
     image = _open(argument)
-    # Now, not with the question: an image that cannot be used must not stand in the way of later ones.
+    # Now, not with the question: an image that cannot be used must not block later ones.
     preprocess(image, session.preprocess, session.options.preprocess)
     session.images.append(image)
-    notice(f"{_count(session.images)} for the next question")
+    notice(_attached(session))
 
 
 def _open(text: str) -> Image.Image:
-    """Read an image whose path is written as people type or drop it: with ``~``, in quotes, or escaped.
+    """Read an image whose path is written as people type or drop it: with ``~``, quoted or escaped.
 
     Raises:
         ImageError: it cannot be read.
@@ -203,7 +196,13 @@ def _reset(session: Session, _argument: str) -> None:
     session.chat.reset()
     session.images = []
     session.answer = None
-    notice("a new conversation; no image waits")
+    notice("new conversation, no images attached")
+
+
+def _undo(session: Session, _argument: str) -> None:
+    session.chat.undo()
+    session.answer = None
+    notice("the last question and its answer are taken back")
 
 
 def _stats(session: Session, _argument: str) -> None:
@@ -216,22 +215,21 @@ def _stats(session: Session, _argument: str) -> None:
 
 
 def _help(_session: Session, _argument: str) -> None:
-    width = max(len(command.usage) for command in COMMANDS.values())
-    lines = [f"{command.usage:{width}}  {command.text}" for command in COMMANDS.values()]
-    click.echo("\n".join(lines), err=True)
+    click.echo(table([(command.usage, command.text) for command in COMMANDS.values()]), err=True)
 
 
 def _quit(session: Session, _argument: str) -> None:
     session.done = True
 
 
-def _count(images: list[Image.Image]) -> str:
-    return f"{len(images)} image waits" if len(images) == 1 else f"{len(images)} images wait"
+def _attached(session: Session) -> str:
+    count = len(session.images)
+    return f"{count} image{'s' * (count != 1)} attached to the next question"
 
 
 @dataclass(frozen=True)
 class Command:
-    """A line that is no question.
+    """A line that is not a question.
 
     Attributes:
         usage: how it is written.
@@ -245,9 +243,10 @@ class Command:
 
 
 COMMANDS = {
-    "/image": Command("/image PATH", "show an image with the next question; repeatable", _image),
-    "/reset": Command("/reset", "forget the conversation and the images that wait", _reset),
-    "/stats": Command("/stats", "figures of the last answer", _stats),
-    "/help": Command("/help", "this list", _help),
+    "/image": Command("/image PATH", "attach an image to the next question; repeatable", _image),
+    "/undo": Command("/undo", "take the last question and its answer back", _undo),
+    "/reset": Command("/reset", "begin a new conversation, without the attached images", _reset),
+    "/stats": Command("/stats", "show the figures of the last answer", _stats),
+    "/help": Command("/help", "show this list", _help),
     "/quit": Command("/quit", "leave (also Ctrl-D)", _quit),
 }

@@ -1,13 +1,14 @@
-"""What the commands write: answers on stdout, everything else as lines on stderr."""
+"""Output of the commands: answers on stdout, everything else as lines on stderr."""
 
 from __future__ import annotations
 
 import functools
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, TextIO
 
 import click
@@ -19,27 +20,29 @@ from owl2.runtime.verification import LoadProgress, OnProgress
 
 STOPPED = 130
 """Exit code of a program ended by Ctrl-C: 128 + SIGINT."""
+PROGRESS_DELAY = 0.5
+"""Seconds of hashing before it shows how far it has come."""
 
 # An answer is a model's text: on a terminal it must not move the cursor or change colours.
 UNSHOWN = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 def notice(text: str) -> None:
-    """Write a message to stderr, behind the name of the command."""
+    """Write a message to stderr, after the name of the program."""
     context = click.get_current_context(silent=True)
     name = context.find_root().info_name if context is not None else None
     click.echo(f"{name or 'owl2'}: {text}", err=True)
 
 
 def notice_interrupt(text: str) -> None:
-    """The same after a Ctrl-C during an answer."""
+    """Write a message after Ctrl-C."""
     if sys.stderr.isatty():
-        click.echo("\r", err=True, nl=False)  # over the ^C that the terminal has just written
+        click.echo("\r", err=True, nl=False)  # over the ^C that the terminal has just shown
     notice(text)
 
 
 def report(error: Owl2Error) -> None:
-    """Write an error as one line, or with its traceback when the command was given ``--debug``."""
+    """Write an error as one line, or with its traceback if the command was given ``--debug``."""
     if click.get_current_context().params["debug"]:
         traceback.print_exception(error)
     else:
@@ -47,7 +50,7 @@ def report(error: Owl2Error) -> None:
 
 
 def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Add ``--debug`` to a command, and end it with a line and an exit code on errors and Ctrl-C."""
+    """Add ``--debug`` to a command; end it with one line and an exit code on an error or Ctrl-C."""
 
     @click.option("--debug", is_flag=True, help="Show tracebacks instead of one line per error.")
     @functools.wraps(command)
@@ -67,7 +70,7 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 @contextmanager
 def _notices_of_warnings() -> Iterator[None]:
-    """Write this project's own warnings as notices."""
+    """Write warnings of this project as notices."""
     with warnings.catch_warnings():
         others = warnings.showwarning
 
@@ -91,28 +94,34 @@ def _notices_of_warnings() -> Iterator[None]:
 
 @contextmanager
 def load_progress() -> Iterator[OnProgress | None]:
-    """A bar on stderr while files are hashed, if that is a terminal and it takes more than a moment."""
+    """Show on stderr how far hashing has come, if that is a terminal and takes more than a moment."""
     if not sys.stderr.isatty():
         yield None
         return
-    bar: Any = None
+    began: float | None = None
+    advance: Callable[[int], None] | None = None
+    counted = 0
 
     def show(progress: LoadProgress) -> None:
-        nonlocal bar
-        if progress.stage == "verifying" and bar is None and progress.done < progress.total:
-            bar = click.progressbar(length=progress.total, label="verifying", file=sys.stderr).__enter__()
-        if progress.stage == "verifying" and bar is not None:
-            bar.update(progress.done - bar.pos)
+        nonlocal began, advance, counted
+        if progress.stage != "verifying":
+            bars.close()
+            return
+        began = time.monotonic() if began is None else began
+        if advance is None and time.monotonic() - began >= PROGRESS_DELAY and progress.done < progress.total:
+            label = f"verifying {size(progress.total)}"
+            bar = click.progressbar(length=progress.total, label=label, file=sys.stderr)
+            advance = bars.enter_context(bar).update
+        if advance is not None:
+            advance(progress.done - counted)
+            counted = progress.done
 
-    try:
+    with ExitStack() as bars:
         yield show
-    finally:
-        if bar is not None:
-            bar.render_finish()
 
 
 def write(stream: AnswerStream) -> None:
-    """Write an answer to stdout while it is generated, and a line break where it ends or breaks off."""
+    """Write an answer to stdout while it is generated; its line ends also where it is broken off."""
     written = False
     try:
         for chunk in stream:
@@ -126,17 +135,17 @@ def write(stream: AnswerStream) -> None:
 
 
 def shown(text: str) -> str:
-    """``text`` as it may be written to stdout: a terminal gets no control characters."""
+    """``text`` for stdout: without control characters if that is a terminal."""
     return text.translate(UNSHOWN) if sys.stdout.isatty() else text
 
 
 def notice_context(answer: Answer, context: int) -> None:
-    """Say so when an answer was cut by the end of the context."""
+    """Say so if the end of the context cut an answer."""
     if answer.finish_reason == "context":
         prompt = answer.stats.prompt_tokens
         notice(
-            f"the context of {context} positions is full: {prompt} for the prompt, {context - prompt} for "
-            "the answer, which was cut here"
+            f"the context of {context} positions is full: {prompt} for the prompt, {context - prompt} for the answer, "
+            "which is cut off"
         )
 
 

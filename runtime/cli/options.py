@@ -27,15 +27,18 @@ bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
 preprocess_option = click.option(
     "--preprocess",
     type=click.Choice(tuple(MODES)),
-    help="How images become square; the bundle's own mode if not given.",
+    show_default="the bundle's own mode",
+    help="How images are made square.",
 )
-threads_option = click.option("--threads", type=int, help="Threads of the CPU; ONNX Runtime's choice if not given.")
+threads_option = click.option(
+    "--threads", type=int, show_default="chosen by ONNX Runtime", help="Threads of one operator on the CPU."
+)
 context_option = click.option(
-    "--context", type=int, help="Positions a conversation may take; the model's own if not given."
+    "--context", type=int, show_default="the model's own limit", help="Positions that a conversation may take."
 )
 
 
-def _known(_context: click.Context, _option: click.Parameter, device: str) -> str:
+def _check_device(_context: click.Context, _option: click.Parameter, device: str) -> str:
     try:
         Placement.parse(device)
     except ConfigError as error:
@@ -47,36 +50,36 @@ device_option = click.option(
     "--device",
     default=CPU,
     show_default=True,
-    callback=_known,
+    callback=_check_device,
     metavar=f"[{'|'.join(kind if kind == CPU else f'{kind}[:N]' for kind in KINDS)}]",
-    help="What runs the model; N counts GPUs from 0. What the device cannot run is an error: the CPU never stands in.",
+    help="Device that runs the model; N counts GPUs from 0. There is no fallback: a graph that the device cannot run "
+    "is an error.",
 )
 kv_cache_option = click.option(
     "--kv-cache",
     type=click.Choice(get_args(KvType)),
-    help="Keys and values of past positions, in the type of the bundle's activations if not given; int8 takes a "
-    "quarter of fp32's memory, at a small loss that owl2 info shows.",
-)
-
-verify_option = click.option(
-    "--verify", is_flag=True, help="Hash every file again, also those that have not changed since the last time."
+    show_default="that of the bundle's activations",
+    help="Type of cached keys and values; int8 takes a quarter of fp32's memory, at a small loss that owl2 info shows.",
 )
 memory_option = click.option(
     "--memory-check/--no-memory-check",
     "check_memory",
     default=True,
-    help="Refuse to load what cannot fit the memory that is free on the device; owl2 plan shows the estimate.  "
-    "[default: check]",
+    show_default=True,
+    help="Refuse to load a model that cannot fit the free memory of the device; owl2 plan shows the estimate.",
+)
+verify_option = click.option(
+    "--verify", is_flag=True, help="Hash every file again, also those that have not changed since they were verified."
 )
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asked of the model.
+    """Options of the commands that answer.
 
     Attributes:
         threads, context, device, kv_cache, check_memory, verify: as in :meth:`Owl2.load`.
-        preprocess: how images are squared; None for the bundle's own mode.
+        preprocess: how images are made square; None for the bundle's own mode.
         generation: how answers are generated.
         stats: whether figures follow an answer.
     """
@@ -113,8 +116,7 @@ class Options:
 def model_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the shared options to a command, which gets them as one ``options`` argument.
 
-    Raises:
-        ConfigError: on the call, before anything is loaded: an option out of its range.
+    An option out of its range raises ConfigError in the call, before anything is loaded.
     """
 
     @functools.wraps(command)
@@ -128,21 +130,21 @@ def model_options(command: Callable[..., None]) -> Callable[..., None]:
     return gathered
 
 
-def _generation(name: str, kind: type, text: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def _generation(name: str, value_type: type, text: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     default = getattr(DEFAULTS, name)
     flag = f"--{name.replace('_', '-')}"
-    return click.option(flag, type=kind, default=default, show_default=default is not None, help=text)
+    return click.option(flag, type=value_type, default=default, show_default=default is not None, help=text)
 
 
 _OPTIONS = (
     preprocess_option,
-    _generation("max_new_tokens", int, "Most tokens of an answer."),
-    _generation("temperature", float, "0 takes the most likely token; larger values vary more."),
+    _generation("max_new_tokens", int, "Tokens of an answer, at most."),
+    _generation("temperature", float, "0 takes the likeliest token; larger values vary more."),
     _generation("top_k", int, "Sample from this many candidates; 0 for all."),
-    _generation("top_p", float, "Sample from the candidates that make up this probability; 1 for all."),
-    _generation("min_p", float, "Least probability of a candidate, relative to the best; 0 for all."),
-    _generation("repetition_penalty", float, "Above 1 discourages repeating; 1 is off."),
-    _generation("seed", int, "Makes sampling reproducible."),
+    _generation("top_p", float, "Sample from the likeliest candidates that add up to this probability; 1 for all."),
+    _generation("min_p", float, "Smallest probability of a candidate, relative to the likeliest; 0 for all."),
+    _generation("repetition_penalty", float, "Above 1 discourages repetition; 1 is off."),
+    _generation("seed", int, "Make sampling reproducible."),
     click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; repeatable."),
     threads_option,
     context_option,

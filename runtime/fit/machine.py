@@ -1,7 +1,7 @@
-"""What is found on this machine: memory that is free for a model, a GPU, and how fast memory is read.
+"""Memory of devices: the CPU and the GPUs of this machine, and named products.
 
-Everything here is best effort. A file or program that is not there, or says nothing that can be understood, leaves
-the answer None; nothing is raised for it. Parsing is apart from reading, so that it is checked on recorded text.
+Detection is best effort: a file or program that is missing, or that cannot be understood, leaves the answer None or
+empty and raises nothing. Parsing is apart from reading, so that it can be tested on recorded text.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from owl2.runtime.fit.products import GB_PER_SECOND, PRODUCTS, Family, Product
+from owl2.runtime.fit.products import GB_PER_SECOND, GIB, PRODUCTS, Family, Product
 
 NVIDIA_SMI = (
     "nvidia-smi",
@@ -25,157 +25,135 @@ NVIDIA_SMI = (
     "--format=csv,noheader,nounits",
 )
 SMI_SECONDS = 10
-V1_FILES = ("memory.limit_in_bytes", "memory.usage_in_bytes")
 MIB = 1 << 20
-READ_BYTES = 256 * MIB  # beyond every cache but those of a few servers
+READ_BYTES = 256 * MIB  # more than every cache but those of a few servers
 READ_SECONDS = 0.3
 
+# Assumed.
+JETSON_SYSTEM = int(1.1 * GIB)  # firmware, kernel, services
+JETSON_DESKTOP = int(0.8 * GIB)
+GEFORCE_SYSTEM = int(0.3 * GIB)  # driver
+GEFORCE_DESKTOP = int(0.5 * GIB)
+DATACENTER_RESERVED = 0.065  # error correction and driver, of the nominal memory
 
-@dataclass(frozen=True, slots=True)
-class SystemPaths:
-    """Where Linux tells of memory and the board; tests give files of their own.
-
-    Attributes:
-        meminfo: ``/proc/meminfo``.
-        swaps: ``/proc/swaps``.
-        cgroup: the control groups of this process.
-        cgroups: where they are mounted.
-        model: name of the board, on those with a device tree.
-        driver: what NVIDIA's kernel driver says of itself.
-        firmware: where the device tree is too, for ``/proc/device-tree`` is a link to it.
-    """
-
-    meminfo: Path = Path("/proc/meminfo")
-    swaps: Path = Path("/proc/swaps")
-    cgroup: Path = Path("/proc/self/cgroup")
-    cgroups: Path = Path("/sys/fs/cgroup")
-    model: Path = Path("/proc/device-tree/model")
-    driver: Path = Path("/proc/driver/nvidia/version")
-    firmware: Path = Path("/sys/firmware/devicetree/base/model")
-
-
-SYSTEM = SystemPaths()
+ROOT = Path("/")
+"""Of the files in which Linux describes memory and board; tests give one of their own."""
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
-    """Memory of the CPU, bytes.
+class MemoryBudget:
+    """A device and the memory that a model may take there, bytes.
 
     Attributes:
-        total: what is built in, less what the kernel keeps for itself.
-        available: what a new process can take without anything being swapped out or killed; a container's limit counts.
-        limited: whether that limit is what counts.
-    """
-
-    total: int
-    available: int
-    limited: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class DetectedDevice:
-    """A device of this machine.
-
-    Attributes:
-        device: what it is.
-        available: bytes that are free in its memory now.
+        device: the product.
+        available: what a new process can take now on this machine; assumed for a named product.
+        host: available in the CPU's memory, where engines are built; None where it is not known.
+        here: whether it is this machine.
+        limited: whether closing programs would not add to it: in a container with a limit, on a named data-centre GPU.
     """
 
     device: Product
     available: int
+    host: int | None
+    here: bool
+    limited: bool = False
+
+    @classmethod
+    def of_product(cls, device: Product) -> MemoryBudget:
+        """A named product with its system and a desktop running; data-centre GPUs have no desktop."""
+        if device.family == "datacenter":
+            available = int(device.memory * (1 - DATACENTER_RESERVED))
+            return cls(device, available, None, here=False, limited=True)
+        available = device.memory - (
+            JETSON_SYSTEM + JETSON_DESKTOP if device.shared else GEFORCE_SYSTEM + GEFORCE_DESKTOP
+        )
+        return cls(device, available, available if device.shared else None, here=False)
+
+    @property
+    def closable(self) -> int:
+        """What closing the desktop, and on this machine other programs, would add at most."""
+        system = JETSON_SYSTEM if self.device.shared else GEFORCE_SYSTEM
+        return 0 if self.limited else max(0, self.device.memory - system - self.available)
 
 
-def host_memory(paths: SystemPaths = SYSTEM) -> Memory | None:
-    """Memory of this machine, or of the container this process runs in; None where the system does not tell."""
-    text = _read(paths.meminfo)
-    memory = None if text is None else parse_meminfo(text)
+def this_cpu(root: Path = ROOT) -> MemoryBudget | None:
+    """The CPU of this machine, or of the container that this process runs in; None where its memory is not known."""
+    memory = parse_meminfo(_read(root / "proc/meminfo"))
     if memory is None:
         return None
-    headrooms = list(_cgroup_headrooms(paths))
-    if headrooms and min(headrooms) < memory.available:
-        return Memory(memory.total, max(0, min(headrooms)), limited=True)
-    return memory
+    total, available = memory
+    left = _memory_limit(root)
+    limited = left is not None and left < available
+    name = "CPU of this machine" + (", in a group with a memory limit" if limited else "")
+    available = left if left is not None and limited else available
+    return MemoryBudget(
+        Product("cpu", name, "cpu", None, total, None), available, available, here=True, limited=limited
+    )
 
 
-def parse_meminfo(text: str) -> Memory | None:
-    """Read ``/proc/meminfo``; page cache that can be dropped counts as available, as the kernel estimates it."""
+def parse_meminfo(text: str) -> tuple[int, int] | None:
+    """Read total and available bytes from ``/proc/meminfo``; page cache that can be dropped counts as available."""
     values = dict(re.findall(r"^(\w+):\s+(\d+) kB$", text, re.MULTILINE))
     if "MemTotal" not in values or "MemAvailable" not in values:
         return None
-    return Memory(int(values["MemTotal"]) * 1024, int(values["MemAvailable"]) * 1024)
+    return int(values["MemTotal"]) * 1024, int(values["MemAvailable"]) * 1024
 
 
-def free_swap(paths: SystemPaths = SYSTEM) -> int:
-    """Bytes of swap on disks that are not in use; 0 where the system does not tell.
-
-    Control groups of version 2 limit swap apart from memory, and where the file for it is missing there is none. Those
-    of version 1 limit the sum, so that in one with a limit swap does not count.
-    """
-    memory, text = host_memory(paths), _read(paths.swaps)
-    if text is None or memory is None:
-        return 0
-    limits, told = [], False
-    for folder in _v2_folders(paths):
-        told = told or (folder / "memory.swap.max").exists()
-        headroom = _headroom(folder, "memory.swap.max", "memory.swap.current")
+def _memory_limit(root: Path) -> int | None:
+    """Bytes left in the control groups of this process; None where none has a limit."""
+    left = []
+    for version, folder in control_groups(root):
+        names = ("max", "current") if version == "v2" else ("limit_in_bytes", "usage_in_bytes")
+        headroom = _headroom(folder, *names)
         if headroom is not None:
-            limits.append(max(0, headroom))
-    return min([parse_swaps(text), *limits]) if told or not memory.limited else 0
+            left.append(max(0, headroom + parse_droppable(_read(folder / "memory.stat"))))
+    return min(left, default=None)
 
 
-def _v2_folders(paths: SystemPaths) -> Iterator[Path]:
-    for version, path in parse_cgroup(_read(paths.cgroup) or ""):
-        if version == "v2":
-            yield from (paths.cgroups / group.relative_to("/") for group in (path, *path.parents))
+def free_swap(root: Path = ROOT) -> int:
+    """Bytes of unused swap on disks; 0 where it is not known.
+
+    Control groups of version 2 limit swap separately; without that limit's file there is none. Those of version 1 limit
+    the sum, so that swap does not count in a group with a limit.
+    """
+    cpu, folders = this_cpu(root), [folder for version, folder in control_groups(root) if version == "v2"]
+    separate = any((folder / "memory.swap.max").exists() for folder in folders)
+    if cpu is None or (cpu.limited and not separate):
+        return 0
+    limits = [_headroom(folder, "swap.max", "swap.current") for folder in folders]
+    return max(0, min([parse_swaps(_read(root / "proc/swaps")), *(left for left in limits if left is not None)]))
+
+
+def control_groups(root: Path = ROOT) -> Iterator[tuple[str, Path]]:
+    """Version, ``v1`` or ``v2``, and folder of each control group above this process that may limit memory."""
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        version = "v2" if number == "0" and not controllers else "v1"
+        if path.startswith("/") and (version == "v2" or "memory" in controllers.split(",")):
+            mounted = root / "sys/fs/cgroup" / ("" if version == "v2" else "memory")
+            # Inside a container the path may be the host's: then only the root exists, which is the container's group.
+            group = PurePosixPath(path)
+            yield from ((version, mounted / above.relative_to("/")) for above in (group, *group.parents))
+
+
+def _headroom(folder: Path, limit_file: str, usage_file: str) -> int | None:
+    """Limit less usage; None where there is no limit."""
+    limit, usage = (_read(folder / f"memory.{name}").strip() for name in (limit_file, usage_file))
+    return int(limit) - int(usage) if limit.isdigit() and usage.isdigit() else None
 
 
 def parse_swaps(text: str) -> int:
-    """Read ``/proc/swaps``. zram does not count: it lies in the same memory, and weights do not compress."""
+    """Read ``/proc/swaps``. zram does not count: it is in the same memory, and weights do not compress."""
     rows = [line.split() for line in text.splitlines()[1:]]
     sizes = [(row[2], row[3]) for row in rows if len(row) >= 4 and not row[0].startswith("/dev/zram")]
     return sum(1024 * (int(size) - int(used)) for size, used in sizes if size.isdigit() and used.isdigit())
 
 
-def parse_cgroup(text: str) -> list[tuple[str, PurePosixPath]]:
-    """Read ``/proc/self/cgroup``: version ``v1`` or ``v2`` and path of every group that may limit memory."""
-    groups = []
-    for line in text.splitlines():
-        number, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if path.startswith("/"):
-            if number == "0" and not controllers:
-                groups.append(("v2", PurePosixPath(path)))
-            elif "memory" in controllers.split(","):
-                groups.append(("v1", PurePosixPath(path)))
-    return groups
-
-
-def _cgroup_headrooms(paths: SystemPaths) -> Iterator[int]:
-    """Bytes left in each control group above this process that has a limit."""
-    text = _read(paths.cgroup)
-    for version, path in parse_cgroup(text) if text is not None else ():
-        root = paths.cgroups if version == "v2" else paths.cgroups / "memory"
-        names = ("memory.max", "memory.current") if version == "v2" else V1_FILES
-        # Seen from inside a container the path may be the host's: then only the root is there, which is its own group.
-        for group in (path, *path.parents):
-            folder = root / group.relative_to("/")
-            headroom = _headroom(folder, *names)
-            if headroom is not None:
-                yield headroom + parse_droppable(_read(folder / "memory.stat") or "")
-
-
-def _headroom(folder: Path, limit_file: str, usage_file: str) -> int | None:
-    """Limit less usage; None where there is no limit."""
-    limit, usage = (_read(folder / name) for name in (limit_file, usage_file))
-    if limit is None or usage is None or not limit.strip().isdigit() or not usage.strip().isdigit():
-        return None
-    return int(limit) - int(usage)
-
-
 def parse_droppable(text: str) -> int:
-    """Read ``memory.stat`` of a control group: bytes that are dropped when memory is wanted.
+    """Read ``memory.stat`` of a control group: bytes that the kernel drops when memory is wanted.
 
-    These are pages of files, active ones too (those of a bundle that was just copied or verified are), and what the
+    These are pages of files, active ones too (as those of a bundle that was just copied or verified), and what the
     kernel keeps of folders. Version 1 counts groups below only in the lines that begin with ``total``.
     """
     values = {name: int(size) for name, size in re.findall(r"^(\w+) (\d+)$", text, re.MULTILINE)}
@@ -184,41 +162,33 @@ def parse_droppable(text: str) -> int:
     return sum(values.get(name, 0) for name in names)
 
 
-def this_cpu(paths: SystemPaths = SYSTEM) -> DetectedDevice | None:
-    """The CPU of this machine; None where the system does not tell its memory."""
-    memory = host_memory(paths)
-    if memory is None:
-        return None
-    product = "CPU of this machine" + (", in a group with a memory limit" if memory.limited else "")
-    return DetectedDevice(Product("cpu", product, "cpu", None, memory.total, None, shared=True), memory.available)
-
-
-def this_gpu(paths: SystemPaths = SYSTEM) -> DetectedDevice | None:
+def this_gpu(root: Path = ROOT) -> MemoryBudget | None:
     """The GPU of this machine, of several number 0; None if none is found."""
-    return next(iter(gpus(paths)), None)
+    return next(iter(gpus(root)), None)
 
 
-def gpus(paths: SystemPaths = SYSTEM) -> list[DetectedDevice]:
+def gpus(root: Path = ROOT) -> list[MemoryBudget]:
     """The GPUs of this machine: a Jetson's by its device tree, others by nvidia-smi and in its order.
 
-    CUDA_VISIBLE_DEVICES has no part in it.
+    CUDA_VISIBLE_DEVICES has no effect.
     """
-    # Containers hide the one and not always the other.
-    model, memory = _read(paths.model) or _read(paths.firmware), host_memory(paths)
-    if model is not None and memory is not None:
-        jetson = parse_jetson_model(model, memory.total)
-        if jetson is not None:
-            return [DetectedDevice(jetson, memory.available)]
+    # The first is a link to the second; containers hide the one and not always the other.
+    model = _read(root / "proc/device-tree/model") or _read(root / "sys/firmware/devicetree/base/model")
+    cpu = this_cpu(root)
+    jetson = None if cpu is None else parse_jetson_model(model, cpu.device.memory)
+    if cpu is not None and jetson is not None:
+        return [replace(cpu, device=jetson)]
     try:
         listing = subprocess.run(NVIDIA_SMI, capture_output=True, text=True, check=True, timeout=SMI_SECONDS).stdout
     except (OSError, subprocess.SubprocessError):
         return []
-    return parse_nvidia_smi(listing)
+    host = None if cpu is None else cpu.available
+    return [MemoryBudget(device, free, host, here=True) for device, free in parse_nvidia_smi(listing)]
 
 
-def driver_version(paths: SystemPaths = SYSTEM) -> str | None:
-    """Version of NVIDIA's kernel driver; None where there is none, or it does not say."""
-    found = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)\s", _read(paths.driver) or "")
+def driver_version(root: Path = ROOT) -> str | None:
+    """Version of NVIDIA's kernel driver; None where it is not known."""
+    found = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)\s", _read(root / "proc/driver/nvidia/version"))
     return found[1] if found else None
 
 
@@ -226,44 +196,46 @@ def parse_jetson_model(text: str, memory: int) -> Product | None:
     """The Jetson module that a device tree names.
 
     Args:
-        text: of ``/proc/device-tree/model``; the development kit's name, which does not tell how much memory it has.
+        text: of ``/proc/device-tree/model``: the development kit's name, which does not say how much memory it has.
         memory: total bytes that Linux sees, always less than the nominal size.
     """
-    name = text.rstrip("\0\n ")
-    for words, products in (("AGX Orin", "AGX Orin"), ("Orin NX", "Orin NX"), ("Orin Nano", "Orin Nano")):
-        if words in name:
-            sizes = [device for device in PRODUCTS.values() if f"Jetson {products} " in device.product]
+    for series in ("AGX Orin", "Orin NX", "Orin Nano"):
+        if series in text:
+            sizes = [device for device in PRODUCTS.values() if f"Jetson {series} " in device.product]
             fitting = [device for device in sizes if device.memory >= memory]
             return min(fitting or sizes, key=lambda device: abs(device.memory - memory))
-    return PRODUCTS["thor-128gb"] if "Thor" in name else None
+    return PRODUCTS["thor-128gb"] if "Thor" in text else None
 
 
-def parse_nvidia_smi(text: str) -> list[DetectedDevice]:
-    """Read the lines of name, total and free MiB, and compute capability; what has no numbers is left out."""
+def parse_nvidia_smi(text: str) -> list[tuple[Product, int]]:
+    """Read lines of name, total and free MiB, and compute capability: GPUs and their free bytes.
+
+    A line without numbers is left out.
+    """
     found = []
     for line in text.splitlines():
         fields = [field.strip() for field in line.split(",")]
         if len(fields) == 4 and fields[1].isdigit() and fields[2].isdigit() and re.fullmatch(r"\d+\.\d", fields[3]):
             total, free = (int(field) * MIB for field in fields[1:3])
-            found.append(DetectedDevice(_gpu(fields[0], total, int(fields[3].replace(".", ""))), free))
+            found.append((_gpu(fields[0], total, int(fields[3].replace(".", ""))), free))
     return found
 
 
 def _gpu(name: str, memory: int, compute: int) -> Product:
     """A GPU by its product name, with the table's bandwidth where the table has this product in this size."""
     for device in PRODUCTS.values():
-        # Drivers leave "NVIDIA" or "GeForce" out of some names and put the form (PCIe, SXM) behind others.
+        # Drivers leave "NVIDIA" or "GeForce" out of some names and append the form (PCIe, SXM) to others.
         words = device.product.removeprefix("NVIDIA ").removesuffix(" 40GB").removesuffix(" 80GB")
         same = re.search(rf"\b{re.escape(words)}(?! (Ti|SUPER|Laptop))\b", name) is not None
         if same and device.compute == compute and 0.85 < memory / device.memory < 1.05:
-            return Product("gpu", name, device.family, compute, memory, device.bandwidth, shared=False)
+            return Product("gpu", name, device.family, compute, memory, device.bandwidth)
     family: Family = "geforce" if "RTX" in name or "GTX" in name else "datacenter"
-    return Product("gpu", name, family, compute, memory, None, shared=False)
+    return Product("gpu", name, family, compute, memory, None)
 
 
 def read_bandwidth() -> float:
     """Measure how fast all cores together read memory, bytes per second; takes about half a second and 256 MiB."""
-    workers = len(os.sched_getaffinity(0))
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     part = READ_BYTES // 8 // workers
     arrays = [np.ones(part, dtype=np.int64) for _ in range(workers)]
     best = 0.0
@@ -271,13 +243,14 @@ def read_bandwidth() -> float:
         end = time.perf_counter() + READ_SECONDS
         while time.perf_counter() < end:
             began = time.perf_counter()
-            list(pool.map(np.max, arrays))  # lets go of the interpreter's lock
+            list(pool.map(np.max, arrays))  # releases the interpreter's lock
             best = max(best, 8 * part * workers / (time.perf_counter() - began))
     return max(best, GB_PER_SECOND / 10)
 
 
-def _read(path: Path) -> str | None:
+def _read(path: Path) -> str:
+    """Content of a file; empty where it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return None
+        return ""

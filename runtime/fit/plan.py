@@ -1,98 +1,68 @@
-"""Whether a bundle fits a device, and what to change if it does not; the same check before a load.
-
-Example::
-
-    stored = BundleSizes.of(read_manifest(Path("bundle/")))
-    scenario = Scenario(stored, MemoryBudget.of_table(find_product("orin-nx-16gb")), Settings(2048, "fp32"))
-    plan = make_plan(scenario)
-    print(plan.fits, plan.needed, [change.words for change in plan.changes])
-"""
+"""Whether a bundle fits a device, and what to change if it does not; the same check before a load."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
 from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from owl2.runtime.bundle import Manifest
+from owl2.runtime import spec
+from owl2.runtime.bundle import Manifest, WeightFormat, read_manifest
 from owl2.runtime.config import require, resolve_context
-from owl2.runtime.errors import InsufficientMemoryError
-from owl2.runtime.fit.footprint import (
-    FOR_CUDA,
-    Building,
-    BundleSizes,
-    Ceiling,
-    MemoryBudget,
-    Part,
-    Runner,
-    Scenario,
-    Settings,
-    building,
-    ceiling,
-    decoder_bytes,
-    fits,
-    kv_bytes,
-    needed,
-    parts,
-    problems,
-    runner,
-    vision_weights,
-)
-from owl2.runtime.fit.machine import SYSTEM, SystemPaths, free_swap, gpus, host_memory, this_cpu
-from owl2.runtime.fit.products import GIB, PRODUCTS, Product
+from owl2.runtime.errors import BackendUnavailableError, InsufficientMemoryError
+from owl2.runtime.fit import footprint
+from owl2.runtime.fit.footprint import Part, Runner
+from owl2.runtime.fit.machine import ROOT, MemoryBudget, free_swap, gpus, read_bandwidth, this_cpu
+from owl2.runtime.fit.products import GIB, PRODUCTS
+from owl2.runtime.fit.storage import storage_types
 from owl2.runtime.kv_cache import GROWTH
-from owl2.runtime.placement import Placement
-from owl2.runtime.spec import BYTES_PER_VALUE, KvType
+from owl2.runtime.placement import HOST, KINDS, Placement
+from owl2.runtime.spec import BYTES_PER_VALUE, DialectName, FloatType, KvType, WeightType
+from owl2.runtime.verification import FileEntry
 
+THIS, GPU, CPU = "this", "gpu", "cpu"
+"""Devices of this machine by name; ``this`` is its GPU, or its CPU without one."""
 SHORT_CHAT = 128
-"""Positions beside the images below which no context is suggested."""
+"""Positions in addition to the images below which no context is suggested."""
 CONTEXT_STEP = 64
 """Suggested contexts are multiples of it."""
 GROUP_SIZE = 128
 """Of integer weights that are suggested in place of floating point."""
 
-Step = tuple[str, Scenario]
-MakeStep = Callable[[Scenario], Step | None]
 
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """Something that makes a scenario fit.
-
-    Attributes:
-        words: what to do, as a command line says it.
-        scenario: what there is after it.
-        needed: bytes that takes.
-    """
-
-    words: str
-    scenario: Scenario
-    needed: int
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
-    """The answer for one scenario.
+    """Running a bundle on a device: memory, speed, and what to change; ``print(plan)`` gives a summary.
 
     Attributes:
-        scenario: what was asked.
-        way: what runs the graphs there.
-        parts: of the memory needed.
-        problems: a sentence each, why it cannot run like this however much memory there is.
-        building: None where no engine is built.
-        ceiling: on the speed of decoding.
-        changes: each one makes it fit; empty if it fits as it is, or if nothing helps.
-        elsewhere: the device with the least memory on which it fits as it is; None if it fits here, or nowhere.
+        manifest: of the bundle.
+        budget: the device and its memory.
+        context: positions of a conversation.
+        kv_type: type of keys and values.
+        images: in that conversation.
+        bundle: folder, for people.
+        notes: on the choice of the device, a sentence each.
     """
 
-    scenario: Scenario
-    runner: Runner
-    parts: tuple[Part, ...]
-    problems: tuple[str, ...]
-    building: Building | None
-    ceiling: Ceiling
-    changes: tuple[Change, ...]
-    elsewhere: Product | None
+    manifest: Manifest
+    budget: MemoryBudget
+    context: int
+    kv_type: KvType
+    images: int = 1
+    bundle: str = "bundle"
+    notes: tuple[str, ...] = ()
+
+    @property
+    def runner(self) -> Runner:
+        """What runs the graphs."""
+        return footprint.find_runner(self.manifest, self.budget.device)
+
+    @cached_property
+    def parts(self) -> list[Part]:
+        """The memory needed on the device, by purpose, each figure with its basis."""
+        return footprint.memory_parts(self.manifest, self.budget.device, self.context, self.kv_type, self.images)
 
     @property
     def needed(self) -> int:
@@ -100,241 +70,268 @@ class Plan:
         return sum(part.size for part in self.parts)
 
     @property
+    def available(self) -> int:
+        """Bytes that a model may take on the device."""
+        return self.budget.available
+
+    @property
+    def problem(self) -> str | None:
+        """Why the bundle cannot run on the device in any memory, and what to do; None if it can."""
+        manifest, device = self.manifest, self.budget.device
+        export, _ = exported(self, manifest.weights.decoder)
+        if manifest.dialect == "onnx" and not device.engines:
+            return f"graphs of the dialect onnx are for TensorRT, which {device.product} does not have; {export}"
+        if manifest.dialect == "onnx" and manifest.weights.decoder == "int4" and not device.int4_engines:
+            return f"TensorRT takes no int4 weights on {device.product} (SM{device.compute}); {export}"
+        cuda = self.runner == "onnxruntime-cuda"
+        if cuda and (manifest.activations == "fp32" or manifest.weights.vision == "int8"):
+            # No GroupQueryAttention in float32, no DynamicQuantizeMatMul: the load would be refused.
+            return (
+                "ONNX Runtime's CUDA provider lacks operators of this bundle, whose activations are fp32; "
+                f"{export}, or run it on the CPU"
+            )
+        return None
+
+    @property
     def fits(self) -> bool:
         """Whether it runs there."""
-        return not self.problems and self.needed <= self.scenario.target.available
+        return self.problem is None and self.needed <= self.available
+
+    @property
+    def verdict(self) -> str:
+        """``fits``, ``does not fit`` or ``cannot run``."""
+        return "fits" if self.fits else "does not fit" if self.problem is None else "cannot run"
+
+    @property
+    def building(self) -> int | None:
+        """Bytes of the CPU's memory that building the decoder's engine takes; None where none is built."""
+        return footprint.build_bytes(self.manifest) if self.runner.startswith("tensorrt") else None
+
+    @property
+    def bytes_per_token(self) -> tuple[int, int]:
+        """Bytes that every token reads: of weights, and of keys and values at the full context."""
+        kv = self.context * self.manifest.kv_bytes(self.kv_type)
+        return footprint.weights_per_token(self.manifest, self.runner), kv
+
+    @property
+    def tokens_per_second(self) -> tuple[float, float] | None:
+        """Ceiling on the speed, bandwidth over bytes read: at the start of a conversation, and at its full context.
+
+        None where the bandwidth is not known.
+        """
+        bandwidth, (weights, kv) = self.budget.device.bandwidth, self.bytes_per_token
+        return None if bandwidth is None else (bandwidth / weights, bandwidth / (weights + kv))
+
+    @cached_property
+    def suggestions(self) -> dict[str, Plan]:
+        """Changes of which each makes it fit, and the plan after it; empty if it fits or nothing helps."""
+        if self.fits:
+            return {}
+        found = run_changes(self)
+        for weights in dict.fromkeys((self.manifest.weights.decoder, "int4")):
+            options, after = exported(self, weights)
+            if after.fits:
+                found[options] = after
+            elif self.problem or after.needed < self.needed:
+                found |= {f"{options} and {change}": last for change, last in list(run_changes(after).items())[:1]}
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain dictionaries: bytes, bytes per second, tokens per second."""
+        (weights, kv), (start, full) = self.bytes_per_token, self.tokens_per_second or (None, None)
+        built, host = self.building, self.budget.host
+        enough = None if built is None or host is None else built <= host
+        return {
+            "fits": self.fits,
+            "needed": self.needed,
+            "available": self.available,
+            "problem": self.problem,
+            "runner": self.runner,
+            "device": self.budget.device.to_json(),
+            "settings": {"context": self.context, "kv_cache": self.kv_type, "images": self.images},
+            "parts": [{"name": part.name, "size": part.size, "basis": part.basis} for part in self.parts],
+            "building": None if built is None else {"needed": built, "available": host, "fits": enough},
+            "ceiling": {
+                "weight_bytes_per_token": weights,
+                "kv_bytes_per_token": kv,
+                "tokens_per_second": full,
+                "tokens_per_second_empty": start,
+            },
+            "suggestions": [
+                {"change": change, "needed": plan.needed, "available": plan.available}
+                for change, plan in self.suggestions.items()
+            ],
+        }
+
+    def __str__(self) -> str:
+        figures = f"{gib(self.needed)} needed, {gib(self.available)} available"
+        lines = [f"{self.bundle} on {self.budget.device.product}: {self.verdict}, {figures}"]
+        lines += [self.problem] if self.problem else []
+        return "\n  ".join(lines + [f"to make it fit: {change}" for change in self.suggestions])
+
+    def __repr__(self) -> str:
+        return f"<Plan {str(self).splitlines()[0]}>"
 
 
-def make_plan(scenario: Scenario) -> Plan:
-    """Plan a scenario.
+def plan(
+    bundle: str | os.PathLike[str],
+    *,
+    device: str | None = None,
+    context: int | None = None,
+    kv_cache: KvType | None = None,
+    images: int = 1,
+) -> Plan:
+    """Estimate memory and speed of a bundle on a device, this one or another.
+
+    Nothing is loaded: of the bundle only ``owl2.json`` is read.
+
+    Example::
+
+        plan = owl2.plan("bundle/", device="orin-nx-16gb")
+        print(plan.fits, plan.needed, list(plan.suggestions))
+
+    Args:
+        bundle: folder written by ``owl2-export``.
+        device: a product such as ``orin-nx-16gb`` (``owl2 plan --list`` shows all), or ``gpu`` or ``cpu`` of this
+            machine with the memory that is free now; None or ``this`` for its GPU, or its CPU without one.
+        context: positions of a conversation; None for the model's own limit.
+        kv_cache: type of keys and values; None for that of the bundle's activations.
+        images: in the conversation.
 
     Raises:
-        ConfigError: the images leave no room for words.
+        BundleError: the folder is not a bundle.
+        ConfigError: a device that is not known, or a setting that cannot work.
+        BackendUnavailableError: this machine has no GPU, or its memory is not known.
     """
-    settings, rows = scenario.settings, scenario.bundle.model.rows_per_image
-    require(settings.images >= 0, f"images must not be negative, got {settings.images}")
+    manifest = read_manifest(Path(bundle))
+    context = resolve_context(manifest.model.decoder, context)
+    kv_type, rows = manifest.kv_type(kv_cache), manifest.model.rows_per_image
+    require(images >= 0, f"images must not be negative, got {images}")
     require(
-        settings.images * rows < settings.context,
-        f"{settings.images} images take {settings.images * rows} positions and leave none of the context of "
-        f"{settings.context} for words; give at most {(settings.context - 1) // rows} images or a longer context",
+        images * rows < context,
+        f"{images} images take {images * rows} positions and leave none of the context of {context} for text; give at "
+        f"most {(context - 1) // rows} images or a longer context",
     )
-    fitting = fits(scenario)
-    return Plan(
-        scenario,
-        runner(scenario),
-        parts(scenario),
-        problems(scenario),
-        building(scenario),
-        ceiling(scenario),
-        () if fitting else changes(scenario),
-        None if fitting else _elsewhere(scenario),
-    )
+    budget, notes = find_budget(device or THIS)
+    return Plan(manifest, budget, context, kv_type, images, str(bundle), notes)
+
+
+def find_budget(name: str) -> tuple[MemoryBudget, tuple[str, ...]]:
+    """The memory of a device, and notes on its choice; raises as :func:`plan`."""
+    if name in PRODUCTS:
+        return MemoryBudget.of_product(PRODUCTS[name]), ()
+    known = (THIS, GPU, CPU, *PRODUCTS)
+    require(name in known, f"device {name!r} is not known; known: {', '.join(known)}")
+    found = [] if name == CPU else gpus()
+    if found:
+        several = f"{len(found)} GPUs are found; planning for number 0, {found[0].device.product}"
+        return found[0], (several,) if len(found) > 1 else ()
+    none = "no GPU is found (no Jetson's device tree, no answer from nvidia-smi)"
+    cpu = this_cpu()
+    if name == GPU or cpu is None:
+        reason = none if name == GPU else "the memory of this system is not known (no /proc/meminfo)"
+        raise BackendUnavailableError(f"{reason}; name a product of owl2 plan --list")
+    measured = replace(cpu.device, bandwidth=read_bandwidth())
+    return replace(cpu, device=measured), () if name == CPU else (f"{none}; planning for the CPU",)
 
 
 def check_memory(
     manifest: Manifest,
     context: int | None,
-    kv_cache: KvType,
-    device: Placement | None = None,
+    kv_type: KvType,
+    device: Placement = HOST,
     *,
-    paths: SystemPaths = SYSTEM,
+    root: Path = ROOT,
 ) -> None:
-    """Refuse to load on this machine what cannot fit, before the system kills the process for it.
+    """Refuse to load a model that cannot fit, before the system kills the process for it.
 
-    The estimate errs on the small side: weights, and the keys and values that the first positions take, or all of a
-    context that was asked for. On the CPU and on a Jetson memory is what the kernel calls available (page cache that it
-    can drop counts), less where a control group has a limit; on the CPU with swap on a disk. On another GPU it is what
-    nvidia-smi calls free, of several GPUs on the one with the most, for which of them an index means is up to CUDA.
-    What tells no memory is not checked.
+    The estimate errs on the small side: weights, and keys and values of the first positions, or of a context that was
+    asked for. It is compared with what is available on the CPU (with swap on a disk) or the Jetson, or free on the GPU
+    that has the most: which of several an index means is up to CUDA. Devices of other packages, and those whose memory
+    is not known, are not checked.
 
     Args:
         manifest: of the bundle.
-        context: positions that the user asked for; None for the model's own, which a conversation may never reach.
-        kv_cache: type of keys and values.
-        device: what shall run it; None for the CPU.
-        paths: where Linux tells of memory.
+        context: positions that were asked for; None for the model's own limit, which a conversation may never reach.
+        kv_type: type of keys and values.
+        device: runs the bundle.
+        root: of the system's files.
 
     Raises:
         InsufficientMemoryError: with the figures and what would fit.
     """
-    on_host = device is None or device.on_host
-    found = this_cpu(paths) if on_host else max(gpus(paths), key=lambda gpu: gpu.available, default=None)
-    if found is None:
+    if device.kind not in KINDS:
         return
-    positions = resolve_context(manifest.model.decoder, context)
-    target = MemoryBudget.of_machine(found, host_memory(paths))
-    scenario = Scenario(BundleSizes.of(manifest), target, Settings(positions, kv_cache, images=0))
-    first = min(positions, GROWTH) if context is None else positions
-    listed = [
-        part for part in parts(replace(scenario, settings=replace(scenario.settings, context=first))) if part.least
-    ]
-    wanted = sum(part.least for part in listed)
-    available = found.available + (free_swap(paths) if on_host else 0)
-    if wanted > available:
-        details = [f"{part.name} {_gib(part.least)}" for part in listed]
-        hints = [change.words for change in changes(scenario)] or [_nothing_helps(scenario)]
-        command = "owl2 plan BUNDLE --device cpu" if on_host else "owl2 plan BUNDLE"
-        raise InsufficientMemoryError(wanted, available, details, hints, command)
+    budget = this_cpu(root) if device.on_host else max(gpus(root), key=lambda gpu: gpu.available, default=None)
+    if budget is None:
+        return
+    full = Plan(manifest, budget, resolve_context(manifest.model.decoder, context), kv_type, images=0)
+    first = full if context is not None else replace(full, context=min(full.context, GROWTH))
+    least = {part.name: part.least for part in first.parts if part.least}
+    needed, available = sum(least.values()), budget.available + (free_swap(root) if device.on_host else 0)
+    if needed > available:
+        details = [f"{name} {gib(size)}" for name, size in least.items()]
+        larger = f"a {'machine' if device.on_host else 'GPU'} with {gib(full.needed)} of memory available"
+        command = "owl2 plan BUNDLE --device cpu" if device.on_host else "owl2 plan BUNDLE"
+        raise InsufficientMemoryError(needed, available, details, list(full.suggestions) or [larger], command)
 
 
-def _nothing_helps(scenario: Scenario) -> str:
-    if scenario.target.device.family == "cpu":
-        return f"a machine with {_gib(needed(scenario))} of memory available"
-    device = _elsewhere(scenario)
-    return f"a GPU with more memory ({device.product} would do)" if device else "a smaller model"
+def run_changes(plan: Plan) -> dict[str, Plan]:
+    """Changes without another export: each that suffices by itself, or else all together; a shorter context last."""
+    steps: dict[str, dict[str, Any]] = {}
+    if closable := plan.budget.closable:
+        programs = "other programs and the desktop" if plan.budget.here else "the desktop"
+        freed = replace(plan.budget, available=plan.available + closable)
+        steps[f"close {programs} (up to {gib(closable)})"] = {"budget": freed}
+    if plan.kv_type != "int8" and "int8" in plan.manifest.kv_cache:
+        steps["--kv-cache int8"] = {"kv_type": "int8"}
+    found = {change: after for change, fields in steps.items() if (after := replace(plan, **fields)).fits}
+    if steps and not found:
+        together, change = plan, " and ".join(steps)
+        for fields in steps.values():
+            together = replace(together, **fields)
+        if together.fits:
+            found[change] = together
+        else:
+            found |= {f"{change} and {last}": after for last, after in shorter_context(together).items()}
+    return found | shorter_context(plan)
 
 
-def _gib(count: int) -> str:
+def shorter_context(plan: Plan) -> dict[str, Plan]:
+    """The longest context that fits, in steps; empty if not even a short conversation does."""
+    least = plan.images * plan.manifest.model.rows_per_image + SHORT_CHAT
+    contexts = range((plan.context - 1) // CONTEXT_STEP * CONTEXT_STEP, least - 1, -CONTEXT_STEP)
+    plans = (replace(plan, context=context) for context in contexts)
+    return next(({f"--context {shorter.context}": shorter} for shorter in plans if shorter.fits), {})
+
+
+def exported(plan: Plan, weights: WeightType) -> tuple[str, Plan]:
+    """Another export with weights of this type, in a form that the device runs: its options, and the plan after it."""
+    old, device = plan.manifest, plan.budget.device
+    engines = device.int4_engines if weights == "int4" else bool(device.engines)
+    dialect: DialectName = "onnx" if old.dialect == "onnx" and engines else "ort"
+    activations: FloatType = "fp16"
+    if device.family == "cpu":
+        activations = old.activations if dialect == old.dialect else "fp32"
+    elif weights == "fp32":
+        weights = "fp16"
+    stored = storage_types(weights, dialect, activations)
+    group_size = (old.weights.group_size or GROUP_SIZE) if weights.startswith("int") else 0
+    types = WeightFormat(weights, stored.head, stored.vision, stored.embeddings, old.weights.method, group_size)
+    kv_cache = dict.fromkeys(stored.kv_cache, "")
+    new = replace(old, dialect=dialect, activations=activations, kv_cache=kv_cache, weights=types)
+    ratios = {
+        spec.DECODER_GRAPH: sum(footprint.decoder_bytes(new)) / sum(footprint.decoder_bytes(old)),
+        spec.VISION_GRAPH: BYTES_PER_VALUE[stored.vision] / BYTES_PER_VALUE[old.weights.vision],
+    }
+    files = {
+        f"{graph}.data": FileEntry(int(footprint.stored(old, graph) * ratio), "") for graph, ratio in ratios.items()
+    }
+    kv_type = plan.kv_type if plan.kv_type in stored.kv_cache else activations
+    after = replace(plan, manifest=replace(new, files={**old.files, **files}), kv_type=kv_type)
+    return f"export with --dialect {dialect} --weights {weights} --activations {activations}", after
+
+
+def gib(count: int) -> str:
+    """Bytes for people, in GiB."""
     return f"{count / GIB:.2f} GiB"
-
-
-def changes(scenario: Scenario) -> tuple[Change, ...]:
-    """What makes a scenario fit.
-
-    Every step that does it alone; where none does but a shorter context, several as one before that: first without,
-    then with exporting again.
-    """
-    alone = [step for make in STEPS[:-1] if (step := make(scenario)) is not None and fits(step[1])]
-    last = _shorter_context(scenario)
-    shorter = [last] if last is not None and fits(last[1]) else []
-    together = (
-        [] if alone else [step for steps in (RUN_STEPS, STEPS) if (step := _together(scenario, steps)) is not None]
-    )
-    found = [*alone, *together, *shorter]
-    return tuple(Change(words, changed, needed(changed)) for words, changed in dict(found).items())
-
-
-def _together(scenario: Scenario, steps: Sequence[MakeStep]) -> Step | None:
-    """As many steps as it takes as one; None if all of them do not do it."""
-    words = []
-    for make in steps:
-        step = make(scenario)
-        if step is not None and not problems(step[1]) and _missing(step[1]) < _missing(scenario):
-            words.append(step[0])
-            scenario = step[1]
-            if fits(scenario):
-                return " and ".join(words), scenario
-    return None
-
-
-def _missing(scenario: Scenario) -> int:
-    """Bytes short of what is needed; what cannot run at all lacks more than any memory."""
-    return (1 << 62 if problems(scenario) else 0) + needed(scenario) - scenario.target.available
-
-
-def _close_programs(scenario: Scenario) -> Step | None:
-    target = scenario.target
-    if not target.closable:
-        return None
-    what = "other programs and the desktop" if target.here else "the desktop"
-    freed = replace(target, available=target.available + target.closable, closable=0)
-    return f"close {what} (up to {_gib(target.closable)})", replace(scenario, target=freed)
-
-
-def _exported(scenario: Scenario, options: str, **chosen: str) -> Step | None:
-    """The scenario with its bundle exported again; what is not chosen is as ``owl2-export`` would have it.
-
-    None if nothing changes by it, or if ``owl2-export`` would refuse it.
-
-    Args:
-        scenario: to be changed.
-        options: of ``owl2-export``, for people.
-        chosen: dialect, activations, weights or vision, as the options of that name.
-    """
-    old = scenario.bundle
-    given: Any = {"dialect": old.dialect, "activations": old.activations, "weights": old.weights.decoder} | chosen
-    dialect, activations, weights = given["dialect"], given["activations"], given["weights"]
-    if (dialect == "onnx" and weights == "int8") or (activations == "fp16" and weights == "fp32"):
-        return None
-    integer, plain = weights.startswith("int"), (dialect, activations) == ("ort", "fp32")
-    vision = given.get("vision") or ("int8" if plain else "fp16") if integer else given.get("vision", weights)
-    head = ("int8" if dialect == "ort" else "fp16") if integer else weights
-    group = (old.weights.group_size or GROUP_SIZE) if integer else 0
-    kinds = replace(old.weights, decoder=weights, head=head, vision=vision, group_size=group)
-    caches: tuple[KvType, ...] = ("fp32", "int8") if plain else (activations,)
-    new = replace(old, weights=kinds, dialect=dialect, activations=activations, kv_caches=caches)
-    ratio = sum(decoder_bytes(new, resident=False)) / sum(decoder_bytes(old, resident=False))
-    more = vision_weights(old.model) * (BYTES_PER_VALUE[vision] - BYTES_PER_VALUE[old.weights.vision])
-    new = replace(new, decoder=int(old.decoder * ratio), vision=max(0, int(old.vision + more)))
-    settings = scenario.settings
-    if settings.kv_cache not in caches:
-        settings = replace(settings, kv_cache=activations)
-    return None if new == old else (f"export with {options}", replace(scenario, bundle=new, settings=settings))
-
-
-def _other_dialect(scenario: Scenario) -> Step | None:
-    """The graphs of ONNX Runtime, where TensorRT cannot be had or not with these weights."""
-    if scenario.bundle.dialect != "onnx" or not problems(scenario):
-        return None
-    half = scenario.target.device.family != "cpu" and scenario.bundle.weights.decoder != "fp32"
-    activations = "fp16" if half else "fp32"
-    return _exported(scenario, f"--dialect ort --activations {activations}", dialect="ort", activations=activations)
-
-
-def _half_activations(scenario: Scenario) -> Step | None:
-    """float16 throughout, without which CUDA does not take a bundle; an int8 vision side grows to float16 with it."""
-    if runner(scenario) != "onnxruntime-cuda" or not problems(scenario):
-        return None
-    if scenario.bundle.weights.decoder == "fp32":
-        return _exported(scenario, f"--weights fp16 {FOR_CUDA}", weights="fp16", activations="fp16", vision="fp16")
-    return _exported(scenario, FOR_CUDA, activations="fp16", vision="fp16")
-
-
-def _int8_cache(scenario: Scenario) -> Step | None:
-    offered = "int8" in scenario.bundle.kv_caches
-    if not offered or kv_bytes(scenario.bundle, "int8") >= kv_bytes(scenario.bundle, scenario.settings.kv_cache):
-        return None
-    return "--kv-cache int8", replace(scenario, settings=replace(scenario.settings, kv_cache="int8"))
-
-
-def _int8_vision(scenario: Scenario) -> Step | None:
-    bundle = scenario.bundle
-    if (bundle.dialect, bundle.activations) != ("ort", "fp32") or not bundle.weights.vision.startswith("fp"):
-        return None
-    return _exported(scenario, "--vision int8", vision="int8")
-
-
-def _fewer_bits(scenario: Scenario) -> Step | None:
-    """int4 layers, with the head and the vision side that they are exported with."""
-    bundle = scenario.bundle
-    if bundle.weights.decoder == "int4" or (bundle.dialect == "onnx" and not scenario.target.device.int4_engines):
-        return None
-    return _exported(scenario, "--weights int4", weights="int4")
-
-
-def _shorter_context(scenario: Scenario) -> Step | None:
-    """The longest context that fits, in steps; None if not even a short conversation does."""
-    settings = scenario.settings
-
-    def at(steps: int) -> Scenario:
-        return replace(scenario, settings=replace(settings, context=steps * CONTEXT_STEP))
-
-    least = settings.images * scenario.bundle.model.rows_per_image + SHORT_CHAT
-    low, high = -(-least // CONTEXT_STEP), (settings.context - 1) // CONTEXT_STEP
-    if low > high or not fits(at(low)):
-        return None
-    while low < high:
-        middle = -(-(low + high) // 2)
-        low, high = (middle, high) if fits(at(middle)) else (low, middle - 1)
-    return f"--context {low * CONTEXT_STEP}", at(low)
-
-
-STEPS: tuple[MakeStep, ...] = (
-    _other_dialect,
-    _half_activations,
-    _close_programs,
-    _int8_cache,
-    _int8_vision,
-    _fewer_bits,
-    _shorter_context,
-)
-"""What may be changed: what has to be first, then the least loss first; each answers None where nothing changes."""
-RUN_STEPS: tuple[MakeStep, ...] = (_close_programs, _int8_cache, _shorter_context)
-"""Of these, what needs no new export."""
-
-
-def _elsewhere(scenario: Scenario) -> Product | None:
-    """The device with the least memory that takes the scenario as it is; one with shared memory for one with such."""
-    shared = scenario.target.device.shared
-    fitting = [device for device in PRODUCTS.values() if fits(replace(scenario, target=MemoryBudget.of_table(device)))]
-    return min(fitting, key=lambda device: (device.shared != shared, device.memory), default=None)

@@ -1,7 +1,6 @@
 """A bundle is used when every file is what the manifest says, and refused with the reason otherwise."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +16,6 @@ from owl2.runtime.errors import (
     ConfigError,
 )
 from owl2.runtime.verification import hash_file
-
-
-@pytest.fixture
-def copy(bundle_a1: Path, tmp_path: Path) -> Path:
-    """A bundle that a test may damage."""
-    return Path(shutil.copytree(bundle_a1, tmp_path / "bundle"))
 
 
 def edit(bundle: Path, **changes: object) -> None:
@@ -107,6 +100,15 @@ def test_unknown_format_version(copy: Path, version: object) -> None:
 def test_a_manifest_that_was_edited(copy: Path, changes: dict[str, object], message: str) -> None:
     edit(copy, **changes)
     with pytest.raises(BundleCorruptError, match=message):
+        Owl2.load(copy)
+
+
+def test_weights_of_an_unknown_type(copy: Path) -> None:
+    weights = json.loads((copy / "owl2.json").read_text())["weights"]
+    edit(copy, weights=weights | {"decoder": "int3"})
+    with pytest.raises(
+        BundleCorruptError, match=r"weights\.decoder: expected one of int4, int8, fp16, fp32, got 'int3'"
+    ):
         Owl2.load(copy)
 
 

@@ -151,7 +151,7 @@ class TestLife:
             stream = chat.stream("Go on", max_new_tokens=50)
             next(stream)
         assert repr(chat).endswith(f"1 turn, 0 of {owl.context} positions>")
-        for step in (lambda: chat.ask("Hi"), lambda: next(stream), lambda: owl.logits("Hi")):
+        for step in (lambda: next(stream), lambda: chat.ask("Hi"), lambda: owl.logits("Hi")):
             with pytest.raises(BackendError, match="this model was closed; load the bundle again"):
                 step()
         owl.close()

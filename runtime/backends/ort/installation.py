@@ -1,30 +1,39 @@
-"""What is installed for a device: the wheel of ONNX Runtime, NVIDIA's libraries, the driver.
+"""Installation of ONNX Runtime for a device: its wheel, NVIDIA's libraries, the plugin of TensorRT for RTX.
 
-ONNX Runtime goes on with the CPU when a library of a GPU provider cannot be loaded, and tells only its log. So what it
-needs is tried here first, and each thing that is missing is named with the package that brings it.
+ONNX Runtime continues on the CPU when a library of a GPU provider cannot be loaded, and only its log says so. So
+:func:`diagnose` tries first what a device needs, and names the package that each missing part comes with.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import importlib
+import io
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
+from owl2.runtime.backends.nvidia import DRIVER_LIBRARIES, driver_missing, driver_problem
 from owl2.runtime.errors import BackendUnavailableError, BundleCorruptError
+from owl2.runtime.placement import Placement
 
-DRIVER = "libcuda.so.1"
-DRIVER_LIBRARIES = frozenset({DRIVER, "libnvidia-ml.so.1", "libnvidia-ptxjitcompiler.so.1"})
-"""What comes with the driver and with nothing else."""
-NO_DEVICE = 100
-"""CUDA_ERROR_NO_DEVICE."""
-STUB_LIBRARY = 34
-"""CUDA_ERROR_STUB_LIBRARY."""
-UNNAMED_SINCE = 13
-"""From this major version on NVIDIA's wheels of CUDA carry no version in their names."""
-
-_OWNED_FILE = "onnxruntime/__init__.py"
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
+}
+"""ONNX Runtime's provider for each kind of device."""
+MINIMUM_VERSIONS = {"cuda": "1.24", "tensorrt-rtx": "1.25"}
+"""The first version that tells which provider got which node, and that allocates in the memory of a plugin's GPU."""
+RTX_PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
+RTX_PLUGIN_WHEEL = RTX_PLUGIN.replace("_", "-")
+RTX_REGISTRATION = "owl2.tensorrt-rtx"
+FIRST_CUDA_WITHOUT_SUFFIX = 13
+"""From this major version on the names of NVIDIA's wheels of CUDA do not end with the version."""
 _CUDA_LIBRARIES = (
     ("libcudart.so.{major}", "nvidia-cuda-runtime{suffix}"),
     ("libcublasLt.so.{major}", "nvidia-cublas{suffix}"),
@@ -32,28 +41,104 @@ _CUDA_LIBRARIES = (
     ("libcurand.so.10", "nvidia-curand{suffix}"),
     ("libcudnn.so.9", "nvidia-cudnn-cu{major}"),
 )
-_DRIVER_HINT = (
-    "install NVIDIA's driver; in a container, start it with the GPU passed through (docker run --gpus all, or "
-    "--runtime nvidia on a Jetson)"
-)
+
+
+def diagnose(device: Placement) -> list[str]:
+    """Sentences on why ONNX Runtime cannot use a device, empty if it can; loads the libraries that it needs.
+
+    The only one on the CPU is on wheels that overwrite each other's files, which may work for now.
+    """
+    wheels = onnxruntime_wheels()
+    mixed = overlap(wheels, device.kind)
+    if mixed or device.on_host:
+        return [mixed] if mixed else []
+    import onnxruntime as ort
+
+    wheel, minimum = next(iter(wheels), "onnxruntime"), MINIMUM_VERSIONS[device.kind]
+    available = ort.get_available_providers()
+    if device.kind == "cuda" and PROVIDERS["cuda"] not in available:
+        return [
+            f"the installed {wheel} {ort.__version__} has only {', '.join(available)}, not {PROVIDERS['cuda']}: "
+            f"pip uninstall -y {wheel}; pip install 'owl2[cuda]'"
+        ]
+    if is_older(ort.__version__, minimum):
+        return [
+            f"{wheel} {ort.__version__} is installed, {minimum} or newer is needed, which has wheels for Python 3.11 "
+            f"and newer: pip install -U {wheel}"
+        ]
+    problems = _cuda_problems(device.index) if device.kind == "cuda" else [_rtx_problem(device.index, wheel)]
+    return [problem for problem in problems if problem]
+
+
+def _cuda_problems(index: int) -> list[str]:
+    import onnxruntime as ort
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
+        ort.preload_dlls()
+    major = ort.cuda_version.partition(".")[0]
+    wheels = cuda_libraries(int(major)) if major else {}
+    return [library_problem(absent(wheels), wheels), driver_problem(index)]
+
+
+def _rtx_problem(index: int, wheel: str) -> str:
+    if find_spec(RTX_PLUGIN) is None:
+        # The extra would install the wheel for CPUs over another one.
+        missing = "'owl2[tensorrt-rtx]'" if wheel == "onnxruntime" else RTX_PLUGIN_WHEEL
+        return f"ONNX Runtime's plugin for TensorRT-RTX is not installed: pip install {missing}"
+    problem = driver_problem(index) or _load_rtx_plugin()
+    if problem:
+        return problem
+    found = len(rtx_devices())
+    if index < found:
+        return ""
+    return f"TensorRT-RTX can use {found} of this machine's GPUs; it needs a GeForce RTX or one of its relatives"
+
+
+def _load_rtx_plugin() -> str:
+    """Register the plugin with ONNX Runtime, or a sentence on why that is not possible."""
+    import onnxruntime as ort
+
+    try:
+        library = Path(importlib.import_module(RTX_PLUGIN).get_library_path())
+        for runtime in library.parent.glob("libcudart.so.*"):
+            # Version 0.5 has it under a name by which its own library does not ask for it.
+            ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)
+        ort.register_execution_provider_library(RTX_REGISTRATION, str(library))
+    except Exception as error:  # ONNX Runtime has no common base class for its errors
+        text = " ".join(str(error).split()) or type(error).__name__
+        missing = missing_library(text)
+        if missing in DRIVER_LIBRARIES:
+            return driver_missing(f"{missing} is missing")
+        if missing is not None:
+            return f"its plugin needs {missing}: pip install --force-reinstall {RTX_PLUGIN_WHEEL}"
+        return text
+    return ""
+
+
+def rtx_devices() -> list[Any]:
+    """The GPUs that TensorRT-RTX can use, once its plugin is registered."""
+    import onnxruntime as ort
+
+    return [device for device in ort.get_ep_devices() if device.ep_name == PROVIDERS["tensorrt-rtx"]]
 
 
 def check_onnxruntime(minimum: str) -> None:
     """Refuse an ONNX Runtime older than ``minimum``.
 
     Raises:
-        BackendUnavailableError: it is older, or there is none.
+        BackendUnavailableError: it is older, or not installed.
         BundleCorruptError: ``minimum`` is not a version.
     """
-    if is_older(onnxruntime_version(), minimum):
+    version = onnxruntime_version()
+    if is_older(version, minimum):
         raise BackendUnavailableError(
-            f"this bundle needs onnxruntime {minimum} or newer, {onnxruntime_version()} is installed; "
-            f"upgrade it ({upgrade_command()})"
+            f"this bundle needs onnxruntime {minimum} or newer, {version} is installed; upgrade it "
+            f"({upgrade_command()})"
         )
 
 
 def upgrade_command() -> str:
-    """How to install a newer ONNX Runtime over the installed one; a second wheel would overwrite its files."""
+    """The command that upgrades the installed ONNX Runtime; a second wheel would overwrite its files."""
     return f"pip install -U {' '.join(onnxruntime_wheels()) or 'onnxruntime'}"
 
 
@@ -72,18 +157,18 @@ def is_older(version: str, minimum: str) -> bool:
 
 
 def onnxruntime_version() -> str:
-    """Of the installed ONNX Runtime.
+    """The version of the installed ONNX Runtime.
 
     Raises:
-        BackendUnavailableError: there is none, or it cannot be loaded.
+        BackendUnavailableError: it is not installed, or cannot be loaded.
     """
     with needs_onnxruntime():
-        # Where files were left behind by a wheel that is gone, this is a module without content.
+        # Where a wheel was removed but left files behind, this is a module without content.
         from onnxruntime import __version__
     return str(__version__)
 
 
-@contextmanager
+@contextlib.contextmanager
 def needs_onnxruntime() -> Iterator[None]:
     """Say what to install where an import of ONNX Runtime fails.
 
@@ -95,10 +180,10 @@ def needs_onnxruntime() -> Iterator[None]:
     except ImportError as error:
         if (error.name or "").partition(".")[0] != "onnxruntime":
             raise
-        raise BackendUnavailableError(broken(onnxruntime_wheels(), str(error))) from error
+        raise BackendUnavailableError(import_problem(onnxruntime_wheels(), str(error))) from error
 
 
-def broken(wheels: Mapping[str, str], text: str) -> str:
+def import_problem(wheels: Mapping[str, str], text: str) -> str:
     """A sentence on an ONNX Runtime that cannot be imported.
 
     Args:
@@ -107,8 +192,8 @@ def broken(wheels: Mapping[str, str], text: str) -> str:
     """
     if not wheels:
         return (
-            "ONNX Runtime is not installed: pip install 'owl2[cpu]', or 'owl2[cuda]' for an NVIDIA GPU; only one of "
-            "them, for their files have the same names"
+            "ONNX Runtime is not installed: pip install 'owl2[cpu]', or 'owl2[cuda]' for an NVIDIA GPU; install only "
+            "one of them, because their files have the same names"
         )
     return (
         f"the files of {' and '.join(wheels)} are not complete ({text}): perhaps another wheel with files of the same "
@@ -116,31 +201,22 @@ def broken(wheels: Mapping[str, str], text: str) -> str:
     )
 
 
-def onnxruntime_wheels(path: Sequence[str] | None = None) -> dict[str, str]:
-    """Names and versions of the installed distributions that own the package ``onnxruntime``.
-
-    Args:
-        path: folders to look into; None for those of this interpreter.
-    """
-    found = metadata.distributions() if path is None else metadata.distributions(path=list(path))
+def onnxruntime_wheels() -> dict[str, str]:
+    """Names and versions of the installed distributions that own the package ``onnxruntime``."""
     wheels = {}
-    for distribution in found:
-        name = distribution.metadata["Name"] or ""
-        if name.startswith(("onnxruntime", "ort-")) and _owns(distribution.files, _OWNED_FILE):
+    for distribution in metadata.distributions():
+        name, files = distribution.metadata["Name"] or "", distribution.files or ()
+        if name.startswith(("onnxruntime", "ort-")) and "onnxruntime/__init__.py" in map(str, files):
             wheels[name] = distribution.version
     return dict(sorted(wheels.items()))
 
 
-def _owns(files: Iterable[metadata.PackagePath] | None, name: str) -> bool:
-    return any(file.as_posix() == name for file in files or ())
-
-
 def overlap(wheels: Mapping[str, str], extra: str) -> str:
-    """A sentence on several distributions of ONNX Runtime in one environment; empty if there are not.
+    """A sentence on several distributions of ONNX Runtime in one environment; empty if there is at most one.
 
     Args:
         wheels: see :func:`onnxruntime_wheels`.
-        extra: of owl2, that brings the right one.
+        extra: of owl2, which installs the right one.
     """
     if len(wheels) < 2:
         return ""
@@ -152,89 +228,44 @@ def overlap(wheels: Mapping[str, str], extra: str) -> str:
 
 
 def missing_library(text: str) -> str | None:
-    """The file that a message of the dynamic loader, or of ONNX Runtime quoting it, says is missing."""
+    """The file that is missing according to a message of the dynamic loader, or of ONNX Runtime quoting it."""
     found = re.search(r"(lib[\w.+-]+\.so[\w.]*): cannot open shared object file", text)
     return found and found[1]
 
 
 def cuda_libraries(major: int) -> dict[str, str]:
-    """Files that ONNX Runtime's CUDA provider needs, each with the package that brings it.
+    """Files that ONNX Runtime's CUDA provider needs, each with its package.
 
     Args:
-        major: version of CUDA that it was built for.
+        major: version of CUDA that the provider was built for.
     """
-    suffix = "" if major >= UNNAMED_SINCE else f"-cu{major}"
+    suffix = "" if major >= FIRST_CUDA_WITHOUT_SUFFIX else f"-cu{major}"
     return {library.format(major=major): wheel.format(major=major, suffix=suffix) for library, wheel in _CUDA_LIBRARIES}
 
 
-def absent(libraries: Iterable[str], load: Callable[[str], object] = ctypes.CDLL) -> dict[str, str]:
-    """Those that the dynamic loader cannot load, each with what it says."""
+def absent(libraries: Iterable[str]) -> dict[str, str]:
+    """The libraries that the dynamic loader cannot load, each with its message."""
     problems = {}
     for library in libraries:
         try:
-            load(library)
+            ctypes.CDLL(library)
         except OSError as error:
             problems[library] = str(error)
     return problems
 
 
-def library_problems(problems: Mapping[str, str], wheels: Mapping[str, str]) -> list[str]:
-    """A sentence on the libraries that could not be loaded; none if there are none.
+def library_problem(problems: Mapping[str, str], wheels: Mapping[str, str]) -> str:
+    """A sentence on libraries that could not be loaded; empty if all could.
 
     Args:
-        problems: what the dynamic loader said, by file.
-        wheels: packages by file.
+        problems: messages of the dynamic loader, by file.
+        wheels: packages, by file.
     """
     if not problems:
-        return []
+        return ""
     named = []
     for library, text in problems.items():
         cause = missing_library(text) or text
-        named.append(library if cause == library else f"{library} (for want of {cause})")
+        named.append(library if cause == library else f"{library} (because of {cause})")
     packages = dict.fromkeys(wheels[library] for library in problems)
-    return [f"{', '.join(named)} cannot be loaded: pip install {' '.join(packages)}, or install CUDA and cuDNN 9"]
-
-
-def no_driver(text: str) -> str:
-    """A sentence on a driver that cannot be loaded.
-
-    Args:
-        text: what the dynamic loader says.
-    """
-    return f"NVIDIA's driver cannot be loaded ({text}): {_DRIVER_HINT}"
-
-
-def driver_problem(index: int) -> str:
-    """A sentence on why GPU ``index`` cannot be had from the driver; empty if it can."""
-    try:
-        driver = ctypes.CDLL(DRIVER)
-    except OSError as error:
-        return no_driver(str(error))
-    count = ctypes.c_int()
-    try:
-        code = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
-    except AttributeError:
-        return f"{DRIVER} is no driver of NVIDIA: it lacks cuInit"
-    return device_problem(code, count.value, index)
-
-
-def device_problem(code: int, count: int, index: int) -> str:
-    """What the driver's answer means for GPU ``index``; empty if it can be used.
-
-    Args:
-        code: of ``cuInit`` and ``cuDeviceGetCount``; 0 if both succeeded.
-        count: GPUs that the driver sees.
-        index: counted from 0.
-    """
-    if code == STUB_LIBRARY:
-        return f"{DRIVER} is the stub that CUDA brings for linking, not a driver: {_DRIVER_HINT}"
-    if code not in (0, NO_DEVICE):
-        return f"NVIDIA's driver does not start (cuInit answers {code}): see what nvidia-smi says"
-    if code == NO_DEVICE or count == 0:
-        return (
-            "NVIDIA's driver is there but sees no GPU: see what nvidia-smi and CUDA_VISIBLE_DEVICES say, and pass the "
-            "GPU through to a container"
-        )
-    if index >= count:
-        return f"GPU {index} is not there: the driver sees {count}, the first is 0"
-    return ""
+    return f"{', '.join(named)} cannot be loaded: pip install {' '.join(packages)}, or install CUDA and cuDNN 9"

@@ -1,26 +1,26 @@
-"""Where K/V buffers and the inputs of a step lie: in the memory of the process, or in that of a GPU.
+"""K/V buffers and the inputs of a step, in the memory of the process or of a GPU.
 
-ONNX Runtime's Python API copies whole tensors only, and growing a K/V buffer [1, H, S, D] moves each head to another
-place. So growing a buffer on a GPU goes through host memory, one tensor at a time: twice the bytes of what is kept, at
-each growth.
+ONNX Runtime's Python API copies whole tensors only, and growing a K/V buffer [1, H, S, D] moves each head. So a buffer
+on a GPU grows by way of host memory, one tensor at a time: each growth copies what is kept twice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import DTypeLike, NDArray
 
+from owl2.runtime import spec
 from owl2.runtime.placement import Placement
 
 Array = NDArray[Any]
 POSITION_AXIS = 2
-CUDA = "cuda"
-"""How ONNX Runtime calls the memory of NVIDIA's GPUs, whichever provider uses it."""
+READ_BY_CPU = frozenset({spec.TOTAL_LENGTH})
+"""Inputs that the attention of every provider reads on the CPU."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +29,7 @@ class Buffer:
 
     Attributes:
         value: is bound to sessions.
-        host: the same memory as an array; None on a device.
+        host: the same memory as an array; None on a GPU.
         positions: S of its shape [1, H, S, D].
         nbytes: its size.
     """
@@ -40,135 +40,78 @@ class Buffer:
     nbytes: int
 
     def numpy(self) -> Array:
-        """The content: the memory itself on the host, a copy of that of a device."""
-        if self.host is not None:
-            return self.host
-        copied: Array = self.value.numpy()
-        return copied
-
-
-class Feeds(Protocol):
-    """The inputs of one binding."""
-
-    def put(self, name: str, array: Array) -> None:
-        """Bind an input to the content of ``array``, which may be used anew only after the step.
-
-        An array that cannot be written to is taken to keep its content: it is copied to a device once.
-        """
-
-
-class Memory(Protocol):
-    """Allocates for one device."""
-
-    def zeros(self, shape: Sequence[int], dtype: DTypeLike) -> Buffer:
-        """A new buffer full of zeros."""
-
-    def grown(self, old: Buffer, positions: int) -> Buffer:
-        """A new buffer [1, H, positions, D] that begins with what ``old`` has room for, followed by zeros."""
-
-    def feeds(self, binding: ort.IOBinding, on_host: frozenset[str]) -> Feeds:
-        """Inputs for a binding; those named in ``on_host`` are read by the CPU and stay there."""
-
-
-class HostMemory:
-    """The memory of the process: nothing is copied."""
-
-    def zeros(self, shape: Sequence[int], dtype: DTypeLike) -> Buffer:
-        """A new buffer full of zeros."""
-        return self._buffer(np.zeros(shape, dtype))
-
-    def grown(self, old: Buffer, positions: int) -> Buffer:
-        """A new buffer that begins with what ``old`` holds."""
-        return self._buffer(_lengthened(old.numpy(), positions))
-
-    def feeds(self, binding: ort.IOBinding, on_host: frozenset[str]) -> Feeds:
-        """Inputs for a binding."""
-        return HostFeeds(binding)
-
-    def _buffer(self, array: Array) -> Buffer:
-        return Buffer(ort.OrtValue.ortvalue_from_numpy(array), array, array.shape[POSITION_AXIS], array.nbytes)
-
-
-class HostFeeds:
-    """Inputs that are used where they lie."""
-
-    def __init__(self, binding: ort.IOBinding) -> None:
-        self._binding = binding
-
-    def put(self, name: str, array: Array) -> None:
-        """Bind an input to ``array`` itself."""
-        self._binding.bind_cpu_input(name, array)
+        """The content: the memory itself on the host, a copy of that of a GPU."""
+        array: Array = self.value.numpy() if self.host is None else self.host
+        return array
 
 
 @dataclass(frozen=True)
-class DeviceMemory:
-    """The memory of a GPU.
+class Memory:
+    """Memory that tensors are allocated in.
 
     Attributes:
-        kind: of memory, as ONNX Runtime calls it.
-        index: of the GPU.
+        gpu: its kind of memory, as ONNX Runtime calls it, and its index; None for the memory of the process.
     """
 
-    kind: str
-    index: int
+    gpu: tuple[str, int] | None
+
+    @classmethod
+    def of(cls, device: Placement) -> Memory:
+        """The memory of a device."""
+        return cls(None if device.on_host else ("cuda", device.index))
 
     def zeros(self, shape: Sequence[int], dtype: DTypeLike) -> Buffer:
-        """A new buffer full of zeros: what was in the memory before could be NaN, which no mask takes away."""
+        """A buffer of zeros: memory that is not cleared may hold NaN, which no mask takes away."""
         return self._buffer(np.zeros(shape, dtype))
 
     def grown(self, old: Buffer, positions: int) -> Buffer:
-        """A new buffer that begins with what ``old`` holds; it is put together in host memory."""
-        return self._buffer(_lengthened(old.numpy(), positions))
+        """A buffer [1, H, positions, D] that begins with as much of ``old`` as fits, followed by zeros."""
+        content = old.numpy()
+        kept = min(positions, old.positions)
+        longer = np.zeros((*content.shape[:POSITION_AXIS], positions, content.shape[-1]), content.dtype)
+        longer[:, :, :kept] = content[:, :, :kept]
+        return self._buffer(longer)
 
-    def feeds(self, binding: ort.IOBinding, on_host: frozenset[str]) -> Feeds:
-        """Inputs for a binding."""
-        return DeviceFeeds(self, binding, on_host)
-
-    def _buffer(self, array: Array) -> Buffer:
-        return Buffer(self.copied(array), None, array.shape[POSITION_AXIS], array.nbytes)
-
-    def copied(self, array: Array) -> ort.OrtValue:
-        """A copy of an array on the device."""
-        value = ort.OrtValue.ortvalue_from_shape_and_type(array.shape, array.dtype, self.kind, self.index)
+    def copy(self, array: Array) -> ort.OrtValue:
+        """A copy of an array on the GPU."""
+        value = ort.OrtValue.ortvalue_from_shape_and_type(array.shape, array.dtype, *self.gpu or ())
         value.update_inplace(array)
         return value
 
+    def _buffer(self, array: Array) -> Buffer:
+        if self.gpu is None:
+            return Buffer(ort.OrtValue.ortvalue_from_numpy(array), array, array.shape[POSITION_AXIS], array.nbytes)
+        return Buffer(self.copy(array), None, array.shape[POSITION_AXIS], array.nbytes)
 
-class DeviceFeeds:
-    """Inputs that are kept on a device: bound once, copied when they change, allocated when they change in shape."""
 
-    def __init__(self, memory: DeviceMemory, binding: ort.IOBinding, on_host: frozenset[str]) -> None:
-        self._memory, self._binding, self._on_host = memory, binding, on_host
-        self._values: dict[str, ort.OrtValue] = {}
+class StepFeeds:
+    """The inputs of a binding that change from step to step.
+
+    Attributes:
+        binding: of the session.
+        copies: tensors on the GPU by the name of the input; empty on the host.
+    """
+
+    def __init__(self, binding: ort.IOBinding, memory: Memory) -> None:
+        self.binding, self._memory = binding, memory
+        self.copies: dict[str, ort.OrtValue] = {}
         self._constants: dict[str, Array] = {}
 
     def put(self, name: str, array: Array) -> None:
-        """Bind an input to a copy of ``array`` on the device."""
-        if name in self._on_host:
-            self._binding.bind_cpu_input(name, array)
-            return
+        """Bind an input to the content of ``array``, which must not change before the step has ended.
+
+        An array that cannot be written to is taken to be constant: it is bound, and copied to a GPU, only once.
+        """
         if self._constants.get(name) is array:
             return
-        # The reference keeps its identity from being given to another array.
         self._constants.pop(name, None)
-        value = self._values.get(name)
-        if value is not None and tuple(value.shape()) == array.shape:
-            value.update_inplace(array)
+        if self._memory.gpu is None or name in READ_BY_CPU:
+            self.binding.bind_cpu_input(name, array)
+        elif (copy := self.copies.get(name)) is not None and tuple(copy.shape()) == array.shape:
+            copy.update_inplace(array)
         else:
-            value = self._values[name] = self._memory.copied(array)
-            self._binding.bind_ortvalue_input(name, value)
+            self.copies[name] = self._memory.copy(array)
+            self.binding.bind_ortvalue_input(name, self.copies[name])
         if not array.flags.writeable:
+            # The reference also keeps the identity from being given to another array.
             self._constants[name] = array
-
-
-def memory_of(device: Placement) -> Memory:
-    """Where the tensors of a session on ``device`` lie."""
-    return HostMemory() if device.on_host else DeviceMemory(CUDA, device.index)
-
-
-def _lengthened(array: Array, positions: int) -> Array:
-    """[1, H, S, D] -> [1, H, positions, D]: cut, or filled with zeros."""
-    kept = min(positions, array.shape[POSITION_AXIS])
-    longer = np.zeros((*array.shape[:POSITION_AXIS], positions, array.shape[-1]), array.dtype)
-    longer[:, :, :kept] = array[:, :, :kept]
-    return longer

@@ -1,19 +1,26 @@
-"""Graphs of the dialect onnx on ONNX Runtime: what TensorRT is given, where there is none."""
+"""Decoder graphs of the dialect onnx on ONNX Runtime: the graphs that TensorRT engines are built from."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from owl2.runtime import spec
-from owl2.runtime.backends.steps import onnx_inputs
-from owl2.runtime.config import DecoderConfig, require
-from owl2.runtime.engine import Floats, Ints, KvBuffers
-from owl2.runtime.errors import BackendError
+from owl2.runtime.backends.ort.session import (
+    OrtOptions,
+    check_tensors,
+    element_of,
+    open_session,
+    run_bound,
+)
+from owl2.runtime.backends.steps import TEXT_STEP, StepInputs, cache_names, position_inputs, row_inputs
+from owl2.runtime.config import DecoderConfig
+from owl2.runtime.engine import Floats, Ints, KvBuffers, own
 
 Rows = NDArray[np.floating[Any]]
 
@@ -42,66 +49,60 @@ class RowBuffers:
 class OnnxDecoder:
     """A decoder's session; see :class:`owl2.runtime.engine.DecoderEngine`."""
 
-    def __init__(self, session: ort.InferenceSession, config: DecoderConfig, dtype: DTypeLike) -> None:
-        """Wrap an open session whose activations are of ``dtype``."""
-        self._session, self._config, self._dtype = session, config, dtype
-        self._run_options = ort.RunOptions()
-        self._run_options.log_severity_level = 4  # failures come back as exceptions
-        # Read where there are no cached rows: the mask hides numbers, not the NaN that an undone step may have left.
-        self._no_rows = np.zeros((1, spec.kv_row_width(config)), dtype)
+    def __init__(self, path: Path, config: DecoderConfig, options: OrtOptions) -> None:
+        """Load the graph at ``path``.
+
+        Raises:
+            BackendUnavailableError: the device is not available.
+            BackendError: the graph cannot be loaded, or it is not for ``config``.
+        """
+        self._config = config
+        self._session = open_session(path, options)
+        self._dtype, element = element_of(path, self._session, spec.EMBEDS)
+        self._width = spec.kv_row_width(config)
+        self._names = cache_names(config)
+        rows = ((None, self._width), element)
+        expected = {
+            spec.EMBEDS: ((None, None, config.hidden_size), element),
+            spec.LOGITS: ((None, config.vocab_size), None),
+            spec.ATTENTION_MASK: ((None, None), element),
+            **{name: rows for pair in self._names for name in pair},
+        }
+        check_tensors(path, self._session, expected)
+        # Read where there are no cached rows: the mask hides numbers, but not the NaN that an undone step may leave.
+        self._no_rows = np.zeros((1, self._width), self._dtype)
 
     def allocate(self, capacity: int, previous: KvBuffers | None) -> RowBuffers:
         """Buffers for ``capacity`` positions that begin with the content of ``previous``."""
-        shape = (capacity, spec.kv_row_width(self._config))
-        made = RowBuffers([np.zeros(shape, self._dtype) for _ in range(2 * self._config.num_hidden_layers)])
-        if isinstance(previous, RowBuffers):
-            kept = min(capacity, previous.capacity)
-            for rows, old in zip(made.rows, previous.rows):
+        made = RowBuffers([np.zeros((capacity, self._width), self._dtype) for _ in self._names])
+        if previous is not None:
+            for rows, old in zip(made.rows, own(previous, RowBuffers).rows):
+                kept = min(capacity, len(old))
                 rows[:kept] = old[:kept]
         return made
 
     def prefill(self, embeds: Floats, modality: Ints, past: int, buffers: KvBuffers, logit_rows: Ints) -> Floats:
         """Run T mixed positions after ``past`` cached ones -> logits [R, V]."""
-        if not isinstance(buffers, RowBuffers):
-            raise BackendError(f"these K/V buffers belong to another backend: {type(buffers).__name__}")
-        total, cached = past + len(embeds), max(past, 1)
-        require(total <= buffers.capacity, f"{total} positions do not fit K/V buffers of {buffers.capacity}")
-        inputs = onnx_inputs(self._config, modality, past, cached, logit_rows, self._dtype)
-        binding = self._session.io_binding()
-        binding.bind_cpu_input(spec.EMBEDS, embeds[None].astype(self._dtype, copy=False))
-        for name, array in inputs.items():
-            binding.bind_cpu_input(name, array)
-        for layer in range(self._config.num_hidden_layers):
-            pairs = zip(spec.past_names(layer), spec.present_names(layer), buffers.rows[2 * layer :])
-            for read, written, rows in pairs:
-                before = rows[:past] if past else self._no_rows
-                binding.bind_ortvalue_input(read, ort.OrtValue.ortvalue_from_numpy(before))
-                binding.bind_ortvalue_output(written, ort.OrtValue.ortvalue_from_numpy(rows[past:total]))
-        return run_bound(self._session, binding, self._run_options)
+        return self._step(embeds, row_inputs(modality, logit_rows), past, buffers)
 
     def decode(self, embeds: Floats, past: int, buffers: KvBuffers) -> Floats:
         """Run one text position after ``past`` cached ones: embeds [1, C] -> logits [V]."""
-        zero = np.zeros(1, dtype=np.int64)
-        logits: Floats = self.prefill(embeds, zero, past, buffers, zero)[0]
+        logits: Floats = self._step(embeds, TEXT_STEP, past, buffers)[0]
         return logits
 
-
-def run_bound(session: ort.InferenceSession, binding: ort.IOBinding, options: ort.RunOptions) -> Floats:
-    """Run a decoder whose inputs and K/V outputs are bound -> logits [R, V].
-
-    Raises:
-        BackendError: the step failed.
-    """
-    binding.bind_output(spec.LOGITS, "cpu")
-    try:
-        session.run_with_iobinding(binding, options)
-    except Exception as error:
-        raise BackendError(f"the decoder failed: {first_line(error)}") from error
-    # Outputs come in the order of binding: keys and values first, the logits last.
-    logits: Floats = binding.get_outputs()[-1].numpy()
-    return logits
-
-
-def first_line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
+    def _step(self, embeds: Floats, rows: StepInputs, past: int, buffers: KvBuffers) -> Floats:
+        total = past + len(embeds)
+        cache = own(buffers, RowBuffers, total).rows
+        inputs = {
+            spec.EMBEDS: embeds[None].astype(self._dtype, copy=False),
+            **rows,
+            **position_inputs(self._config, past, len(embeds), max(past, 1), self._dtype),
+        }
+        binding = self._session.io_binding()
+        for name, array in inputs.items():
+            binding.bind_cpu_input(name, array)
+        for (read, written), tensor in zip(self._names, cache):
+            before = tensor[:past] if past else self._no_rows
+            binding.bind_ortvalue_input(read, ort.OrtValue.ortvalue_from_numpy(before))
+            binding.bind_ortvalue_output(written, ort.OrtValue.ortvalue_from_numpy(tensor[past:total]))
+        return run_bound(self._session, binding)

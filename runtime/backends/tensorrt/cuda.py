@@ -1,6 +1,6 @@
 """The CUDA calls that a native backend makes: memory, copies, streams, graphs.
 
-Addresses, streams and graphs are integers, as CUDA hands them out.
+Addresses, streams and graphs are integers, as in CUDA itself.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from owl2.runtime.backends.ort.installation import driver_problem
+from owl2.runtime.backends.nvidia import driver_problem
 from owl2.runtime.errors import BackendError, BackendUnavailableError
 
 Array = NDArray[Any]
 ALIGNMENT = 256
 """Bytes; CUDA's allocations begin at multiples of it, and TensorRT wants addresses that do."""
-PACKAGE = "cuda.bindings.runtime"
+CUDA_PYTHON = "cuda.bindings.runtime"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +30,14 @@ class Strided:
 
 
 class Gpu(Protocol):
-    """One GPU. Everything that takes a stream returns at once and happens there in order."""
+    """One GPU. Everything that takes a stream returns at once and happens there in order.
+
+    Every call raises BackendError if CUDA reports an error.
+    """
 
     @property
     def name(self) -> str:
-        """As its maker calls it."""
+        """Its product name."""
 
     @property
     def compute_capability(self) -> tuple[int, int]:
@@ -43,31 +46,20 @@ class Gpu(Protocol):
     def use(self) -> None:
         """Make it the GPU of the calling thread, which must come before other calls there."""
 
-    def memory(self) -> tuple[int, int]:
-        """Bytes that are free, and bytes in all."""
-
     def allocate(self, nbytes: int) -> int:
-        """-> address, a multiple of :data:`ALIGNMENT`; the content is whatever was there.
-
-        Raises:
-            BackendError: there is not that much memory.
-        """
+        """Reserve device memory -> address, a multiple of :data:`ALIGNMENT`; the content is undefined."""
 
     def free(self, address: int) -> None:
-        """Give an allocation back, when everything that was asked for is done."""
+        """Give an allocation back once all work that was enqueued has ended."""
 
     def create_stream(self) -> int:
-        """-> a stream of its own."""
+        """-> a stream that does not wait for the default one."""
 
     def destroy_stream(self, stream: int) -> None:
         """Give a stream back."""
 
     def synchronize(self, stream: int) -> None:
-        """Wait until all of a stream's work is done.
-
-        Raises:
-            BackendError: some of it failed.
-        """
+        """Wait until all of a stream's work has ended; errors of that work are raised here."""
 
     def upload(self, address: int, array: Array, stream: int) -> None:
         """Copy a contiguous array to the device; it must live until the stream is synchronized."""
@@ -85,21 +77,17 @@ class Gpu(Protocol):
         """From now on, record a stream's work instead of doing it."""
 
     def end_capture(self, stream: int) -> int:
-        """-> a graph of what was recorded, ready to launch.
-
-        Raises:
-            BackendError: something that cannot be recorded was asked for.
-        """
+        """-> a graph of the recorded work, ready to launch; fails if some of it cannot be recorded."""
 
     def launch(self, graph: int, stream: int) -> None:
-        """Do what a graph recorded."""
+        """Do the work that a graph recorded."""
 
     def destroy_graph(self, graph: int) -> None:
         """Give a graph back."""
 
 
 class CudaGpu:
-    """A GPU through NVIDIA's ``cuda-python``; see :class:`Gpu`."""
+    """A GPU through NVIDIA's ``cuda-python``; :class:`Gpu` describes the methods."""
 
     def __init__(self, runtime: Any, index: int) -> None:  # noqa: ANN401 - a module without types
         """Use GPU ``index`` through the module ``cuda.bindings.runtime``; :func:`open_gpu` checks both."""
@@ -107,30 +95,25 @@ class CudaGpu:
 
     @property
     def name(self) -> str:
-        """As its maker calls it."""
         properties = self._call(self._cuda.cudaGetDeviceProperties, self._index)
         text: bytes = properties.name
         return text.split(b"\0")[0].decode("ascii", "replace")
 
     @property
     def compute_capability(self) -> tuple[int, int]:
-        """Such as (8, 7)."""
         attribute = self._cuda.cudaDeviceAttr
         major = self._call(self._cuda.cudaDeviceGetAttribute, attribute.cudaDevAttrComputeCapabilityMajor, self._index)
         minor = self._call(self._cuda.cudaDeviceGetAttribute, attribute.cudaDevAttrComputeCapabilityMinor, self._index)
         return int(major), int(minor)
 
     def use(self) -> None:
-        """Make it the GPU of the calling thread."""
         self._call(self._cuda.cudaSetDevice, self._index)
 
     def memory(self) -> tuple[int, int]:
-        """Bytes that are free, and bytes in all."""
         free, total = self._call(self._cuda.cudaMemGetInfo)
         return int(free), int(total)
 
     def allocate(self, nbytes: int) -> int:
-        """-> address."""
         try:
             return int(self._call(self._cuda.cudaMalloc, nbytes))
         except BackendError as error:
@@ -143,48 +126,39 @@ class CudaGpu:
             ) from error
 
     def free(self, address: int) -> None:
-        """Give an allocation back."""
         self._call(self._cuda.cudaFree, address)
 
     def create_stream(self) -> int:
-        """-> a stream that does not wait for the default one."""
         return int(self._call(self._cuda.cudaStreamCreateWithFlags, self._cuda.cudaStreamNonBlocking))
 
     def destroy_stream(self, stream: int) -> None:
-        """Give a stream back."""
         self._call(self._cuda.cudaStreamDestroy, stream)
 
     def synchronize(self, stream: int) -> None:
-        """Wait for a stream."""
         self._call(self._cuda.cudaStreamSynchronize, stream)
 
     def upload(self, address: int, array: Array, stream: int) -> None:
-        """Host to device."""
-        kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
-        self._call(self._cuda.cudaMemcpyAsync, address, host_address(array), array.nbytes, kind, stream)
+        direction = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self._call(self._cuda.cudaMemcpyAsync, address, host_address(array), array.nbytes, direction, stream)
 
     def download(self, array: Array, address: int, stream: int) -> None:
-        """Device to host."""
-        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        self._call(self._cuda.cudaMemcpyAsync, host_address(array), address, array.nbytes, kind, stream)
+        direction = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self._call(self._cuda.cudaMemcpyAsync, host_address(array), address, array.nbytes, direction, stream)
 
     def copy(self, target: Strided, source: Strided, width: int, rows: int, stream: int) -> None:
-        """Device to device."""
-        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-        places = (target.address, target.pitch, source.address, source.pitch)
-        self._call(self._cuda.cudaMemcpy2DAsync, *places, width, rows, kind, stream)
+        direction = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        blocks = (target.address, target.pitch, source.address, source.pitch)
+        self._call(self._cuda.cudaMemcpy2DAsync, *blocks, width, rows, direction, stream)
 
     def clear(self, address: int, nbytes: int, stream: int) -> None:
-        """Fill with zero bytes."""
         self._call(self._cuda.cudaMemsetAsync, address, 0, nbytes, stream)
 
     def begin_capture(self, stream: int) -> None:
-        """Record a stream's work; memory may be given back meanwhile, which Python does when it likes."""
+        # Relaxed: Python may give memory back meanwhile.
         mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
         self._call(self._cuda.cudaStreamBeginCapture, stream, mode)
 
     def end_capture(self, stream: int) -> int:
-        """-> a graph that can be launched."""
         recorded = self._call(self._cuda.cudaStreamEndCapture, stream)
         try:
             return int(self._call(self._cuda.cudaGraphInstantiate, recorded, 0))
@@ -192,43 +166,36 @@ class CudaGpu:
             self._call(self._cuda.cudaGraphDestroy, recorded)
 
     def launch(self, graph: int, stream: int) -> None:
-        """Do what a graph recorded."""
         self._call(self._cuda.cudaGraphLaunch, graph, stream)
 
     def destroy_graph(self, graph: int) -> None:
-        """Give a graph back."""
         self._call(self._cuda.cudaGraphExecDestroy, graph)
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:  # noqa: ANN401 - as the module has it
-        """Call CUDA: (error, results...) -> None, the result, or a tuple of results."""
-        return checked(self._cuda, function(*arguments), function.__name__)
+        return results(self._cuda, function(*arguments), function.__name__)
 
 
-def checked(runtime: Any, answer: tuple[Any, ...], name: str) -> Any:  # noqa: ANN401 - a module without types
-    """The results in the answer of a CUDA call.
+def results(runtime: Any, answer: tuple[Any, ...], name: str) -> Any:  # noqa: ANN401 - a module without types
+    """Unpack the answer of a CUDA call, (error, results...): None, the result, or a tuple of results.
 
     Raises:
         BackendError: the call failed, with CUDA's name for the error.
     """
-    code, *results = answer
+    code, *values = answer
     if code != runtime.cudaError_t.cudaSuccess:
-        raise BackendError(f"{name} failed: {error_name(code)}")
-    return results[0] if len(results) == 1 else tuple(results) or None
-
-
-def error_name(code: Any) -> str:  # noqa: ANN401 - an enumerator, or a number that this package does not know
-    """CUDA's own name for an error."""
-    return str(getattr(code, "name", code))
+        # An enumerator, or a number that this version of the package does not know.
+        raise BackendError(f"{name} failed: {getattr(code, 'name', code)}")
+    return values[0] if len(values) == 1 else tuple(values) or None
 
 
 def host_address(array: Array) -> int:
-    """Where the bytes of a contiguous array lie.
+    """The address of a contiguous array's bytes.
 
     Raises:
         BackendError: it is not contiguous.
     """
     if not array.flags.c_contiguous:
-        raise BackendError(f"an array of strides {array.strides} was to be copied as one block")
+        raise BackendError(f"an array of strides {array.strides} cannot be copied as one block")
     return int(array.ctypes.data)
 
 
@@ -239,7 +206,7 @@ def open_gpu(index: int) -> CudaGpu:
         BackendUnavailableError: the package, the driver or the GPU is missing, or they do not fit together.
     """
     try:
-        runtime = importlib.import_module(PACKAGE)
+        runtime = importlib.import_module(CUDA_PYTHON)
     except ImportError as error:
         raise BackendUnavailableError(
             f"engines reach the GPU through cuda-python, which cannot be imported ({error}); install it: "
@@ -253,18 +220,17 @@ def open_gpu(index: int) -> CudaGpu:
 
 def version_problem(runtime: Any) -> str:  # noqa: ANN401 - a module without types
     """A sentence on a ``cuda.bindings.runtime`` that is for a newer driver; empty if it can be used."""
-    driver = int(checked(runtime, runtime.cudaDriverGetVersion(), "cudaDriverGetVersion"))
-    built = int(checked(runtime, runtime.cudaRuntimeGetVersion(), "cudaRuntimeGetVersion"))
+    driver, built = (
+        int(results(runtime, call(), call.__name__))
+        for call in (runtime.cudaDriverGetVersion, runtime.cudaRuntimeGetVersion)
+    )
     if driver // 1000 >= built // 1000:
         return ""
+    known, needed = (f"{number // 1000}.{number % 1000 // 10}" for number in (driver, built))
     return (
-        f"the NVIDIA driver knows CUDA {_version(driver)}, the installed cuda-python is for CUDA {_version(built)}; "
-        f"install the one for the driver (pip install 'cuda-python=={driver // 1000}.*') or a newer driver"
+        f"the NVIDIA driver knows CUDA {known}, the installed cuda-python is for CUDA {needed}; install the one for "
+        f"the driver (pip install 'cuda-python=={driver // 1000}.*') or a newer driver"
     )
-
-
-def _version(number: int) -> str:
-    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def aligned(nbytes: int) -> int:
@@ -273,36 +239,36 @@ def aligned(nbytes: int) -> int:
 
 
 class Slots:
-    """Device memory by name that grows when more is asked for and is used over and over."""
+    """Blocks of device memory by name, which grow when more is asked for and are used over and over."""
 
-    def __init__(self, device: Gpu) -> None:
-        self._device = device
+    def __init__(self, gpu: Gpu) -> None:
+        self._gpu = gpu
         self._slots: dict[str, tuple[int, int]] = {}
 
     def reserve(self, name: str, nbytes: int) -> int:
-        """-> address with room for ``nbytes``, the same as before where that had it; never null.
+        """-> address with room for ``nbytes``, the same as before if that had it; never null.
 
         Raises:
-            BackendError: there is not that much memory; what was there before is still there.
+            BackendError: there is not that much memory; the block is as before.
         """
         address, size = self._slots.get(name, (0, 0))
         if size >= max(nbytes, 1):
             return address
-        larger = self._device.allocate(aligned(nbytes))
+        larger = self._gpu.allocate(aligned(nbytes))
         self._slots[name] = larger, aligned(nbytes)
         if size:
-            self._device.free(address)
+            self._gpu.free(address)
         return larger
 
     def upload(self, name: str, array: Array, stream: int) -> int:
-        """Copy an array into its slot -> address."""
+        """Copy an array into its block -> address."""
         address = self.reserve(name, array.nbytes)
         if array.nbytes:
-            self._device.upload(address, array, stream)
+            self._gpu.upload(address, array, stream)
         return address
 
     def close(self) -> None:
         """Give everything back."""
         while self._slots:
             _, (address, _) = self._slots.popitem()
-            self._device.free(address)
+            self._gpu.free(address)

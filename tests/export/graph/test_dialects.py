@@ -21,12 +21,10 @@ from owl2.export.config import ExportConfig
 from owl2.export.gptq_checkpoint import export_gptq
 from owl2.export.pipeline import export_bundle
 from owl2.runtime import spec
-from owl2.runtime.backends.ort.engine import OrtOptions, open_decoder, open_session
-from owl2.runtime.backends.ort.onnx_decoder import RowBuffers
-from owl2.runtime.backends.steps import attention_mask, onnx_inputs
+from owl2.runtime.backends.ort.engine import open_decoder
+from owl2.runtime.backends.ort.session import OrtOptions
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.evaluation.divergence import divergence
-from owl2.runtime.rope import rotary_tables
 
 MODELS = {"a1": "a1_base_bin", "a2": "a2_fp16_safetensors"}
 
@@ -181,39 +179,6 @@ class TestGraphs:
 def test_settings_that_do_not_work_are_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ExportConfig(tmp_path, tmp_path / "b", **settings)
-
-
-class TestInputs:
-    def test_a_position_sees_what_is_cached_itself_and_what_is_before_it(self) -> None:
-        mask = attention_mask(tokens=3, past=2, cached=4)
-        expected = [[1, 1, 0, 0, 1, 0, 0], [1, 1, 0, 0, 1, 1, 0], [1, 1, 0, 0, 1, 1, 1]]
-        np.testing.assert_array_equal(mask == 0, np.array(expected, dtype=bool))
-        assert set(np.unique(mask)) == {0.0, spec.MASKED}
-
-    def test_tables_are_those_of_the_new_positions(self, bundle_a1_onnx: Path) -> None:
-        config = Bundle.open(bundle_a1_onnx).manifest.model.decoder
-        made = onnx_inputs(config, np.zeros(3, np.int64), 5, 8, np.array([2]), np.float16)
-        cos, _ = rotary_tables(config, 8, config.head_dim, np.float16)
-        assert made[spec.ROTARY_COS].dtype == np.float16
-        np.testing.assert_array_equal(made[spec.ROTARY_COS], cos[5:8])
-
-    def test_more_cached_rows_than_positions_change_nothing(self, bundle_a2_onnx: Path) -> None:
-        """A backend with fixed sizes relies on it."""
-        opened = Bundle.open(bundle_a2_onnx)
-        decoder = open_decoder(opened.decoder_graph(), opened.manifest, OrtOptions())
-        embeds = np.random.default_rng(0).standard_normal((6, opened.manifest.model.decoder.hidden_size), np.float32)
-        text, buffers = np.zeros(5, np.int64), decoder.allocate(16, None)
-        assert isinstance(buffers, RowBuffers)
-        decoder.prefill(embeds[:5], text, 0, buffers, np.array([4]))
-        expected = decoder.decode(embeds[5:], 5, buffers)
-        for rows in buffers.rows:
-            rows[5:] = np.random.default_rng(1).standard_normal(rows[5:].shape)
-        inputs = onnx_inputs(opened.manifest.model.decoder, text[:1], 5, 16, np.array([0]), np.float32)
-        names = [name for i in range(opened.manifest.model.decoder.num_hidden_layers) for name in spec.past_names(i)]
-        cached = dict(zip(names, buffers.rows))
-        session = open_session(opened.decoder_graph(), OrtOptions())
-        made = session.run([spec.LOGITS], {spec.EMBEDS: embeds[None, 5:], **inputs, **cached})[0][0]
-        np.testing.assert_allclose(made, expected, atol=1e-5)
 
 
 def test_group_sizes_follow_the_weights(tmp_path: Path) -> None:

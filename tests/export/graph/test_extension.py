@@ -22,7 +22,8 @@ from owl2.export.graph.weights import Linear, LinearWeight, add_bias
 from owl2.export.pipeline import export_bundle
 from owl2.quant.layer import LINEARS
 from owl2.quant.models.mplug_owl2 import DecoderLayer, Owl2Model
-from owl2.runtime.backends.ort.engine import OrtOptions, open_decoder
+from owl2.runtime.backends.ort.engine import open_decoder
+from owl2.runtime.backends.ort.session import OrtOptions
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.config import IMAGE_TOKEN
 

@@ -27,7 +27,7 @@ from owl2.export.graph.weights import (
 )
 from owl2.quant.config import QuantConfig
 from owl2.quant.grid import QuantizedWeight, rtn
-from owl2.runtime.backends.ort.engine import OrtOptions, open_session
+from owl2.runtime.backends.ort.session import OrtOptions, open_session
 from owl2.runtime.errors import ExportError
 
 Array = NDArray[Any]

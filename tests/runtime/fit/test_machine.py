@@ -1,17 +1,17 @@
 """What is found on a machine, read from recorded text."""
 
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from planning import nvidia_smi, write
 
-from owl2.runtime.errors import ConfigError
 from owl2.runtime.fit.machine import (
-    SystemPaths,
+    MemoryBudget,
+    control_groups,
+    driver_version,
     free_swap,
-    host_memory,
-    parse_cgroup,
+    gpus,
     parse_jetson_model,
     parse_meminfo,
     parse_nvidia_smi,
@@ -20,7 +20,7 @@ from owl2.runtime.fit.machine import (
     this_cpu,
     this_gpu,
 )
-from owl2.runtime.fit.products import GIB, PRODUCTS, TENSORRT_RTX, find_product
+from owl2.runtime.fit.products import GIB
 
 MEMINFO = """MemTotal:        3884364 kB
 MemFree:          187000 kB
@@ -38,25 +38,27 @@ MIB = 1 << 20
 
 
 @pytest.fixture
-def paths(tmp_path: Path) -> SystemPaths:
+def root(tmp_path: Path) -> Path:
     """A machine with 4 GB, of which 3.1 GiB are available: little is free, much of it is page cache."""
-    made = SystemPaths(*(tmp_path / name for name in ("meminfo", "swaps", "cgroup", "cgroups", "model")))
-    made.meminfo.write_text(MEMINFO)
-    made.cgroups.mkdir()
-    return made
+    write(tmp_path, "proc/meminfo", MEMINFO)
+    return tmp_path
 
 
-def group(paths: SystemPaths, path: str, **files: object) -> None:
-    folder = paths.cgroups / path
-    folder.mkdir(parents=True, exist_ok=True)
+def group(root: Path, path: str, **files: object) -> None:
     for name, content in files.items():
-        (folder / f"memory.{name}").write_text(f"{content}\n")
+        write(root, f"sys/fs/cgroup/{path}/memory.{name}", f"{content}\n")
 
 
-def test_page_cache_counts_as_available(paths: SystemPaths) -> None:
-    memory = host_memory(paths)
-    assert memory is not None
-    assert (memory.total, memory.available, memory.limited) == (3884364 * 1024, 3221225 * 1024, False)
+def cpu_of(root: Path) -> MemoryBudget:
+    found = this_cpu(root)
+    assert found is not None
+    return found
+
+
+def test_page_cache_counts_as_available(root: Path) -> None:
+    memory = cpu_of(root)
+    assert (memory.device.memory, memory.available, memory.limited) == (3884364 * 1024, 3221225 * 1024, False)
+    assert memory.host == memory.available
 
 
 @pytest.mark.parametrize("text", ["", "MemTotal: 5 kB\n", "MemAvailable: many kB\nMemTotal: 5 kB\n", "\0\n"])
@@ -65,89 +67,82 @@ def test_meminfo_that_says_nothing(text: str) -> None:
 
 
 def test_a_system_without_proc(tmp_path: Path) -> None:
-    nowhere = SystemPaths(*(tmp_path / "none" for _ in range(5)))
-    assert host_memory(nowhere) is None
-    assert this_cpu(nowhere) is None
-    assert free_swap(nowhere) == 0
+    assert this_cpu(tmp_path) is None
+    assert free_swap(tmp_path) == 0
+    assert driver_version(tmp_path) is None
 
 
 class TestControlGroups:
-    def test_parsing_both_versions(self) -> None:
+    def test_parsing_both_versions(self, root: Path) -> None:
         text = "12:cpuset:/\n4:memory:/docker/abc\n1:name=systemd:/x\n0::/user.slice/session\ngarbage\n"
-        assert [(version, str(path)) for version, path in parse_cgroup(text)] == [
-            ("v1", "/docker/abc"),
-            ("v2", "/user.slice/session"),
+        write(root, "proc/self/cgroup", text)
+        mounted = root / "sys/fs/cgroup"
+        assert list(control_groups(root)) == [
+            ("v1", mounted / "memory" / "docker" / "abc"),
+            ("v1", mounted / "memory" / "docker"),
+            ("v1", mounted / "memory"),
+            ("v2", mounted / "user.slice" / "session"),
+            ("v2", mounted / "user.slice"),
+            ("v2", mounted),
         ]
 
-    def test_version_2_and_what_it_can_drop(self, paths: SystemPaths) -> None:
-        paths.cgroup.write_text("0::/box\n")
-        group(paths, "box", max=2048 * MIB, current=1500 * MIB, stat=f"anon 1\ninactive_file {500 * MIB}\nslab 3")
-        memory = host_memory(paths)
-        assert memory is not None
+    def test_version_2_and_what_it_can_drop(self, root: Path) -> None:
+        write(root, "proc/self/cgroup", "0::/box\n")
+        group(root, "box", max=2048 * MIB, current=1500 * MIB, stat=f"anon 1\ninactive_file {500 * MIB}\nslab 3")
+        memory = cpu_of(root)
         assert (memory.available, memory.limited) == (1048 * MIB, True)
+        assert memory.closable == 0
         # Pages of a file that was read twice, as a bundle that was copied and verified, are active.
         stat = f"anon 1\ninactive_file {500 * MIB}\nactive_file {700 * MIB}\nslab_reclaimable {20 * MIB}\nslab 3"
-        group(paths, "box", stat=stat)
-        memory = host_memory(paths)
-        assert memory is not None
-        assert memory.available == (2048 - 1500 + 500 + 700 + 20) * MIB
+        group(root, "box", stat=stat)
+        assert cpu_of(root).available == (2048 - 1500 + 500 + 700 + 20) * MIB
 
-    def test_the_parent_limits_too(self, paths: SystemPaths) -> None:
-        paths.cgroup.write_text("0::/box/inner\n")
-        group(paths, "box", max=1000 * MIB, current=900 * MIB)
-        group(paths, "box/inner", max="max", current=100 * MIB)
-        memory = host_memory(paths)
-        assert memory is not None
-        assert memory.available == 100 * MIB
+    def test_the_parent_limits_too(self, root: Path) -> None:
+        write(root, "proc/self/cgroup", "0::/box/inner\n")
+        group(root, "box", max=1000 * MIB, current=900 * MIB)
+        group(root, "box/inner", max="max", current=100 * MIB)
+        assert cpu_of(root).available == 100 * MIB
 
-    def test_inside_a_container_only_the_root_is_seen(self, paths: SystemPaths) -> None:
-        paths.cgroup.write_text("0::/system.slice/docker-4f.scope\n")
-        group(paths, "", max=512 * MIB, current=12 * MIB)
-        memory = host_memory(paths)
-        assert memory is not None
-        assert memory.available == 500 * MIB
+    def test_inside_a_container_only_the_root_is_seen(self, root: Path) -> None:
+        write(root, "proc/self/cgroup", "0::/system.slice/docker-4f.scope\n")
+        group(root, "", max=512 * MIB, current=12 * MIB)
+        assert cpu_of(root).available == 500 * MIB
 
-    def test_version_1(self, paths: SystemPaths) -> None:
-        paths.cgroup.write_text("4:memory:/docker/abc\n")
+    def test_version_1(self, root: Path) -> None:
+        write(root, "proc/self/cgroup", "4:memory:/docker/abc\n")
         stat = f"inactive_file 7\nactive_file 7\ntotal_inactive_file {MIB}\ntotal_active_file {2 * MIB}"
-        group(paths, "memory/docker/abc", limit_in_bytes=64 * MIB, usage_in_bytes=60 * MIB, stat=stat)
-        group(paths, "memory", limit_in_bytes=2**63 - 4096, usage_in_bytes=9 * GIB)
-        memory = host_memory(paths)
-        assert memory is not None
-        assert memory.available == 7 * MIB
+        group(root, "memory/docker/abc", limit_in_bytes=64 * MIB, usage_in_bytes=60 * MIB, stat=stat)
+        group(root, "memory", limit_in_bytes=2**63 - 4096, usage_in_bytes=9 * GIB)
+        assert cpu_of(root).available == 7 * MIB
 
     @pytest.mark.parametrize("limit", ["max", "", str(64 * GIB)])
-    def test_no_limit_or_a_wide_one(self, paths: SystemPaths, limit: str) -> None:
-        paths.cgroup.write_text("0::/\n")
-        group(paths, "", max=limit, current=MIB)
-        memory = host_memory(paths)
-        assert memory is not None
-        assert not memory.limited
+    def test_no_limit_or_a_wide_one(self, root: Path, limit: str) -> None:
+        write(root, "proc/self/cgroup", "0::/\n")
+        group(root, "", max=limit, current=MIB)
+        assert not cpu_of(root).limited
 
-    def test_more_in_use_than_allowed(self, paths: SystemPaths) -> None:
-        paths.cgroup.write_text("0::/\n")
-        group(paths, "", max=MIB, current=2 * MIB)
-        memory = host_memory(paths)
-        assert memory is not None
-        assert memory.available == 0
+    def test_more_in_use_than_allowed(self, root: Path) -> None:
+        write(root, "proc/self/cgroup", "0::/\n")
+        group(root, "", max=MIB, current=2 * MIB)
+        assert cpu_of(root).available == 0
 
 
-def test_swap_on_a_disk_counts_and_zram_does_not(paths: SystemPaths) -> None:
+def test_swap_on_a_disk_counts_and_zram_does_not(root: Path) -> None:
     assert parse_swaps(SWAPS) == (8388604 - 1024) * 1024
     assert parse_swaps("") == parse_swaps(SWAPS.splitlines()[0]) == 0
-    paths.swaps.write_text(SWAPS)
-    assert free_swap(paths) == parse_swaps(SWAPS)
-    paths.cgroup.write_text("0::/\n")
-    group(paths, "", max=MIB, current=0)
-    assert free_swap(paths) == 0
-    # Version 2 limits swap apart from memory, in the group and in every one above it.
-    paths.cgroup.write_text("0::/box/inner\n")
-    group(paths, "box/inner", **{"swap.max": "max", "swap.current": 0})
-    assert free_swap(paths) == parse_swaps(SWAPS)
-    group(paths, "box", **{"swap.max": 600 * MIB, "swap.current": 100 * MIB})
-    assert free_swap(paths) == 500 * MIB
-    group(paths, "box/inner", **{"swap.max": 0, "swap.current": 0})
-    assert free_swap(paths) == 0
+    write(root, "proc/swaps", SWAPS)
+    assert free_swap(root) == parse_swaps(SWAPS)
+    write(root, "proc/self/cgroup", "0::/\n")
+    group(root, "", max=MIB, current=0)
+    assert free_swap(root) == 0
+    # Version 2 limits swap separately, in the group and in every one above it.
+    write(root, "proc/self/cgroup", "0::/box/inner\n")
+    group(root, "box/inner", **{"swap.max": "max", "swap.current": 0})
+    assert free_swap(root) == parse_swaps(SWAPS)
+    group(root, "box", **{"swap.max": 600 * MIB, "swap.current": 100 * MIB})
+    assert free_swap(root) == 500 * MIB
+    group(root, "box/inner", **{"swap.max": 0, "swap.current": 0})
+    assert free_swap(root) == 0
 
 
 @pytest.mark.parametrize(
@@ -169,19 +164,18 @@ def test_jetson_by_its_device_tree(model: str, kibibytes: int, name: str | None)
     assert (found.name if found else None) == name
 
 
-def test_a_jetson_shares_its_memory_with_the_cpu(paths: SystemPaths) -> None:
-    paths.model.write_text("NVIDIA Jetson Orin Nano Developer Kit\0")
-    found, memory = this_gpu(paths), host_memory(paths)
+def test_a_jetson_shares_its_memory_with_the_cpu(root: Path) -> None:
+    write(root, "proc/device-tree/model", "NVIDIA Jetson Orin Nano Developer Kit\0")
+    found, memory = this_gpu(root), cpu_of(root)
     assert found is not None
-    assert memory is not None
-    assert (found.device.name, found.available) == ("orin-nano-4gb", memory.available)
+    assert (found.device.name, found.available, found.host) == ("orin-nano-4gb", memory.available, memory.available)
 
 
-def test_a_jetson_in_a_container_without_proc_device_tree(paths: SystemPaths, tmp_path: Path) -> None:
-    hidden = replace(paths, firmware=tmp_path / "firmware")
-    assert this_gpu(hidden) is None
-    hidden.firmware.write_text("NVIDIA Jetson Orin Nano Developer Kit\0")
-    found = this_gpu(hidden)
+def test_a_jetson_in_a_container_without_proc_device_tree(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(root))
+    assert this_gpu(root) is None
+    write(root, "sys/firmware/devicetree/base/model", "NVIDIA Jetson Orin Nano Developer Kit\0")
+    found = this_gpu(root)
     assert found is not None
     assert found.device.name == "orin-nano-4gb"
 
@@ -201,12 +195,13 @@ No devices were found
 
 def test_gpus_by_nvidia_smi() -> None:
     found = parse_nvidia_smi(SMI)
-    speeds = [None if gpu.device.bandwidth is None else gpu.device.bandwidth / 1e9 for gpu in found]
+    speeds = [None if device.bandwidth is None else device.bandwidth / 1e9 for device, _ in found]
     # Another size of a product, and products that the table does not have, have no bandwidth.
     assert speeds == [360, 288, 2039, 3350, 320, None, None, None]
-    assert found[0].device.memory == 12288 * MIB
-    assert found[0].available == 11200 * MIB
-    assert [gpu.device.engines for gpu in found[:5]] == [
+    device, free = found[0]
+    assert device.memory == 12288 * MIB
+    assert free == 11200 * MIB
+    assert [device.engines for device, _ in found[:5]] == [
         ("tensorrt-rtx",),
         ("tensorrt-rtx",),
         ("tensorrt", "tensorrt-rtx"),
@@ -215,35 +210,25 @@ def test_gpus_by_nvidia_smi() -> None:
     ]
 
 
+def test_a_gpu_has_its_own_memory(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(root))
+    nvidia_smi(root, "NVIDIA GeForce RTX 3060, 12288, 9216, 8.6")
+    (found,) = gpus(root)
+    assert (found.available, found.host, found.here) == (9 * GIB, 3221225 * 1024, True)
+    assert 2.5 * GIB < found.closable < 3 * GIB
+
+
 def test_this_machine() -> None:
     """The real files of this system, where it has them."""
-    memory = host_memory()
+    memory = this_cpu()
     if memory is not None:
-        assert 0 < memory.available <= memory.total
+        assert 0 < memory.available <= memory.device.memory
         pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        assert memory.total == pytest.approx(pages, rel=0.01)
+        assert memory.device.memory == pytest.approx(pages, rel=0.01)
     assert 1e8 < read_bandwidth() < 1e13
 
 
-class TestTable:
-    def test_names_are_unique_and_figures_of_the_right_size(self) -> None:
-        for name, device in PRODUCTS.items():
-            assert device.name == name
-            assert 4 * GIB <= device.memory <= 128 * GIB
-            assert device.bandwidth is not None
-            assert 5e10 <= device.bandwidth <= 4e12
-            assert device.shared == (device.family == "jetson")
-            assert device.engines
-
-    def test_engines(self) -> None:
-        assert find_product("orin-nano-8gb").engines == ("tensorrt",)
-        assert find_product("rtx3060").engines == ("tensorrt-rtx",)
-        assert find_product("thor-128gb").engines == ("tensorrt",)
-        assert {device.compute for device in PRODUCTS.values() if "tensorrt-rtx" in device.engines} <= TENSORRT_RTX
-        assert not find_product("t4").int4_engines
-        assert find_product("rtx3060").int4_engines
-        assert not replace(find_product("rtx3060"), family="cpu", compute=None).int4_engines
-
-    def test_unknown(self) -> None:
-        with pytest.raises(ConfigError, match=r"device 'rtx1' is not known; known: orin-nano-4gb, .*rtx5090"):
-            find_product("rtx1")
+def test_the_bandwidth_is_measured_where_no_affinity_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows and macOS."""
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert 1e8 < read_bandwidth() < 1e13

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from owl2 import plan
 from owl2.export.graph.builder import GraphBuilder
 from owl2.export.graph.decoder import DecoderGraph
 from owl2.export.graph.ort_dialect import OrtDialect
@@ -20,10 +21,9 @@ from owl2.export.graph.weights import DenseWeight, IntegerWeight, Linear, Linear
 from owl2.quant.grid import QuantizedWeight
 from owl2.quant.layer import LINEARS
 from owl2.runtime import spec
-from owl2.runtime.bundle import read_manifest
 from owl2.runtime.config import DecoderConfig
-from owl2.runtime.fit.footprint import BundleSizes, MemoryBudget, Scenario, Settings, needed, parts
-from owl2.runtime.fit.machine import this_cpu
+from owl2.runtime.fit.plan import Plan
+from owl2.runtime.verification import FileEntry
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
 
@@ -59,7 +59,7 @@ print(json.dumps([loaded, held("RssAnon") - before - loaded]))
 CHAT = """
 from owl2 import ContextOverflowError, Owl2
 
-owl = Owl2.load(sys.argv[1], threads=1)
+owl = Owl2.load(sys.argv[1], threads=1, verify=True)  # a first load hashes, which leaves some MiB
 chat = owl.chat()
 images = [np.full((90, 90, 3), 90 * i, np.uint8) for i in range(2)]
 try:
@@ -100,42 +100,39 @@ def write_decoder(path: Path, kind: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def scenario(sample_bundle: Path) -> Scenario:
-    """The sample bundle on this machine, at its full context with two images."""
-    found = this_cpu()
-    assert found is not None
-    bundle = BundleSizes.of(read_manifest(sample_bundle))
-    target = MemoryBudget.of_machine(found, None)
-    return Scenario(bundle, target, Settings(bundle.model.decoder.max_position_embeddings, "fp32", images=2))
+def planned(sample_bundle: Path) -> Plan:
+    """The sample bundle on this machine's CPU, at its full context with two images."""
+    return plan(sample_bundle, device="cpu", kv_cache="fp32", images=2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "most"), [("int4", 1.06), ("fp16", 1.22)])
-def test_a_decoder_takes_what_is_estimated(scenario: Scenario, tmp_path: Path, kind: str, most: float) -> None:
-    """int4 weights lie in memory once, float16 ones in float32; a session takes a few MiB besides.
+def test_a_decoder_takes_what_is_estimated(planned: Plan, tmp_path: Path, kind: str, most: float) -> None:
+    """int4 weights are in memory once, float16 ones in float32; a session takes a few MiB in addition.
 
     Converting float16 leaves gaps in the arena, up to a fifth with matrices as small as these (none at full size),
     which a prefill then uses: in all it is as estimated.
     """
     path = tmp_path / spec.DECODER_GRAPH
     write_decoder(path, kind)
-    stored = scenario.bundle
-    bundle = replace(
-        stored,
-        model=replace(stored.model, decoder=DECODER),
-        weights=replace(stored.weights, decoder=kind, head=kind, group_size=128),
-        decoder=path.with_name(path.name + ".data").stat().st_size,
+    manifest = planned.manifest
+    size = path.with_name(path.name + ".data").stat().st_size
+    manifest = replace(
+        manifest,
+        model=replace(manifest.model, decoder=DECODER),
+        weights=replace(manifest.weights, decoder=kind, head=kind, group_size=128),
+        files={**manifest.files, f"{spec.DECODER_GRAPH}.data": FileEntry(size, "")},
     )
-    planned = {part.name: part for part in parts(replace(scenario, bundle=bundle, settings=Settings(CONTEXT, "fp32")))}
+    parts = {part.name: part for part in replace(planned, manifest=manifest, context=CONTEXT, images=1).parts}
     shape = json.dumps({name: getattr(DECODER, name) for name in DECODER.__slots__})
     loaded, grown = np.array(measured(RUN_DECODER, path, shape, CONTEXT))
-    weights, kv, prefill = (planned[name] for name in ("decoder weights", "K/V cache", "prefill"))
+    weights, kv, prefill = (parts[name] for name in ("decoder weights", "K/V cache", "prefill"))
     assert weights.least - 2 * MIB < loaded < most * weights.size + 12 * MIB
     assert grown > kv.least + prefill.least
     assert loaded + grown == pytest.approx(weights.size + kv.size + prefill.size, rel=0.15)
 
 
-def test_the_sample_bundle_takes_what_is_estimated(scenario: Scenario, sample_bundle: Path) -> None:
+def test_the_sample_bundle_takes_what_is_estimated(planned: Plan, sample_bundle: Path) -> None:
     """A conversation up to the end of the context; nine tenths of so small a model are Python and its libraries."""
     resident = measured(CHAT, sample_bundle)
-    assert resident == pytest.approx(needed(scenario), rel=0.2)
+    assert resident == pytest.approx(planned.needed, rel=0.2)

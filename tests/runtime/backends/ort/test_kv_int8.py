@@ -19,7 +19,8 @@ from owl2.export.pipeline import export_bundle
 from owl2.quant.kv import HEADROOM
 from owl2.runtime import spec
 from owl2.runtime.__main__ import cli
-from owl2.runtime.backends.ort.engine import OrtBuffers, OrtEngine, OrtOptions
+from owl2.runtime.backends.ort.engine import OrtBuffers, OrtEngine
+from owl2.runtime.backends.ort.session import OrtOptions
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.engine import EngineOptions
 from owl2.runtime.errors import BackendUnavailableError, BundleCorruptError

@@ -11,16 +11,18 @@ import pytest
 from click.testing import CliRunner
 
 from owl2 import BackendError, Owl2
+from owl2.export.config import ExportConfig
+from owl2.export.pipeline import export_bundle
 from owl2.runtime.__main__ import cli
-from owl2.runtime.backends.ort.engine import OrtOptions, open_decoder
-from owl2.runtime.backends.ort.installation import onnxruntime_wheels, overlap
+from owl2.runtime.backends.ort.engine import open_decoder
+from owl2.runtime.backends.ort.installation import MINIMUM_VERSIONS, onnxruntime_wheels, overlap
 from owl2.runtime.backends.ort.session import (
-    HOST_OPERATORS,
-    MINIMUM,
+    SHAPE_OPERATORS,
+    OrtOptions,
     assignments,
-    check_placement,
+    check_assignments,
     open_session,
-    prepare,
+    prepare_device,
     strays,
 )
 from owl2.runtime.bundle import Bundle
@@ -38,19 +40,21 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def mixed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As if two wheels were installed; what was found before is asked anew, and again afterwards."""
-    monkeypatch.setattr("owl2.runtime.backends.ort.session.onnxruntime_wheels", lambda: MIXED)
-    prepare.cache_clear()
+    """As if two wheels were installed; devices that were prepared before are prepared anew, and again afterwards."""
+    monkeypatch.setattr("owl2.runtime.backends.ort.installation.onnxruntime_wheels", lambda: MIXED)
+    prepare_device.cache_clear()
     yield
-    prepare.cache_clear()
+    prepare_device.cache_clear()
 
 
 @pytest.fixture(scope="module")
-def session(sample_bundle: Path) -> ort.InferenceSession:
-    """The decoder on the CPU, which tells where its nodes are."""
+def session(sample_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> ort.InferenceSession:
+    """An int4 decoder on the CPU, which tells where its nodes are."""
+    bundle = tmp_path_factory.mktemp("int4") / "bundle"
+    export_bundle(ExportConfig(sample_checkpoint, bundle, method="rtn", samples=4))
     settings = ort.SessionOptions()
     settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    return open_session(sample_bundle / "decoder.onnx", Placement("cpu"), settings)
+    return ort.InferenceSession(bundle / "decoder.onnx", settings, providers=[CPU])
 
 
 class TestWhatIsMissing:
@@ -70,12 +74,12 @@ class TestWhatIsMissing:
             Owl2.load(bundle_a1, device="tensorrt-rtx")
 
     def test_an_onnxruntime_that_cannot_allocate_there(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(MINIMUM, "tensorrt-rtx", "99.1")
+        monkeypatch.setitem(MINIMUM_VERSIONS, "tensorrt-rtx", "99.1")
         with pytest.raises(
             BackendUnavailableError,
             match=rf"onnxruntime {re.escape(ort.__version__)} is installed, 99\.1 or newer .* install -U onnxruntime$",
         ):
-            prepare(Placement("tensorrt-rtx", 2))
+            prepare_device(Placement("tensorrt-rtx", 2))
 
     @pytest.mark.parametrize("command", [("ask", "Why?"), ("verify",)])
     def test_the_commands_say_it_in_one_line(self, bundle_a1: Path, command: tuple[str, ...]) -> None:
@@ -91,11 +95,11 @@ class TestWhatIsMissing:
 class TestTwoWheels:
     def test_a_gpu_is_refused(self) -> None:
         with pytest.raises(BackendUnavailableError, match=re.escape(MENDED.format("cuda"))):
-            prepare(Placement("cuda"))
+            prepare_device(Placement("cuda"))
 
     def test_the_cpu_is_warned_of(self) -> None:
         with pytest.warns(Owl2Warning, match=re.escape(MENDED.format("cpu"))):
-            prepare(Placement("cpu"))
+            prepare_device(Placement("cpu"))
 
     def test_the_commands_write_the_warning_as_a_line_and_go_on(self, bundle_a1: Path) -> None:
         result = CliRunner().invoke(cli, ["verify", str(bundle_a1)], prog_name="owl2")
@@ -109,7 +113,7 @@ class TestPlacement:
         with pytest.raises(
             BackendError, match=r"dialect onnx on the CPU only, .* device cuda:1 export .* --dialect ort"
         ):
-            open_decoder(bundle_a1 / "decoder.onnx", manifest, OrtOptions("cuda:1"))
+            open_decoder(bundle_a1 / "decoder.onnx", manifest, OrtOptions(Placement("cuda", 1)))
 
     def test_nodes_that_compute_count_and_shapes_do_not(self) -> None:
         assigned = [(CUDA, "MatMul"), (CPU, "Shape"), (CPU, "Concat"), (CPU, "GroupQueryAttention"), (CPU, "Conv")]
@@ -122,34 +126,34 @@ class TestPlacement:
         elsewhere = strays(nodes, CUDA)
         assert elsewhere["MatMulNBits"] > 20
         assert elsewhere["GroupQueryAttention"] == 5
-        assert set(elsewhere) & HOST_OPERATORS == set()
+        assert set(elsewhere) & SHAPE_OPERATORS == set()
 
     def test_a_provider_that_fell_out(self, session: ort.InferenceSession) -> None:
         with pytest.raises(
             BackendUnavailableError,
             match="did not start CUDAExecutionProvider and would have used CPUExecutionProvider",
         ):
-            check_placement(Path("decoder.onnx"), Placement("cuda"), session.get_providers(), assignments(session))
+            check_assignments(Path("decoder.onnx"), Placement("cuda"), session.get_providers(), assignments(session))
 
     def test_a_provider_that_left_nodes_to_another(self, session: ort.InferenceSession) -> None:
         """As if CUDA had only what follows the first 100 nodes."""
         nodes = assignments(session)
         nodes[100:] = [(CUDA, operator) for _, operator in nodes[100:]]
-        count = sum(operator not in HOST_OPERATORS for _, operator in nodes[:100])
+        count = sum(operator not in SHAPE_OPERATORS for _, operator in nodes[:100])
         with pytest.raises(
             BackendError,
             match=rf"{count} of {len(nodes)} nodes would run on the CPU and not on cuda: MatMulNBits \(\d+\), .* and "
             r"\d other operators; .* --activations fp16",
         ):
-            check_placement(Path("decoder.onnx"), Placement("cuda"), [CUDA, CPU], nodes)
+            check_assignments(Path("decoder.onnx"), Placement("cuda"), [CUDA, CPU], nodes)
 
     def test_a_provider_that_has_all_but_shapes(self, session: ort.InferenceSession) -> None:
         nodes = [(CPU if operator in ("Shape", "Concat") else CUDA, operator) for _, operator in assignments(session)]
-        check_placement(Path("decoder.onnx"), Placement("cuda"), [CUDA, CPU], nodes)
+        check_assignments(Path("decoder.onnx"), Placement("cuda"), [CUDA, CPU], nodes)
 
     def test_nothing_falls_back_to_the_cpu_by_printing(self, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         """The Python class of ONNX Runtime would print to stdout, and try again on the CPU."""
         (tmp_path / "bad.onnx").write_bytes(b"no graph")
         with pytest.raises(BackendError, match="cannot be loaded"):
-            open_session(tmp_path / "bad.onnx", Placement("cpu"), ort.SessionOptions())
+            open_session(tmp_path / "bad.onnx", OrtOptions())
         assert capfd.readouterr().out == ""

@@ -1,0 +1,122 @@
+"""Errors as one line, figures for people, and progress on a terminal."""
+
+import io
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from conftest import RunCommand, flip_byte
+
+from owl2.runtime.cli import console
+from owl2.runtime.cli.console import UNSHOWN, duration, load_progress, size
+from owl2.runtime.verification import LoadProgress
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("args", "message"),
+        [
+            (("q", "--image", "missing.png"), "cannot read missing.png: No such file"),
+            (("q", "--temperature", "-1"), "temperature -1.0 must be 0"),
+            (("q", "--threads", "0"), "threads must be positive, got 0"),
+            (("q", "--context", "100000"), "context 100000 exceeds the 2048 positions"),
+            (("",), "the question is empty"),
+            (("<|image|> what?",), "1 <|image|> placeholder, but 0 images"),
+        ],
+    )
+    def test_one_line(self, run: RunCommand, bundle_a1: Path, args: Sequence[str], message: str) -> None:
+        result = run("ask", bundle_a1, *args)
+        assert result.exit_code == 1
+        assert result.stdout == ""
+        assert result.stderr.startswith("owl2: error: ")
+        assert message in result.stderr
+        assert result.stderr.count("\n") == 1
+
+    @pytest.mark.parametrize("command", [("ask", "q"), ("chat",), ("info",), ("plan",)])
+    def test_no_bundle(self, run: RunCommand, tmp_path: Path, command: Sequence[str]) -> None:
+        name, *rest = command
+        result = run(name, tmp_path, *rest)
+        assert result.exit_code == 1
+        assert result.stderr == (
+            f"owl2: error: {tmp_path} is not a bundle: owl2.json is missing; give a folder written by owl2-export\n"
+        )
+
+    def test_damaged_bundle(self, run: RunCommand, copy: Path) -> None:
+        flip_byte(copy / "decoder.onnx")
+        result = run("ask", copy, "q")
+        assert result.exit_code == 1
+        assert "decoder.onnx was changed" in result.stderr
+
+    def test_debug_shows_the_traceback(self, run: RunCommand, bundle_a1: Path) -> None:
+        result = run("ask", bundle_a1, "q", "--image", "missing.png", "--debug")
+        assert result.exit_code == 1
+        assert result.stderr.startswith("Traceback (most recent call last)")
+        assert "ImageError: cannot read missing.png" in result.stderr
+
+
+class Screen(io.StringIO):
+    """A terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+class TestLoadProgress:
+    @pytest.fixture
+    def slow(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Hashing always takes more than a moment."""
+        monkeypatch.setattr(console, "PROGRESS_DELAY", 0)
+
+    def shown(self, monkeypatch: pytest.MonkeyPatch, *reports: LoadProgress | type[BaseException]) -> str:
+        """What a load that reports this, or ends with that, shows on a terminal."""
+        screen = Screen()
+        monkeypatch.setattr(sys, "stderr", screen)
+        with load_progress() as progress:
+            assert progress is not None
+            for report in reports:
+                if isinstance(report, type):
+                    raise report
+                progress(report)
+            screen.write("next line")
+        return screen.getvalue()
+
+    def test_a_bar_while_files_are_hashed(self, slow: None, monkeypatch: pytest.MonkeyPatch) -> None:
+        hashing = [LoadProgress("verifying", done << 20, 4 << 20) for done in (1, 3, 4)]
+        text = self.shown(monkeypatch, *hashing, LoadProgress("loading", 0, 1))
+        assert re.search(r"verifying 4\.0 MiB .* 25%.* 75%.* 100%[^\n]*\nnext line$", text, re.DOTALL)
+
+    def test_an_interrupted_one_gives_the_line_back(self, slow: None, monkeypatch: pytest.MonkeyPatch) -> None:
+        with pytest.raises(KeyboardInterrupt):
+            self.shown(monkeypatch, LoadProgress("verifying", 1, 4), KeyboardInterrupt)
+        assert isinstance(sys.stderr, Screen)
+        assert sys.stderr.getvalue().endswith("\n")
+
+    def test_nothing_if_it_takes_but_a_moment(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        reports = (LoadProgress("verifying", 1, 4), LoadProgress("verifying", 4, 4), LoadProgress("loading", 0, 1))
+        assert self.shown(monkeypatch, *reports) == "next line"
+
+    def test_nothing_on_a_pipe(self, slow: None, run: RunCommand, bundle_a1: Path) -> None:
+        with load_progress() as progress:
+            assert progress is None
+        for command in (("info",), ("ask", "q", "--max-new-tokens", 1)):
+            name, *rest = command
+            assert run(name, bundle_a1, *rest, "--verify").stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (5 << 30, "5.0 GiB"), (3 << 40, "3072.0 GiB")],
+)
+def test_size(count: int, text: str) -> None:
+    assert size(count) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.0071, "7 ms"), (1, "1.0 s"), (75.26, "75.3 s")])
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_control_characters_do_not_reach_a_terminal() -> None:
+    assert "a\x1b[2J\r\x9b\x7f\nb\tü".translate(UNSHOWN) == "a�[2J���\nb\tü"
