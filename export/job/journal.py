@@ -92,8 +92,7 @@ class Journal:
         _remove_all_but({*vision["files"], weights}, self._staging.folder)
         if self._decoder is None:
             return "continuing an interrupted export after the vision tower"
-        self.layers = self._decoder["layers"]
-        self._keep()
+        self._count(self._decoder["layers"])
         if self.layers == self._job.layers:
             return f"continuing an interrupted export after the last of {self._job.layers} layers"
         return f"continuing an interrupted export at layer {self.layers + 1} of {self._job.layers}"
@@ -146,8 +145,7 @@ class Journal:
             "modules": {module: asdict(report) for module, report in modules.items()},
         }
         self._commit()
-        self.layers = state.layers
-        self._keep()
+        self._count(state.layers)
 
     def restore_layers(self, writer: DecoderGraph, restore: Callable[[list[Array]], None]) -> dict[str, ModuleReport]:
         """Bring a fresh writer to where the finished layers end; there must be some.
@@ -160,27 +158,21 @@ class Journal:
             The reports that were kept with them.
         """
         record = self._decoder
-        if record is None:
-            raise ValueError("no layer is finished")
+        assert record is not None
         nodes = (self._staging.journal / record["graph"]["file"]).read_bytes()
         builder = BuilderState(nodes, record["names"], *record["segments"][-1])
         writer.restore(DecoderState(builder, record["residual"], record["pending"], record["layers"]))
         restore(self._read_arrays(record["rows"]))
         return {name: from_json(ModuleReport, report, INDEX) for name, report in record["modules"].items()}
 
-    def _keep(self) -> None:
-        self._staging.kept = f"{self.layers} of {self._job.layers} decoder layers"
+    def _count(self, layers: int) -> None:
+        self.layers = layers
+        self._staging.kept = f"{layers} of {self._job.layers} decoder layers"
 
     def _commit(self) -> None:
         sync(self._staging.folder)
-        content = {
-            "format": FORMAT,
-            "key": self._key,
-            "usage": self._job.usage.to_json(),
-            "vision": self._vision,
-            "decoder": self._decoder,
-        }
-        text = json.dumps(content)
+        content = {"format": FORMAT, "key": self._key, "usage": self._job.usage.to_json()}
+        text = json.dumps(content | {"vision": self._vision, "decoder": self._decoder})
         complete = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "content": text}
         written = self._write(INDEX + ".new", [json.dumps(complete).encode()])
         (self._staging.journal / written["file"]).rename(self._staging.journal / INDEX)
