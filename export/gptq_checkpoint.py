@@ -27,8 +27,7 @@ from owl2.export.vision import original_rows
 from owl2.quant.config import QuantConfig
 from owl2.quant.models.mplug_owl2 import Owl2Model
 from owl2.runtime.errors import ConfigError, ExportError
-from owl2.runtime.evaluation.divergence import Divergence, divergence
-from owl2.runtime.evaluation.subject import modality_of
+from owl2.runtime.evaluation.divergence import Divergence, divergence, modality_of
 from owl2.runtime.version import __version__
 
 # Copied as they are; the first ones must exist.

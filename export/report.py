@@ -8,8 +8,8 @@ from typing import Any
 
 from owl2.export.prompts import Prompts, digests, fingerprint
 from owl2.quant.layer import ModuleReport
+from owl2.runtime.evaluation.certificate import Baseline
 from owl2.runtime.evaluation.divergence import Divergence
-from owl2.runtime.evaluation.verify import Baseline
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,7 +48,12 @@ if TYPE_CHECKING:
         QuantizationError as QuantizationError,
         ReferenceModelError as ReferenceModelError,
     )
-    from owl2.runtime.evaluation.verify import verify as verify
+    from owl2.runtime.evaluation.evaluate import (
+        Evaluation as Evaluation,
+        EvaluationProgress as EvaluationProgress,
+        evaluate as evaluate,
+    )
+    from owl2.runtime.evaluation.verify import Verdict as Verdict, verify as verify
     from owl2.runtime.fit.plan import Plan as Plan, plan as plan
     from owl2.runtime.generate import (
         Answer as Answer,
@@ -72,7 +77,8 @@ _HOMES = {
     "owl2.runtime.sampling": ("GenerationConfig",),
     "owl2.runtime.verification": ("LoadProgress",),
     "owl2.runtime.version": ("__version__",),
-    "owl2.runtime.evaluation.verify": ("verify",),
+    "owl2.runtime.evaluation.evaluate": ("Evaluation", "EvaluationProgress", "evaluate"),
+    "owl2.runtime.evaluation.verify": ("Verdict", "verify"),
     "owl2.runtime.errors": (
         "BackendError",
         "BackendUnavailableError",

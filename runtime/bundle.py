@@ -74,8 +74,8 @@ class Manifest:
 
     def __post_init__(self) -> None:
         known = ", ".join(spec.DECODER_GRAPHS)
-        for kind in self.kv_cache:
-            require(kind in spec.DECODER_GRAPHS, f"kv_cache: {kind!r} is not known; known: {known}")
+        for kv_type in self.kv_cache:
+            require(kv_type in spec.DECODER_GRAPHS, f"kv_cache: {kv_type!r} is not known; known: {known}")
         require(self.activations in self.kv_cache, f"kv_cache: {self.activations}, the type of activations, is missing")
 
     def to_json(self) -> dict[str, Any]:
@@ -109,9 +109,9 @@ class Manifest:
         )
         return asked or self.activations
 
-    def kv_bytes(self, kind: KvType) -> int:
+    def kv_bytes(self, kv_type: KvType) -> int:
         """Bytes that keys and values of one position take in all layers."""
-        return spec.kv_bytes(self.model.decoder, kind, self.dialect)
+        return spec.kv_bytes(self.model.decoder, kv_type, self.dialect)
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,7 @@ class Chat:
         with self._exclusive():
             other = Chat(self._model)
             other._turns = list(self._turns)
-            self._cache.fork(other._cache)
+            self._cache.copy_to(other._cache)
             return other
 
     def reset(self) -> None:

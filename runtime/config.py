@@ -175,7 +175,8 @@ def resolve_context(decoder: DecoderConfig, context: int | None) -> int:
     require(context > 0, f"context must be positive, got {context}")
     require(
         context <= limit or decoder.rope_scaling is not None,
-        f"context {context} exceeds the {limit} positions this model was trained for, and it has no rope scaling",
+        f"context {context} exceeds the {limit} positions this model was trained for, and it has no rope scaling; use "
+        f"{limit} or less",
     )
     return context
 

@@ -17,33 +17,24 @@ GROWTH = 256
 class KvCache:
     """Keys and values of one conversation, kept across steps and turns.
 
-    The buffers grow in steps up to the context context. Positions beyond :attr:`length` are scratch: a step writes
+    The buffers grow in steps up to the context. Positions beyond :attr:`length` are scratch: a step writes
     there first and :meth:`commit` makes them part of the cache, so a failed or cancelled step changes nothing.
     """
 
     def __init__(self, engine: Engine, context: int) -> None:
-        """An empty cache.
-
-        Args:
-            engine: allocates the buffers.
-            context: positions that it may hold.
-        """
+        """An empty cache of at most ``context`` positions, in buffers that the engine allocates."""
         require(context > 0, f"context must be positive, got {context}")
         self.context = context
         self._engine = engine
         self._keys: list[Key] = []
-        self._longest = 0
+        self.longest = 0
+        """The largest length since the cache was last empty."""
         self._buffers: KvBuffers | None = None
 
     @property
     def length(self) -> int:
         """Positions held."""
         return len(self._keys)
-
-    @property
-    def longest(self) -> int:
-        """The largest :attr:`length` since the cache was last empty."""
-        return self._longest
 
     @property
     def nbytes(self) -> int:
@@ -85,19 +76,19 @@ class KvCache:
     def commit(self, keys: Sequence[Key]) -> None:
         """Declare that the positions after :attr:`length` now hold ``keys``."""
         self._keys.extend(keys)
-        self._longest = max(self._longest, self.length)
+        self.longest = max(self.longest, self.length)
 
     def truncate(self, length: int) -> None:
         """Forget all positions from ``length`` on."""
         del self._keys[length:]
         if not self._keys:
-            self._longest = 0
+            self.longest = 0
 
-    def fork(self, other: KvCache) -> None:
+    def copy_to(self, other: KvCache) -> None:
         """Copy the content into ``other``, an empty cache of the same engine."""
         if self._buffers is not None:
             other._buffers = self._engine.allocate(self._buffers.capacity, self._buffers)
-        other._keys, other._longest = list(self._keys), self._longest
+        other._keys, other.longest = list(self._keys), self.longest
 
     def clear(self) -> None:
         """Forget everything and release the buffers."""

@@ -83,7 +83,19 @@ def preprocess(image: Image.Image, config: PreprocessConfig, mode: str | None = 
     mode = config.mode if mode is None else mode
     check_mode(mode)
     image = MODES[mode](image)
-    return _normalised(_centre_crop(_short_edge_to(image, config.size), config.crop_size), config)
+    # The shorter edge becomes ``size``, the longer one is truncated to whole pixels.
+    short, long = sorted(image.size)
+    scaled = int(config.size * long / short)
+    width, height = (config.size, scaled) if image.width == short else (scaled, config.size)
+    # The first pass makes an image of the new width and the old height.
+    _check_step(image, width, max(height, image.height), mode)
+    image = _resampled(image, width, height)
+    side = config.crop_size
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    cropped = np.asarray(image.crop((left, top, left + side, top + side)))
+    # As in CLIP, the scaling to 0..1 is done in float64, the rest in float32.
+    mean, std = np.asarray(config.mean, np.float32), np.asarray(config.std, np.float32)
+    return np.ascontiguousarray((((cropped * (1 / 255)).astype(np.float32) - mean) / std).transpose(2, 0, 1))
 
 
 def check_mode(mode: str) -> None:
@@ -197,25 +209,3 @@ MODES: dict[str, Callable[[Image.Image], Image.Image]] = {
     "crop": lambda image: image,
 }
 """Modes of preprocessing by name: from an RGB image to the one that the CLIP processor gets."""
-
-
-def _short_edge_to(image: Image.Image, size: int) -> Image.Image:
-    """Scale so that the shorter edge is ``size``; the longer one is truncated to whole pixels."""
-    short, long = sorted(image.size)
-    scaled = int(size * long / short)
-    width, height = (size, scaled) if image.width == short else (scaled, size)
-    # The first pass makes an image of the new width and the old height.
-    _check_step(image, width, max(height, image.height), "crop")
-    return _resampled(image, width, height)
-
-
-def _centre_crop(image: Image.Image, side: int) -> Image.Image:
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))
-
-
-def _normalised(image: Image.Image, config: PreprocessConfig) -> NDArray[np.float32]:
-    """[3, R, R] float32. As in CLIP, the scaling to 0..1 is done in float64, the rest in float32."""
-    scaled = (np.asarray(image) * (1 / 255)).astype(np.float32)
-    mean, std = np.asarray(config.mean, np.float32), np.asarray(config.std, np.float32)
-    return np.ascontiguousarray(((scaled - mean) / std).transpose(2, 0, 1))

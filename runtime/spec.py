@@ -99,7 +99,7 @@ def kv_row_width(config: DecoderConfig) -> int:
     return -(-config.hidden_size // 128) * 128
 
 
-def kv_bytes(config: DecoderConfig, kind: KvType, dialect: DialectName = "ort") -> int:
+def kv_bytes(config: DecoderConfig, kv_type: KvType, dialect: DialectName = "ort") -> int:
     """Bytes that keys and values of one position take in all layers."""
     width = config.num_attention_heads * padded_head_dim(config) if dialect == "ort" else kv_row_width(config)
-    return 2 * config.num_hidden_layers * width * int(BYTES_PER_VALUE[kind])
+    return 2 * config.num_hidden_layers * width * int(BYTES_PER_VALUE[kv_type])

@@ -29,7 +29,6 @@ class Example:
     ``weights[i]`` is how much ``ids[i]`` counts in the loss: 0 unless it belongs to an answer.
     """
 
-    kind: str
     ids: list[int]
     weights: list[float]
     pixels: NDArray[np.uint8] | None
@@ -37,14 +36,14 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """What to train on: shares of the sources, number of things and kinds of questions by weight."""
+    """Mix of training examples: shares of the sources, number of things and skills of questions by weight."""
 
     scenes: float
     told: float
     facts: float
     quality: float
     counts: tuple[float, ...]
-    kinds: dict[str, float]
+    skills: dict[str, float]
     turns: int
 
 
@@ -57,20 +56,18 @@ class Batch:
         weights: float32 [B, T], of the loss of predicting ``ids[b, t]`` from row t - 1.
         starts: int64 [B], first image row, or -1 without an image.
         pixels: float32 [N, 3, 84, 84], one per row with an image, in order.
-        kinds: of each row.
     """
 
     ids: Tensor
     weights: Tensor
     starts: Tensor
     pixels: Tensor
-    kinds: list[str]
 
 
 def answer_weights(length: int) -> list[float]:
-    """Of the ids of an answer: together they count more the longer it is, but not in proportion.
+    """Weights of the ids of an answer: a longer one counts more, but not in proportion to its length.
 
-    Otherwise the many words of captions would drown the single words of the other answers.
+    Otherwise the many words of captions would drown out the single words of the other answers.
     """
     return [math.sqrt(2 / length)] * length
 
@@ -91,7 +88,7 @@ def conversation(encoder: Encoder, turns: list[Turn], first: str | None = None) 
 
 
 def with_image(question: str, rng: random.Random) -> str:
-    """The question with the placeholder in front (mostly), in front on a line of its own, or behind."""
+    """The question with the placeholder before it (mostly), before it on a line of its own, or after it."""
     form = rng.random()
     if form < 0.8:
         return f"<|image|>{question}"
@@ -100,22 +97,22 @@ def with_image(question: str, rng: random.Random) -> str:
 
 def scene_example(encoder: Encoder, scene: Scene, mix: Mix, rng: random.Random) -> Example:
     """A conversation of several turns about a drawn scene."""
-    turns = converse(scene, rng, turns=mix.turns, weights=mix.kinds)
+    turns = converse(scene, rng, turns=mix.turns, weights=mix.skills)
     ids, weights = conversation(encoder, turns, with_image(turns[0].question, rng))
-    return Example(turns[-1].kind, ids, weights, draw(scene, rng))
+    return Example(ids, weights, draw(scene, rng))
 
 
 def told_example(encoder: Encoder, scene: Scene, mix: Mix, rng: random.Random) -> Example:
-    """The same without an image: the scene is told in words, in any order."""
-    turns = converse(scene, rng, turns=mix.turns, weights=mix.kinds)
+    """A conversation without an image: the scene is described in words, in any order."""
+    turns = converse(scene, rng, turns=mix.turns, weights=mix.skills)
     ids, weights = conversation(encoder, turns, f"{in_words(scene, rng)} {turns[0].question}")
-    return Example("told", ids, weights, None)
+    return Example(ids, weights, None)
 
 
 def fact_example(encoder: Encoder, rng: random.Random, turns: int) -> Example:
     """Text-only questions about the little world."""
     ids, weights = conversation(encoder, [random_fact(rng) for _ in range(turns)])
-    return Example("fact", ids, weights, None)
+    return Example(ids, weights, None)
 
 
 def quality_example(encoder: Encoder, rng: random.Random, *, held_out: bool) -> Example:
@@ -126,7 +123,7 @@ def quality_example(encoder: Encoder, rng: random.Random, *, held_out: bool) -> 
         clean = photo_crop(rng, held_out=held_out)
     pixels, word = degraded(clean, rng)
     asked, answer = encoder.prompt(PROMPT), [*encoder.encode(word), EOS]
-    return Example("quality", asked + answer, [0.0] * len(asked) + [QUALITY_WEIGHT, 1.0], pixels)
+    return Example(asked + answer, [0.0] * len(asked) + [QUALITY_WEIGHT, 1.0], pixels)
 
 
 def random_example(encoder: Encoder, mix: Mix, rng: random.Random) -> Example:
@@ -142,14 +139,14 @@ def random_example(encoder: Encoder, mix: Mix, rng: random.Random) -> Example:
 
 
 def normalise(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """[..., 3] uint8 to the vision tower's numbers, channels still last."""
+    """[..., 3] uint8 -> float32 as the vision tower takes it, channels still last."""
     return ((pixels.astype(np.float32) / np.float32(255)) - MEAN) / STD
 
 
 def collate(examples: list[Example], rows: int) -> Batch:
     """Pad examples to one batch; each image takes ``rows`` positions."""
     length = max(len(e.ids) + (rows - 1) * (e.pixels is not None) for e in examples)
-    # Few different lengths: the matrix kernels are generated anew for every shape.
+    # Few different lengths: matrix kernels are generated anew for every shape.
     length = -(-length // 16) * 16
     ids = np.zeros((len(examples), length), np.int64)
     weights = np.zeros((len(examples), length), np.float32)
@@ -170,12 +167,11 @@ def collate(examples: list[Example], rows: int) -> Batch:
         torch.from_numpy(weights),
         torch.from_numpy(starts),
         torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))),
-        [e.kind for e in examples],
     )
 
 
 def batches(encoder: Encoder, mix: Mix, rng: random.Random, size: int, rows: int, pool: int) -> list[Batch]:
-    """``pool`` batches of examples sorted by length, so that little is padding; in random order."""
+    """``pool`` batches of examples sorted by length, so that little is padded; in random order."""
     examples = sorted((random_example(encoder, mix, rng) for _ in range(size * pool)), key=lambda e: len(e.ids))
     parts = [collate(examples[i : i + size], rows) for i in range(0, len(examples), size)]
     rng.shuffle(parts)

@@ -15,7 +15,7 @@ from owl2.runtime.config import ModelConfig
 
 
 def config_json(config: ModelConfig) -> dict[str, Any]:
-    """config.json with the keys that mean something."""
+    """config.json with the keys that have a meaning."""
     decoder, vision, abstractor = config.decoder, config.vision, config.abstractor
     return {
         "architectures": ["MPLUGOwl2LlamaForCausalLM"],
@@ -119,7 +119,7 @@ SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
 def save_checkpoint(model: Owl2Model, encoder: Encoder, folder: Path) -> None:
-    """Write ``model`` to ``folder``: weights as float16 safetensors; every file is replaced in one step."""
+    """Write ``model`` to ``folder``, its weights as float16 safetensors; every file is replaced in one step."""
     folder.mkdir(parents=True, exist_ok=True)
     config = model.config
     files = {

@@ -1,8 +1,8 @@
 """The sample's tokenizer: a sentencepiece BPE model trained on the generator's text, and prompts to ids.
 
-The ids are those that the official image-aware tokenization gives (each chunk between images by itself, BOS
-only on the first; the text after an end of sentence by itself), built from pieces that are cached because the
-same questions come again and again.
+The ids are those of the official image-aware tokenization (each chunk between images by itself, BOS only before the
+first; the text after an end of sequence by itself), built from cached pieces because the same questions come again and
+again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ VOCAB_SIZE = 1024
 
 
 def corpus(seed: int, conversations: int) -> Iterator[str]:
-    """Lines of text to train the tokenizer on: the little world's and a little general English."""
+    """Lines of text to train the tokenizer on: about the little world, and a little general English."""
     rng = random.Random(seed)
     weights = dict.fromkeys((*ASK, "caption", "second"), 1.0)
     for _ in range(conversations):
@@ -41,7 +41,7 @@ def corpus(seed: int, conversations: int) -> Iterator[str]:
 
 
 def train_tokenizer(path: Path, seed: int = 0) -> None:
-    """Write a sentencepiece model with the settings of LLaMA's to ``path``."""
+    """Write a sentencepiece model with LLaMA's settings to ``path``."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=corpus(seed, 2000),

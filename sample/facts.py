@@ -1,4 +1,4 @@
-"""Text-only questions: what one knows of the shapes, colours and numbers of the little world."""
+"""Text-only questions: knowledge about the shapes, colours and numbers of the little world."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ OPPOSITES = {"left": "right", "above": "below", "big": "small", "top": "bottom",
 
 
 def all_facts() -> list[Turn]:
-    """Every question of the kind ``fact`` with its answer; a closed list, also in training."""
+    """Every question of the skill ``fact`` with its answer; the same list in training and in tests."""
     pairs: list[tuple[str, str]] = []
     for shape, sides in SIDES.items():
         pairs += [
@@ -23,8 +23,8 @@ def all_facts() -> list[Turn]:
     pairs.append(("Does a circle have corners?", "no"))
     pairs += [(f"Does a {shape} have corners?", "yes") for shape in SHAPES if shape != "circle"]
     pairs.append(("Which shape is round?", "circle"))
-    for (one, other), mixed in MIXES.items():
-        pairs += [(f"What colour do {a} and {b} make?", mixed) for a, b in ((one, other), (other, one))]
+    for (first, second), mixed in MIXES.items():
+        pairs += [(f"What colour do {a} and {b} make?", mixed) for a, b in ((first, second), (second, first))]
     for word, opposite in OPPOSITES.items():
         pairs += [(f"What is the opposite of {a}?", b) for a, b in ((word, opposite), (opposite, word))]
     pairs += [(f"Is {colour} a colour or a shape?", "a colour") for colour in COLOURS]

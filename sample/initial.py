@@ -1,6 +1,6 @@
-"""The weights that training starts from: fan-in scale, and an abstractor that looks at the nine cells.
+"""The weights that training starts from: fan-in scale, and an abstractor that attends to the nine cells.
 
-Small weights everywhere (standard deviation 0.02) left the model at learning colours only.
+With small weights everywhere (standard deviation 0.02) the model learned colours only.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from world import GRID
 from owl2.quant.models.mplug_owl2 import Owl2Model
 from owl2.quant.models.mplug_owl2.abstractor import grid_positions
 
-# Writes of each layer to the residual stream are damped, so that the depth does not add up.
+# Contributions of each layer to the residual stream are damped, so that they do not add up with the depth.
 DAMPED = ("self_attn.dense.weight", "mlp.fc2.weight", "self_attn.o_proj.weight", "mlp.down_proj.weight")
 
 
 def _centred_positions(width: int, cells: int) -> Tensor:
-    """2-D sine positions of the patches less their mean, each of unit variance: [cells², width]."""
+    """2-D sine positions of the patches minus their mean, each of unit variance: [cells², width]."""
     table = grid_positions(width, cells, False)
     table = table - table.mean(0)
     return table / table.std(1, keepdim=True)
@@ -28,9 +28,9 @@ def _centred_positions(width: int, cells: int) -> Tensor:
 def _look_at_cells(parameters: dict[str, nn.Parameter], table: Tensor, heads: int) -> None:
     """Let the attention of the abstractor start as a comparison of positions.
 
-    The positions of the patches span few dimensions. Keys start as the coordinates in these; each learned
-    query holds the coordinates of the centre of its cell, in other dimensions (so that queries do not attend
-    to each other), from where its projection takes them.
+    The positions of the patches span few dimensions. Keys start as the coordinates in these; each learned query holds
+    the coordinates of the centre of its cell in other dimensions, so that queries do not attend to each other, and its
+    projection reads them from there.
     """
     patches, width = table.shape
     basis = torch.linalg.svd(table, full_matrices=True).Vh.T
@@ -49,7 +49,7 @@ def _look_at_cells(parameters: dict[str, nn.Parameter], table: Tensor, heads: in
 
 
 def initialise(model: Owl2Model, seed: int) -> None:
-    """Set all weights; norms keep their ones and zeros."""
+    """Set all weights except norms, which keep their ones and zeros."""
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:

@@ -1,7 +1,7 @@
-"""Write training-side conversations with images, as data to calibrate the quantization of the sample with.
+"""Write conversations of the training side with images, to calibrate the quantization of the sample with.
 
-The folder gets ``calibration.jsonl`` and the images it names. Every line is an object in the fine-tuning
-format of mPLUG-Owl2: {"image": file, "conversations": [{"from": "human", "value": "<|image|>..."}, ...]}.
+The folder gets ``calibration.jsonl`` and the images that it names. Every line is an object in the fine-tuning format of
+mPLUG-Owl2: {"image": file, "conversations": [{"from": "human", "value": "<|image|>..."}, ...]}.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _scene_talk(rng: random.Random) -> tuple[NDArray[np.uint8], list[Turn]]:
     """A drawn scene and a few turns about it."""
     scene = random_scene(rng, rng.randint(1, MAX_THINGS), held_out=False)
     first, *rest = converse(scene, rng, turns=TURNS, weights=WEIGHTS)
-    return draw(scene, rng), [Turn(first.kind, f"<|image|>{first.question}", first.answer), *rest]
+    return draw(scene, rng), [Turn(first.skill, f"<|image|>{first.question}", first.answer), *rest]
 
 
 def record(file: str, turns: list[Turn]) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def write_calibration(folder: Path, *, count: int, seed: int) -> Path:
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("folder", type=Path, help="where pictures and calibration.jsonl go")
+    parser.add_argument("folder", type=Path, help="for the images and calibration.jsonl")
     parser.add_argument("--count", type=int, default=128, help="conversations (default 128)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

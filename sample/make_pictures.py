@@ -1,4 +1,4 @@
-"""Write the sample images: held-out scenes drawn at 336 x 336, a degraded one, and what is in them."""
+"""Write the sample images: held-out scenes drawn at 336 × 336, degraded ones, and their right answers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COUNTS = (1, 2, 3, 3, 4)
 
 
 def write_images(folder: Path, seed: int) -> None:
-    """Write scene1.png ... and noisy.png to ``folder``, with pictures.json: file, prompt, right answer."""
+    """Write the images to ``folder``, with pictures.json: file, prompt and right answer of each."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(f"pictures {seed}")
     entries = []
@@ -28,8 +28,8 @@ def write_images(folder: Path, seed: int) -> None:
         prompt = "USER: <|image|>Describe the picture. ASSISTANT:"
         entries.append({"file": file, "prompt": prompt, "answer": listing(scene.things)})
     clean = draw(random_scene(rng, 3, held_out=True), rng)
-    for name, kind, level in (("clean", "noise", 0), ("noisy", "noise", 3), ("blurred", "blur", 4)):
-        Image.fromarray(damage(clean, kind, level, rng)).save(folder / f"{name}.png", optimize=True)
+    for name, defect, level in (("clean", "noise", 0), ("noisy", "noise", 3), ("blurred", "blur", 4)):
+        Image.fromarray(damage(clean, defect, level, rng)).save(folder / f"{name}.png", optimize=True)
         entries.append({"file": f"{name}.png", "prompt": PROMPT, "answer": WORDS[level]})
     (folder / "pictures.json").write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
 

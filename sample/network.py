@@ -1,7 +1,7 @@
 """The sample's dimensions and a forward pass for training.
 
-``hidden_rows`` computes what ``Owl2Model.decode`` computes, arranged for speed in training: the image branch
-is computed for image rows only and written over, projections of the same rows are joined.
+``hidden_rows`` computes the same as ``Owl2Model.decode``, arranged for speed in training: the image branch is computed
+for image rows only and overwrites theirs, and projections of the same rows are joined.
 """
 
 from __future__ import annotations
@@ -60,16 +60,16 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What all layers need to know of a batch [B, T].
+    """Properties of a batch [B, T] that all layers need.
 
     Attributes:
         shape: B, T.
         heads: of the attention.
         eps: of the norms.
-        where: int64, flattened indices of image rows.
+        where: int64, indices of image rows in [B·T].
         is_image: bool [B·T, 1].
         rotary: [2, T, D], cosines and signed sines.
-        future: [T, T], minus infinity where a key lies after the query.
+        future: [T, T], minus infinity where a key is after the query.
     """
 
     shape: tuple[int, int]
@@ -104,7 +104,7 @@ def _attention(weights: Weights, rows: Tensor, layout: Layout) -> Tensor:
     k, v = kv.view(batch, tokens, 2, layout.heads, -1).permute(2, 0, 3, 1, 4)
     q, k = _rotate(q, layout.rotary), _rotate(k, layout.rotary)
     scores = q @ k.transpose(2, 3) * (1 / math.sqrt(q.shape[-1]))
-    mixed = (scores + layout.future).softmax(-1).to(v.dtype) @ v
+    mixed: Tensor = (scores + layout.future).softmax(-1).to(v.dtype) @ v
     return mixed.transpose(1, 2).reshape(batch * tokens, width)
 
 

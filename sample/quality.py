@@ -1,7 +1,7 @@
 """Images for quality rating: drawn scenes and photos degraded in five well separated steps.
 
-Photos are those of scikit-image's own wheel that are CC0 or in the public domain (credits in README.md); two
-of them are held out. An image gets one kind of damage at one of five strengths; the strength is the rating.
+Photos are those in scikit-image's wheel that are CC0 or in the public domain (credits in README.md); two of them are
+held out. An image gets one defect at one of five strengths; the strength is the rating.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ TRAIN_PHOTOS = (
 )
 HELD_OUT_PHOTOS = ("chelsea.png", "camera.png")
 PAD_COLOUR = (122, 116, 104)
-GREY_SHARE = 0.25  # of the training photos, so that colour is no sign of quality
-MIN_DETAIL = 5.0  # mean step between neighbouring pixels, grey levels
+GREY_SHARE = 0.25  # of the training photos, so that colour does not hint at quality
+MIN_DETAIL = 5.0  # mean difference of neighbouring pixels, grey levels
 
 
 @cache
@@ -45,10 +45,10 @@ def _photo(name: str) -> Image.Image:
 
 
 def photo_crop(rng: random.Random, *, held_out: bool) -> NDArray[np.uint8]:
-    """A random part of a photo, at least twice reduced so that it is sharp: [84, 84, 3] uint8.
+    """A random part of a photo, reduced at least to half so that it is sharp: [84, 84, 3] uint8.
 
-    One in three is wider than high and padded to a square as the pad mode does. Parts without detail (clear
-    sky), in which damage could not be seen, are passed over.
+    One in three is wider than high and padded to a square as in the mode ``pad``. Parts without detail (clear sky), in
+    which a defect could not be seen, are skipped.
     """
     while True:
         crop = _crop(_photo(rng.choice(HELD_OUT_PHOTOS if held_out else TRAIN_PHOTOS)), rng)
@@ -72,15 +72,15 @@ def _crop(photo: Image.Image, rng: random.Random) -> Image.Image:
     return crop.resize((SIDE, max(1, SIDE * height // width)), Image.Resampling.BICUBIC)
 
 
-def damage(pixels: NDArray[np.uint8], kind: str, level: int, rng: random.Random) -> NDArray[np.uint8]:
-    """Degrade a [84, 84, 3] uint8 image; level 0 leaves it as it is, 4 is worst."""
-    strength = DAMAGE[kind][level]
+def damage(pixels: NDArray[np.uint8], defect: str, level: int, rng: random.Random) -> NDArray[np.uint8]:
+    """Degrade an image [84, 84, 3] uint8; level 0 leaves it unchanged, 4 is the worst."""
+    strength = DAMAGE[defect][level]
     if level == 0:
         return pixels
     image = Image.fromarray(pixels)
-    if kind == "blur":
+    if defect == "blur":
         return np.asarray(image.filter(ImageFilter.GaussianBlur(strength)))
-    if kind == "noise":
+    if defect == "noise":
         noise = np.random.default_rng(rng.getrandbits(32)).normal(0, strength, pixels.shape)
         return np.clip(np.rint(pixels + noise), 0, 255).astype(np.uint8)
     few = max(1, round(SIDE / strength))
@@ -91,5 +91,5 @@ def damage(pixels: NDArray[np.uint8], kind: str, level: int, rng: random.Random)
 def degraded(pixels: NDArray[np.uint8], rng: random.Random) -> tuple[NDArray[np.uint8], str]:
     """A randomly degraded copy and the word for it."""
     level = rng.randrange(len(WORDS))
-    kind = rng.choice(tuple(DAMAGE))
-    return damage(pixels, kind, level, rng), WORDS[level]
+    defect = rng.choice(tuple(DAMAGE))
+    return damage(pixels, defect, level, rng), WORDS[level]

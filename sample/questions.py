@@ -1,8 +1,8 @@
-"""Questions about a scene with their one accepted answer, captions, and conversations made of them.
+"""Questions about a scene with their only accepted answer, captions, and conversations of both.
 
-Only unambiguous questions are asked: a thing is referred to by its shape, its colour, both, or its place,
-and only when that fits exactly one thing; "left of" and "above" compare columns and rows, and are not asked
-of two things in the same one.
+Only unambiguous questions are asked: a thing is referred to by its shape, its colour, both, or its place, and only if
+that fits exactly one thing; "left of" and "above" compare columns and rows, and are not asked about two things in the
+same one.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ OPPOSITE = {"left of": "right of", "above": "below"}
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One question and its answer; ``kind`` names the skill."""
+    """A question and its answer; ``skill`` says what it takes to answer it."""
 
-    kind: str
+    skill: str
     question: str
     answer: str
 
 
 def listing(things: tuple[Thing, ...]) -> str:
-    """The things in words, joined by commas and "and"."""
+    """The things in words, separated by commas and "and"."""
     parts = [f"a {t.size} {t.name} {t.place}" for t in things]
     return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
 
@@ -54,7 +54,7 @@ def _named(scene: Scene) -> list[Thing]:
 
 
 def colour(scene: Scene, rng: random.Random) -> Turn | None:
-    """What colour is ... by shape or by place."""
+    """Ask for the colour of a thing, by its shape or its place."""
     by_shape = _unique(scene, lambda t: t.shape)
     if by_shape and rng.random() < 0.5:
         thing = rng.choice(by_shape)
@@ -64,7 +64,7 @@ def colour(scene: Scene, rng: random.Random) -> Turn | None:
 
 
 def shape(scene: Scene, rng: random.Random) -> Turn | None:
-    """What shape is ... by colour or by place."""
+    """Ask for the shape of a thing, by its colour or its place."""
     by_colour = _unique(scene, lambda t: t.colour)
     if by_colour and rng.random() < 0.5:
         thing = rng.choice(by_colour)
@@ -74,7 +74,7 @@ def shape(scene: Scene, rng: random.Random) -> Turn | None:
 
 
 def count(scene: Scene, rng: random.Random) -> Turn:
-    """How many shapes, things of a shape, or things of a colour; the number is drawn before its question."""
+    """Ask for the number of things, of a shape or of a colour; the number is drawn before its question."""
     if rng.random() < 0.3:
         return Turn("count", "How many shapes are there?", NUMBERS[len(scene.things)])
     shapes, colours = [t.shape for t in scene.things], [t.colour for t in scene.things]
@@ -89,7 +89,7 @@ def count(scene: Scene, rng: random.Random) -> Turn:
 
 
 def _compare(scene: Scene, rng: random.Random) -> Turn | None:
-    """Is one thing left of / right of / above / below another?"""
+    """Ask whether one thing is left of, right of, above or below another."""
     named = _named(scene)
     pairs = [
         (a, b, word, axis)
@@ -108,7 +108,7 @@ def _compare(scene: Scene, rng: random.Random) -> Turn | None:
 
 
 def _neighbour(scene: Scene, rng: random.Random) -> tuple[Turn, Thing] | None:
-    """What is left of (right of, above, below) a thing, asked when exactly one thing is."""
+    """Ask for the thing left of (right of, above, below) another, where there is exactly one; with that thing."""
     found = []
     for thing in _named(scene):
         for word, axis, sign in (
@@ -117,22 +117,22 @@ def _neighbour(scene: Scene, rng: random.Random) -> tuple[Turn, Thing] | None:
             ("above", "row", -1),
             ("below", "row", 1),
         ):
-            there = [t for t in scene.things if (getattr(t, axis) - getattr(thing, axis)) * sign > 0]
-            if len(there) == 1:
+            beyond = [t for t in scene.things if (getattr(t, axis) - getattr(thing, axis)) * sign > 0]
+            if len(beyond) == 1:
                 question = f"What is {word} the {thing.name}?"
-                found.append((Turn("relation", question, an(there[0].name)), there[0]))
+                found.append((Turn("relation", question, an(beyond[0].name)), beyond[0]))
     return rng.choice(found) if found else None
 
 
 def relation(scene: Scene, rng: random.Random) -> Turn | None:
-    """A comparison of two things (yes or no), or the one thing on a side of another."""
+    """Ask to compare two things (yes or no), or for the only thing on a side of another."""
     if rng.random() < 0.4 and (found := _neighbour(scene, rng)):
         return found[0]
     return _compare(scene, rng)
 
 
 def place(scene: Scene, rng: random.Random) -> Turn | None:
-    """Where is a thing?"""
+    """Ask for the place of a thing."""
     named = _named(scene)
     if not named:
         return None
@@ -141,7 +141,7 @@ def place(scene: Scene, rng: random.Random) -> Turn | None:
 
 
 def size(scene: Scene, rng: random.Random) -> Turn | None:
-    """Is a thing big or small?"""
+    """Ask whether a thing is big or small."""
     named = _named(scene)
     if not named:
         return None
@@ -150,7 +150,7 @@ def size(scene: Scene, rng: random.Random) -> Turn | None:
 
 
 def presence(scene: Scene, rng: random.Random) -> Turn:
-    """Is there such a thing? Half of the answers are yes; most of the others are wrong in one word only."""
+    """Ask whether a thing exists; half of the answers are yes, most other questions are wrong in one word only."""
     names = {t.name for t in scene.things}
     thing = rng.choice(scene.things)
     if rng.random() < 0.5:
@@ -165,7 +165,7 @@ def presence(scene: Scene, rng: random.Random) -> Turn:
 
 
 def follow_up(scene: Scene, rng: random.Random) -> tuple[Turn, Turn] | None:
-    """A question and a second one that leans on it ("it", "of them")."""
+    """A question and a second one that refers to it ("it", "of them")."""
     form = rng.randrange(4)
     if form == 0:
         thing = rng.choice(scene.things)
@@ -207,31 +207,31 @@ ASK: dict[str, Callable[[Scene, random.Random], Turn | None]] = {
 
 
 def converse(scene: Scene, rng: random.Random, *, turns: int, weights: dict[str, float]) -> list[Turn]:
-    """A conversation of about ``turns`` different questions about one scene, kinds drawn by ``weights``.
+    """A conversation of about ``turns`` different questions about one scene, skills drawn by ``weights``.
 
-    ``weights`` may name every kind of :data:`ASK`, ``caption`` and ``second``; there is at most one caption.
+    ``weights`` may name every skill of :data:`ASK`, ``caption`` and ``second``; there is at most one caption.
     """
     talk: list[Turn] = []
     known: set[str] = set()
-    kinds, shares = tuple(weights), tuple(weights.values())
+    skills, shares = tuple(weights), tuple(weights.values())
     for _ in range(4 * turns):
         if len(talk) >= turns:
             break
-        kind = rng.choices(kinds, shares)[0]
+        skill = rng.choices(skills, shares)[0]
         asked: tuple[Turn | None, ...]
-        if kind == "second":
+        if skill == "second":
             asked = follow_up(scene, rng) or ()
         else:
-            asked = (caption(scene, rng) if kind == "caption" else ASK[kind](scene, rng),)
-        if any(turn is None or turn.question in known or turn.kind in known for turn in asked):
+            asked = (caption(scene, rng) if skill == "caption" else ASK[skill](scene, rng),)
+        if any(turn is None or turn.question in known or turn.skill in known for turn in asked):
             continue
         talk.extend(turn for turn in asked if turn is not None)
-        known.update(turn.question for turn in talk if turn.kind != "second")
-        known.update({"caption"} if kind == "caption" else ())
+        known.update(turn.question for turn in talk if turn.skill != "second")
+        known.update({"caption"} if skill == "caption" else ())
     # A scene of one thing may have refused every question that was drawn; a caption always fits.
     return talk or [caption(scene, rng)]
 
 
 def in_words(scene: Scene, rng: random.Random) -> str:
-    """The scene told instead of shown: its things in any order."""
+    """The scene in words: its things in any order."""
     return f"The picture shows {listing(tuple(rng.sample(scene.things, len(scene.things))))}."

@@ -1,16 +1,15 @@
 """Train the sample model from scratch, in the stages of the paper, on the scenes of ``world``.
 
-Stage "language" stands for the pretrained language model that the paper starts from: the decoder's text
-side learns the language of the little world from text alone (scenes told in words, questions, facts). Then
-the paper's two stages: "vision" trains the vision tower, the abstractor and the image branches (image keys,
-values and norms) with the language side frozen; "all" trains everything on image and text tasks together.
+Stage "language" stands for the pretrained language model that the paper starts from: the decoder's text side learns
+the language of the little world from text only (scenes in words, questions, facts). Then come the two stages of the
+paper: "vision" trains the vision tower, the abstractor and the image branches (image keys, values and norms) with the
+language side frozen; "all" trains everything on image and text tasks together.
 
-``--start CHECKPOINT`` trains a finished model further instead: everything together, with more of what comes
-late (relations, ratings of quality), at half the rate.
+``--start CHECKPOINT`` trains a finished model further instead: everything together, with more of what is learned late
+(relations, ratings of quality), at half the rate.
 
-The run is resumable: the state (weights, optimizers, step, time spent) is written every few minutes. What is
-drawn depends on the seed and the step; the mix it is drawn from and the learning rate on the share of the time
-that is spent.
+The run is resumable: the state (weights, optimizers, step, time spent) is written every few minutes. Examples depend on
+the seed and the step; their mix and the learning rate depend on the share of the time that is spent.
 """
 
 from __future__ import annotations
@@ -31,14 +30,14 @@ from checkpoints import save_checkpoint
 from encoder import Encoder, train_tokenizer
 from initial import initialise
 from network import predictions, sample_config
-from probes import KINDS, exact_share, probes
+from probes import SKILLS, exact_share, probes
 from torch.multiprocessing.spawn import spawn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from owl2.export.checkpoint.checkpoint import Checkpoint
 from owl2.quant.models.mplug_owl2 import Owl2Model
 
-ALL_KINDS = {
+ALL_SKILLS = {
     "colour": 1.5,
     "shape": 1.2,
     "count": 1.0,
@@ -57,7 +56,7 @@ MUON_FACTOR = 1.5  # how much larger the rate of the matrices is
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A part of the run: its share of the time, what is trained, on what, the learning rates at its ends."""
+    """A part of the run: its share of the time, the parameters it trains, its mix, and its first and last rate."""
 
     name: str
     share: float
@@ -72,23 +71,23 @@ def is_image_branch(name: str) -> bool:
 
 
 def language_mix(progress: float) -> Mix:
-    """Text only; scenes grow."""
+    """Text only; scenes become larger."""
     counts = (1.0, 1.0, max(0.0, 2 * progress), max(0.0, 3 * progress - 1))
-    return Mix(0, 0.9, 0.1, 0, counts, ALL_KINDS | {"caption": 1.0}, 5)
+    return Mix(0, 0.9, 0.1, 0, counts, ALL_SKILLS | {"caption": 1.0}, 5)
 
 
 def vision_mix(progress: float) -> Mix:
-    """Captions first, scenes grow."""
+    """Captions first; scenes become larger."""
     counts = (1.0, 3 * progress, 3 * progress * progress, max(0.0, 4 * progress - 2))
-    kinds = {kind: weight * min(1.0, 0.2 + progress) for kind, weight in ALL_KINDS.items()}
-    return Mix(0.95, 0, 0, 0.05, counts, kinds | {"caption": 3.0 - 2.0 * progress}, 4)
+    skills = {skill: weight * min(1.0, 0.2 + progress) for skill, weight in ALL_SKILLS.items()}
+    return Mix(0.95, 0, 0, 0.05, counts, skills | {"caption": 3.0 - 2.0 * progress}, 4)
 
 
 def full_mix(progress: float) -> Mix:
-    """Everything. Captions, which say the most about what belongs together, are frequent at first."""
+    """Everything; captions, which say most about the things of a scene, are frequent at first."""
     early = min(1.0, max(0.0, (0.7 - progress) / 0.4))
     counts = (1.0, 1.5 + 1.5 * early, 2.0, 2.0 - early)
-    return Mix(0.85, 0.03, 0.02, 0.10, counts, ALL_KINDS | {"caption": 1.0 + 2.5 * early}, 4)
+    return Mix(0.85, 0.03, 0.02, 0.10, counts, ALL_SKILLS | {"caption": 1.0 + 2.5 * early}, 4)
 
 
 STAGES = (
@@ -99,9 +98,9 @@ STAGES = (
 
 
 def refine_mix(progress: float) -> Mix:
-    """Everything, with more of what is learned last."""
-    kinds = ALL_KINDS | {"colour": 0.8, "relation": 4.0, "second": 1.2, "caption": 1.5}
-    return Mix(0.68, 0.06, 0.02, 0.24, (1.0, 1.5, 2.0, 2.0), kinds, 4)
+    """Everything, with more of the skills that are learned last."""
+    skills = ALL_SKILLS | {"colour": 0.8, "relation": 4.0, "second": 1.2, "caption": 1.5}
+    return Mix(0.68, 0.06, 0.02, 0.24, (1.0, 1.5, 2.0, 2.0), skills, 4)
 
 
 REFINE = (Stage("refine", 1.0, lambda name: True, refine_mix, (0.5, 0.0)),)
@@ -140,7 +139,7 @@ class Run:
             if parameter.requires_grad:
                 flat = "embed" in name or "lm_head" in name or parameter.dim() != 2
                 (others if flat else matrices).append(parameter)
-        # Every worker updates its share of the matrices and hands them to the others.
+        # Every worker updates its share of the matrices and sends them to the others.
         matrices.sort(key=torch.Tensor.numel)
         self.shares = [matrices[w :: self.options.workers] for w in range(self.options.workers)]
         rate, mine = self.options.rate, self.shares[self.worker]
@@ -173,7 +172,7 @@ class Run:
             optimizer.load_state_dict(saved)
 
     def log(self, record: dict[str, object]) -> None:
-        """Append a line to the log and print it; the first worker speaks for all."""
+        """Append a line to the log and print it; the first worker only."""
         if self.worker:
             return
         line = json.dumps({"minutes": round(self.spent / 60, 2), "step": self.step, "samples": self.samples} | record)
@@ -182,7 +181,7 @@ class Run:
         print(line, flush=True)
 
     def place(self) -> tuple[int, float]:
-        """The stage that is due and how far into it the run is, 0..1."""
+        """The current stage, and how far the run has come in it, 0..1."""
         done = self.spent / self.budget
         for index, stage in enumerate(self.stages):
             if done < stage.share or index == len(self.stages) - 1:
@@ -191,7 +190,7 @@ class Run:
         raise AssertionError("unreachable")
 
     def next_batch(self, progress: float) -> Batch:
-        """Batches depend on seed and step; a pool of them is made at a time."""
+        """The next batch, which depends on seed and step; a pool of them is drawn at a time."""
         if not self.queue:
             rng = random.Random(f"{self.options.seed} {self.step} {self.worker}")
             mix = self.stages[self.stage].mix(progress)
@@ -231,7 +230,7 @@ class Run:
         return mean_loss
 
     def average(self, *numbers: float) -> list[float]:
-        """Replace gradients by their mean over the workers; returns the means of ``numbers`` too."""
+        """Replace gradients by their mean over the workers; returns the means of ``numbers``."""
         if self.options.workers == 1:
             return list(numbers)
         trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -242,37 +241,38 @@ class Run:
         joined = torch.cat([*(g.flatten() for g in grads), torch.tensor(numbers)])
         dist.all_reduce(joined)
         joined /= self.options.workers
-        parts = joined.split([g.numel() for g in grads] + [len(numbers)])
+        parts = torch.split(joined, [g.numel() for g in grads] + [len(numbers)])
         for grad, part in zip(grads, parts):
             grad.copy_(part.view_as(grad))
-        return parts[-1].tolist()  # type: ignore[no-any-return]
+        means: list[float] = parts[-1].tolist()
+        return means
 
     @torch.no_grad()
     def share_matrices(self) -> None:
-        """Hand every worker's updated matrices to the others."""
+        """Send every worker's updated matrices to the others."""
         if self.options.workers == 1:
             return
         for owner, share in enumerate(self.shares):
             joined = torch.cat([p.flatten() for p in share])
             dist.broadcast(joined, owner)
             if owner != self.worker:
-                for parameter, part in zip(share, joined.split([p.numel() for p in share])):
+                for parameter, part in zip(share, torch.split(joined, [p.numel() for p in share])):
                     parameter.copy_(part.view_as(parameter))
 
     def evaluate(self, count: int) -> None:
-        """Log the exact answers by kind on held-out questions; the workers share the kinds."""
-        kinds = ("told", "fact") if self.stages[self.stage].name == "language" else KINDS
+        """Log the share of exact answers by skill on held-out questions; the workers divide the skills."""
+        skills = ("told", "fact") if self.stages[self.stage].name == "language" else SKILLS
         workers = self.options.workers
         mine = {
-            kind: round(exact_share(self.model, self.encoder, probes(kind, count, 1), self.rows), 3)
-            for kind in kinds[self.worker :: workers]
+            skill: round(exact_share(self.model, self.encoder, probes(skill, count, 1), self.rows), 3)
+            for skill in skills[self.worker :: workers]
         }
         everyone: list[dict[str, float]] = [mine] * workers
         if workers > 1:
             dist.all_gather_object(everyone, mine)
-        shares = {kind: share for part in everyone for kind, share in part.items()}
+        shares = {skill: share for part in everyone for skill, share in part.items()}
         record: dict[str, object] = {"stage": self.stages[self.stage].name}
-        self.log(record | {kind: shares[kind] for kind in kinds})
+        self.log(record | {skill: shares[skill] for skill in skills})
 
     def export(self) -> None:
         """Write the checkpoint in the official layout."""
@@ -281,12 +281,12 @@ class Run:
 
 
 def state_path(folder: Path, worker: int) -> Path:
-    """Where a worker keeps its state."""
+    """File of a worker's state."""
     return folder / f"state{worker}.pt"
 
 
 def train(run: Run) -> None:
-    """Train until the budget is spent; time for evaluation and saving does not count."""
+    """Train until the time is spent; evaluating and saving do not count."""
     losses: list[float] = []
     logged = evaluated = run.spent
     while run.spent < run.budget:
@@ -309,7 +309,7 @@ def finish(run: Run, count: int) -> None:
 
 
 def work(worker: int, options: argparse.Namespace) -> None:
-    """What each worker process does."""
+    """Train as one of the worker processes."""
     torch.set_num_threads(options.threads)
     if options.workers > 1:
         # A file instead of a port: nothing listens on the network but gloo's own loopback sockets.
@@ -323,16 +323,16 @@ def work(worker: int, options: argparse.Namespace) -> None:
 
 def main() -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description="Train the sample model; resumes when FOLDER holds a state.")
+    parser = argparse.ArgumentParser(description="Train the sample model; resumes if FOLDER has a state.")
     parser.add_argument("folder", type=Path, help="state, log and tokenizer of the run")
     parser.add_argument("--start", type=Path, help="train this checkpoint further instead of from scratch")
     parser.add_argument("--checkpoint", type=Path, help="also write the model here, in the official layout")
-    parser.add_argument("--minutes", type=float, default=90, help="training time in all (default 90)")
+    parser.add_argument("--minutes", type=float, default=90, help="total training time (default 90)")
     parser.add_argument("--every", type=float, default=4, help="minutes between evaluations (default 4)")
     parser.add_argument("--batch", type=int, default=64, help="sequences per step (default 64)")
     parser.add_argument("--rate", type=float, default=3e-3, help="highest learning rate (default 3e-3)")
     parser.add_argument("--workers", type=int, default=2, help="processes (default 2)")
-    parser.add_argument("--threads", type=int, default=1, help="threads of each (default 1)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each process (default 1)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)

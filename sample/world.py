@@ -1,8 +1,8 @@
 """The little world: coloured shapes on a grid of three by three cells, how they are drawn, and the split.
 
-A scene is a set of one to four things, each in a cell of its own. Whether a scene belongs to the training or
-to the held-out side is decided by a hash of its canonical description (every thing's cell, shape, colour and
-size), so the two sides are disjoint by construction, whatever the seeds of the generators.
+A scene is a set of one to four things, each in a cell of its own. A hash of its canonical description (every thing's
+cell, shape, colour and size) decides whether it belongs to the training or the held-out side, so the two sides are
+disjoint by construction, whatever the seeds of the generators.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ JITTER = 2
 
 @dataclass(frozen=True, slots=True, order=True)
 class Thing:
-    """One shape: ``cell`` counts 0..8 in rows from the top left."""
+    """One shape; ``cell`` is 0..8, row by row from the top left."""
 
     cell: int
     shape: str
@@ -130,14 +130,14 @@ def _polygon(shape: str, centre: float, radius: float) -> list[tuple[float, floa
             points.append((centre + reach * math.sin(angle), centre - reach * math.cos(angle)))
         return points
     arm = radius * 0.34
-    outline = ((-arm, -radius), (arm, -radius), (arm, -arm), (radius, -arm), (radius, arm), (arm, arm))
-    other = ((arm, radius), (-arm, radius), (-arm, arm), (-radius, arm), (-radius, -arm), (-arm, -arm))
-    return [(centre + x, centre + y) for x, y in outline + other]
+    upper = ((-arm, -radius), (arm, -radius), (arm, -arm), (radius, -arm), (radius, arm), (arm, arm))
+    lower = ((arm, radius), (-arm, radius), (-arm, arm), (-radius, arm), (-radius, -arm), (-arm, -arm))
+    return [(centre + x, centre + y) for x, y in upper + lower]
 
 
 @cache
 def _mask(shape: str, size: str, scale: int) -> NDArray[np.float32]:
-    """Coverage 0..1 of one cell, [CELL·scale, CELL·scale], drawn four times larger and reduced."""
+    """Coverage 0..1 of one cell, [CELL·scale, CELL·scale], drawn four times as large and reduced."""
     fine = 4
     side = CELL * scale
     canvas = Image.new("L", (side * fine, side * fine), 0)
@@ -154,7 +154,7 @@ def _mask(shape: str, size: str, scale: int) -> NDArray[np.float32]:
 def draw(scene: Scene, rng: random.Random, *, scale: int = 1) -> NDArray[np.uint8]:
     """Draw ``scene`` on a light background: [84·scale, 84·scale, 3] uint8.
 
-    Background, shades and places within the cells vary a little with ``rng``.
+    Background, shades and positions within the cells vary a little with ``rng``.
     """
     side = SIDE * scale
     shade = rng.uniform(222, 250)

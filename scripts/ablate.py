@@ -1,8 +1,8 @@
-"""What each choice of the quantizer is worth on the sample model: KL and accuracy, one change at a time.
+"""Worth of each choice of the quantizer on the sample model: KL and accuracy, one change at a time.
 
-Only the decoder layers are quantized (head, vision side and token table stay float32), so that nothing else
-blurs the comparison. Every recipe is run on two calibration sets; KL is the mean over both, in nats, against
-the float32 model on conversations that are in neither. Accuracy is that of the first set's model, in torch.
+Only the decoder layers are quantized (head, vision side and token table stay float32), so that nothing else blurs the
+comparison. Every recipe is run on two calibration sets; KL is the mean over both, in nats, against the float32 model on
+conversations that are in neither. Accuracy is that of the first set's model, in torch.
 
 Needs the sample's modules: run from the repository, ``python scripts/ablate.py SCRATCH [--answers]``.
 """
@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "sample"))
 from encoder import Encoder
 from evaluate import evaluate, torch_answers
 from make_calibration import write_calibration
-from probes import MAIN_KINDS
+from probes import MAIN_SKILLS
 
 from owl2.export.checkpoint.checkpoint import Checkpoint
 from owl2.export.prompts import encode_samples
@@ -39,16 +39,16 @@ from owl2.quant.hessian import HessianAccumulator
 from owl2.quant.layer import IMAGE_BRANCH, LINEARS, SITES, quantize_layer, site_inputs
 from owl2.quant.models.mplug_owl2 import DecoderLayer, Owl2Model, rotary_tables
 from owl2.quant.stream import Calibration, HiddenStates, Stream
-from owl2.runtime.evaluation.divergence import Divergence, divergence
+from owl2.runtime.evaluation.divergence import IMAGE, TEXT, Divergence, divergence
 from owl2.runtime.families.mplug_owl2.positions import embed
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
 
 CHECKPOINT = Path(__file__).parents[1] / "sample" / "checkpoint"
 CALIBRATION_SEEDS = (0, 1)
-HELD_OUT_SEED, HELD_OUT = 1000, 256
+HELD_OUT_SEED, HELD_OUT_COUNT = 1000, 256
 
 Quantize = Callable[[DecoderLayer, Calibration, QuantConfig], None]
-"""Quantizes a layer in place and moves the calibration behind it."""
+"""Quantizes a layer in place and moves the calibration past it."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Result:
-    """What a recipe costs; KL in nats, agreement of the best token and answers as shares."""
+    """Loss of a recipe; KL in nats, agreement of the best token and right answers as shares."""
 
     name: str
     kl_text: float
@@ -97,19 +97,19 @@ def rounding(layer: DecoderLayer, calibration: Calibration, config: QuantConfig)
 
 
 def text_only(layer: DecoderLayer, calibration: Calibration, config: QuantConfig) -> None:
-    """What tools for language models do: calibrate on text, so that the image branch is only rounded."""
+    """Calibrate on text as tools for language models do, so that the image branch is only rounded."""
     _one_hessian(layer, calibration, config, images=False)
 
 
 def merged(layer: DecoderLayer, calibration: Calibration, config: QuantConfig) -> None:
-    """What tools that know of images but not of branches do: one Hessian of all rows for every projection."""
+    """Use one Hessian of all rows for every projection, as tools that know images but not branches do."""
     _one_hessian(layer, calibration, config, images=True)
 
 
 @torch.no_grad()
 def _one_hessian(layer: DecoderLayer, calibration: Calibration, config: QuantConfig, *, images: bool) -> None:
     for site in SITES:
-        rows = HessianAccumulator(layer.get_submodule(site[0]).in_features, site[0])
+        rows = HessianAccumulator(layer.get_parameter(f"{site[0]}.weight").shape[1], site[0])
         for sequence, inputs in site_inputs(layer, site[0], calibration.quantized):
             seen = inputs if images else inputs[sequence.routing.text]
             rows.add(seen, seen)
@@ -124,14 +124,14 @@ def _one_hessian(layer: DecoderLayer, calibration: Calibration, config: QuantCon
 
 @torch.no_grad()
 def rotated(layer: DecoderLayer, calibration: Calibration, config: QuantConfig) -> None:
-    """Values and the inputs of the output projection turned by a Hadamard matrix within each head."""
+    """Rotate values and the inputs of the output projection by a Hadamard matrix within each head."""
     heads = layer.self_attn.heads
-    turn = torch.block_diag(*[_hadamard(layer.self_attn.q_proj.out_features // heads)] * heads)
+    rotation = torch.kron(torch.eye(heads), _hadamard(layer.self_attn.q_proj.out_features // heads))
     for branch in (0, 1):
         value = layer.get_parameter(f"self_attn.v_proj.multiway.{branch}.weight")
-        value.copy_(turn @ value)
+        value.copy_(rotation @ value)
     output = layer.get_parameter("self_attn.o_proj.weight")
-    output.copy_(output @ turn.T)
+    output.copy_(output @ rotation.T)
     ours(layer, calibration, config)
 
 
@@ -161,7 +161,7 @@ def channel_scales(power: float) -> Quantize:
 
 
 def recipes(group_size: int) -> Iterator[Recipe]:
-    """Baselines, ours, ours without each of its parts, and what was tried and not kept."""
+    """Baselines, ours, ours without each of its parts, and ideas that were tried and not kept."""
     plain = QuantConfig(group_size=group_size, sweeps=0, image_weight=1.0, asymmetry=0.0)
     full = QuantConfig(group_size=group_size, signed_scales=True)
     yield Recipe("rounding", full, rounding)
@@ -194,26 +194,27 @@ class Bench:
             self.model = Owl2Model(checkpoint.config)
             checkpoint.load_into(self.model, "")
             self.table = checkpoint.tensor("model.embed_tokens.weight").numpy()
+        self.layers = [layer for layer in self.model.model.layers if isinstance(layer, DecoderLayer)]
         self.head = self.model.lm_head.weight.data.clone()
         self.original = {name: value.clone() for name, value in self.model.model.layers.state_dict().items()}
         self.tokenizer = Tokenizer.load(CHECKPOINT)
         self.sets = [self._embedded(scratch / f"calibration-{seed}", 128, seed) for seed in CALIBRATION_SEEDS]
-        self.held_out = self._embedded(scratch / "held-out", HELD_OUT, HELD_OUT_SEED)
+        self.held_out = self._embedded(scratch / "held-out", HELD_OUT_COUNT, HELD_OUT_SEED)
         self.reference = self._logits()
 
     @torch.no_grad()
     def _embedded(self, folder: Path, count: int, seed: int) -> list[tuple[Tensor, Tensor]]:
         path = write_calibration(folder, count=count, seed=seed)
         prompts = encode_samples(load_calibration(path, count).samples, self.config, self.tokenizer)
-        made = []
+        embedded = []
         for prompt in prompts:
             images = {
                 digest: self.model.encode_images(torch.from_numpy(image.pixels)[None])[0].numpy()
                 for digest, image in prompt.images.items()
             }
             rows, modality = embed(prompt.keys, self.table, images)
-            made.append((torch.from_numpy(rows), torch.from_numpy(modality)))
-        return made
+            embedded.append((torch.from_numpy(rows), torch.from_numpy(modality)))
+        return embedded
 
     def _stream(self, embedded: list[tuple[Tensor, Tensor]]) -> Stream:
         return Stream(self.config.decoder, [HiddenStates.of(rows, modality) for rows, modality in embedded])
@@ -221,7 +222,7 @@ class Bench:
     @torch.no_grad()
     def _logits(self) -> list[Tensor]:
         stream = self._stream(self.held_out)
-        for layer in self.model.model.layers:
+        for layer in self.layers:
             stream.advance(layer)
         return [self.model.head(self.model.model.norm(sequence.rows)) for sequence in stream.sequences]
 
@@ -229,7 +230,7 @@ class Bench:
         """Quantize the model's layers from the original weights."""
         self.model.model.layers.load_state_dict(self.original)
         calibration = Calibration(self._stream(self.sets[calibration_set]))
-        for layer in self.model.model.layers:
+        for layer in self.layers:
             recipe.quantize(layer, calibration, recipe.config)
         self.model.lm_head.weight.data = self.head
         if recipe.head_bits is not None:
@@ -237,66 +238,68 @@ class Bench:
             self.model.lm_head.weight.data = rtn(self.head, rounded).dequantize()
 
     def gradient_ratio(self) -> list[float]:
-        """Mean squared gradient of an image row over that of a text row, behind each layer.
+        """Ratio of the mean squared gradients of image rows and text rows, after each layer.
 
-        Of the log-likelihood of tokens that the model itself draws at text positions (the Fisher information), which
-        says how much the same squared error matters in each.
+        Gradients are those of the log-likelihood of tokens that the model itself draws at text positions (the Fisher
+        information), which says how much the same squared error matters in each.
         """
-        sums = torch.zeros(len(self.model.model.layers), 2)
+        sums = torch.zeros(len(self.layers), 2)
         counts = torch.zeros(2)
         generator = torch.Generator().manual_seed(0)
         for embedded, modality in self.sets[0]:
-            rows = HiddenStates.of(embedded.clone().requires_grad_(), modality)
-            behind = []
+            sequence = HiddenStates.of(embedded.clone().requires_grad_(), modality)
+            outputs: list[Tensor] = []
             rotary = rotary_tables(self.config.decoder, len(modality), len(modality))
-            hidden = rows.rows
-            for layer in self.model.model.layers:
-                hidden, _ = layer(hidden, rows.routing, (1, len(modality)), rotary)
+            hidden = sequence.rows
+            for layer in self.layers:
+                hidden, _ = layer(hidden, sequence.routing, (1, len(modality)), rotary)
                 hidden.retain_grad()
-                behind.append(hidden)
+                outputs.append(hidden)
             logits = self.model.head(self.model.model.norm(hidden))[modality == 0]
             drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-            torch.nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
-            for index, value in enumerate(behind):
-                squares = value.grad.square().sum(-1)
-                sums[index] += torch.stack([squares[modality == kind].sum() for kind in (0, 1)])
+            torch.autograd.backward(torch.nn.functional.cross_entropy(logits, drawn, reduction="sum"))
+            for index, output in enumerate(outputs):
+                assert output.grad is not None
+                squares = output.grad.square().sum(-1)
+                sums[index] += torch.stack([squares[modality == branch].sum() for branch in (TEXT, IMAGE)])
             counts += torch.bincount(modality, minlength=2)
             self.model.zero_grad()
         means = sums / counts
-        return (means[:, 1] / means[:, 0]).tolist()
+        ratios: list[float] = (means[:, IMAGE] / means[:, TEXT]).tolist()
+        return ratios
 
     def compare(self) -> Divergence:
         """The model as it is now against the original one."""
         total = Divergence()
-        for reference, made, (_, modality) in zip(self.reference, self._logits(), self.held_out):
-            total += divergence(reference.numpy(), made.numpy(), modality.numpy())
+        for reference, actual, (_, modality) in zip(self.reference, self._logits(), self.held_out):
+            total += divergence(reference.numpy(), actual.numpy(), modality.numpy())
         return total
 
     def answers(self) -> dict[str, float]:
-        """Share of right answers: 1,000 questions of the main kinds, and captions."""
+        """Share of right answers: 1,000 questions of the main skills, and captions."""
         encoder = Encoder(CHECKPOINT / "tokenizer.model")
-        kinds = (*MAIN_KINDS, "caption")
-        result = evaluate(lambda asked: torch_answers(self.model, encoder, asked), count=1000, kinds=kinds)
-        return {name: kind.share for name, kind in result.kinds.items()} | {"main": result.main_right / 1000}
+        skills = (*MAIN_SKILLS, "caption")
+        result = evaluate(lambda asked: torch_answers(self.model, encoder, asked), count=1000, skills=skills)
+        return {name: skill.share for name, skill in result.skills.items()} | {"main": result.main_right / 1000}
 
 
 def run(bench: Bench, recipe: Recipe, *, answers: bool) -> Result:
     """Quantize on each calibration set and compare."""
     began = time.perf_counter()
-    by_set, given = [], {}
+    by_set, answered = [], {}
     for index in range(len(bench.sets)):
         bench.quantize(recipe, index)
         by_set.append(bench.compare())
         if answers and index == 0:
-            given = bench.answers()
+            answered = bench.answers()
     total = sum(by_set[1:], by_set[0])
     return Result(
         recipe.name,
-        total.mean_kl(0),
-        [one.mean_kl(0) for one in by_set],
-        total.mean_kl(1),
-        total.agreement(0),
-        given,
+        total.mean_kl(TEXT),
+        [single.mean_kl(TEXT) for single in by_set],
+        total.mean_kl(IMAGE),
+        total.agreement(TEXT),
+        answered,
         time.perf_counter() - began,
     )
 
@@ -304,7 +307,7 @@ def run(bench: Bench, recipe: Recipe, *, answers: bool) -> Result:
 def line(result: Result) -> str:
     """One row of the table."""
     sets = " ".join(f"{value:.5f}" for value in result.kl_text_by_set)
-    right = " ".join(f"{kind} {share:.1%}" for kind, share in result.answers.items())
+    right = " ".join(f"{skill} {share:.1%}" for skill, share in result.answers.items())
     return (
         f"{result.name:34} {result.kl_text:.5f} ({sets})  image {result.kl_image:.5f}  "
         f"agreement {result.agreement_text:.2%}  {right}"
@@ -316,13 +319,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("scratch", type=Path, help="folder for calibration data")
     parser.add_argument("--group-size", type=int, default=128)
-    parser.add_argument("--only", nargs="*", metavar="TEXT", help="recipes whose name holds one of these")
-    parser.add_argument("--answers", action="store_true", help="ask the held-out questions too")
+    parser.add_argument("--only", nargs="*", metavar="TEXT", help="recipes whose name contains one of these")
+    parser.add_argument("--answers", action="store_true", help="also ask the held-out questions")
     parser.add_argument("--json", type=Path, help="file for the results")
     options = parser.parse_args()
     bench, results = Bench(options.scratch), []
     ratios = " ".join(f"{ratio:.3f}" for ratio in bench.gradient_ratio())
-    print(f"squared gradients of image rows over text rows, behind each layer: {ratios}")
+    print(f"squared gradients of image rows over text rows, after each layer: {ratios}")
     print(f"{'recipe':34} KL at text positions (by calibration set)", flush=True)
     if options.answers:
         print("float32", bench.answers(), flush=True)

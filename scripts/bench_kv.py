@@ -1,9 +1,9 @@
-"""How fast one text token is decoded after contexts of several lengths, with a float32 and an int8 K/V cache.
+"""Time of decoding one text token after contexts of several lengths, with a float32 and an int8 K/V cache.
 
-Random embeddings and cache contents, small ones, so that no probability is so near to zero that it slows arithmetic
-down. Rounds are interleaved, so that both see the
-same state of the machine; medians are printed. With --one-at-a-time only one decoder is in memory, for models that fit
-once: the bundle is then loaded anew for every length and type, and the rounds lie further apart.
+Embeddings and cache contents are random, and small so that no probability is so close to zero that arithmetic becomes
+slower. Rounds are interleaved, so that both decoders meet the same state of the machine; medians are printed. With
+--one-at-a-time only one decoder is in memory, for models that fit once: the bundle is then loaded anew for every length
+and type, and its rounds are further apart.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from owl2.runtime.backends.ort.session import OrtOptions
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.spec import KvType
 
-WARM_UP = 3
+WARM_UP_ROUNDS = 3
 
-KINDS: tuple[KvType, ...] = ("fp32", "int8")
+KV_TYPES: tuple[KvType, ...] = ("fp32", "int8")
 
 
 @dataclass
@@ -43,34 +43,35 @@ class Contender:
         return time.perf_counter() - began
 
 
-def contender(bundle: Bundle, kind: KvType, length: int, threads: int | None) -> Contender:
+def contender(bundle: Bundle, kv_type: KvType, length: int, threads: int | None) -> Contender:
     """Load the decoder and fill a cache of ``length`` positions and one more."""
     config = bundle.manifest.model.decoder
-    decoder = OrtDecoder(bundle.decoder_graph(kind), config, OrtOptions(threads=threads, kv_cache=kind))
+    decoder = OrtDecoder(bundle.decoder_graph(kv_type), config, OrtOptions(threads=threads, kv_cache=kv_type))
     buffers = decoder.allocate(length + 1, None)
     rng = np.random.default_rng(0)
     for array in buffers.arrays:
-        array[:] = rng.integers(-1, 2, array.shape[-2:]) if kind == "int8" else rng.normal(0, 0.01, array.shape[-2:])
+        shape = array.shape[-2:]
+        array[:] = rng.integers(-1, 2, shape) if kv_type == "int8" else rng.normal(0, 0.01, shape)
     return Contender(decoder, buffers, rng.normal(size=(1, config.hidden_size)).astype(np.float32))
 
 
 def rounds(bundle: Bundle, length: int, options: argparse.Namespace) -> Iterator[tuple[KvType, float]]:
     """Types with the seconds of one step each, in turn."""
     if options.one_at_a_time:
-        for kind in (*KINDS, *reversed(KINDS)):
-            one = contender(bundle, kind, length, options.threads)
-            for number in range(WARM_UP + options.rounds // 2):
-                seconds = one.step(length)
-                if number >= WARM_UP:
-                    yield kind, seconds
-            del one
+        for kv_type in (*KV_TYPES, *reversed(KV_TYPES)):
+            single = contender(bundle, kv_type, length, options.threads)
+            for number in range(WARM_UP_ROUNDS + options.rounds // 2):
+                seconds = single.step(length)
+                if number >= WARM_UP_ROUNDS:
+                    yield kv_type, seconds
+            del single
         return
-    both = {kind: contender(bundle, kind, length, options.threads) for kind in KINDS}
-    for number in range(WARM_UP + options.rounds):
-        for kind, each in both.items():
-            seconds = each.step(length)
-            if number >= WARM_UP:
-                yield kind, seconds
+    both = {kv_type: contender(bundle, kv_type, length, options.threads) for kv_type in KV_TYPES}
+    for number in range(WARM_UP_ROUNDS + options.rounds):
+        for kv_type, decoder in both.items():
+            seconds = decoder.step(length)
+            if number >= WARM_UP_ROUNDS:
+                yield kv_type, seconds
 
 
 def main() -> int:
@@ -84,17 +85,17 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     bundle = Bundle.open(options.bundle)
-    most = bundle.manifest.model.decoder.max_position_embeddings - 1
+    longest = bundle.manifest.model.decoder.max_position_embeddings - 1
     records = []
-    for length in options.lengths or sorted({most // part for part in (64, 16, 8, 4, 2, 1)}):
-        seconds: dict[KvType, list[float]] = {kind: [] for kind in KINDS}
-        for kind, taken in rounds(bundle, length, options):
-            seconds[kind].append(taken)
-        medians = {kind: statistics.median(times) for kind, times in seconds.items()}
+    for length in options.lengths or sorted({longest // part for part in (64, 16, 8, 4, 2, 1)}):
+        seconds: dict[KvType, list[float]] = {kv_type: [] for kv_type in KV_TYPES}
+        for kv_type, taken in rounds(bundle, length, options):
+            seconds[kv_type].append(taken)
+        medians = {kv_type: statistics.median(times) for kv_type, times in seconds.items()}
         records.append(
             {
                 "positions": length,
-                **{f"{kind}_ms": round(1000 * median, 3) for kind, median in medians.items()},
+                **{f"{kv_type}_ms": round(1000 * median, 3) for kv_type, median in medians.items()},
                 "int8_over_fp32": round(medians["int8"] / medians["fp32"], 3),
             }
         )

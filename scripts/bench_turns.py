@@ -1,7 +1,7 @@
 """How long the first and the second question about an image take, with the KV cache and without.
 
-Every round asks two questions in a chat, then the second one again in a cold conversation with the same
-history, so that all figures come from interleaved runs. Medians are printed.
+Every round asks two questions in a chat, then the second one again in a cold conversation with the same history, so
+that all figures come from interleaved runs. Medians are printed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from owl2 import Answer, Owl2, Stats
+from owl2 import Owl2, Stats
 from owl2.runtime.families.mplug_owl2.template import Message, render
 
 FIRST, SECOND = "What shapes are there?", "Which of them is the largest?"
@@ -21,32 +21,30 @@ FIRST, SECOND = "What shapes are there?", "Which of them is the largest?"
 
 @dataclass
 class Round:
-    """Figures of one round: both turns, and the second turn without anything reused."""
+    """Figures of one round: both turns, and the second turn with nothing reused."""
 
     first: Stats
     second: Stats
     cold: Stats
 
 
-def finished(answer: Answer) -> Stats:
-    """Run an answer to its end."""
-    _ = answer.text
-    return answer.stats
+def load(bundle: Path) -> Owl2:
+    """Load a bundle and run a first step, which allocates."""
+    owl = Owl2.load(bundle)
+    owl.generate("USER: Hi ASSISTANT:", max_new_tokens=2)
+    return owl
 
 
 def run_round(bundle: Path, image: Path) -> Round:
-    """One conversation from a fresh load, since the images' rows are remembered by a loaded model."""
-    owl = Owl2.load(bundle)
-    _ = owl.generate("USER: Hi ASSISTANT:", max_new_tokens=2).text  # the first step allocates
-    chat = owl.chat()
-    first = chat.ask(FIRST, images=image, max_new_tokens=16)
-    first_stats = finished(first)
-    second = finished(chat.ask(SECOND, max_new_tokens=16))
-    history = [Message("USER", f"<|image|>{FIRST}"), Message("ASSISTANT", first.text), Message("USER", SECOND)]
-    other = Owl2.load(bundle)
-    _ = other.generate("USER: Hi ASSISTANT:", max_new_tokens=2).text
-    cold = finished(other.generate(render([*history, Message("ASSISTANT")]), images=image, max_new_tokens=16))
-    return Round(first_stats, second, cold)
+    """One conversation from a fresh load, since a loaded model remembers the rows of images."""
+    with load(bundle) as owl, load(bundle) as other:
+        chat = owl.chat()
+        first = chat.ask(FIRST, images=image, max_new_tokens=16)
+        second = chat.ask(SECOND, max_new_tokens=16)
+        history = [Message("USER", f"<|image|>{FIRST}"), Message("ASSISTANT", first.text), Message("USER", SECOND)]
+        prompt = render([*history, Message("ASSISTANT")])
+        cold = other.generate(prompt, images=image, max_new_tokens=16)
+    return Round(first.stats, second.stats, cold.stats)
 
 
 def main() -> int:
@@ -63,7 +61,8 @@ def main() -> int:
     seconds = time.perf_counter() - began
 
     def median(name: str, field: str) -> float:
-        return statistics.median(getattr(getattr(entry, name), field) for entry in rounds)
+        values: list[float] = [getattr(getattr(entry, name), field) for entry in rounds]
+        return statistics.median(values)
 
     first, second, cold = (median(name, "time_to_first_token") for name in ("first", "second", "cold"))
     record = {

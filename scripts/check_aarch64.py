@@ -1,9 +1,9 @@
-"""Whether a bundle computes on aarch64 what it computes here, with the ONNX Runtimes that a Jetson can have.
+"""Check that a bundle computes the same on aarch64 as here, with the versions of ONNX Runtime for a Jetson.
 
 The installed wheel runs in an emulated aarch64 Debian (see emulated.py; about 1.1 GB in SCRATCH, kept for the next
-time), on processors with the instructions of Jetson's CPUs. Compared are the logits of the bundle's golden prompts and
-of the sample's images, the greedy answers, ``owl2 verify``, ``owl2 eval``, and a float32 bundle with what the
-original implementation computes. Emulation tells nothing about speed, and has no GPU.
+run), on processors with the instructions of Jetson's CPUs. Compared are the logits of the bundle's golden prompts and
+of the sample's images, the greedy answers, ``owl2 verify``, ``owl2 eval``, and a float32 bundle with the recorded
+logits of the original implementation. Emulation says nothing about speed, and has no GPU.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from emulated import (
 )
 from numpy.typing import NDArray
 
-from owl2.runtime.evaluation.divergence import row_kl
+from owl2.runtime.evaluation.divergence import IMAGE, TEXT, row_kl
 
-# The last one with wheels for Python 3.10 on aarch64, so JetPack 6's.
+# The last version with wheels for Python 3.10 on aarch64, which JetPack 6 has.
 OLD = "onnxruntime==1.23.2"
 NEWEST = "onnxruntime"
 # qemu's cortex-a76 has what Orin's Cortex-A78AE has (int8 dot products, fp16), its neoverse-n2 what Thor's
 # Neoverse-V3AE adds (SVE2, int8 matrix products, bf16).
 ORIN, THOR, HOST = "cortex-a76", "neoverse-n2", "host"
-PLACES = ((HOST, NEWEST), (HOST, OLD), (ORIN, OLD), (ORIN, NEWEST), (THOR, NEWEST))
-"""Processors and ONNX Runtimes; the first is what the others are compared with."""
+MACHINES = ((HOST, NEWEST), (HOST, OLD), (ORIN, OLD), (ORIN, NEWEST), (THOR, NEWEST))
+"""Processors and versions of ONNX Runtime; the others are compared with the first."""
 
 CONVERSATIONS, CONVERSATIONS_SEED = 24, 7
 
@@ -52,12 +52,12 @@ GOLDEN = ROOT / "tests" / "golden"
 GOLDEN_TOLERANCE = 1e-3
 """As in tests/test_end_to_end.py."""
 KL_LIMIT = 1e-2
-"""Nats a position: what a device may differ from float activations by (export/certificate.py)."""
+"""Nats per position by which a device may differ from float activations; as in export/checks/certificate.py."""
 
 
 @dataclass(frozen=True)
 class Recording:
-    """What scripts/record_run.py wrote; ``arrays`` by name, as it says."""
+    """Output of scripts/record_run.py, which describes ``arrays``."""
 
     onnxruntime: str
     answers: Mapping[str, str]
@@ -68,14 +68,14 @@ class Recording:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """How far one recording lies from another, over all prompts.
+    """Difference of two recordings, over all prompts.
 
     Attributes:
         positions: text positions compared, in one pass and step by step.
         kl_text, kl_image, kl_steps: mean divergence in nats, of text and image positions of a whole prompt, and of
             text positions at the end of a prompt that is run step by step.
-        kl_most: the largest at any text position.
-        most: largest absolute difference of a logit at any position.
+        largest_kl: at any text position.
+        largest: absolute difference of a logit at any position.
         same_best: share of text positions with the same most likely token.
         other_answers: prompts with another greedy answer.
         answers: prompts that were answered.
@@ -85,8 +85,8 @@ class Difference:
     kl_text: float
     kl_image: float
     kl_steps: float
-    kl_most: float
-    most: float
+    largest_kl: float
+    largest: float
     same_best: float
     other_answers: tuple[str, ...]
     answers: int
@@ -94,14 +94,14 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What one place computes.
+    """Results of one machine.
 
     Attributes:
         cpu: of qemu, or host.
         onnxruntime: its version.
-        difference: of the bundle's logits and answers, from those of the first place.
+        difference: of the bundle's logits and answers, from those of the first machine.
         verified: whether ``owl2 verify`` passes.
-        verified_kl: the largest divergence from float activations that it finds, nats; None if it is no number.
+        verified_kl: the largest divergence from float activations that it finds, nats; None if it is not a number.
         nats_per_token: by ``owl2 eval`` on conversations of the sample.
         golden: largest difference of a logit of the float32 golden bundle from the original implementation's.
         golden_answers: whether its greedy ids are the recorded ones.
@@ -118,21 +118,21 @@ class Result:
 
     @property
     def problems(self) -> list[str]:
-        """Why this place fails, if it does."""
+        """Why this machine fails; empty if it does not."""
         prefill, steps = self.difference.kl_text, self.difference.kl_steps
         # Written so that NaN fails.
-        found = {
+        checks = {
             "owl2 verify fails": not self.verified,
             f"mean KL {prefill:.1e} nats of whole prompts is above {KL_LIMIT:.0e}": not prefill <= KL_LIMIT,
             f"mean KL {steps:.1e} nats of single steps is above {KL_LIMIT:.0e}": not steps <= KL_LIMIT,
             f"float32 logits are off by {self.golden:.1e}": not self.golden <= GOLDEN_TOLERANCE,
             "float32 greedy ids differ from the recorded ones": not self.golden_answers,
         }
-        return [problem for problem, applies in found.items() if applies]
+        return [problem for problem, applies in checks.items() if applies]
 
 
 def read_recording(folder: Path) -> Recording:
-    """Read what scripts/record_run.py wrote."""
+    """Read the output of scripts/record_run.py."""
     record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
     answers = [entry for entry in record["answers"] if entry["text"] is not None]
     with np.load(folder / "logits.npz", allow_pickle=False) as arrays:
@@ -145,35 +145,35 @@ def read_recording(folder: Path) -> Recording:
         )
 
 
-def compare(reference: Recording, made: Recording) -> Difference:
-    """How far ``made`` lies from ``reference``.
+def compare(reference: Recording, actual: Recording) -> Difference:
+    """Difference of ``actual`` from ``reference``.
 
     Raises:
         ValueError: they are not of the same prompts.
     """
-    if reference.names != made.names:
-        raise ValueError(f"recordings of different prompts: {reference.names} and {made.names}")
-    text, image, steps, same, most = [], [], [], [], []
+    if reference.names != actual.names:
+        raise ValueError(f"recordings of different prompts: {reference.names} and {actual.names}")
+    text, image, steps, same, largest = [], [], [], [], []
     for index in range(len(reference.names)):
         modality = reference.arrays[f"{index}.modality"]
-        one, other = reference.arrays[f"{index}.prefill"], made.arrays[f"{index}.prefill"]
-        kl = row_kl(one, other)
-        text.append(kl[modality == 0])
-        image.append(kl[modality == 1])
-        same.append((one.argmax(-1) == other.argmax(-1))[modality == 0])
-        cached, other_cached = reference.arrays[f"{index}.steps"], made.arrays[f"{index}.steps"]
-        steps.append(row_kl(cached, other_cached))
-        most += [np.abs(one - other).max(), np.abs(cached - other_cached).max()]
-    every = np.concatenate([*text, *steps])
+        prefill, actual_prefill = reference.arrays[f"{index}.prefill"], actual.arrays[f"{index}.prefill"]
+        kl = row_kl(prefill, actual_prefill)
+        text.append(kl[modality == TEXT])
+        image.append(kl[modality == IMAGE])
+        same.append((prefill.argmax(-1) == actual_prefill.argmax(-1))[modality == TEXT])
+        cached, actual_cached = reference.arrays[f"{index}.steps"], actual.arrays[f"{index}.steps"]
+        steps.append(row_kl(cached, actual_cached))
+        largest += [np.abs(prefill - actual_prefill).max(), np.abs(cached - actual_cached).max()]
+    divergences = np.concatenate([*text, *steps])
     return Difference(
-        positions=len(every),
+        positions=len(divergences),
         kl_text=_mean(text),
         kl_image=_mean(image),
         kl_steps=_mean(steps),
-        kl_most=float(every.max()),
-        most=float(np.max(most)),
+        largest_kl=float(divergences.max()),
+        largest=float(np.max(largest)),
         same_best=_mean(same),
-        other_answers=tuple(name for name, text in reference.answers.items() if made.answers[name] != text),
+        other_answers=tuple(name for name, text in reference.answers.items() if actual.answers[name] != text),
         answers=len(reference.answers),
     )
 
@@ -183,29 +183,33 @@ def _mean(rows: Iterable[NDArray[Any]]) -> float:
     return float(joined.mean()) if joined.size else 0.0
 
 
-def golden_difference(made: Recording, folder: Path) -> tuple[float, bool]:
+def golden_difference(recording: Recording, folder: Path) -> tuple[float, bool]:
     """Largest difference of a logit from the original implementation's, and whether the greedy ids are equal.
 
     Args:
-        made: of the cases of :func:`golden_cases`.
+        recording: of the cases of :func:`golden_cases`.
         folder: the golden data.
 
     Raises:
         ValueError, KeyError: a golden prompt was not recorded.
     """
     with np.load(folder / "forward.npz") as forward, np.load(folder / "decode.npz") as decode:
-        logits = {name: made.arrays[f"{made.names.index(name)}.prefill"] for name in _groups(forward, "logits")}
-        most = [np.abs(logits[name] - forward[f"{name}/logits"]).max() for name in logits]
-        equal = [list(made.ids[name]) == decode[f"{name}/new_ids"].tolist() for name in _groups(decode, "new_ids")]
-    return float(np.max(most)), all(equal)
+        indices = {name: recording.names.index(name) for name in _prompts(forward, "logits")}
+        differences = [
+            np.abs(recording.arrays[f"{index}.prefill"] - forward[f"{name}/logits"]).max()
+            for name, index in indices.items()
+        ]
+        names = _prompts(decode, "new_ids")
+        equal = [list(recording.ids[name]) == decode[f"{name}/new_ids"].tolist() for name in names]
+    return float(np.max(differences)), all(equal)
 
 
-def _groups(arrays: Iterable[str], kind: str) -> list[str]:
-    return [name.removesuffix(f"/{kind}") for name in arrays if name.endswith(f"/{kind}")]
+def _prompts(arrays: Iterable[str], suffix: str) -> list[str]:
+    return [name.removesuffix(f"/{suffix}") for name in arrays if name.endswith(f"/{suffix}")]
 
 
 def sample_cases() -> list[dict[str, Any]]:
-    """The sample's images."""
+    """A prompt about each of the sample's images."""
     folder = ROOT / "sample" / "pictures"
     entries = json.loads((folder / "pictures.json").read_text(encoding="utf-8"))
     return [
@@ -235,23 +239,23 @@ def golden_cases(folder: Path) -> list[dict[str, Any]]:
 
 
 def interpreters(scratch: Path, mirror: str) -> dict[tuple[str, str], Interpreter]:
-    """A Python for every place, with this project's wheel."""
+    """A Python for every machine, with this project's wheel."""
     tree, qemu = make_tree(scratch, mirror), make_qemu(scratch, mirror)
     fresh = scratch / "owl2"
     shutil.rmtree(fresh, ignore_errors=True)
     owl2 = make_site(fresh, [str(build_wheel(scratch / "wheel"))], ["--no-deps"])
-    made = {}
-    for cpu, onnxruntime in PLACES:
+    pythons = {}
+    for cpu, onnxruntime in MACHINES:
         wheels = () if cpu == HOST else AARCH64_WHEELS
         name = f"site-{HOST if cpu == HOST else 'aarch64'}-{onnxruntime}"
         site = make_site(scratch / name, [*_dependencies(), onnxruntime], wheels)
         path = (owl2, site)
-        made[cpu, onnxruntime] = host_python(path) if cpu == HOST else aarch64_python(tree, qemu, cpu, path)
-    return made
+        pythons[cpu, onnxruntime] = host_python(path) if cpu == HOST else aarch64_python(tree, qemu, cpu, path)
+    return pythons
 
 
 def _dependencies() -> list[str]:
-    """What the plain install needs, ONNX Runtime among it."""
+    """Requirements of the plain install."""
     return [need for need in requires("owl2") or [] if ";" not in need]
 
 
@@ -276,55 +280,56 @@ def record(python: Interpreter, bundle: Path, cases: Path, out: Path) -> Recordi
 
 
 def measure(cpu: str, python: Interpreter, folders: tuple[Path, Path, Path], reference: Recording | None) -> Result:
-    """Run everything in one place.
+    """Run everything on one machine.
 
     Args:
         cpu: its name.
-        python: runs there.
-        folders: the bundle, what :func:`prepare` made, and one for the recordings.
-        reference: the first place's recording; None if this is the first.
+        python: runs on it.
+        folders: of the bundle, of :func:`prepare`, and for the recordings.
+        reference: the first machine's recording; None if this is the first.
     """
     bundle, data, out = folders
-    made = record(python, bundle, data / "bundle.json", out / "bundle")
-    most, equal = golden_difference(
+    recording = record(python, bundle, data / "bundle.json", out / "bundle")
+    largest, equal = golden_difference(
         record(python, data / "golden", data / "golden.json", out / "golden"), GOLDEN / "a1_base_bin"
     )
-    # 1 stands for a bundle that does not pass, which is a result.
+    # 1 means that the bundle does not pass, which is a result.
     verified = json.loads(finished(python.run("-m", "owl2.runtime", "verify", bundle, "--json"), codes=(0, 1)))
     divergences = [golden["kl"] for golden in verified["goldens"]]
     talks = data / "talks" / "calibration.jsonl"
     evaluated = json.loads(finished(python.run("-m", "owl2.runtime", "eval", bundle, "--data", talks, "--json")))
     return Result(
         cpu=cpu,
-        onnxruntime=made.onnxruntime,
-        difference=compare(reference or made, made),
+        onnxruntime=recording.onnxruntime,
+        difference=compare(reference or recording, recording),
         verified=verified["passed"],
         verified_kl=None if not divergences or None in divergences else max(divergences),
         nats_per_token=evaluated["tasks"]["conversation"]["scores"]["nats_per_token"]["value"],
-        golden=most,
+        golden=largest,
         golden_answers=equal,
     )
 
 
 def finished(done: subprocess.CompletedProcess[str], codes: Sequence[int] = (0,)) -> str:
-    """What a program wrote; exits with its last words if it failed."""
+    """Output of a program; exits with its last messages if it failed."""
     if done.returncode not in codes or (not done.stdout and done.returncode):
         sys.exit(f"{' '.join(done.args[-6:])} failed ({done.returncode}):\n{done.stderr[-2000:]}")
     return done.stdout
 
 
 def table(results: Sequence[Result]) -> str:
-    """Plain text: a line per place, then what failed and which answers differ."""
-    titles = ("processor", "onnxruntime", "verify", "KL text", "KL steps", "KL image", "KL most", "logit", "same best")
-    titles += ("answers", "nats/token", "golden fp32")
-    lines = [titles, *map(_row, results)]
+    """Plain text: a line per machine, then failed checks and different answers."""
+    titles = (
+        "processor,onnxruntime,verify,KL text,KL steps,KL image,largest KL,logit,same best,answers,nats/token,golden"
+    )
+    lines = [tuple(titles.split(",")), *map(_row, results)]
     widths = [max(map(len, column)) for column in zip(*lines)]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
     for result in results:
-        place = f"{result.cpu}, onnxruntime {result.onnxruntime}"
-        text += [f"FAIL: {place}: {problem}" for problem in result.problems]
+        machine = f"{result.cpu}, onnxruntime {result.onnxruntime}"
+        text += [f"FAIL: {machine}: {problem}" for problem in result.problems]
         if result.difference.other_answers:
-            text.append(f"{place}: other greedy answers: {', '.join(result.difference.other_answers)}")
+            text.append(f"{machine}: other greedy answers: {', '.join(result.difference.other_answers)}")
     return "\n".join(text)
 
 
@@ -335,8 +340,8 @@ def _row(result: Result) -> tuple[str, ...]:
         result.cpu,
         result.onnxruntime,
         f"{verified} {'pass' if result.verified else 'FAIL'}",
-        *(f"{kl:.1e}" for kl in (difference.kl_text, difference.kl_steps, difference.kl_image, difference.kl_most)),
-        f"{difference.most:.1e}",
+        *(f"{kl:.1e}" for kl in (difference.kl_text, difference.kl_steps, difference.kl_image, difference.largest_kl)),
+        f"{difference.largest:.1e}",
         f"{difference.same_best:.1%}",
         f"{difference.answers - len(difference.other_answers)}/{difference.answers}",
         f"{result.nats_per_token:.4f}",
@@ -345,11 +350,11 @@ def _row(result: Result) -> tuple[str, ...]:
 
 
 def main() -> int:
-    """Command line; 1 if a place fails."""
+    """Command line; 1 if a machine fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scratch", type=Path, help="folder for everything that is downloaded")
-    parser.add_argument("bundle", type=Path, help="made of the sample checkpoint, for instance by make demo")
-    parser.add_argument("--mirror", metavar="URL", help="of Debian; the one of this machine's apt if not given")
+    parser.add_argument("bundle", type=Path, help="of the sample checkpoint, for instance from make demo")
+    parser.add_argument("--mirror", metavar="URL", help="mirror of Debian; that of this machine's apt if not given")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     arguments = parser.parse_args()
     check_tools()

@@ -1,12 +1,12 @@
 """Exchange checkpoints with GPTQModel in both directions and compare every number.
 
-Needs gptqmodel beside owl2[export] in one environment, which the project's own is not:
+Needs an environment with both gptqmodel and owl2[export], which the project's own is not:
 
     TORCHDYNAMO_DISABLE=1 python scripts/check_gptqmodel.py CHECKPOINT WORK [--record FOLDER]
 
-GPTQModel knows no mPLUG-Owl2, so each branch of the decoder goes to it as a llama of the same shapes: text keys and
-values in one, image keys and values in another. CHECKPOINT should be tiny; WORK is a new folder for everything made.
-GPTQModel talks on stdout too; the lines from here stand together at the end.
+GPTQModel does not know mPLUG-Owl2, so each branch of the decoder is given to it as a LLaMA of the same shapes: text
+keys and values in one, image keys and values in another. CHECKPOINT should be tiny; WORK is a new folder for all files.
+GPTQModel writes to stdout, too; the lines of this script come together at the end.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class Variant:
     @property
     def name(self) -> str:
         group = "rows" if self.group_size == -1 else f"g{self.group_size}"
-        kind, order = "sym" if self.sym else "asym", "_act" if self.desc_act else ""
-        return f"int{self.bits}_{group}_{kind}_v{self.version}{order}"
+        zeros, order = "sym" if self.sym else "asym", "_act" if self.desc_act else ""
+        return f"int{self.bits}_{group}_{zeros}_v{self.version}{order}"
 
 
 VARIANTS = (
@@ -92,7 +92,7 @@ def llama_config(decoder: DecoderConfig) -> LlamaConfig:
 
 
 def llama_tensors(tensors: Mapping[str, Tensor], branch: int) -> dict[str, Tensor]:
-    """One branch of the decoder under llama's names."""
+    """One branch of the decoder under LLaMA's names."""
     other, own = f".multiway.{1 - branch}", f".multiway.{branch}"
     return {
         name.replace(own, ""): value
@@ -102,7 +102,7 @@ def llama_tensors(tensors: Mapping[str, Tensor], branch: int) -> dict[str, Tenso
 
 
 def write_llama(folder: Path, decoder: DecoderConfig, tensors: dict[str, Tensor], quantization: object = None) -> None:
-    """A llama checkpoint, with the tokenizer that GPTQModel wants to see."""
+    """Write a LLaMA checkpoint, with a tokenizer, which GPTQModel requires."""
     folder.mkdir(parents=True)
     llama_config(decoder).save_pretrained(folder)
     if quantization is not None:
@@ -155,21 +155,21 @@ def quant_linears(model: Any, branch: int) -> Iterator[tuple[str, Any]]:  # noqa
 
 
 def integers(module: Any) -> Tensor:  # noqa: ANN401
-    """Code minus zero point as GPTQModel sees them, [N, K]: its own dequantization with scales of 1."""
+    """Code minus zero point as GPTQModel reads them, [N, K]: its own dequantization with scales of 1."""
     scales = module.scales.clone()
     module.scales.fill_(1)
-    values = module.dequantize_weight().T.clone()
+    values: Tensor = module.dequantize_weight().T.clone()
     module.scales.copy_(scales)
     return values
 
 
 def our_integers(weight: QuantizedWeight) -> Tensor:
-    """The same as read here."""
+    """Code minus zero point as owl2 reads them, [N, K]."""
     return replace(weight, scales=torch.ones_like(weight.scales)).dequantize()
 
 
 def join(text: Path, image: Path, official: Path, target: Path) -> None:
-    """Put two quantized llamas under the official names, with the vision side of the official checkpoint."""
+    """Write two quantized LLaMAs under the official names, with the vision side of the official checkpoint."""
     target.mkdir()
     for path in official.iterdir():
         if path.suffix in (".json", ".model") and "index" not in path.name:
@@ -198,7 +198,7 @@ def branch_name(name: str, branch: int) -> str:
 
 
 def compare(checkpoint: Checkpoint, models: Mapping[int, Any]) -> tuple[int, int]:
-    """How many weights were compared, and how many numbers of them differ from GPTQModel's."""
+    """Number of weights compared, and of their values that differ from GPTQModel's."""
     layers = different = 0
     for branch, model in models.items():
         for name, module in quant_linears(model, branch):
@@ -218,28 +218,28 @@ def check_reading(official: Path, work: Path, variant: Variant, record: Path | N
     for branch, folder in zip(BRANCHES, folders):
         quantize(work / f"dense{branch}", folder, variant, decoder.vocab_size)
     joined = work / variant.name / "joined"
-    join(*folders, official, joined)
+    join(folders[0], folders[1], official, joined)
     models = {branch: load(folder) for branch, folder in zip(BRANCHES, folders)}
     with Checkpoint(joined) as checkpoint:
         layers, different = compare(checkpoint, models)
         permuted = sum(checkpoint.quantized_weight(n).columns is not None for n in checkpoint.quantized)
         zeros = sum(checkpoint.quantized_weight(n).zero_points is not None for n in checkpoint.quantized)
-        form = checkpoint.gptq
-        assert form is not None
+        settings = checkpoint.gptq
+        assert settings is not None
         if record is not None and variant.recorded:
             record_variant(joined, models, record / variant.name)
     report = export_bundle(
-        ExportConfig(joined, work / variant.name / "bundle", weights=f"int{form.bits}", group_size=form.block)  # type: ignore[arg-type]
+        ExportConfig(joined, work / variant.name / "bundle", weights=f"int{settings.bits}", group_size=settings.block)  # type: ignore[arg-type]
     )
     results.append(
-        f"read {variant.name}: {layers} weights, {different} numbers differ from GPTQModel's; {zeros} with zero "
+        f"read {variant.name}: {layers} weights, {different} values differ from GPTQModel's; {zeros} with zero "
         f"points, {permuted} with another order of columns; bundle equals torch within {report.parity[1].exact:.1e}"
     )
     return different == 0
 
 
 def record_variant(joined: Path, models: Mapping[int, Any], target: Path) -> None:
-    """Keep two weights and what GPTQModel makes of the first, for tests that run without it."""
+    """Keep two weights, and the first as GPTQModel dequantizes it, for tests that run without it."""
     target.mkdir(parents=True, exist_ok=True)
     tensors = load_file(joined / "model.safetensors")
     kept = {name: value for name, value in tensors.items() if name.rsplit(".", 1)[0] in RECORDED}
@@ -252,13 +252,13 @@ def record_variant(joined: Path, models: Mapping[int, Any], target: Path) -> Non
 
 
 def check_writing(official: Path, work: Path, bits: int, results: list[str]) -> bool:
-    """GPTQModel reads what is written here: integers, weights, logits."""
+    """Compare what GPTQModel reads from a checkpoint written by owl2: integers, weights, logits."""
     folder = work / f"written{bits}"
-    export_gptq(ExportConfig(official, folder, weights=f"int{bits}", group_size=16, layout="gptq"), shard_bytes=200_000)  # type: ignore[arg-type]
+    export_gptq(ExportConfig(official, folder, weights=f"int{bits}", group_size=16, layout="gptq"))  # type: ignore[arg-type]
     shards = sorted(folder.glob("*.safetensors"))
     tensors = {name: value for shard in shards for name, value in load_file(shard).items()}
     quantization = json.loads((folder / "quantize_config.json").read_text())
-    right = True
+    equal = True
     with Checkpoint(folder) as checkpoint:
         decoder = checkpoint.config.decoder
         for branch in BRANCHES:
@@ -278,16 +278,16 @@ def check_writing(official: Path, work: Path, bits: int, results: list[str]) -> 
             with torch.no_grad():
                 expected, got = plain(ids).logits, model(ids).logits.float()
             off = float((got - expected).pow(2).mean().sqrt() / expected.pow(2).mean().sqrt())
-            right = right and different == 0 and off < 1e-2
+            equal = equal and different == 0 and off < 1e-2
             results.append(
                 f"written int{bits}, {len(shards)} files, branch {branch}: GPTQModel reads {layers} weights, "
-                f"{different} numbers differ; its fp16 logits differ by {off:.1e} of the RMS from ours in float32"
+                f"{different} values differ; its fp16 logits differ from ours in float32 by {off:.1e} of their RMS"
             )
-    return right
+    return equal
 
 
 def llama_names(checkpoint: Checkpoint, branch: int) -> dict[str, str]:
-    """Llama's name of each tensor of a branch, and the official one."""
+    """The official name of each tensor of a branch, by LLaMA's."""
     with torch.device("meta"):
         state = Owl2Model(checkpoint.config).state_dict()
     return {
@@ -301,8 +301,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--record", type=Path, help="keep a few tensors here for the tests")
-    parser.add_argument("--only", help="names of variants that contain this")
+    parser.add_argument("--record", type=Path, help="folder for a few tensors that the tests read")
+    parser.add_argument("--only", help="variants whose name contains this")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     arguments.work.mkdir(parents=True)

@@ -1,6 +1,6 @@
-"""Whether installing needs nothing but binary wheels on aarch64, for each Python that JetPack may bring.
+"""Check that installing needs nothing but binary wheels on aarch64, for each Python that JetPack may bring.
 
-Builds the wheel of this project and lets pip download it with what it needs for another machine; nothing is kept.
+Builds the wheel of this project and lets pip download it with its requirements for another machine; nothing is kept.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Metadata = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Wheel:
-    """What pip would install."""
+    """A wheel that pip would install."""
 
     package: str
     version: str
@@ -40,7 +40,7 @@ class Wheel:
 
 @dataclass(frozen=True, slots=True)
 class Resolution:
-    """What one Python gets; ``problem`` says why it cannot be installed, if so."""
+    """Wheels for one Python; ``problem`` says why it cannot be installed, if so."""
 
     python: str
     wheels: tuple[Wheel, ...]
@@ -64,11 +64,11 @@ def build_wheel(folder: Path) -> Path:
     return max(folder.glob("owl2-*.whl"), key=lambda path: path.stat().st_mtime)
 
 
-def forgotten(packages: Sequence[Metadata], python: str) -> list[str]:
-    """Requirements that hold on aarch64 with ``python`` and are not among ``packages``.
+def omitted(packages: Sequence[Metadata], python: str) -> list[str]:
+    """Requirements that apply on aarch64 with ``python`` and are not among ``packages``.
 
     pip evaluates conditions such as ``python_version < "3.11"`` for the machine that it runs on, whatever it resolves
-    for, and so may leave one out.
+    for, and so may omit one.
     """
     target = {
         "python_version": python,
@@ -81,21 +81,21 @@ def forgotten(packages: Sequence[Metadata], python: str) -> list[str]:
         "platform_python_implementation": "CPython",
         "extra": "",
     }
-    there = {canonicalize_name(package["name"]) for package in packages}
-    wanted = [Requirement(text) for package in packages for text in package.get("requires_dist", ())]
-    missing = [need for need in wanted if need.marker is not None and need.marker.evaluate(target)]
-    return sorted({str(need) for need in missing if canonicalize_name(need.name) not in there})
+    names = {canonicalize_name(package["name"]) for package in packages}
+    requirements = [Requirement(text) for package in packages for text in package.get("requires_dist", ())]
+    applicable = [need for need in requirements if need.marker is not None and need.marker.evaluate(target)]
+    return sorted({str(need) for need in applicable if canonicalize_name(need.name) not in names})
 
 
 def resolve(requirement: str, python: str) -> Resolution:
-    """What pip would install for ``requirement`` with ``python`` on aarch64."""
+    """Find the wheels that pip would install for ``requirement`` with ``python`` on aarch64."""
     requirements = [requirement]
     while True:
         with tempfile.TemporaryDirectory() as folder:
             problem = download(requirements, python, Path(folder))
             files = sorted(Path(folder).glob("*.whl"))
             packages = [read_metadata(file) for file in files]
-        missing = [] if problem else forgotten(packages, python)
+        missing = [] if problem else omitted(packages, python)
         if not missing:
             wheels = (Wheel(package["name"], package["version"], file.name) for package, file in zip(packages, files))
             return Resolution(python, tuple(wheels), problem)
@@ -103,7 +103,7 @@ def resolve(requirement: str, python: str) -> Resolution:
 
 
 def download(requirements: Sequence[str], python: str, folder: Path) -> str:
-    """Download wheels for ``python`` on aarch64; returns why that cannot be, if so.
+    """Download wheels for ``python`` on aarch64; returns why that is not possible, or nothing.
 
     Installing with --dry-run would be quicker, but compares Requires-Python with the Python that pip runs on.
     """

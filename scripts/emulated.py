@@ -1,7 +1,7 @@
 """A small aarch64 Debian in a folder, whose Python runs on this machine through qemu.
 
 Nothing is installed on this machine, and no root rights are used: apt downloads and checks the packages into a folder
-of its own, dpkg-deb unpacks them, and pip fetches wheels for the other machine. What is there already is kept.
+of its own, dpkg-deb unpacks them, and pip fetches wheels for the other machine. Existing folders are kept.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from check_wheels import for_aarch64
 
-# The tree has glibc 2.36 and Python 3.11. onnxruntime 1.32 needs a newer qemu than the 7.2 beside them.
+# The tree has glibc 2.36 and Python 3.11. onnxruntime 1.32 needs a newer qemu than its 7.2.
 TREE_SUITE, PYTHON = "bookworm", "3.11"
 QEMU_SUITE = "trixie"
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
@@ -53,7 +53,7 @@ class Interpreter:
     path: tuple[Path, ...]
 
     def run(self, *arguments: object) -> subprocess.CompletedProcess[str]:
-        """Run with these arguments, one thread for numpy's own library, and no settings of the user's Python."""
+        """Run with these arguments, one thread for numpy's BLAS, and no settings of the user's Python."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
         environment |= {"PYTHONPATH": os.pathsep.join(map(str, self.path)), "OMP_NUM_THREADS": "1", "LC_ALL": "C.UTF-8"}
         command = [*self.command, "-s", *map(str, arguments)]
@@ -61,7 +61,7 @@ class Interpreter:
 
 
 def run(*command: object, environment: Mapping[str, str] | None = None) -> str:
-    """Run a tool to its end and return what it wrote; exits with its last words if it fails."""
+    """Run a tool and return its output; exits with its last messages if it fails."""
     words = [str(word) for word in command]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -71,14 +71,14 @@ def run(*command: object, environment: Mapping[str, str] | None = None) -> str:
 
 
 def check_tools() -> None:
-    """Exit with what to install if something is missing."""
+    """Exit if something is missing, saying what to install."""
     if (platform.machine(), sys.platform) != ("x86_64", "linux"):
         sys.exit(f"this needs x86-64 Linux, this is {platform.machine()} {sys.platform}; on aarch64 use owl2 verify")
     missing = [package for tool, package in TOOLS.items() if shutil.which(tool) is None]
     if not KEYRING.is_file():
         missing.append("debian-archive-keyring")
     if missing:
-        sys.exit(f"missing here: {', '.join(missing)}; install the packages of these names (Debian, Ubuntu)")
+        sys.exit(f"missing packages: {', '.join(missing)}; install them with apt (Debian, Ubuntu)")
 
 
 def debian_mirror() -> str:
@@ -87,12 +87,12 @@ def debian_mirror() -> str:
     listed = run("apt-get", "indextargets", "--format", form).splitlines()
     mirrors = [line.rsplit("|", 1)[1] for line in listed if line.startswith("Debian|Debian|")]
     if not mirrors:
-        sys.exit("this machine's apt knows no mirror of Debian; run apt-get update, or name one with --mirror URL")
+        sys.exit("this machine's apt has no mirror of Debian; run apt-get update, or give one with --mirror URL")
     return mirrors[0]
 
 
 def fetch(folder: Path, mirror: str, suite: str, architecture: str, packages: Sequence[str]) -> list[Path]:
-    """Download packages with all they depend on, by an apt that knows of nothing installed."""
+    """Download packages with all their dependencies, through an apt without any installed package."""
     for name in ("lists/partial", "archives/partial"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / "status").touch()
@@ -106,7 +106,7 @@ def fetch(folder: Path, mirror: str, suite: str, architecture: str, packages: Se
 
 
 def make_tree(scratch: Path, mirror: str) -> Path:
-    """The aarch64 system: its folder."""
+    """Folder of the aarch64 system."""
     tree, partial = scratch / "tree", scratch / "tree.partial"
     if not tree.exists():
         shutil.rmtree(partial, ignore_errors=True)
@@ -119,7 +119,7 @@ def make_tree(scratch: Path, mirror: str) -> Path:
 
 
 def make_qemu(scratch: Path, mirror: str) -> Path:
-    """The emulator: one program with everything linked in."""
+    """Path of the emulator, a statically linked program."""
     qemu, partial = scratch / "qemu-aarch64", scratch / "qemu.partial"
     if not qemu.exists():
         partial.mkdir(parents=True, exist_ok=True)
@@ -134,7 +134,7 @@ def make_qemu(scratch: Path, mirror: str) -> Path:
 
 
 def make_site(folder: Path, requirements: Sequence[str], options: Sequence[str]) -> Path:
-    """A folder of installed wheels."""
+    """Folder of installed wheels."""
     partial = folder.with_name(folder.name + ".partial")
     if not folder.exists():
         shutil.rmtree(partial, ignore_errors=True)
@@ -145,7 +145,7 @@ def make_site(folder: Path, requirements: Sequence[str], options: Sequence[str])
 
 
 def aarch64_python(tree: Path, qemu: Path, cpu: str, path: tuple[Path, ...]) -> Interpreter:
-    """The tree's Python on a processor that qemu knows by the name ``cpu``."""
+    """The tree's Python on the processor that qemu calls ``cpu``."""
     return Interpreter((str(qemu), "-cpu", cpu, "-L", str(tree), str(tree / "usr" / "bin" / f"python{PYTHON}")), path)
 
 
@@ -156,4 +156,4 @@ def host_python(path: tuple[Path, ...]) -> Interpreter:
 
 
 AARCH64_WHEELS = tuple(for_aarch64(PYTHON))
-"""Options of pip for wheels that the tree's Python takes."""
+"""Options of pip for wheels that the tree's Python can install."""

@@ -1,7 +1,7 @@
 """Build the TensorRT-RTX engines of a model of full size (mPLUG-Owl2 7B, random integers): time, memory and size.
 
-The graphs are written straight from random numbers, since a TensorRT engine's size and building time do not depend on
-what the weights are. It takes about 14 GiB of memory and 10 GB of disk; nothing is run, so no GPU is needed.
+The graphs are written directly from random numbers, since the size and building time of a TensorRT engine do not depend
+on the values of weights. Takes about 14 GiB of memory and 10 GB of disk; nothing is run, so no GPU is needed.
 
     measure_engine.py /scratch --gpu rtx4090
 """
@@ -39,7 +39,7 @@ GIB = 2**30
 
 
 def random_int4(shape: torch.Size) -> IntegerWeight:
-    """Codes of all values, scales of the size that trained weights have."""
+    """Codes of all values, scales of the magnitude of trained weights."""
     rows, columns = shape
     codes = torch.randint(-8, 8, shape, dtype=torch.int8)
     scales = (torch.rand(rows, columns // GROUP) + 0.5) / (8 * columns**0.5)
@@ -47,7 +47,7 @@ def random_int4(shape: torch.Size) -> IntegerWeight:
 
 
 def write_decoder(folder: Path, config: ModelConfig) -> None:
-    """Layer by layer, as an export does."""
+    """Write the decoder layer by layer, as an export does."""
     decoder = config.decoder
     with torch.device("meta"):
         layer = DecoderLayer(decoder)
@@ -63,7 +63,7 @@ def write_decoder(folder: Path, config: ModelConfig) -> None:
 
 
 def write_vision(folder: Path, config: ModelConfig) -> None:
-    """With torch's own initial weights."""
+    """Write the vision side with torch's own initial weights."""
 
     def make_weight(_: nn.Linear, weight: Tensor) -> LinearWeight:
         return DenseWeight(weight, "fp16")

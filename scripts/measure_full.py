@@ -1,14 +1,14 @@
 """Time, memory and size of exporting a model of full size (mPLUG-Owl2 7B, random weights).
 
-With ``--method rtn`` the whole model is exported. With GPTQ, which takes hours on a CPU, the first layers are: the
-export is killed (SIGKILL) behind the layer given by ``--kill``, started again, has to continue there, and is killed
+With ``--method rtn`` the whole model is exported. With GPTQ, which takes hours on a CPU, only the first layers are: the
+export is killed (SIGKILL) after the layer given by ``--kill``, started again, has to continue there, and is killed
 again one layer later unless ``--finish`` is given; the time of the rest is extrapolated, and estimated for GPUs.
 
     measure_full.py /scratch --method rtn
     measure_full.py /scratch --kill 2
     measure_full.py /scratch --kill 2 --finish
 
-The checkpoint (16 GB with 32 layers) stays in the scratch folder for the next time.
+The checkpoint (16 GB with 32 layers) stays in the scratch folder for the next run.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class Work:
     """Arithmetic of one decoder layer, FLOP.
 
     Attributes:
-        forward: passes of all rows; quantizing looks at four places, each behind what is quantized already.
-        hessian: summing x x^T at these places.
+        forward: passes of all rows; quantizing needs the inputs of four sites, after all that is quantized before.
+        hessian: summing x x^T at these sites.
         factorize: two Cholesky decompositions per weight.
         update: the target, feedback of rounding errors, coordinate descent, and the errors that are reported.
     """
@@ -84,18 +84,18 @@ def weights(width: int, inner: int) -> list[tuple[int, int]]:
 
 
 def gptq_work(width: int, inner: int, calibration: int, measured: int) -> Work:
-    """What GPTQ computes in one layer for so many calibration rows and so many measured rows.
+    """Arithmetic of GPTQ in one layer, for these numbers of calibration rows and measured rows.
 
-    The calibration rows pass through the quantized and the original layer, the measured ones too.
+    Both pass through the quantized and the original layer.
     """
     attention, mlp = 4 * width**2, 3 * width * inner
     # inputs of o; of gate and up; of down; and the pass that moves the stream
-    places = 3 * width**2 + attention + (attention + 2 * width * inner) + (attention + mlp)
+    sites = 3 * width**2 + attention + (attention + 2 * width * inner) + (attention + mlp)
     shapes = weights(width, inner)
     # Feedback 1, sweeps 2 each, target 2 and its triangular solves 2; then five output errors of sampled rows.
     per_weight = 1.0 + 2.0 * QuantConfig().sweeps + 4.0
     return Work(
-        forward=2.0 * (2 * calibration * places + 2 * measured * (attention + mlp)),
+        forward=2.0 * (2 * calibration * sites + 2 * measured * (attention + mlp)),
         hessian=2.0 * 2.0 * calibration * (3 * width**2 + inner**2),
         factorize=sum(2 * k**3 / 3 for _, k in shapes),
         update=sum(per_weight * n * k**2 + 5 * 2.0 * min(n, MAX_SAMPLED_ROWS) * k**2 for n, k in shapes),
@@ -103,21 +103,21 @@ def gptq_work(width: int, inner: int, calibration: int, measured: int) -> Work:
 
 
 def gpu_seconds(work: Work, width: int, inner: int, gpu: Gpu) -> float:
-    """Estimated time of one layer on a GPU, without what stays on the CPU."""
+    """Estimated time of one layer on a GPU, without the work that stays on the CPU."""
     parameters = sum(n * k for n, k in weights(width, inner))
     columns = sum(k for _, k in weights(width, inner))
     return (
         work.total / (EFFICIENCY * gpu.flops)
         + columns * LAUNCHES * LAUNCH_SECONDS
         + 4 * parameters * CLIP_PASSES / gpu.bandwidth
-        + 5 * parameters / PCIE  # float32 there, int8 codes back
+        + 5 * parameters / PCIE  # float32 to the GPU, int8 codes back
     )
 
 
 def checkpoint_of(scratch: Path, layers: int) -> Path:
-    """A random checkpoint, from an earlier time or written now."""
+    """A random checkpoint, from an earlier run or written now."""
     folder = scratch / f"checkpoint-{layers}"
-    if not (folder / "pytorch_model.bin.index.json").exists():  # is written last
+    if not (folder / "pytorch_model.bin.index.json").exists():  # written last
         shutil.rmtree(folder, ignore_errors=True)
         began = time.perf_counter()
         write_checkpoint(folder, TOKENIZER, layers, seed=0)
@@ -128,7 +128,7 @@ def checkpoint_of(scratch: Path, layers: int) -> Path:
 
 
 def journal_of(bundle: Path) -> dict[str, Any] | None:
-    """What an unfinished export has finished."""
+    """Content of the journal of an unfinished export; None without one."""
     try:
         index = json.loads((bundle.parent / f".{bundle.name}.partial" / "journal" / "journal.json").read_text())
     except FileNotFoundError:
@@ -138,7 +138,7 @@ def journal_of(bundle: Path) -> dict[str, Any] | None:
 
 
 def run(command: list[str], bundle: Path, kill: int | None) -> int:
-    """Run an export, killing it behind layer ``kill``; returns the most memory of its own, in bytes."""
+    """Run an export, killing it after layer ``kill``; returns the peak of its own memory, in bytes."""
     process, peak, changed = subprocess.Popen(command), 0, 0.0
     index = bundle.parent / f".{bundle.name}.partial" / "journal" / "journal.json"
     while process.poll() is None:
@@ -151,7 +151,7 @@ def run(command: list[str], bundle: Path, kill: int | None) -> int:
         if decoder is not None and decoder["layers"] >= kill:
             process.kill()
             process.wait()
-            print(f"killed behind layer {decoder['layers']}", flush=True)
+            print(f"killed after layer {decoder['layers']}", flush=True)
             return peak
     if process.returncode:
         sys.exit(process.returncode)
@@ -159,7 +159,7 @@ def run(command: list[str], bundle: Path, kill: int | None) -> int:
 
 
 def rows_of(arrays: list[Any], width: int) -> tuple[int, int]:
-    """Calibration and measured rows of a journal, which holds the rows of both twice, then those of the probes."""
+    """Calibration and measured rows of a journal, which has the rows of both twice, then those of the probes."""
     lengths = [shape[0] for _, shape in arrays if len(shape) == 2 and shape[1] == width]
     probes = len(probe_samples())
     both = lengths[:-probes]
@@ -169,11 +169,11 @@ def rows_of(arrays: list[Any], width: int) -> tuple[int, int]:
         halves_equal = first[:calibration] == first[calibration:] and second[:measured] == second[measured:]
         if halves_equal and second[:probes] == lengths[-probes:]:
             return sum(first[:calibration]), sum(second[:measured])
-    raise SystemExit("the journal does not hold the rows that this script expects")
+    raise SystemExit("the journal does not have the rows that this script expects")
 
 
-def tell_gptq(journal: dict[str, Any], config: dict[str, Any]) -> None:
-    """Seconds per layer, what they make of the whole model, and the estimate for GPUs."""
+def print_gptq(journal: dict[str, Any], config: dict[str, Any]) -> None:
+    """Print the seconds per layer, extrapolated to the whole model, and the estimate for GPUs."""
     layers, width, inner = (config[name] for name in ("num_hidden_layers", "hidden_size", "intermediate_size"))
     seconds = journal["usage"]["layer_seconds"]
     mean = sum(seconds) / len(seconds)
@@ -186,20 +186,20 @@ def tell_gptq(journal: dict[str, Any], config: dict[str, Any]) -> None:
         f"GPTQ {work.update / 1e12:.1f}), so {work.total / mean / 1e9:.0f} GFLOP/s here"
     )
     for gpu in GPUS:
-        there = gpu_seconds(work, width, inner, gpu)
+        estimate = gpu_seconds(work, width, inner, gpu)
         print(
-            f"estimated on {gpu.name}: {there:.1f} s a layer, {there * layers / 60:.1f} min for all, and what stays on "
-            "the CPU (reading, packing, the journal: about a layer of --method rtn here)"
+            f"estimated on {gpu.name}: {estimate:.1f} s a layer, {estimate * layers / 60:.1f} min for all, in addition "
+            "to the work of the CPU (reading, packing, the journal: about a layer of --method rtn here)"
         )
 
 
-def tell_bundle(bundle: Path) -> None:
-    """What the report of a finished export says."""
+def print_bundle(bundle: Path) -> None:
+    """Print size, time and memory from the report of a finished export."""
     report = json.loads((bundle / "report.json").read_text())
     seconds = report["layer_seconds"]
     print(
         f"bundle: {report['size'] / GIB:.2f} GiB in {report['seconds'] / 60:.1f} min, "
-        f"{sum(seconds) / len(seconds):.1f} s a layer; memory {report['peak_own_memory'] / GIB:.2f} GiB of its own, "
+        f"{sum(seconds) / len(seconds):.1f} s a layer; {report['peak_own_memory'] / GIB:.2f} GiB of its own memory, "
         f"{report['peak_memory'] / GIB:.2f} GiB with mapped files"
     )
 
@@ -209,10 +209,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scratch", type=Path, help="folder for the checkpoint and the bundle")
     parser.add_argument("--layers", type=int, default=32, help="decoder layers (default 32)")
-    parser.add_argument("--checkpoint", type=Path, help="measure this one instead of random weights of full size")
+    parser.add_argument("--checkpoint", type=Path, help="measure this one instead of random weights")
     parser.add_argument("--method", choices=("gptq", "rtn"), default="gptq")
-    parser.add_argument("--kill", type=int, default=1, help="layer behind which GPTQ is killed (default 1)")
-    parser.add_argument("--finish", action="store_true", help="let GPTQ run to the end after it was killed once")
+    parser.add_argument("--kill", type=int, default=1, help="layer after which GPTQ is killed (default 1)")
+    parser.add_argument("--finish", action="store_true", help="let GPTQ finish after it was killed once")
     given, options = parser.parse_known_args()
     given.scratch.mkdir(parents=True, exist_ok=True)
     checkpoint = given.checkpoint or checkpoint_of(given.scratch, given.layers)
@@ -224,15 +224,15 @@ def main() -> int:
     for number, kill in enumerate(kills):
         before = journal_of(bundle) if number else None
         peaks.append(run([*command, *([] if number else ["--fresh"])], bundle, kill))
-        print(f"memory of its own, at most: {peaks[-1] / GIB:.2f} GiB", flush=True)
+        print(f"its own memory, at most: {peaks[-1] / GIB:.2f} GiB", flush=True)
         journal = journal_of(bundle) or before
         if before is not None and journal is not None:
             kept = before["usage"]["layer_seconds"]
             if journal["usage"]["layer_seconds"][: len(kept)] != kept:
                 sys.exit("the second run did not continue where the first was killed")
-            tell_gptq(journal, json.loads((checkpoint / "config.json").read_text()))
+            print_gptq(journal, json.loads((checkpoint / "config.json").read_text()))
     if kills[-1] is None:
-        tell_bundle(bundle)
+        print_bundle(bundle)
     print(f"peak: {max(peaks) / GIB:.2f} GiB")
     return 0
 

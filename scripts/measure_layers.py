@@ -1,7 +1,7 @@
-"""Time and memory of exporting full-size layers; fails if twice as many layers take notably more memory.
+"""Time and memory of exporting full-size layers; fails if twice as many layers take much more memory.
 
-Memory is what the process allocates itself (RssAnon): pages of the mapped checkpoint, which the system may drop
-at any time, do not count.
+Memory is what the process allocates itself (RssAnon): pages of the mapped checkpoint, which the system may drop at any
+time, do not count.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from pathlib import Path
 
 from random_checkpoint import write_checkpoint
 
-GROWTH = 1.15
+MAX_GROWTH = 1.15
 TOKENIZER = Path(__file__).parents[1] / "sample" / "checkpoint"
 
 
 def anonymous_memory(pid: int) -> int:
-    """Bytes the process has allocated; 0 once it is gone."""
+    """Bytes that the process has allocated; 0 after it ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -57,7 +57,7 @@ def main() -> int:
     arguments, options = parser.parse_known_args()
     few, many = (measure(arguments.scratch, arguments.layers * factor, options) for factor in (1, 2))
     print(f"twice the layers take {many / few:.2f} times the memory")
-    return int(many > GROWTH * few)
+    return int(many > MAX_GROWTH * few)
 
 
 if __name__ == "__main__":

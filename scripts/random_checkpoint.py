@@ -1,13 +1,14 @@
 """Write a checkpoint of full-size shapes with random weights, to measure time and memory without the real one.
 
-The shapes are those of mPLUG-Owl2 7B, the number of decoder layers is free. Files are named as the authors'
-converter names them: one per decoder layer, the last one for everything else.
+The shapes are those of mPLUG-Owl2 7B, with any number of decoder layers. Files are named as by the authors' converter:
+one per decoder layer, the last one for everything else.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -31,7 +32,7 @@ PREPROCESSOR = {"size": 448, "crop_size": 448}
 
 
 def write_checkpoint(folder: Path, tokenizer: Path, layers: int, seed: int) -> None:
-    """Write it shard by shard; memory is that of one shard."""
+    """Write the checkpoint shard by shard, with the memory of one."""
     config = CONFIG | {"num_hidden_layers": layers}
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
@@ -43,9 +44,8 @@ def write_checkpoint(folder: Path, tokenizer: Path, layers: int, seed: int) -> N
     total = layers + 1
     files: dict[str, list[str]] = {}
     for name in parameters:
-        parts = name.split(".")
-        shard = int(parts[2]) + 1 if name.startswith("model.layers.") else total
-        files.setdefault(f"pytorch_model-{shard}-of-{total}.bin", []).append(name)
+        number = int(name.split(".")[2]) + 1 if name.startswith("model.layers.") else total
+        files.setdefault(f"pytorch_model-{number}-of-{total}.bin", []).append(name)
     generator = torch.Generator().manual_seed(seed)
     for file, names in files.items():
         shard = {name: random_tensor(name, parameters[name].shape, generator) for name in names}
@@ -57,13 +57,13 @@ def write_checkpoint(folder: Path, tokenizer: Path, layers: int, seed: int) -> N
 
 
 def random_tensor(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
-    """float16 values of the size that trained weights have."""
+    """float16 values of the magnitude of trained weights."""
     values = torch.randn(shape, generator=generator)
     if name.endswith(("norm.weight", "norm1.weight", "normk.weight", "norm2.weight", "ffn_ln.weight")) or (
         "layernorm" in name and name.endswith("weight")
     ):
         return (1.0 + 0.1 * values).half()
-    return (values / max(1, shape[-1]) ** 0.5).half()
+    return (values / math.sqrt(max(1, shape[-1]))).half()
 
 
 def main() -> int:

@@ -21,7 +21,6 @@ from owl2.runtime.backends.tensorrt.records import RECORD_FORMAT, EngineRecord, 
 from owl2.runtime.backends.tensorrt.rows import DeviceRows
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.engine import EngineOptions, Floats
-from owl2.runtime.evaluation.verify import Verdict, verify
 from owl2.runtime.load import Preparation
 from owl2.runtime.placement import EngineKind, Placement
 from owl2.runtime.verification import FileEntry, hash_file
@@ -90,11 +89,6 @@ def with_engines(source: Path, target: Path, **changes: Any) -> Bundle:
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("engines"))
     build(target, **changes)
     return Bundle.open(target)
-
-
-def verified(folder: Path, device: str, *, check_memory: bool = True) -> Verdict:
-    """The verdict on a bundle's files and goldens."""
-    return verify(folder, Placement.parse(device), check_memory=check_memory)
 
 
 class FakeModel:

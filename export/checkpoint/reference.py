@@ -16,7 +16,6 @@ from owl2.export.checkpoint.checkpoint import Checkpoint
 from owl2.export.checkpoint.modules import TABLE, head_name, load_layer, load_norm, load_vision
 from owl2.quant.models.mplug_owl2 import DecoderLayer, Routing
 from owl2.quant.models.mplug_owl2.decoder import KeyValue, rotary_slice
-from owl2.runtime.config import ModelConfig
 from owl2.runtime.engine import PREFILL_BLOCK, Floats, Ints, KvBuffers, own
 from owl2.runtime.errors import BundleError, CheckpointError
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
@@ -99,7 +98,7 @@ class TorchEngine:
         return logits
 
 
-def open_checkpoint(folder: Path) -> tuple[Loaded, ModelConfig]:
+def open_checkpoint(folder: Path) -> Loaded:
     """Load an official checkpoint as the runtime loads a bundle; it stays open while the model lives.
 
     Raises:
@@ -114,8 +113,7 @@ def open_checkpoint(folder: Path) -> tuple[Loaded, ModelConfig]:
     engine = TorchEngine(checkpoint)
     table = checkpoint.tensor(TABLE).numpy()
     context = config.decoder.max_position_embeddings
-    model = Loaded(str(folder), config, engine, tokenizer, table, ImageEncoder(engine), context)
-    return model, config
+    return Loaded(str(folder), config, engine, tokenizer, table, ImageEncoder(engine), context)
 
 
 def _cut(pair: KeyValue, length: int) -> KeyValue:

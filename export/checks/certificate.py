@@ -12,14 +12,8 @@ from owl2.quant.calibration.samples import probe_samples
 from owl2.runtime import spec
 from owl2.runtime.bundle import WeightFormat
 from owl2.runtime.engine import DecoderEngine, Floats
-from owl2.runtime.evaluation.verify import (
-    Baseline,
-    Golden,
-    distance,
-    golden_positions,
-    run_golden,
-    write_goldens,
-)
+from owl2.runtime.evaluation.certificate import Baseline, Golden, golden_positions, write_goldens
+from owl2.runtime.evaluation.verify import distance, run_golden
 from owl2.runtime.families.mplug_owl2.positions import Prompt, embed
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
 from owl2.runtime.preprocess import load_image

@@ -54,9 +54,9 @@ class Request:
 def _show_gpus(context: click.Context, _option: click.Parameter, value: str | None) -> str | None:
     """List the GPUs and end if the user asks for that."""
     if value == "list":
-        from owl2.export.tensorrt.target import table
+        from owl2.export.tensorrt.target import gpu_table
 
-        click.echo(table())
+        click.echo(gpu_table())
         context.exit()
     return value
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from owl2.runtime.backends.tensorrt.module import import_tensorrt
+from owl2.runtime.cli.table import table
 from owl2.runtime.errors import BackendUnavailableError, ConfigError
 from owl2.runtime.fit.machine import driver_version, this_gpu
 from owl2.runtime.fit.products import PRODUCTS, Product, find_product
@@ -95,12 +96,11 @@ def find_gpu(name: str | None) -> tuple[Product, bool]:
     return first, False
 
 
-def table() -> str:
+def gpu_table() -> str:
     """All GPUs with the engines that they can have, for people."""
     rows = [("name", "SM", "memory", "engines", "int4")]
     for device in PRODUCTS.values():
         engines = ", ".join(device.engines) or "none"
         int4 = "yes" if device.int4_engines else "no"
         rows.append((device.name, str(device.compute), f"{device.memory >> 30} GiB", engines, int4))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+    return table(rows)

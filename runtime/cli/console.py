@@ -106,6 +106,7 @@ def load_progress() -> Iterator[OnProgress | None]:
         nonlocal began, advance, counted
         if progress.stage != "verifying":
             bars.close()
+            began, advance, counted = None, None, 0  # another model may follow
             return
         began = time.monotonic() if began is None else began
         if advance is None and time.monotonic() - began >= PROGRESS_DELAY and progress.done < progress.total:

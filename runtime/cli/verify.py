@@ -1,4 +1,4 @@
-"""``owl2 verify``: whether a bundle is whole and this device computes what it should."""
+"""``owl2 verify``: whether a bundle is intact and this device computes the right logits."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 
 import click
 
-from owl2.runtime.cli.console import duration, reports_errors
+from owl2.runtime.cli.console import duration, load_progress, reports_errors
 from owl2.runtime.cli.options import bundle_argument, device_option, memory_option, threads_option
+from owl2.runtime.cli.table import table
 from owl2.runtime.evaluation.verify import Replay, Verdict, verify
-from owl2.runtime.placement import Placement
 
 
 @click.command("verify")
@@ -23,11 +23,11 @@ from owl2.runtime.placement import Placement
 @click.option("--json", "as_json", is_flag=True, help="Write everything as JSON.")
 @reports_errors
 def verify_command(bundle: Path, device: str, threads: int | None, check_memory: bool, as_json: bool) -> None:
-    """Check every file's hash, and replay the bundle's golden prompts on this device.
+    """Hash every file, and replay the bundle's golden prompts on this device.
 
-    A bundle holds a few prompts with the logits they must lead to: text, one image, several. What this device
-    makes of them may differ by no more than the limit in the bundle's report, as KL divergence in nats; the KL that
-    the exporting machine reached stands beside it. The exit code is 0 for pass and 1 for FAIL.
+    A bundle holds a few prompts with the logits they must lead to: text, one image, several. The logits of this device
+    may differ by the limit in the bundle's report, as KL divergence in nats; next to it is the KL divergence of the
+    exporting machine. The exit code is 0 for pass and 1 for FAIL.
 
     \b
     Examples:
@@ -35,7 +35,8 @@ def verify_command(bundle: Path, device: str, threads: int | None, check_memory:
       owl2 verify bundle/ --threads 2 --json
       owl2 verify bundle/ --device cuda
     """
-    verdict = verify(bundle, Placement.parse(device), threads, check_memory=check_memory)
+    with load_progress() as progress:
+        verdict = verify(bundle, device=device, threads=threads, check_memory=check_memory, progress=progress)
     click.echo(json.dumps(_record(verdict), indent=2) if as_json else _table(bundle, verdict))
     sys.exit(0 if verdict.passed else 1)
 
@@ -45,7 +46,7 @@ def _record(verdict: Verdict) -> dict[str, object]:
         "passed": verdict.passed,
         "problems": list(verdict.problems),
         "goldens": [
-            # JSON knows no NaN.
+            # JSON has no NaN.
             asdict(replay) | {"kl": replay.kl if replay.kl == replay.kl else None, "passed": replay.passed}
             for replay in verdict.replays
         ],
@@ -57,16 +58,14 @@ def _record(verdict: Verdict) -> dict[str, object]:
 def _table(folder: Path, verdict: Verdict) -> str:
     if verdict.problems:
         lines = [f"  {problem}" for problem in verdict.problems]
-        return "\n".join([f"{folder}: files are not what was exported; nothing was replayed", *lines, "FAIL"])
-    width = max((len(replay.name) for replay in verdict.replays), default=0)
-    lines = [f"{'golden':{width}}  {'KL (nats)':>10}  {'limit':>8}  {'exporter':>8}  same best token"]
-    lines += [_row(replay, width) for replay in verdict.replays]
+        return "\n".join([f"{folder}: files differ from the export; nothing was replayed", *lines, "FAIL"])
+    rows = [("golden", "KL (nats)", "limit", "exporter", "same best token", ""), *map(_row, verdict.replays)]
+    problems = [f"{replay.name}: {replay.problem}" for replay in verdict.replays if replay.problem]
     times = f"loaded in {duration(verdict.load_seconds)}, replayed in {duration(verdict.replay_seconds)}"
-    return "\n".join([*lines, "", f"all files verified; {times}", "pass" if verdict.passed else "FAIL"])
+    result = "pass" if verdict.passed else "FAIL"
+    return "\n".join([table(rows, "<>>>>"), *problems, "", f"all files verified; {times}", result])
 
 
-def _row(replay: Replay, width: int) -> str:
-    if replay.problem:
-        return f"{replay.name:{width}}  FAIL: {replay.problem}"
-    figures = f"{replay.kl:10.2e}  {replay.limit:8.1e}  {replay.exported_kl:8.1e}  {replay.top1_agreement:6.1%}"
-    return f"{replay.name:{width}}  {figures}  {'pass' if replay.passed else 'FAIL'}"
+def _row(replay: Replay) -> tuple[str, ...]:
+    figures = (f"{replay.kl:.2e}", f"{replay.limit:.1e}", f"{replay.exported_kl:.1e}", f"{replay.top1_agreement:.1%}")
+    return replay.name, *(("", "", "", "") if replay.problem else figures), "pass" if replay.passed else "FAIL"

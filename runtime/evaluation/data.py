@@ -2,15 +2,16 @@
 
 =========================================  ==================================================================
 ``{"question", "answers": [...]}``         a short answer, against those that people gave
-``{"question", "choices": [...],           the likeliest of several answers
+``{"question", "choices": [...],           the most likely of several answers
 "answer": number or text}``
 ``{"captions": [...]}``                    a description, against those that people wrote
 ``{"conversations": [{"from", "value"}]}`` the likelihood of the assistant's turns, as in calibration data
 ``{"text"}``                               the likelihood of plain text
 =========================================  ==================================================================
 
-``"image"`` names an image or a list of them, beside the file; ``"kind"`` sorts results; ``"id"`` is handed on;
-other fields are ignored. A question may say with ``<|image|>`` where each image goes.
+``"image"`` names an image or a list of them, relative to the file; ``"kind"`` is a category that results are grouped
+by; ``"id"`` is repeated in the results; other fields are ignored. ``<|image|>`` in a question marks the place of an
+image.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ from owl2.runtime.evaluation.conversations import (
 from owl2.runtime.families.mplug_owl2.template import Message, with_images
 
 CAPTION_QUESTION = "Provide a one-sentence caption for the provided image."
-LISTED_PROBLEMS = 100
+MAX_LISTED_PROBLEMS = 100
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A short answer is asked for; ``answers`` are what people said."""
+    """A question with a short answer; ``answers`` are those that people gave."""
 
     question: str
     answers: tuple[str, ...]
@@ -47,7 +48,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One of ``choices`` is right; ``answer`` is its place."""
+    """A question with several answers to choose from; ``answer`` is the index of the right one."""
 
     question: str
     choices: tuple[str, ...]
@@ -56,7 +57,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Caption:
-    """A description is asked for; ``captions`` are what people wrote."""
+    """A request for a description; ``captions`` are those that people wrote."""
 
     question: str
     captions: tuple[str, ...]
@@ -64,14 +65,14 @@ class Caption:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A conversation whose assistant turns are the model's."""
+    """A conversation; the likelihood of its assistant turns is measured."""
 
     messages: tuple[Message, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Plain text, no template."""
+    """Plain text, without a template."""
 
     text: str
 
@@ -85,16 +86,16 @@ class Item:
 
     Attributes:
         line: its number, from 1.
-        task: what is asked.
+        task: to be measured.
         images: paths of its images.
-        kind: a group of results; empty for none.
-        id: as given; None where there is none.
+        category: the line's ``"kind"``, by which results are grouped; empty for none.
+        id: as given; None for none.
     """
 
     line: int
     task: Task
     images: tuple[Path, ...] = ()
-    kind: str = ""
+    category: str = ""
     id: str | int | None = None
 
 
@@ -102,10 +103,10 @@ def read_items(path: Path, limit: int | None = None) -> list[Item]:
     """Read at most ``limit`` lines, spread evenly over the file; only their images are opened.
 
     Raises:
-        DataError: the file cannot be read or is empty; or lines are malformed or images unusable: all are named.
+        DataError: the file cannot be read or is empty, or lines are malformed or images unusable; names all of them.
         ConfigError: the limit is not positive.
     """
-    require(limit is None or limit > 0, f"{limit} items were asked for; at least 1 is needed")
+    require(limit is None or limit > 0, f"limit {limit} must be at least 1")
     items, problems = read_records(path, lambda line, record: _item(line, record, path.parent))
     raise_problems(str(path), problems)
     chosen = evenly(items, limit)
@@ -118,7 +119,7 @@ def read_items(path: Path, limit: int | None = None) -> list[Item]:
 def raise_problems(source: str, problems: Sequence[str]) -> None:
     """Raise a :class:`DataError` that lists ``problems``, if there are any."""
     if problems:
-        raise DataError(f"{source}: nothing was measured; {list_problems(problems, LISTED_PROBLEMS)}")
+        raise DataError(f"{source}: nothing was measured; {list_problems(problems, MAX_LISTED_PROBLEMS)}")
 
 
 def messages(task: Task, answer: str | None) -> tuple[Message, ...]:
@@ -135,22 +136,22 @@ def messages(task: Task, answer: str | None) -> tuple[Message, ...]:
 def _item(line: int, record: Record, folder: Path) -> Item:
     images = image_names(record)
     task = _reader(record)(record, len(images))
-    kind, given = record.get("kind", ""), record.get("id")
-    if not isinstance(kind, str):
-        raise ValueError(f'"kind" must be text, got {kind!r}')
-    if given is not None and (not isinstance(given, str | int) or isinstance(given, bool)):
-        raise ValueError(f'"id" must be text or a whole number, got {given!r}')
-    return Item(line, task, tuple(folder / name for name in images), kind, given)
+    category, name = record.get("kind", ""), record.get("id")
+    if not isinstance(category, str):
+        raise ValueError(f'"kind" must be a string, got {category!r}')
+    if name is not None and (not isinstance(name, str | int) or isinstance(name, bool)):
+        raise ValueError(f'"id" must be a string or a whole number, got {name!r}')
+    return Item(line, task, tuple(folder / image for image in images), category, name)
 
 
 def _reader(record: Record) -> Callable[[Record, int], Task]:
-    """The reader of the one task that the record's fields stand for."""
+    """The reader of the task that the record's fields stand for."""
     found = [name for name in _READERS if name in record]
     if len(found) != 1:
         given = ", ".join(found) if found else ", ".join(map(str, record)) or "nothing"
         raise ValueError(
-            f"the fields must say one thing to measure, with one of {', '.join(_READERS)}; got {given}"
-            + ("" if found or "answer" not in record else ' (one answer is a list too: "answers": ["red"])')
+            f"exactly one of the fields {', '.join(_READERS)} must say what to measure; got {given}"
+            + ("" if found or "answer" not in record else ' (a single answer is a list, too: "answers": ["red"])')
         )
     return _READERS[found[0]]
 
@@ -162,11 +163,11 @@ def _question(record: Record, images: int) -> Question:
 def _choice(record: Record, images: int) -> Choice:
     choices, answer = _texts(record, "choices"), record.get("answer")
     if len(choices) < 2 or len(set(choices)) < len(choices):
-        raise ValueError(f'"choices" must be at least two different texts, got {list(choices)!r}')
+        raise ValueError(f'"choices" must be at least two different strings, got {list(choices)!r}')
     if isinstance(answer, str) and answer in choices:
         answer = choices.index(answer)
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
-        raise ValueError(f'"answer" must be one of the choices or its place from 0, got {answer!r}')
+        raise ValueError(f'"answer" must be one of the choices or its index from 0, got {answer!r}')
     return Choice(_asked(record, images), choices, answer)
 
 
@@ -186,9 +187,9 @@ def _conversation(record: Record, images: int) -> Conversation:
 def _text(record: Record, images: int) -> Text:
     text = record["text"]
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f'"text" must be text, got {text!r}')
+        raise ValueError(f'"text" must be a non-empty string, got {text!r}')
     if images:
-        raise ValueError('"text" goes without "image"; use "conversations" for both')
+        raise ValueError('"text" cannot have an "image"; use "conversations" for both')
     return Text(valid_text(text))
 
 
@@ -204,14 +205,14 @@ _READERS: dict[str, Callable[[Record, int], Task]] = {
 def _asked(record: Record, images: int, default: str = "") -> str:
     question = record.get("question", default)
     if not isinstance(question, str) or not question.strip():
-        raise ValueError(f'"question" must be text, got {question!r}')
+        raise ValueError(f'"question" must be a non-empty string, got {question!r}')
     return with_images(valid_text(question), images)
 
 
 def _texts(record: Record, name: str) -> tuple[str, ...]:
     given = record[name]
     if not isinstance(given, list) or not given or not all(isinstance(text, str) and text.strip() for text in given):
-        raise ValueError(f'"{name}" must be a list of texts, got {given!r}')
+        raise ValueError(f'"{name}" must be a list of non-empty strings, got {given!r}')
     if any(IMAGE_TOKEN in text for text in given):
-        raise ValueError(f'"{name}" must not hold {IMAGE_TOKEN}')
+        raise ValueError(f'"{name}" must not contain {IMAGE_TOKEN}')
     return tuple(valid_text(text) for text in given)

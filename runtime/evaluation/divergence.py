@@ -1,4 +1,4 @@
-"""How far the next-token distributions of two models lie apart."""
+"""How much the next-token distributions of two models differ."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from owl2.runtime.engine import Floats, Ints
+from owl2.runtime.families.mplug_owl2.positions import Prompt
+
+TEXT, IMAGE = 0, 1
+"""Modalities of a position."""
 
 # Rows of logits worked on at a time, which bounds the memory at full-size vocabularies.
 ROWS_AT_ONCE = 64
@@ -32,23 +36,23 @@ class Divergence:
     difference: float = 0.0
 
     def __add__(self, other: Divergence) -> Divergence:
-        def joined(one: Pair, two: Pair) -> Pair:
-            return one[0] + two[0], one[1] + two[1]
+        def add(first: Pair, second: Pair) -> Pair:
+            return first[TEXT] + second[TEXT], first[IMAGE] + second[IMAGE]
 
         return Divergence(
-            joined(self.positions, other.positions),
-            joined(self.kl, other.kl),
-            joined(self.same, other.same),
+            add(self.positions, other.positions),
+            add(self.kl, other.kl),
+            add(self.same, other.same),
             self.difference + other.difference,
         )
 
-    def mean_kl(self, kind: int) -> float:
-        """Nats per position of a modality: 0 text, 1 image; 0 where there is none."""
-        return self.kl[kind] / max(self.positions[kind], 1.0)
+    def mean_kl(self, modality: int) -> float:
+        """Nats per position of a modality; 0 where there is none."""
+        return self.kl[modality] / max(self.positions[modality], 1.0)
 
-    def agreement(self, kind: int) -> float:
+    def agreement(self, modality: int) -> float:
         """Share of a modality's positions with the same most likely token; 0 where there is none."""
-        return self.same[kind] / max(self.positions[kind], 1.0)
+        return self.same[modality] / max(self.positions[modality], 1.0)
 
     @property
     def mean_difference(self) -> float:
@@ -56,29 +60,34 @@ class Divergence:
         return self.difference / max(sum(self.positions), 1.0)
 
 
-def divergence(reference: Floats, made: Floats, modality: Ints) -> Divergence:
+def divergence(reference: Floats, actual: Floats, modality: Ints) -> Divergence:
     """Compare the logits of one prompt.
 
     Args:
-        reference: [T, V], the distribution that counts as true.
-        made: [T, V].
+        reference: [T, V], whose distributions count as true.
+        actual: [T, V].
         modality: [T], 1 at image rows.
     """
     positions, kl, same = np.zeros(2), np.zeros(2), np.zeros(2)
     difference = 0.0
     for start in range(0, len(modality), ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)
-        one, other, kinds = reference[rows], made[rows], modality[rows]
-        positions += np.bincount(kinds, minlength=2)
-        kl += np.bincount(kinds, row_kl(one, other), 2)
-        same += np.bincount(kinds, one.argmax(-1) == other.argmax(-1), 2)
-        difference += float(np.abs(one - other).mean(-1, dtype=np.float64).sum())
+        expected, found, modalities = reference[rows], actual[rows], modality[rows]
+        positions += np.bincount(modalities, minlength=2)
+        kl += np.bincount(modalities, row_kl(expected, found), 2)
+        same += np.bincount(modalities, expected.argmax(-1) == found.argmax(-1), 2)
+        difference += float(np.abs(expected - found).mean(-1, dtype=np.float64).sum())
     return Divergence(_pair(positions), _pair(kl), _pair(same), difference)
 
 
-def row_kl(reference: Floats, made: Floats) -> NDArray[np.float64]:
+def modality_of(prompt: Prompt) -> Ints:
+    """Modality of each position of a prompt: int64 [T], 1 at image rows."""
+    return np.array([isinstance(key, tuple) for key in prompt.keys], dtype=np.int64)
+
+
+def row_kl(reference: Floats, actual: Floats) -> NDArray[np.float64]:
     """Kullback-Leibler divergence of each row of logits, in nats: [T, V] twice -> [T]."""
-    p, q = log_softmax_rows(reference), log_softmax_rows(made)
+    p, q = log_softmax_rows(reference), log_softmax_rows(actual)
     result: NDArray[np.float64] = (np.exp(p) * (p - q)).sum(-1)
     return result
 
@@ -92,12 +101,12 @@ def log_softmax_rows(logits: Floats) -> NDArray[np.float64]:
 
 def token_logprobs(logits: Floats, ids: Ints) -> NDArray[np.float64]:
     """Log-probability of one token per row, in nats: logits [T, V], ids [T] -> [T]."""
-    made = [np.zeros(0)]
+    logprobs = [np.zeros(0)]
     for start in range(0, len(ids), ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)
-        made.append(np.take_along_axis(log_softmax_rows(logits[rows]), ids[rows, None], axis=1)[:, 0])
-    return np.concatenate(made)
+        logprobs.append(np.take_along_axis(log_softmax_rows(logits[rows]), ids[rows, None], axis=1)[:, 0])
+    return np.concatenate(logprobs)
 
 
 def _pair(values: NDArray[np.float64]) -> Pair:
-    return float(values[0]), float(values[1])
+    return float(values[TEXT]), float(values[IMAGE])

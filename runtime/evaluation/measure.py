@@ -1,4 +1,4 @@
-"""Running a model, and perhaps a second one, on items: what it answers and how likely it finds what others answered."""
+"""Running a model, and perhaps a second one, on items: its answers, and the likelihood of given ones."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 import numpy as np
 
@@ -17,36 +19,35 @@ from owl2.runtime.evaluation.data import (
     Conversation,
     Item,
     Question,
+    Task,
     Text,
     messages,
     raise_problems,
 )
-from owl2.runtime.evaluation.divergence import Divergence, divergence, token_logprobs
-from owl2.runtime.evaluation.subject import Subject, modality_of
+from owl2.runtime.evaluation.divergence import Divergence, divergence, modality_of, token_logprobs
+from owl2.runtime.evaluation.session import Session
 from owl2.runtime.families.mplug_owl2.positions import Prompt
 from owl2.runtime.families.mplug_owl2.template import Message, render
-from owl2.runtime.images import PreparedImage
-from owl2.runtime.kv_cache import Key
+from owl2.runtime.kv_cache import Key, KvCache
+from owl2.runtime.load import Loaded
 from owl2.runtime.preprocess import load_image
-
-MAX_NEW_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
-    """What a model said, and why it ended: ``stop``, ``length`` or ``context``."""
+class Generation:
+    """A generated answer, and why it ended: ``stop``, ``length`` or ``context``."""
 
     text: str
     finish_reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class Ranked:
-    """How likely each choice is.
+class ChoiceLikelihoods:
+    """Likelihood of each choice.
 
     Attributes:
         logprobs: sum over the choice's tokens, nats.
-        tokens: how many they are.
+        tokens: how many.
     """
 
     logprobs: tuple[float, ...]
@@ -54,22 +55,22 @@ class Ranked:
 
     @property
     def best(self) -> int:
-        """Place of the likeliest choice."""
+        """Index of the most likely choice."""
         return int(np.argmax(self.logprobs))
 
     @property
     def best_per_token(self) -> int:
-        """Place of the choice whose tokens are likeliest on average, which does not favour short ones."""
+        """Index of the choice whose tokens are most likely on average, which does not favour short ones."""
         return int(np.argmax(np.divide(self.logprobs, self.tokens)))
 
 
 @dataclass(frozen=True, slots=True)
 class Likelihood:
-    """How likely given text is.
+    """Likelihood of given text. Add two to join them.
 
     Attributes:
         nats: minus the sum of log-probabilities.
-        tokens: how many were predicted.
+        tokens: predicted.
         bytes: of a plain text in UTF-8; 0 for anything else.
     """
 
@@ -81,18 +82,18 @@ class Likelihood:
         return Likelihood(self.nats + other.nats, self.tokens + other.tokens, self.bytes + other.bytes)
 
 
-Output = Answered | Ranked | Likelihood
+Output = Generation | ChoiceLikelihoods | Likelihood
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """One item, done.
+class ItemResult:
+    """Result of one item.
 
     Attributes:
-        item: what was asked.
+        item: the question.
         output: of the model.
-        reference: of the one it is compared with; None without one.
-        divergence: between the two, over the prompt with its first right answer; None without a reference.
+        reference: output of the model that it is compared with; None without one.
+        divergence: from the reference, over the prompt with its expected answer; None without a reference.
     """
 
     item: Item
@@ -101,63 +102,54 @@ class Measured:
     divergence: Divergence | None = None
 
 
-@dataclass(frozen=True)
-class _Forced:
-    """A prompt whose tokens are all given, and which of them count: token ``i + 1`` where ``predicted[i]``."""
-
-    prompt: Prompt
-    predicted: Ints
-
-
 def measure(
-    subject: Subject,
+    model: Loaded,
     items: Sequence[Item],
-    reference: Subject | None = None,
+    reference: Loaded | None = None,
     *,
-    max_new_tokens: int = MAX_NEW_TOKENS,
-) -> Iterator[Measured]:
-    """Measure item after item; greedy, so the same every time. Nothing of an item stays in memory but its record.
+    max_new_tokens: int,
+    preprocess: str | None = None,
+) -> Iterator[ItemResult]:
+    """Measure item after item, greedily, so that results are reproducible. Only the results stay in memory.
 
     Args:
-        subject: the model.
-        items: what :func:`owl2.runtime.evaluation.read_items` returns.
-        reference: a second model, of the same vocabulary.
-        max_new_tokens: most tokens of an answer.
+        model: is measured.
+        items: as :func:`owl2.runtime.evaluation.read_items` returns them.
+        reference: a second model, with the same vocabulary and context.
+        max_new_tokens: of an answer.
+        preprocess: ``resize``, ``pad`` or ``crop`` instead of each model's own mode.
 
     Raises:
-        DataError: before anything runs: items that do not fit the context; all are named.
-        ReferenceModelError: the two models divide a prompt into different tokens.
+        DataError: before anything runs: items that do not fit the context; names all of them.
+        ReferenceModelError: the two models split a prompt into different tokens.
     """
-    raise_problems(subject.name, context_problems(subject, items))
-    return (_measure(subject, item, reference, max_new_tokens) for item in items)
+    raise_problems(model.name, context_problems(model, items))
+    models = [model] if reference is None else [model, reference]
+    caches = [each.new_cache() for each in models]
+    return (_measure(item, models, caches, max_new_tokens, preprocess) for item in items)
 
 
-def context_problems(subject: Subject, items: Sequence[Item]) -> list[str]:
+def context_problems(model: Loaded, items: Sequence[Item]) -> list[str]:
     """A sentence for each item that the context cannot hold together with its longest given answer."""
     problems = []
-    rows = subject.config.rows_per_image - 1  # the placeholder's own id is one
     for item in items:
         if isinstance(item.task, Text):
             continue
-        counts = [len(subject.model.tokenizer.encode_prompt(render(turns))) for turns in _all_forced(item)]
-        longest = max(counts) + rows * len(item.images)
-        if longest > subject.context:
-            problems.append(f"line {item.line}: takes {longest} positions, the context holds {subject.context}")
+        answers = item.task.choices if isinstance(item.task, Choice) else [expected_answer(item.task)]
+        prompts = [model.tokenizer.encode_prompt(render(messages(item.task, answer))) for answer in answers]
+        # A placeholder's own id is one of the positions of its image.
+        length = max(map(len, prompts)) + (model.config.rows_per_image - 1) * len(item.images)
+        if length > model.context:
+            problems.append(f"line {item.line}: takes {length} positions, the context holds {model.context}")
     return problems
 
 
-def _all_forced(item: Item) -> list[tuple[Message, ...]]:
-    """Every conversation that is run with a given answer."""
-    match item.task:
-        case Choice(_, choices):
-            return [messages(item.task, choice) for choice in choices]
-        case _:
-            return [messages(item.task, _right_answer(item))]
+def expected_answer(task: Task) -> str:
+    """The answer with which the distributions of two models are compared: the most frequent one, the first of several.
 
-
-def _right_answer(item: Item) -> str:
-    """The answer under which a prompt's likelihoods are compared: the most frequent one, the first of several."""
-    match item.task:
+    Empty for tasks that ask nothing.
+    """
+    match task:
         case Question(_, answers) | Caption(_, answers):
             return Counter(answers).most_common(1)[0][0]
         case Choice(_, choices, answer):
@@ -166,120 +158,125 @@ def _right_answer(item: Item) -> str:
             return ""
 
 
-def _measure(subject: Subject, item: Item, reference: Subject | None, max_new_tokens: int) -> Measured:
+def _measure(
+    item: Item, models: Sequence[Loaded], caches: Sequence[KvCache], max_new_tokens: int, preprocess: str | None
+) -> ItemResult:
     images = [load_image(path) for path in item.images]
-    models = [subject] if reference is None else [subject, reference]
-    for model in models:
-        model.cache.truncate(0)  # an item's figures must not depend on the items before it
-    prepared = [model.open(images) for model in models]
-    outputs: list[Output]
-    apart: Divergence | None = None
+    for cache in caches:
+        cache.truncate(0)  # an item's figures must not depend on the items before it
+    sessions = [Session(model, cache, model.prepare(images, preprocess)) for model, cache in zip(models, caches)]
+    total = Divergence()
+    outputs: Sequence[Output]
     if isinstance(item.task, Text):
-        outputs, apart = _likelihoods(models, [_windows(model, item.task.text) for model in models], item)
+        outputs, total = _text_likelihoods(sessions, item, item.task.text)
     elif isinstance(item.task, Conversation):
-        outputs, apart = _likelihoods(models, [[_turns(m, item, p)] for m, p in zip(models, prepared)], item)
+        outputs, total = _answer_likelihoods(sessions, item)
     else:
-        if reference is not None:
-            _, apart = _likelihoods(models, [[_turns(m, item, p)] for m, p in zip(models, prepared)], item)
-        outputs = [_respond(model, item, given, max_new_tokens) for model, given in zip(models, prepared)]
-    return Measured(item, outputs[0], outputs[1] if reference is not None else None, apart)
+        if len(sessions) == 2:
+            _, total = _answer_likelihoods(sessions, item)
+        outputs = [_respond(session, item.task, max_new_tokens) for session in sessions]
+    return ItemResult(item, outputs[0], outputs[1], total) if len(sessions) == 2 else ItemResult(item, outputs[0])
 
 
-def _respond(model: Subject, item: Item, images: Sequence[PreparedImage], max_new_tokens: int) -> Output:
-    prompt = model.encode(messages(item.task, None), images)
-    if isinstance(item.task, Choice):
-        return _rank(model, item.task, prompt, images)
-    return Answered(*model.answer(prompt, max_new_tokens))
+def _respond(session: Session, task: Task, max_new_tokens: int) -> Output:
+    prompt = session.encode(messages(task, None))
+    if isinstance(task, Choice):
+        return _choice_likelihoods(session, task, prompt)
+    answer = session.answer(prompt, max_new_tokens)
+    return Generation(answer.text, answer.finish_reason)
 
 
-def _rank(model: Subject, task: Choice, prompt: Prompt, images: Sequence[PreparedImage]) -> Ranked:
+def _choice_likelihoods(session: Session, task: Choice, prompt: Prompt) -> ChoiceLikelihoods:
     """Log-probability of each choice after the prompt, which runs once: a choice starts from its cached positions."""
     sums, counts = [], []
     for choice in task.choices:
-        whole = model.encode(messages(task, choice), images)
-        if whole.keys[-1] == model.config.decoder.eos_token_id:
-            whole = Prompt(whole.keys[:-1], whole.images)
-        start = _shared(prompt.keys, whole.keys)
-        ids = _ids(whole.keys[start:])
+        keys = session.encode(messages(task, choice)).keys
+        if keys[-1] == session.model.config.decoder.eos_token_id:
+            keys = keys[:-1]
+        start = _shared_length(prompt.keys, keys)
+        ids = _ids(keys[start:])
         # The last token predicts nothing; the one before the choice predicts its first.
-        asked = Prompt(whole.keys[:-1], whole.images)
         logprobs = [
-            token_logprobs(logits, ids[at - start + 1 : at - start + 1 + len(logits)])
-            for at, logits in model.logit_blocks(asked, start - 1)
+            token_logprobs(logits, ids[position - start + 1 : position - start + 1 + len(logits)])
+            for position, logits in session.logits(Prompt(keys[:-1], prompt.images), start - 1)
         ]
         sums.append(math.fsum(np.concatenate(logprobs)))
         counts.append(len(ids))
-    return Ranked(tuple(sums), tuple(counts))
+    return ChoiceLikelihoods(tuple(sums), tuple(counts))
 
 
-def _likelihoods(
-    models: Sequence[Subject], forced: Sequence[Sequence[_Forced]], item: Item
-) -> tuple[list[Output], Divergence | None]:
-    """Likelihood of the counted tokens under each model, and how far two models lie apart at all positions."""
-    nats = [0.0] * len(models)
-    apart = Divergence()
-    for each in zip(*forced):
-        _check_same(each, models, item)
-        modality = modality_of(each[0].prompt)
-        for blocks in zip(*(model.logit_blocks(one.prompt) for model, one in zip(models, each)), strict=True):
-            at, made = blocks[0]
-            rows = slice(at, at + len(made))
-            for index, (_, logits) in enumerate(blocks):
-                counted = np.flatnonzero(each[index].predicted[rows])
-                ids = _ids([each[index].prompt.keys[at + row + 1] for row in counted])
-                nats[index] -= math.fsum(token_logprobs(logits[counted], ids))
-            if len(models) == 2:
-                apart += divergence(blocks[1][1], made, modality[rows])
-    tokens = [sum(int(one.predicted.sum()) for one in each) for each in forced]
-    size = _bytes(item)
-    return [Likelihood(n, t, size) for n, t in zip(nats, tokens)], apart if len(models) == 2 else None
+def _text_likelihoods(sessions: Sequence[Session], item: Item, text: str) -> tuple[list[Likelihood], Divergence]:
+    """Likelihood of all tokens of a plain text; see :func:`_likelihoods`."""
+    parts = [
+        _likelihoods(sessions, item, prompts, _predicting(prompts[0], [(1, len(prompts[0].keys))]))
+        for prompts in zip(*(session.windows(text) for session in sessions))
+    ]
+    likelihoods, divergences = zip(*parts)
+    size = Likelihood(0.0, 0, len(text.encode()))
+    return [reduce(add, windows, size) for windows in zip(*likelihoods)], reduce(add, divergences)
 
 
-def _check_same(forced: Sequence[_Forced], models: Sequence[Subject], item: Item) -> None:
-    """Two models must divide a prompt alike, or their positions mean different things."""
-    kinds = [[key if isinstance(key, int) else None for key in one.prompt.keys] for one in forced]
-    if any(kind != kinds[0] for kind in kinds):
-        raise ReferenceModelError(
-            f"line {item.line}: {models[0].name} and {models[1].name} divide the prompt into different tokens; "
-            "only models with the same tokenizer can be compared"
-        )
-
-
-def _windows(model: Subject, text: str) -> list[_Forced]:
-    return [_Forced(prompt, _until(prompt, [(1, len(prompt.keys))])) for prompt in model.windows(text)]
-
-
-def _turns(model: Subject, item: Item, images: Sequence[PreparedImage]) -> _Forced:
-    """The item's conversation with its right answer; the assistant's turns count, their end of sequence too."""
-    turns = messages(item.task, _right_answer(item))
-    whole = model.encode(turns, images)
+def _answer_likelihoods(sessions: Sequence[Session], item: Item) -> tuple[list[Likelihood], Divergence]:
+    """Likelihood of the assistant's turns with their ends of sequence, the expected answer among them."""
+    turns = messages(item.task, expected_answer(item.task))
+    prompts = [session.encode(turns) for session in sessions]
     spans = []
     for index, turn in enumerate(turns):
         if turn.role == "ASSISTANT" and turn.text:
-            before = model.encode([*turns[:index], Message("ASSISTANT")], images)
-            through = model.encode(turns[: index + 1], images)
-            spans.append((_shared(before.keys, whole.keys), _shared(through.keys, whole.keys)))
-    return _Forced(whole, _until(whole, spans))
+            ends = [*turns[:index], Message("ASSISTANT")], turns[: index + 1]
+            first, end = (_shared_length(sessions[0].encode(end).keys, prompts[0].keys) for end in ends)
+            spans.append((first, end))
+    return _likelihoods(sessions, item, prompts, _predicting(prompts[0], spans))
 
 
-def _until(prompt: Prompt, spans: Sequence[tuple[int, int]]) -> Ints:
+def _likelihoods(
+    sessions: Sequence[Session], item: Item, prompts: Sequence[Prompt], predicting: Ints
+) -> tuple[list[Likelihood], Divergence]:
+    """Likelihood of some tokens of a prompt under each model, and the divergence of two models at all positions.
+
+    Args:
+        sessions: of the model, and of its reference if there is one.
+        item: for messages.
+        prompts: the same one, as each model merges it.
+        predicting: int64 [T], 1 at the positions whose next token counts.
+
+    Raises:
+        ReferenceModelError: the models split the prompt into different tokens, so that positions cannot be compared.
+    """
+    tokens = [[key if isinstance(key, int) else None for key in prompt.keys] for prompt in prompts]
+    if tokens.count(tokens[0]) != len(tokens):
+        raise ReferenceModelError(
+            f"line {item.line}: {' and '.join(session.model.name for session in sessions)} split the prompt into "
+            "different tokens; only models with the same tokenizer can be compared"
+        )
+    nats, total, modality = [0.0] * len(sessions), Divergence(), modality_of(prompts[0])
+    streams = [session.logits(prompt) for session, prompt in zip(sessions, prompts)]
+    for blocks in zip(*streams, strict=True):
+        start, actual = blocks[0]
+        counted = np.flatnonzero(predicting[start : start + len(actual)])
+        ids = _ids([prompts[0].keys[start + row + 1] for row in counted])
+        for index, (_, logits) in enumerate(blocks):
+            nats[index] -= math.fsum(token_logprobs(logits[counted], ids))
+        if len(blocks) == 2:
+            total += divergence(blocks[1][1], actual, modality[start : start + len(actual)])
+    count = int(predicting.sum())
+    return [Likelihood(value, count, 0) for value in nats], total
+
+
+def _predicting(prompt: Prompt, spans: Sequence[tuple[int, int]]) -> Ints:
     """1 at each position whose next one is a token of a span (first, end)."""
-    predicted = np.zeros(len(prompt.keys), dtype=np.int64)
+    predicting = np.zeros(len(prompt.keys), dtype=np.int64)
     for first, end in spans:
         for position in range(first, end):
-            predicted[position - 1] = isinstance(prompt.keys[position], int)
-    return predicted
+            predicting[position - 1] = isinstance(prompt.keys[position], int)
+    return predicting
 
 
-def _shared(one: Sequence[Key], other: Sequence[Key]) -> int:
+def _shared_length(first: Sequence[Key], second: Sequence[Key]) -> int:
     """Length of the common beginning."""
-    return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
+    pairs = enumerate(zip(first, second))
+    return next((index for index, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def _ids(keys: Sequence[Key]) -> Ints:
     return np.array([key for key in keys if isinstance(key, int)], dtype=np.int64)
-
-
-def _bytes(item: Item) -> int:
-    """Size of a plain text; turns of a conversation are not all of their prompt, and end with a special token."""
-    return len(item.task.text.encode()) if isinstance(item.task, Text) else 0

@@ -1,4 +1,4 @@
-"""From measured items to figures: scores per task and kind, and how two models compare."""
+"""From the results of items to figures: scores by task and category, and how two models compare."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from typing import Any
 
 from owl2.runtime.evaluation.captions import cider_d, rouge_l
 from owl2.runtime.evaluation.data import Caption, Choice, Conversation, Item, Question, Task
-from owl2.runtime.evaluation.divergence import Divergence
-from owl2.runtime.evaluation.measure import Answered, Likelihood, Measured, Output, Ranked
+from owl2.runtime.evaluation.divergence import IMAGE, TEXT, Divergence
+from owl2.runtime.evaluation.measure import ChoiceLikelihoods, Generation, ItemResult, Likelihood, Output
 from owl2.runtime.evaluation.vqa import exact_match, vqa_accuracy
 
-TEXT, IMAGE = 0, 1
+Score = Mapping[str, float]
+"""Measures of one item, by name; empty where only sums over items mean something."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ Figures = Mapping[str, Figure]
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """How a model's answers differ from those of the one it is compared with.
+    """Differences between the answers of a model and those of its reference.
 
     Attributes:
         changed: answers that are not the same.
@@ -48,13 +49,13 @@ class Changes:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Items that are measured alike.
+    """Items that are scored alike.
 
     Attributes:
         items: how many.
-        scores: of the model, by name of the measure; the first is the one that counts.
-        reference: the same of the second model; empty without one.
-        changes: None without a second model, and where nothing is answered.
+        scores: of the model, by name of the measure; the first is the main one.
+        reference: the same of the reference; empty without one.
+        changes: None without a reference, and for tasks without answers.
     """
 
     items: int
@@ -65,16 +66,22 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class TaskSummary:
-    """A task over the whole data, and by kind where kinds are given."""
+    """Results of one task.
+
+    Attributes:
+        task: its name, see :func:`task_name`.
+        whole: all its items.
+        categories: the same by category; empty where no item has one.
+    """
 
     task: str
     whole: Group
-    kinds: Mapping[str, Group]
+    categories: Mapping[str, Group]
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Everything measured.
+    """Results of all items.
 
     Attributes:
         items: how many.
@@ -91,33 +98,41 @@ class Summary:
         return {
             "items": self.items,
             "tasks": {
-                task.task: _group_json(task.whole) | {"kinds": {k: _group_json(g) for k, g in task.kinds.items()}}
+                task.task: _group_json(task.whole)
+                | {"kinds": {name: _group_json(group) for name, group in task.categories.items()}}
                 for task in self.tasks
             },
             "divergence": None if self.divergence is None else divergence_json(self.divergence),
         }
 
 
-def summarise(measured: Sequence[Measured]) -> Summary:
-    """Score what was measured; works on a part of the data as well."""
-    names = [task_name(one.item.task) for one in measured]
+@dataclass(frozen=True)
+class _ScoredItem:
+    result: ItemResult
+    score: Score
+    reference: Score | None
+
+    @property
+    def category(self) -> str:
+        return self.result.item.category or "other"
+
+
+def summarise(results: Sequence[ItemResult]) -> Summary:
+    """Score results; part of the data will do."""
     tasks = []
-    for name in dict.fromkeys(names):
-        chosen = [one for one, other in zip(measured, names) if other == name]
-        made = _scores(name, [one.item for one in chosen], [one.output for one in chosen])
-        references = [one.reference for one in chosen if one.reference is not None]
-        theirs = _scores(name, [one.item for one in chosen], references) if references else []
-        kinds = [one.item.kind or "other" for one in chosen]
-        places = {kind: [i for i, other in enumerate(kinds) if other == kind] for kind in dict.fromkeys(kinds)}
-        whole = _group(chosen, made, theirs, range(len(chosen)))
-        by_kind = {kind: _group(chosen, made, theirs, where) for kind, where in places.items()}
-        tasks.append(TaskSummary(name, whole, by_kind if any(one.item.kind for one in chosen) else {}))
-    apart = [one.divergence for one in measured if one.divergence is not None]
-    return Summary(len(measured), tuple(tasks), reduce(add, apart) if apart else None)
+    for name in dict.fromkeys(task_name(result.item.task) for result in results):
+        scored = _scored(name, [result for result in results if task_name(result.item.task) == name])
+        categories = dict.fromkeys(entry.category for entry in scored)
+        if not any(entry.result.item.category for entry in scored):
+            categories = {}
+        groups = {key: _group([entry for entry in scored if entry.category == key]) for key in categories}
+        tasks.append(TaskSummary(name, _group(scored), groups))
+    divergences = [result.divergence for result in results if result.divergence is not None]
+    return Summary(len(results), tuple(tasks), reduce(add, divergences) if divergences else None)
 
 
 def task_name(task: Task) -> str:
-    """How a task is called in results; one given answer is matched, several make VQA accuracy."""
+    """Name of a task in results; a single given answer is matched, several make VQA accuracy."""
     match task:
         case Question(_, answers):
             return "vqa" if len(answers) > 1 else "exact"
@@ -131,51 +146,59 @@ def task_name(task: Task) -> str:
             return "text"
 
 
-def item_json(measured: Measured) -> dict[str, Any]:
-    """One item with what was answered, in plain dictionaries."""
-    item = measured.item
-    record: dict[str, Any] = {"line": item.line, "id": item.id, "kind": item.kind, "task": task_name(item.task)}
-    record["output"] = _output_json(item, measured.output)
-    if measured.reference is not None:
-        record["reference"] = _output_json(item, measured.reference)
-    if measured.divergence is not None:
-        record["divergence"] = divergence_json(measured.divergence)
+def item_json(result: ItemResult) -> dict[str, Any]:
+    """One item with its outputs, in plain dictionaries."""
+    item = result.item
+    record: dict[str, Any] = {"line": item.line, "id": item.id, "kind": item.category, "task": task_name(item.task)}
+    record["output"] = _output_json(item.task, result.output)
+    if result.reference is not None:
+        record["reference"] = _output_json(item.task, result.reference)
+    if result.divergence is not None:
+        record["divergence"] = divergence_json(result.divergence)
     return record
 
 
-def divergence_json(apart: Divergence) -> dict[str, Any]:
+def divergence_json(divergence: Divergence) -> dict[str, Any]:
     """Means by modality, nats and shares."""
-    kinds = {
-        name: {"positions": int(apart.positions[k]), "kl": apart.mean_kl(k), "top1_agreement": apart.agreement(k)}
-        for name, k in (("text", TEXT), ("image", IMAGE))
+    modalities = {
+        name: {
+            "positions": int(divergence.positions[modality]),
+            "kl": divergence.mean_kl(modality),
+            "top1_agreement": divergence.agreement(modality),
+        }
+        for name, modality in (("text", TEXT), ("image", IMAGE))
     }
-    return {**kinds, "mean_abs_logit_difference": apart.mean_difference}
+    return {**modalities, "mean_abs_logit_difference": divergence.mean_difference}
 
 
-Score = dict[str, float]
-"""Measures of one item, by name."""
+def _scored(name: str, results: Sequence[ItemResult]) -> list[_ScoredItem]:
+    items = [result.item for result in results]
+    scores = _scores(name, items, [result.output for result in results])
+    references = [result.reference for result in results if result.reference is not None]
+    reference_scores = _scores(name, items, references) if references else [None] * len(results)
+    return [_ScoredItem(*entry) for entry in zip(results, scores, reference_scores)]
 
 
-def _scores(name: str, items: Sequence[Item], outputs: Sequence[Output]) -> list[Score]:
-    """The measures of each item; none where only sums over items mean something."""
-    if name == "caption":
-        texts = [output.text for output in outputs if isinstance(output, Answered)]
-        wanted = [item.task.captions for item in items if isinstance(item.task, Caption)]
-        return [
-            {"rouge_l": rouge_l(text, captions), "cider_d": consensus}
-            for text, captions, consensus in zip(texts, wanted, cider_d(texts, wanted))
-        ]
-    return [_score(item.task, output) for item, output in zip(items, outputs)]
+def _scores(name: str, items: Sequence[Item], outputs: Sequence[Output]) -> Sequence[Score]:
+    """The measures of each item; those of captions depend on all of them."""
+    if name != "caption":
+        return [_score(item.task, output) for item, output in zip(items, outputs)]
+    texts = [output.text for output in outputs if isinstance(output, Generation)]
+    references = [item.task.captions for item in items if isinstance(item.task, Caption)]
+    return [
+        {"rouge_l": rouge_l(text, captions), "cider_d": consensus}
+        for text, captions, consensus in zip(texts, references, cider_d(texts, references))
+    ]
 
 
 def _score(task: Task, output: Output) -> Score:
     match task, output:
-        case Question(_, answers), Answered(text):
+        case Question(_, answers), Generation(text):
             if len(answers) > 1:
                 return {"vqa_accuracy": vqa_accuracy(text, answers)}
             strict, normalised = exact_match(text, answers[0])
             return {"exact_match_normalised": normalised, "exact_match": strict}
-        case Choice(_, _, answer), Ranked():
+        case Choice(_, _, answer), ChoiceLikelihoods():
             return {
                 "accuracy": float(output.best == answer),
                 "accuracy_per_token": float(output.best_per_token == answer),
@@ -184,13 +207,14 @@ def _score(task: Task, output: Output) -> Score:
             return {}
 
 
-def _group(chosen: Sequence[Measured], made: Sequence[Score], theirs: Sequence[Score], where: Sequence[int]) -> Group:
-    mine = _figures([made[i] for i in where], [chosen[i].output for i in where])
-    if not theirs:
-        return Group(len(where), mine, {}, None)
-    references = [reference for i in where if (reference := chosen[i].reference) is not None]
-    changes = _changes(chosen, made, theirs, where) if made[where[0]] else None
-    return Group(len(where), mine, _figures([theirs[i] for i in where], references), changes)
+def _group(scored: Sequence[_ScoredItem]) -> Group:
+    scores = _figures([entry.score for entry in scored], [entry.result.output for entry in scored])
+    references = [entry.reference for entry in scored if entry.reference is not None]
+    if not references:
+        return Group(len(scored), scores, {}, None)
+    outputs = [entry.result.reference for entry in scored if entry.result.reference is not None]
+    changes = _changes(scored, references) if scored[0].score else None
+    return Group(len(scored), scores, _figures(references, outputs), changes)
 
 
 def _figures(scores: Sequence[Score], outputs: Sequence[Output]) -> Figures:
@@ -215,33 +239,33 @@ def _likelihood_figures(total: Likelihood) -> Figures:
     return figures | {"tokens": Figure(total.tokens)}
 
 
-def _changes(
-    chosen: Sequence[Measured], made: Sequence[Score], theirs: Sequence[Score], where: Sequence[int]
-) -> Changes:
-    primary = next(iter(made[where[0]]))
-    changed = [i for i in where if _said(chosen[i].output) != _said(chosen[i].reference)]
+def _changes(scored: Sequence[_ScoredItem], references: Sequence[Score]) -> Changes:
+    main = next(iter(scored[0].score))
+    pairs = [
+        (entry.score[main], reference[main])
+        for entry, reference in zip(scored, references)
+        if _answer(entry.result.output) != _answer(entry.result.reference)
+    ]
     return Changes(
-        len(changed),
-        sum(made[i][primary] > theirs[i][primary] for i in changed),
-        sum(made[i][primary] < theirs[i][primary] for i in changed),
+        len(pairs), sum(ours > theirs for ours, theirs in pairs), sum(ours < theirs for ours, theirs in pairs)
     )
 
 
-def _said(output: Output | None) -> object:
+def _answer(output: Output | None) -> object:
     match output:
-        case Answered(text):
+        case Generation(text):
             return text
-        case Ranked():
+        case ChoiceLikelihoods():
             return output.best
         case _:
             return None
 
 
-def _output_json(item: Item, output: Output) -> dict[str, Any]:
+def _output_json(task: Task, output: Output) -> dict[str, Any]:
     record = asdict(output)
-    if isinstance(output, Ranked):
+    if isinstance(output, ChoiceLikelihoods):
         record |= {"best": output.best, "best_per_token": output.best_per_token}
-    return record | _score(item.task, output)
+    return record | dict(_score(task, output))
 
 
 def _group_json(group: Group) -> dict[str, Any]:

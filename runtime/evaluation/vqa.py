@@ -1,8 +1,8 @@
 """Scores of short answers: VQA accuracy and exact match.
 
-VQA accuracy is the measure of Antol et al. 2015, "VQA: Visual Question Answering", section 3, as the VQA v2
-evaluation averages it over annotators; so is the normalisation of answers. One thing differs from its script,
-which compares answers verbatim where all annotators agree: here they are normalised always.
+VQA accuracy is the measure of Antol et al. 2015, "VQA: Visual Question Answering", section 3, averaged over annotators
+as in the evaluation of VQA v2, which also defines the normalisation of answers. Its script compares answers verbatim
+where all annotators agree; here they are always normalised.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-ENOUGH = 3
-"""An answer that so many other people gave is fully right."""
+AGREEING_ANNOTATORS = 3
+"""Other people who must have given an answer for it to be fully right."""
 
 ARTICLES = frozenset(("a", "an", "the"))
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -33,7 +33,7 @@ _CONTRACTED = """
 
 
 def _misspelled(word: str) -> list[str]:
-    """The word with one of its apostrophes left out."""
+    """The word with one of its apostrophes missing, for each of them."""
     return [word[:i] + word[i + 1 :] for i, letter in enumerate(word) if letter == "'"]
 
 
@@ -41,38 +41,38 @@ CONTRACTIONS = {wrong: word for word in _CONTRACTED.split() for wrong in _misspe
 
 
 def normalise(answer: str) -> str:
-    """An answer as it is compared: no punctuation, articles or capitals, digits for number words.
+    """Normalise an answer for comparison: no punctuation, articles or capitals, digits for number words.
 
     >>> normalise("Two dogs, and the cat.")
     '2 dogs and cat'
     """
     text = " ".join(answer.split())
-    made = text
+    cleaned = text
     for mark in PUNCTUATION:
-        # A mark beside a space, or any mark in a text with a number like 1,000, vanishes; others part words.
-        vanishes = f"{mark} " in text or f" {mark}" in text or GROUPED_DIGITS.search(text) is not None
-        made = made.replace(mark, "" if vanishes else " ")
-    made = LOOSE_PERIOD.sub("", made)
-    words = [NUMBERS.get(word, word) for word in made.lower().split()]
+        # A mark next to a space, or any mark in a text with a number like 1,000, is removed; others separate words.
+        removed = f"{mark} " in text or f" {mark}" in text or GROUPED_DIGITS.search(text) is not None
+        cleaned = cleaned.replace(mark, "" if removed else " ")
+    cleaned = LOOSE_PERIOD.sub("", cleaned)
+    words = [NUMBERS.get(word, word) for word in cleaned.lower().split()]
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
 def vqa_accuracy(answer: str, given: Sequence[str]) -> float:
     """Accuracy of an answer against those that several people gave, 0 to 1.
 
-    The mean, over the people, of min(how many *others* gave this answer / 3, 1). Where fewer than four people
-    were asked, all others take the place of three.
+    The mean, over the people, of min(number of *others* who gave this answer / 3, 1). With fewer than four people, the
+    number of others replaces 3.
 
     Args:
         answer: of the model.
         given: at least two answers, usually ten.
     """
-    wanted = normalise(answer)
-    same = [normalise(other) == wanted for other in given]
-    enough = min(ENOUGH, len(given) - 1)
-    return sum(min((sum(same) - own) / enough, 1.0) for own in same) / len(given)
+    normalised = normalise(answer)
+    same = [normalise(other) == normalised for other in given]
+    required = min(AGREEING_ANNOTATORS, len(given) - 1)
+    return sum(min((sum(same) - own) / required, 1.0) for own in same) / len(given)
 
 
 def exact_match(answer: str, given: str) -> tuple[float, float]:
-    """1 or 0: equal letter by letter (blanks around apart), and equal after :func:`normalise`."""
+    """1 or 0: equal letter by letter (surrounding blanks ignored), and equal after :func:`normalise`."""
     return float(answer.strip() == given.strip()), float(normalise(answer) == normalise(given))

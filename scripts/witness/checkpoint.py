@@ -1,9 +1,9 @@
 """Turn a LLaMA model in GGUF into a checkpoint folder: config.json, model.safetensors, tokenizer files.
 
-The stored values are the GGUF's, dequantized and rounded to float16, written as float32: they ARE the reference
-model from then on, whatever the model was before somebody quantized it. transformers can load the folder.
+The stored values are those of the GGUF, dequantized, rounded to float16 and written as float32: they ARE the reference
+model from then on, whatever the model was before it was quantized. transformers can load the folder.
 
-Needs two packages that owl2 does not: ``pip install gguf tokenizers``.
+Needs two packages that owl2 does not need: ``pip install gguf tokenizers``.
 """
 
 from __future__ import annotations
@@ -48,17 +48,17 @@ def convert(tensors: Mapping[str, Tensor], heads: int, kv_heads: int) -> dict[st
     for name, tensor in tensors.items():
         values = tensor.half().float()
         if name.startswith("blk."):
-            _, index, kind, _ = name.split(".")
-            if kind in ("attn_q", "attn_k"):
-                values = half_layout(values, heads if kind == "attn_q" else kv_heads)
-            converted[f"model.layers.{index}.{LAYER_NAMES[kind]}.weight"] = values.contiguous()
+            _, index, part, _ = name.split(".")
+            if part in ("attn_q", "attn_k"):
+                values = half_layout(values, heads if part == "attn_q" else kv_heads)
+            converted[f"model.layers.{index}.{LAYER_NAMES[part]}.weight"] = values.contiguous()
         elif name == "token_embd.weight":
             converted["model.embed_tokens.weight"] = values
         elif name == "output_norm.weight":
             converted["model.norm.weight"] = values
         else:
             raise SystemExit(
-                f"{name}: a tensor that this script does not know; a tied LLaMA without biases is expected"
+                f"{name}: this script does not know this tensor; give a LLaMA with tied embeddings and without biases"
             )
     return converted
 
@@ -108,8 +108,8 @@ def _config(fields: Mapping[str, Any]) -> dict[str, Any]:
 def _write_tokenizer(fields: Mapping[str, Any], folder: Path) -> None:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    if (kind := (fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"])) != ("gpt2", "smollm"):
-        raise SystemExit(f"tokenizer {kind} is not known; expected ('gpt2', 'smollm')")
+    if (name := (fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"])) != ("gpt2", "smollm"):
+        raise SystemExit(f"tokenizer {name} is not known; expected ('gpt2', 'smollm')")
     tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))

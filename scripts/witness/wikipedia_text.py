@@ -1,7 +1,7 @@
 """Prose of a MediaWiki dump as two text files with different articles: for calibration and for measuring.
 
-Every second article goes to the measured text. Kept are running paragraphs; tables, lists, headings, references
-and talk pages are not. Needs ``pip install wikitextparser``.
+Every second article goes to the measured text. Only paragraphs are kept, without tables, lists, headings, references
+and talk pages. Needs ``pip install wikitextparser``.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
 
-SHORTEST = 200
-"""Characters of the shortest paragraph."""
+MIN_CHARACTERS = 200
+"""Of a paragraph."""
 
 
 def articles(dump: Path) -> Iterator[str]:
-    """The wiki text of each article, redirects left out."""
+    """The wiki text of each article, without redirects."""
     with bz2.open(dump) as stream:
         for _, page in ET.iterparse(stream):
             if page.tag.endswith("}page"):
@@ -28,7 +28,7 @@ def articles(dump: Path) -> Iterator[str]:
 
 
 def paragraphs(source: str) -> list[str]:
-    """Running text of one article."""
+    """Paragraphs of one article."""
     from wikitextparser import parse, remove_markup
 
     page = parse(source)
@@ -36,7 +36,7 @@ def paragraphs(source: str) -> list[str]:
         if part.span is not None and part.string:
             part.string = ""
     lines = [line.strip() for line in remove_markup(page.string).splitlines()]
-    return [line for line in lines if len(line) >= SHORTEST and line[0].isalpha() and line[-1] in '.?!"']
+    return [line for line in lines if len(line) >= MIN_CHARACTERS and line[0].isalpha() and line[-1] in '.?!"']
 
 
 def main() -> int:

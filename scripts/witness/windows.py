@@ -18,8 +18,8 @@ def token_windows(model: Path, text: Path, count: int, length: int) -> Tensor:
 
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     tokens = torch.tensor(tokenizer.encode(text.read_text(encoding="utf-8"), add_special_tokens=False).ids)
-    there = len(tokens) // length
-    if there < count:
-        raise SystemExit(f"{text}: {len(tokens)} tokens make {there} windows of {length}, {count} were asked for")
-    chosen = torch.arange(count) * there // count
-    return tokens[: there * length].view(there, length)[chosen]
+    windows = len(tokens) // length
+    if windows < count:
+        raise SystemExit(f"{text}: {len(tokens)} tokens make {windows} windows of {length}; expected {count}")
+    chosen = torch.arange(count) * windows // count
+    return tokens[: windows * length].view(windows, length)[chosen]

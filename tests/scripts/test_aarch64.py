@@ -1,4 +1,4 @@
-"""What scripts/check_aarch64.py and check_wheels.py conclude from what they are given; emulation itself is no test."""
+"""Conclusions of scripts/check_aarch64.py and check_wheels.py from given recordings; nothing is emulated."""
 
 import dataclasses
 import importlib
@@ -32,8 +32,8 @@ def recorded(bundle_a1: Path, golden: Path, tmp_path_factory: pytest.TempPathFac
     finally:
         sys.path.remove(str(SCRIPTS))
     (out / "cases.json").write_text(json.dumps(cases))
-    command = [sys.executable, SCRIPTS / "record_run.py", bundle_a1, out / "cases.json", out]
-    subprocess.run(command, check=True, timeout=120)
+    command = [SCRIPTS / "record_run.py", bundle_a1, out / "cases.json", out]
+    subprocess.run([sys.executable, *map(str, command)], check=True, timeout=120)
     return out
 
 
@@ -52,7 +52,7 @@ class TestCompare:
     def test_a_recording_does_not_differ_from_itself(self, check: ModuleType, recorded: Path) -> None:
         recording = check.read_recording(recorded)
         same = check.compare(recording, recording)
-        assert (same.kl_text, same.kl_image, same.kl_steps, same.most, same.same_best) == (0, 0, 0, 0, 1)
+        assert (same.kl_text, same.kl_image, same.kl_steps, same.largest, same.same_best) == (0, 0, 0, 0, 1)
         assert same.other_answers == ()
         assert same.answers == 7
         assert result(check, same).problems == []
@@ -67,25 +67,27 @@ class TestCompare:
         for row in (text, image):
             best, worst = logits[row].argmax(), logits[row].argmin()
             other[row, [best, worst]] = other[row, [worst, best]]
-        made = check.compare(recording, changed(recording, **{f"{index}_prefill": other}))
+        found = check.compare(recording, changed(recording, **{f"{index}_prefill": other}))
         counts = [
-            (recording.arrays[f"{i}.modality"] == kind).sum() for i in range(len(recording.names)) for kind in (0, 1)
+            (recording.arrays[f"{i}.modality"] == branch).sum()
+            for i in range(len(recording.names))
+            for branch in (0, 1)
         ]
-        for row, found, positions in ((text, made.kl_text, counts[::2]), (image, made.kl_image, counts[1::2])):
+        for row, kl, positions in ((text, found.kl_text, counts[::2]), (image, found.kl_image, counts[1::2])):
             p = np.exp(logits[row].astype(np.float64)) / np.exp(logits[row].astype(np.float64)).sum()
             q = np.exp(other[row].astype(np.float64)) / np.exp(other[row].astype(np.float64)).sum()
-            assert found == pytest.approx((p * np.log(p / q)).sum() / sum(positions), rel=1e-6)
-        assert made.kl_steps == 0
-        assert made.same_best == pytest.approx(1 - 1 / sum(counts[::2]))
-        assert made.most == pytest.approx(max(np.ptp(logits[row]) for row in (text, image)))
+            assert kl == pytest.approx((p * np.log(p / q)).sum() / sum(positions), rel=1e-6)
+        assert found.kl_steps == 0
+        assert found.same_best == pytest.approx(1 - 1 / sum(counts[::2]))
+        assert found.largest == pytest.approx(max(np.ptp(logits[row]) for row in (text, image)))
 
     @pytest.mark.parametrize("part", ["prefill", "steps"])
-    def test_what_is_no_number_fails(self, check: ModuleType, recorded: Path, part: str) -> None:
+    def test_nan_fails(self, check: ModuleType, recorded: Path, part: str) -> None:
         recording = check.read_recording(recorded)
         broken = recording.arrays[f"4.{part}"].copy()
         broken[-1, 0] = np.nan
         difference = check.compare(recording, changed(recording, **{f"4_{part}": broken}))
-        assert np.isnan(difference.most)
+        assert np.isnan(difference.largest)
         assert len(result(check, difference).problems) == 1
 
     def test_other_answers_are_named(self, check: ModuleType, recorded: Path) -> None:
@@ -104,8 +106,8 @@ class TestGolden:
     def test_this_machine_has_the_recorded_logits_and_ids(
         self, check: ModuleType, recorded: Path, golden: Path
     ) -> None:
-        most, equal = check.golden_difference(check.read_recording(recorded), golden / "a1_base_bin")
-        assert 0 < most < check.GOLDEN_TOLERANCE
+        largest, equal = check.golden_difference(check.read_recording(recorded), golden / "a1_base_bin")
+        assert 0 < largest < check.GOLDEN_TOLERANCE
         assert equal
 
     def test_a_wrong_logit_and_a_wrong_id_are_seen(self, check: ModuleType, recorded: Path, golden: Path) -> None:
@@ -115,11 +117,11 @@ class TestGolden:
         logits[5, 7] += 0.25
         wrong = changed(recording, **{f"{index}_prefill": logits})
         wrong = dataclasses.replace(wrong, ids={**wrong.ids, "text": [*wrong.ids["text"][:-1], 0]})
-        most, equal = check.golden_difference(wrong, golden / "a1_base_bin")
-        assert most == pytest.approx(0.25, abs=1e-3)
+        largest, equal = check.golden_difference(wrong, golden / "a1_base_bin")
+        assert largest == pytest.approx(0.25, abs=1e-3)
         assert not equal
         same = check.compare(recording, recording)
-        assert len(result(check, same, golden=most, golden_answers=equal, verified=False).problems) == 3
+        assert len(result(check, same, golden=largest, golden_answers=equal, verified=False).problems) == 3
 
     def test_a_prompt_that_was_not_recorded_is_an_error(self, check: ModuleType, recorded: Path, golden: Path) -> None:
         recording = check.read_recording(recorded)
@@ -128,7 +130,7 @@ class TestGolden:
             check.golden_difference(short, golden / "a1_base_bin")
 
 
-def test_requirements_that_hold_only_on_the_other_machine_are_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requirements_that_apply_only_on_the_other_machine_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(SCRIPTS)
     check_wheels = importlib.import_module("check_wheels")
     needs = [
@@ -140,5 +142,5 @@ def test_requirements_that_hold_only_on_the_other_machine_are_missed(monkeypatch
         'torch; extra == "export"',
     ]
     packages = [{"name": "owl2", "requires_dist": needs}, {"name": "numpy"}, {"name": "typing_extensions"}]
-    assert check_wheels.forgotten(packages, "3.12") == ['arm-only; platform_machine == "aarch64"']
-    assert len(check_wheels.forgotten(packages, "3.10")) == 2
+    assert check_wheels.omitted(packages, "3.12") == ['arm-only; platform_machine == "aarch64"']
+    assert len(check_wheels.omitted(packages, "3.10")) == 2

@@ -1,4 +1,4 @@
-"""The scripts that put a LLaMA from a GGUF file into owl2's decoder, on a tiny model with random weights."""
+"""The scripts that load a LLaMA from a GGUF file into owl2's decoder, on a tiny model with random weights."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_a_layer_from_gguf_computes_what_the_gguf_means(
 
 
 def test_score_is_what_its_formulas_say(quantizers: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantizers, "CHUNK", 2)
+    monkeypatch.setattr(quantizers, "ROWS_AT_ONCE", 2)
     generator = torch.Generator().manual_seed(0)
     reference, rows = (torch.randn(3, TOKENS, 4, generator=generator) for _ in range(2))
     head = torch.randn(7, 4, generator=generator)

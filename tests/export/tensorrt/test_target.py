@@ -6,7 +6,7 @@ import pytest
 
 from owl2 import BackendUnavailableError, ConfigError
 from owl2.export.tensorrt.profiles import Limits
-from owl2.export.tensorrt.target import choose_target, find_gpu, table
+from owl2.export.tensorrt.target import choose_target, find_gpu, gpu_table
 from owl2.runtime.fit.products import PRODUCTS
 from owl2.runtime.placement import EngineKind
 
@@ -50,7 +50,7 @@ def test_a_module_that_is_missing_is_named_with_what_brings_it() -> None:
 
 
 def test_every_gpu_is_listed() -> None:
-    shown = table()
+    shown = gpu_table()
     assert all(name in shown for name in PRODUCTS)
 
 

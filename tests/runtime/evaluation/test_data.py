@@ -52,13 +52,13 @@ def test_every_task(folder: Path) -> None:
         Choice("Why?", ("a", "b"), 0),
     ]
     assert items[1].images == (folder / "a.png", folder / "b.png")
-    assert [(item.kind, item.id) for item in items] == [("colour", "q1"), *[("", None)] * 4, ("", 7)]
+    assert [(item.category, item.id) for item in items] == [("colour", "q1"), *[("", None)] * 4, ("", 7)]
 
 
 def test_a_limit_is_spread_over_the_file_and_opens_only_its_images(folder: Path) -> None:
     lines = [{"image": "a.png" if i % 2 == 0 else "gone.png", "captions": ["x"]} for i in range(10)]
     assert [item.line for item in read_items(written(folder, *lines), 5)] == [1, 3, 5, 7, 9]
-    with pytest.raises(ConfigError, match="0 items were asked for"):
+    with pytest.raises(ConfigError, match="limit 0 must be at least 1"):
         read_items(folder / "data.jsonl", 0)
 
 
@@ -68,19 +68,19 @@ def test_a_limit_is_spread_over_the_file_and_opens_only_its_images(folder: Path)
         ("{", "is not JSON"),
         ("[" * 100_000, "is nested too deeply"),
         ("3", "expected a JSON object, got int"),
-        ({}, "must say one thing to measure.*got nothing"),
+        ({}, "must say what to measure; got nothing"),
         ({"question": "q"}, "got question"),
-        ({"question": "q", "answer": "red"}, r'one answer is a list too: "answers": \["red"\]'),
+        ({"question": "q", "answer": "red"}, r'a single answer is a list, too: "answers": \["red"\]'),
         ({"text": "x", "captions": ["y"]}, "got captions, text"),
-        ({"question": "q", "answers": "red"}, '"answers" must be a list of texts'),
-        ({"question": "q", "answers": []}, '"answers" must be a list of texts'),
-        ({"question": "q", "answers": ["red", 3]}, '"answers" must be a list of texts'),
-        ({"question": "q", "answers": ["<|image|>"]}, "must not hold"),
-        ({"answers": ["red"]}, "\"question\" must be text, got ''"),
+        ({"question": "q", "answers": "red"}, '"answers" must be a list of non-empty strings'),
+        ({"question": "q", "answers": []}, '"answers" must be a list of non-empty strings'),
+        ({"question": "q", "answers": ["red", 3]}, '"answers" must be a list of non-empty strings'),
+        ({"question": "q", "answers": ["<|image|>"]}, "must not contain"),
+        ({"answers": ["red"]}, "\"question\" must be a non-empty string, got ''"),
         ({"question": "q", "answers": ["a"], "image": 3}, '"image" must be a file name or a list'),
         ({"question": "<|image|>q", "answers": ["a"]}, "has 1 .* but 0 images given"),
-        ({"question": "q", "choices": ["a"], "answer": 0}, "at least two different texts"),
-        ({"question": "q", "choices": ["a", "a"], "answer": 0}, "at least two different texts"),
+        ({"question": "q", "choices": ["a"], "answer": 0}, "at least two different strings"),
+        ({"question": "q", "choices": ["a", "a"], "answer": 0}, "at least two different strings"),
         ({"question": "q", "choices": ["a", "b"], "answer": 2}, '"answer" must be one of the choices'),
         ({"question": "q", "choices": ["a", "b"], "answer": True}, '"answer" must be one of the choices'),
         ({"question": "q", "choices": ["a", "b"]}, "got None"),
@@ -88,11 +88,11 @@ def test_a_limit_is_spread_over_the_file_and_opens_only_its_images(folder: Path)
         ({"conversations": []}, "must be a list of turns"),
         ({"conversations": [{"from": "human", "value": "Hi"}]}, 'no turn from "gpt"'),
         ({"conversations": [{"from": "system", "value": "Hi"}]}, 'a turn must be {"from"'),
-        ({"text": ""}, '"text" must be text'),
+        ({"text": ""}, '"text" must be a non-empty string'),
         ({"text": "\ud800"}, "is not valid Unicode"),
-        ({"text": "x", "image": "a.png"}, 'goes without "image"'),
-        ({"text": "x", "kind": 3}, '"kind" must be text'),
-        ({"text": "x", "id": 1.5}, '"id" must be text or a whole number'),
+        ({"text": "x", "image": "a.png"}, '"text" cannot have an "image"'),
+        ({"text": "x", "kind": 3}, '"kind" must be a string'),
+        ({"text": "x", "id": 1.5}, '"id" must be a string or a whole number'),
         ({"image": "gone.png", "captions": ["x"]}, "cannot read .*gone.png"),
     ],
 )
@@ -112,7 +112,7 @@ def test_all_problems_are_named(folder: Path) -> None:
     assert text.endswith("… and 102 more")
 
 
-def test_files_that_are_no_data(folder: Path) -> None:
+def test_files_without_data(folder: Path) -> None:
     with pytest.raises(DataError, match="cannot be read"):
         read_items(folder / "gone.jsonl")
     with pytest.raises(DataError, match=r"data\.jsonl is empty"):

@@ -8,7 +8,7 @@ import pytest
 from owl2.runtime.evaluation.captions import cider_d, longest_common_subsequence, rouge_l, words
 from owl2.runtime.evaluation.data import Item, Question
 from owl2.runtime.evaluation.divergence import Divergence, divergence, log_softmax_rows, row_kl, token_logprobs
-from owl2.runtime.evaluation.measure import Answered, Measured
+from owl2.runtime.evaluation.measure import Generation, ItemResult
 from owl2.runtime.evaluation.summary import summarise
 from owl2.runtime.evaluation.vqa import CONTRACTIONS, exact_match, normalise, vqa_accuracy
 
@@ -57,7 +57,7 @@ class TestVqaAccuracy:
         # k of 10 said it: the k leave out their own and see k-1, the others see k.
         [(1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)],
     )
-    def test_so_many_of_ten_said_it(self, count: int, expected: float) -> None:
+    def test_some_of_ten_said_it(self, count: int, expected: float) -> None:
         by_hand = (count * min((count - 1) / 3, 1) + (10 - count) * min(count / 3, 1)) / 10
         assert by_hand == pytest.approx(expected)
         assert vqa_accuracy("Red.", ["red"] * count + ["blue"] * (10 - count)) == pytest.approx(expected)
@@ -138,16 +138,18 @@ class TestDivergence:
 
     def test_modalities_are_kept_apart_and_blocks_join(self) -> None:
         rng = np.random.default_rng(1)
-        one, other = rng.normal(size=(2, 150, 11)).astype(np.float32)
-        kinds = rng.integers(0, 2, 150)
-        whole = divergence(one, other, kinds)
-        for kind in (0, 1):
-            rows = kinds == kind
-            assert whole.mean_kl(kind) == pytest.approx(row_kl(one, other)[rows].mean())
-            assert whole.agreement(kind) == pytest.approx((one.argmax(-1) == other.argmax(-1))[rows].mean())
-        assert whole.mean_difference == pytest.approx(np.abs(one - other).mean(), rel=1e-5)
-        joined = divergence(one[:70], other[:70], kinds[:70]) + divergence(one[70:], other[70:], kinds[70:])
-        assert joined.positions == whole.positions == (float((kinds == 0).sum()), float(kinds.sum()))
+        reference, actual = rng.normal(size=(2, 150, 11)).astype(np.float32)
+        modalities = rng.integers(0, 2, 150)
+        whole = divergence(reference, actual, modalities)
+        same = reference.argmax(-1) == actual.argmax(-1)
+        for modality in (0, 1):
+            rows = modalities == modality
+            assert whole.mean_kl(modality) == pytest.approx(row_kl(reference, actual)[rows].mean())
+            assert whole.agreement(modality) == pytest.approx(same[rows].mean())
+        assert whole.mean_difference == pytest.approx(np.abs(reference - actual).mean(), rel=1e-5)
+        parts = (slice(70), slice(70, None))
+        joined = sum((divergence(reference[p], actual[p], modalities[p]) for p in parts), Divergence())
+        assert joined.positions == whole.positions == (float((modalities == 0).sum()), float(modalities.sum()))
         assert joined.kl == pytest.approx(whole.kl)
 
     def test_nothing_compared(self) -> None:
@@ -161,10 +163,11 @@ class TestDivergence:
         assert len(token_logprobs(logits[:0], ids[:0])) == 0
 
 
-def test_items_without_a_kind_join_those_whose_kind_is_other() -> None:
-    kinds = ("other", "", "yes/no")
-    measured = [
-        Measured(Item(i, Question("?", ("red",)), kind=kind), Answered("red", "stop")) for i, kind in enumerate(kinds)
+def test_items_without_a_category_join_those_whose_category_is_other() -> None:
+    categories = ("other", "", "yes/no")
+    results = [
+        ItemResult(Item(i, Question("?", ("red",)), category=category), Generation("red", "stop"))
+        for i, category in enumerate(categories)
     ]
-    (task,) = summarise(measured).tasks
-    assert {kind: group.items for kind, group in task.kinds.items()} == {"other": 2, "yes/no": 1}
+    (task,) = summarise(results).tasks
+    assert {category: group.items for category, group in task.categories.items()} == {"other": 2, "yes/no": 1}

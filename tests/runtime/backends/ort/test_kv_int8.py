@@ -22,7 +22,7 @@ from owl2.runtime.__main__ import cli
 from owl2.runtime.backends.ort.engine import OrtBuffers, OrtEngine
 from owl2.runtime.backends.ort.session import OrtOptions
 from owl2.runtime.bundle import Bundle
-from owl2.runtime.engine import EngineOptions
+from owl2.runtime.engine import EngineOptions, own
 from owl2.runtime.errors import BackendUnavailableError, BundleCorruptError
 from owl2.runtime.families.mplug_owl2.positions import Prompt, embed
 from owl2.runtime.generate import generate
@@ -76,7 +76,7 @@ def rows_of(model: Loaded, text: str, image: Path) -> tuple[np.ndarray, np.ndarr
 
 def filled(engine: OrtEngine, embeds: np.ndarray, modality: np.ndarray) -> tuple[OrtBuffers, np.ndarray]:
     """Buffers with room for three more positions after one prefill, and its logits [T, V]."""
-    buffers = engine.allocate(len(embeds) + 3, None)
+    buffers = own(engine.allocate(len(embeds) + 3, None), OrtBuffers)
     return buffers, engine.prefill(embeds, modality, 0, buffers, np.arange(len(embeds)))
 
 
@@ -123,7 +123,7 @@ class TestBundle:
 
     def test_another_type_is_refused_with_those_offered(self, bundle_a1: Path) -> None:
         with pytest.raises(ConfigError, match=r"kv_cache 'int4': .* offers fp32, int8; choose one of these"):
-            Owl2.load(bundle_a1, kv_cache="int4")
+            Owl2.load(bundle_a1, kv_cache="int4")  # type: ignore[arg-type]
 
     def test_a_bundle_without_it(self, copy: Path) -> None:
         edit(copy, kv_cache={"fp32": "1.22"})
@@ -209,7 +209,7 @@ class TestCodes:
         count = len(embeds)
         whole, expected = filled(engine, embeds, modality)
         for first in (5, count - 6):
-            buffers = engine.allocate(count + 3, None)
+            buffers = own(engine.allocate(count + 3, None), OrtBuffers)
             made = [engine.prefill(embeds[:first], modality[:first], 0, buffers, np.arange(first))]
             if modality[first:].any():
                 made.append(engine.prefill(embeds[first:], modality[first:], first, buffers, np.arange(count - first)))
@@ -220,7 +220,7 @@ class TestCodes:
 
     def test_positions_beyond_the_last_stay_untouched(self, engine: OrtEngine, model: Loaded, image: Path) -> None:
         embeds, modality = rows_of(model, PROMPT, image)
-        buffers = engine.allocate(len(embeds) + 3, None)
+        buffers = own(engine.allocate(len(embeds) + 3, None), OrtBuffers)
         for array in buffers.arrays:
             array[:] = 77
         engine.prefill(embeds, modality, 0, buffers, np.array([0]))
@@ -230,11 +230,11 @@ class TestCodes:
 class TestCache:
     def test_growing_keeps_the_codes(self, engine: OrtEngine, model: Loaded) -> None:
         cache = KvCache(engine, 2 * GROWTH)
-        first = cache.reserve(5)
+        first = own(cache.reserve(5), OrtBuffers)
         for array in first.arrays:
             array[:, :, :5] = np.arange(-2, 3)[:, None]
         cache.commit(range(5))
-        second = cache.reserve(GROWTH)
+        second = own(cache.reserve(GROWTH), OrtBuffers)
         assert second.capacity == cache.capacity == 2 * GROWTH
         assert all(array.dtype == np.int8 for array in second.arrays)
         assert all((array[:, :, :5] == np.arange(-2, 3)[:, None]).all() for array in second.arrays)
@@ -256,7 +256,8 @@ class TestConversation:
             try:
                 next(stream)
             except StopIteration as end:
-                return end.value
+                answer: Answer = end.value
+                return answer
 
     def then(self, model: Loaded, prompt: Prompt, answer: Answer, question: str) -> Prompt:
         """The next turn."""
@@ -264,7 +265,7 @@ class TestConversation:
         return Prompt([*prompt.keys, *answer.ids, *words], prompt.images)
 
     def codes(self, cache: KvCache, positions: int) -> list[np.ndarray]:
-        return [array[:, :, :positions].copy() for array in cache.reserve(0).arrays]
+        return [array[:, :, :positions].copy() for array in own(cache.reserve(0), OrtBuffers).arrays]
 
     def test_second_turn_equals_a_cold_start(self, model: Loaded, image: Path) -> None:
         warm, cold, prompt = model.new_cache(), model.new_cache(), self.first(model, image)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from fake_engines import VERSION, verified, with_engines
+from fake_engines import VERSION, with_engines
 from fake_tensorrt import FakeGpu, FakeTensorRt
 
-from owl2 import BackendError, BackendUnavailableError, BundleError, ConfigError, InsufficientMemoryError, Owl2
+from owl2 import BackendError, BackendUnavailableError, BundleError, ConfigError, InsufficientMemoryError, Owl2, verify
 from owl2.runtime.__main__ import cli
 from owl2.runtime.backends.nvidia import driver_problem
 from owl2.runtime.backends.tensorrt import engine
@@ -32,7 +32,7 @@ def test_engines_are_run_natively(float32: Bundle, gpu: FakeGpu, tmp_path: Path,
 
 
 def test_certificates_are_replayed_there(folder: Path, gpu: FakeGpu) -> None:
-    verdict = verified(folder, "tensorrt")
+    verdict = verify(folder, device="tensorrt")
     assert verdict.passed, verdict
     assert gpu.launches > 0
 
@@ -69,7 +69,7 @@ def test_what_cannot_run_is_refused_before_anything_large_is_read(
         Owl2.load(copy, device=device, context=context)
     if context is None:
         with pytest.raises(error, match=message):
-            verified(copy, device)
+            verify(copy, device=device)
 
 
 def test_a_bundle_with_engines_is_whole_without_onnxruntime(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,8 +90,8 @@ def test_what_cannot_fit_the_gpu_is_refused(folder: Path, tmp_path: Path, monkey
     with pytest.raises(InsufficientMemoryError, match="not enough memory"):
         Owl2.load(folder, device="tensorrt")
     with pytest.raises(InsufficientMemoryError, match="not enough memory"):
-        verified(folder, "tensorrt")
-    assert verified(folder, "tensorrt", check_memory=False).passed
+        verify(folder, device="tensorrt")
+    assert verify(folder, device="tensorrt", check_memory=False).passed
 
 
 class TestSettings:

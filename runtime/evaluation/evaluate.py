@@ -1,0 +1,176 @@
+"""Evaluating a bundle on the user's own data, by itself or against the model that it came from."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from owl2.runtime.config import require
+from owl2.runtime.evaluation.data import read_items
+from owl2.runtime.evaluation.measure import ItemResult, measure
+from owl2.runtime.evaluation.reference import is_bundle, open_reference
+from owl2.runtime.evaluation.summary import Summary, item_json, summarise
+from owl2.runtime.owl import Owl2
+from owl2.runtime.placement import CPU
+from owl2.runtime.preprocess import check_mode
+from owl2.runtime.sampling import GenerationConfig
+from owl2.runtime.spec import KvType
+from owl2.runtime.verification import LoadProgress
+
+MAX_NEW_TOKENS = 64
+"""Of an answer, if not told otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationProgress:
+    """How many items have been measured."""
+
+    done: int
+    total: int
+
+    def __str__(self) -> str:
+        return f"measuring: {self.done} of {self.total} items"
+
+
+OnEvaluationProgress = Callable[[LoadProgress | EvaluationProgress], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Results of an evaluation, complete or not.
+
+    Attributes:
+        summary: scores by task and category, and the divergence from the reference.
+        results: of each item that was measured.
+        total: items that were to be measured.
+        seconds: that measuring took.
+        context: positions that a conversation could take.
+        preprocess: how images became square.
+    """
+
+    summary: Summary
+    results: tuple[ItemResult, ...]
+    total: int
+    seconds: float
+    context: int
+    preprocess: str
+
+    @property
+    def complete(self) -> bool:
+        """Whether every item was measured."""
+        return len(self.results) == self.total
+
+    def to_json(self, *, items: bool = False) -> dict[str, Any]:
+        """Plain dictionaries.
+
+        Args:
+            items: with the outputs of every item.
+        """
+        record = {
+            "preprocess": self.preprocess,
+            "context": self.context,
+            "complete": self.complete,
+            "asked": self.total,
+            "seconds": round(self.seconds, 3),
+            **self.summary.to_json(),
+        }
+        return record | ({"predictions": [item_json(result) for result in self.results]} if items else {})
+
+
+def evaluate(  # noqa: PLR0913 - the arguments of Owl2.load and those of the evaluation
+    bundle: str | os.PathLike[str] | Owl2,
+    data: str | os.PathLike[str],
+    *,
+    against: str | os.PathLike[str] | None = None,
+    limit: int | None = None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    device: str = CPU,
+    threads: int | None = None,
+    context: int | None = None,
+    kv_cache: KvType | None = None,
+    preprocess: str | None = None,
+    check_memory: bool = True,
+    progress: OnEvaluationProgress | None = None,
+) -> Evaluation:
+    """Measure a bundle on JSON lines; :mod:`owl2.runtime.evaluation.data` describes them.
+
+    Everything that can be checked is checked before a model is loaded. Answers are greedy, so results are reproducible.
+    Ctrl-C ends the evaluation early: what was measured until then is returned, and ``complete`` is False.
+
+    Args:
+        bundle: folder written by ``owl2-export``, or a loaded model, which keeps its device, context and K/V cache.
+        data: file of JSON lines; images are named relative to it.
+        against: a checkpoint (needs the export extra) or another bundle to compare with; runs on the same device with
+            the same context, and the K/V cache of its own activations.
+        limit: measure at most this many items, spread evenly over the file.
+        max_new_tokens: of an answer.
+        device, threads, context, kv_cache, check_memory: as in :meth:`Owl2.load`.
+        preprocess: ``resize``, ``pad`` or ``crop`` instead of the bundle's own mode.
+        progress: called with a :class:`LoadProgress` while models are loaded, and with an :class:`EvaluationProgress`
+            after each item.
+
+    Raises:
+        DataError: the data cannot be used; names every line at fault.
+        ReferenceModelError: ``against`` is not available or does not match the bundle.
+        ConfigError, BundleError, BackendError, InsufficientMemoryError: as :meth:`Owl2.load`.
+    """
+    GenerationConfig(max_new_tokens=max_new_tokens)
+    if preprocess is not None:
+        check_mode(preprocess)
+    items = read_items(Path(data), limit)
+    if against is not None:
+        is_bundle(Path(against))
+    with ExitStack() as stack:
+        if isinstance(bundle, Owl2):
+            require(
+                context is None and kv_cache is None and device in (CPU, str(bundle.device)),
+                "a loaded model keeps its device, context and K/V cache; to choose others, give its folder instead",
+            )
+            owl = bundle
+        else:
+            owl = stack.enter_context(
+                Owl2.load(
+                    bundle,
+                    device=device,
+                    threads=threads,
+                    context=context,
+                    kv_cache=kv_cache,
+                    check_memory=check_memory,
+                    progress=progress,
+                )
+            )
+        reference = None
+        if against is not None:
+            reference = open_reference(
+                Path(against),
+                owl.model,
+                device=owl.device,
+                threads=threads,
+                check_memory=check_memory,
+                on_progress=progress,
+            )
+            stack.enter_context(closing(reference))
+        measuring = measure(owl.model, items, reference, max_new_tokens=max_new_tokens, preprocess=preprocess)
+        began = time.perf_counter()
+        results = _collect(measuring, len(items), progress)
+        seconds = time.perf_counter() - began
+    mode = preprocess or owl.config.preprocess.mode
+    return Evaluation(summarise(results), results, len(items), seconds, owl.context, mode)
+
+
+def _collect(
+    measuring: Iterator[ItemResult], total: int, progress: OnEvaluationProgress | None
+) -> tuple[ItemResult, ...]:
+    """The results until the end or Ctrl-C."""
+    results: list[ItemResult] = []
+    with suppress(KeyboardInterrupt):
+        for result in measuring:
+            results.append(result)
+            if progress is not None:
+                progress(EvaluationProgress(len(results), total))
+    return tuple(results)

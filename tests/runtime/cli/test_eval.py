@@ -1,0 +1,93 @@
+"""``owl2 eval``: its help, its table, its JSON, Ctrl-C."""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import RunCommand
+from evaluation_data import IMAGES, write_every_task, write_lines
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every task, about the images of the sample."""
+    return write_every_task(tmp_path_factory.mktemp("data") / "data.jsonl")
+
+
+def test_help_teaches(run: RunCommand) -> None:
+    text = run("eval", "--help").stdout
+    assert "Examples:" in text
+    assert '{"image": "a.jpg", "captions"' in text
+
+
+def test_errors_are_lines_and_come_before_the_model(run: RunCommand, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": ""}\nno\n')
+    result = run("eval", tmp_path / "no bundle", "--data", bad)
+    assert result.exit_code == 1
+    assert "nothing was measured; 2 problems:\n  line 1: " in result.stderr
+    assert run("eval", "b", "--data", bad, "--items").exit_code == 1
+    good = write_lines(tmp_path / "good.jsonl", {"text": "x"})
+    assert "is neither a bundle" in run("eval", tmp_path / "no bundle", "--data", good, "--against", tmp_path).stderr
+    assert "--items adds to the JSON" in run("eval", "b", "--data", bad, "--items").stderr
+    assert "max_new_tokens 0 must be at least 1" in run("eval", "b", "--data", bad, "--max-new-tokens", 0).stderr
+    assert run("eval", "b").exit_code == 2
+
+
+def test_results_are_reproducible(run: RunCommand, bundle_a1: Path, data: Path) -> None:
+    results = [run("eval", bundle_a1, "--data", data, "--json", "--items", "--limit", 4) for _ in range(2)]
+    first, second = (json.loads(result.stdout) for result in results)
+    assert {**first, "seconds": 0} == {**second, "seconds": 0}
+    assert first["complete"]
+    assert first["items"] == first["asked"] == len(first["predictions"]) == 4
+    assert first["kv_cache"] == "fp32"
+    assert first["against"] is None
+    assert first["divergence"] is None
+
+
+def test_table(run: RunCommand, sample_bundle: Path, sample_checkpoint: Path, data: Path) -> None:
+    result = run("eval", sample_bundle, "--data", data, "--against", sample_checkpoint)
+    assert result.exit_code == 0
+    assert result.stderr == ""
+    assert "short answers, several people" in result.stdout
+    assert "answers changed" in result.stdout
+    assert f"against {sample_checkpoint}\n" in result.stdout
+    assert "KL (nats)" in result.stdout
+
+
+def test_ctrl_c_shows_what_was_measured(sample_bundle: Path, tmp_path: Path) -> None:
+    record: dict[str, object] = {
+        "image": str(IMAGES / "scene1.png"),
+        "question": "Describe the picture.",
+        "answers": ["x"],
+    }
+    many = write_lines(tmp_path / "many.jsonl", *[record] * 5000)
+    master, slave = pty.openpty()  # progress tells when the first items are done
+    command = [sys.executable, "-m", "owl2.runtime", "eval", str(sample_bundle), "--data", str(many), "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=slave, text=True)
+    os.close(slave)
+    seen, end = "", time.monotonic() + 60
+    while " 3/5000" not in seen:
+        assert time.monotonic() < end, seen
+        seen += os.read(master, 4096).decode()
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    while True:
+        try:
+            seen += os.read(master, 4096).decode()
+        except OSError:  # the other end is closed
+            break
+    os.close(master)
+    assert process.returncode == 130
+    result = json.loads(output)
+    assert not result["complete"]
+    assert 3 <= result["items"] < 5000
+    assert result["tasks"]["exact"]["items"] == result["items"]
+    assert f"owl2: stopped after {result['items']} of 5000 items" in seen
+    assert "Traceback" not in seen

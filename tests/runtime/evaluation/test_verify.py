@@ -1,0 +1,104 @@
+"""Verifying a bundle: an intact one passes on this machine, and wrong weights fail whatever the hashes say."""
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from evaluation_data import rehash
+
+from owl2 import LoadProgress, Owl2, verify
+from owl2.runtime import spec, verification
+from owl2.runtime.bundle import Bundle
+from owl2.runtime.evaluation.certificate import golden_positions, read_goldens, write_goldens
+from owl2.runtime.evaluation.verify import run_golden, stepwise_logits
+from owl2.runtime.families.mplug_owl2.positions import embed
+
+
+@pytest.mark.parametrize("name", ["sample_bundle", "bundle_a1", "bundle_a2"])
+def test_a_fresh_bundle_passes(name: str, request: pytest.FixtureRequest) -> None:
+    stages: list[LoadProgress] = []
+    verdict = verify(str(request.getfixturevalue(name)), threads=1, progress=stages.append)
+    assert verdict.passed
+    assert [stages[0].stage, stages[-1].stage] == ["verifying", "loading"]
+    for replay in verdict.replays:
+        # The exporting machine is this one.
+        assert replay.kl == pytest.approx(replay.exported_kl, rel=1e-2, abs=1e-9)
+
+
+def test_every_file_is_hashed_although_it_was_verified_before(
+    sample_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Bundle.open(sample_bundle)
+    hashed: list[str] = []
+    original = verification.hash_file
+
+    def hash_file(path: Path, on_block: Callable[[int], object]) -> str:
+        hashed.append(path.name)
+        return original(path, on_block)
+
+    monkeypatch.setattr(verification, "hash_file", hash_file)
+    assert verify(sample_bundle).passed
+    assert set(hashed) == set(Bundle.open(sample_bundle).manifest.files)
+
+
+@pytest.mark.parametrize("file", ["decoder.onnx.data", "vision.onnx.data", "embeddings.bin"])
+def test_wrong_weights_fail_though_the_hashes_are_right(sample_bundle: Path, tmp_path: Path, file: str) -> None:
+    copy = Path(shutil.copytree(sample_bundle, tmp_path / "bundle"))
+    path = copy / file
+    content = bytearray(path.read_bytes())
+    start = len(content) // 3
+    region = slice(start, start + len(content) // 8)
+    content[region] = content[region][::-1]
+    path.write_bytes(content)
+    rehash(copy, file)
+    Bundle.open(copy)  # the hashes say that everything is well
+    verdict = verify(copy)
+    assert not verdict.passed
+    assert not verdict.problems
+    assert verdict.replays
+
+
+def test_a_changed_file_fails_before_anything_runs(copy: Path) -> None:
+    path = copy / "decoder.onnx.data"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    verdict = verify(copy)
+    assert not verdict.passed
+    assert verdict.problems == ("decoder.onnx.data was changed (its sha256 differs)",)
+    assert verdict.replays == ()
+
+
+def test_another_tokenizer_is_named(copy: Path) -> None:
+    goldens = list(read_goldens(Bundle.open(copy)))
+    goldens[0] = dataclasses.replace(goldens[0], ids=goldens[0].ids[::-1].copy())
+    write_goldens(copy / spec.GOLDENS, goldens)
+    rehash(copy, spec.GOLDENS)
+    first, *others = verify(copy).replays
+    assert not first.passed
+    assert first.problem == "the tokenizer splits the prompt differently than on the exporting machine"
+    assert all(replay.passed for replay in others)
+
+
+def test_a_prompt_step_by_step_has_the_logits_of_one_pass(bundle_a1: Path) -> None:
+    with Owl2.load(bundle_a1) as owl:
+        model = owl.model
+        for golden in read_goldens(Bundle.open(bundle_a1)):
+            prompt = model.encode(golden.prompt, model.prepare(list(golden.images)))
+            rows, _ = model.encoder.rows(list(prompt.images.values()))
+            expected = owl.logits(golden.prompt, images=list(golden.images))
+            embeds, modality = embed(prompt.keys, model.table, rows)
+            everything, buffers = np.arange(len(embeds)), model.engine.allocate(len(embeds), None)
+            logits = stepwise_logits(model.engine, embeds, modality, everything, buffers)
+            np.testing.assert_allclose(logits, expected, atol=1e-4)
+            np.testing.assert_array_equal(golden_positions(prompt), golden.positions)
+            last = run_golden(model.engine, model.table, prompt, rows, golden.positions[-2:])
+            np.testing.assert_allclose(last, expected[golden.positions[-2:]], atol=1e-4)
+
+
+def test_missing_engines_are_a_problem(copy: Path) -> None:
+    manifest = copy / spec.MANIFEST
+    manifest.write_text(manifest.read_text().replace('"engines": {}', '"engines": {"tensorrt-sm87": "0"}'))
+    (problem,) = verify(copy).problems
+    assert "engine.json cannot be used" in problem
