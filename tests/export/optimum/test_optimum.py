@@ -29,7 +29,7 @@ def test_optimum_cli_hands_everything_on() -> None:
     pytest.importorskip("optimum.commands.base")
     command = [sys.executable, "-m", "optimum.commands.optimum_cli", "export", "owl2"]
     told = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True, timeout=120).stdout
-    assert told.startswith("Usage: optimum-cli export owl2 [OPTIONS] CHECKPOINT BUNDLE")
+    assert told.startswith("Usage: optimum-cli export owl2 [OPTIONS] [convert] CHECKPOINT BUNDLE")
     failed = subprocess.run(
         [*command, "--weights", "int8", "nowhere", "bundle"], capture_output=True, text=True, check=False, timeout=120
     )
