@@ -30,6 +30,13 @@ MakeCheckpoint = Callable[..., Path]
 RunCommand = Callable[..., Result]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs the sample bundle as slow: it is exported with GPTQ."""
+    for item in items:
+        if "sample_bundle" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep what is remembered of verified files out of the user's own cache folder."""
