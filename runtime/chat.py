@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -17,7 +17,7 @@ from owl2.runtime.generate import Answer, check_context, generate
 from owl2.runtime.images import Images, as_list
 from owl2.runtime.load import Loaded
 from owl2.runtime.messages import ChatMessage, Turn, image_part, read_turns
-from owl2.runtime.sampling import GenerationConfig, GenerationOptions
+from owl2.runtime.sampling import GenerationConfig, GenerationOptions, merge_options
 from owl2.runtime.stream import BUSY, AnswerStream
 
 if sys.version_info >= (3, 11):
@@ -46,7 +46,7 @@ class Chat:
         self._model = model
         self._cache = model.new_cache()
         self._lock = threading.Lock()
-        self._stream: weakref.ref[AnswerStream] | None = None
+        self._stream: Callable[[], AnswerStream | None] = lambda: None  # a weak reference, once there is one
         self._turns = read_turns(model, messages)
 
     @property
@@ -65,7 +65,7 @@ class Chat:
     ) -> Answer:
         """Ask, about the images given now or earlier in this chat, and wait for the whole answer.
 
-        An error, or Ctrl-C, undoes the turn.
+        An error, or Ctrl-C before the answer is complete, undoes the turn.
 
         Args:
             question: text; where it holds no ``<|image|>``, the new images are put in front of it.
@@ -97,7 +97,7 @@ class Chat:
 
         The turn counts once the last chunk has been read; before that, another question undoes it.
         """
-        settings = (config or GenerationConfig()).with_options(options)
+        settings = merge_options(config, options)
         with self._exclusive():
             began = time.perf_counter()
             sources = as_list(images)
@@ -117,6 +117,7 @@ class Chat:
             earlier = [image for turn in self._turns for image in turn.images]
             prompt = self._model.encode(conversation, earlier + prepared)
             check_context(self._cache, prompt)
+            self._end_stream()
             parts = tuple(image_part(source, preprocess) for source in sources)
 
             def finish(answer: Answer) -> None:
@@ -140,6 +141,7 @@ class Chat:
         with self._exclusive():
             if not self._turns:
                 raise Owl2Error("the conversation has no turn to undo")
+            self._end_stream()
             self._turns.pop()
 
     def fork(self) -> Chat:
@@ -161,23 +163,29 @@ class Chat:
             BusyError: another thread is using this chat.
         """
         with self._exclusive():
+            self._end_stream()
             self._turns.clear()
             self._cache.clear()
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
-        """Use the chat; an unfinished answer of this thread ends, and so does a cancelled one of another thread."""
-        stream = self._stream() if self._stream is not None else None
-        # A cancelled answer ends with its step in progress, which is worth waiting for.
+        """Use the chat, unless another thread does; a cancelled answer of another thread is waited for."""
+        stream = self._stream()
+        # It ends with its step in progress.
         if not self._lock.acquire(blocking=stream is not None and stream.cancelled):
             raise BusyError(BUSY)
         try:
+            stream = self._stream()  # another thread may have come first
             if stream is not None:
-                stream.give_way()
-            self._stream = None
+                stream.require_own()
             yield
         finally:
             self._lock.release()
+
+    def _end_stream(self) -> None:
+        stream = self._stream()
+        if stream is not None:
+            stream.end()
 
     def __repr__(self) -> str:
         turns = f"{len(self._turns)} turn{'s' * (len(self._turns) != 1)}"

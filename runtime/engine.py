@@ -38,6 +38,13 @@ class EngineOptions:
     kv_cache: KvType | None = None
     context: int | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("threads", "context"):
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            require(value is None or whole, f"{name} must be a whole number, got {value!r}")
+        require(self.kv_cache is None or isinstance(self.kv_cache, str), f"kv_cache {self.kv_cache!r} is not a type")
+
 
 class KvBuffers(Protocol):
     """Preallocated keys and values of all layers; only the engine that made them looks inside."""

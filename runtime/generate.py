@@ -193,13 +193,13 @@ def generate(
     began = time.perf_counter()
     last = len(prompt.keys) - 1
     reused = reuse(model, cache, prompt, last)
-    rows, encoded = image_rows(model, prompt, reused)
+    rows, encoded = ({}, 0) if cancelled.is_set() else image_rows(model, prompt, reused)
     prefilling = time.perf_counter()
     logits = None
-    for _, made in prefill(model, cache, prompt, rows, last):
-        logits = made[0] if len(made) and not cancelled.is_set() else None
+    for _, made in () if cancelled.is_set() else prefill(model, cache, prompt, rows, last):
         if cancelled.is_set():
             break
+        logits = made[0] if len(made) else None
     decoding = now = time.perf_counter()
 
     rng = np.random.default_rng(config.seed)

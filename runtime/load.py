@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -48,6 +49,7 @@ class Loaded:
     encoder: ImageEncoder
     context: int
     _caches: weakref.WeakSet[KvCache] = field(default_factory=weakref.WeakSet)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def prepare(self, images: Images, mode: str | None = None) -> list[PreparedImage]:
         """Load and preprocess images; raises as :func:`prepare_images`."""
@@ -66,15 +68,17 @@ class Loaded:
     def new_cache(self) -> KvCache:
         """An empty KV cache for one conversation."""
         cache = KvCache(self.engine, self.context)
-        self._caches.add(cache)
+        with self._lock:
+            self._caches.add(cache)
         return cache
 
     def close(self) -> None:
         """Give all memory back, that of every KV cache included; later steps raise BackendError."""
         self.engine.close()
         self.encoder.clear()
-        for cache in list(self._caches):
-            cache.clear()
+        with self._lock:
+            for cache in self._caches:
+                cache.clear()
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from owl2.runtime.config import IMAGE_TOKEN
 from owl2.runtime.errors import PromptError
 from owl2.runtime.families.mplug_owl2.template import with_images
@@ -44,13 +46,14 @@ class Turn:
             content = []
             for text, image in zip(self.question.split(IMAGE_TOKEN), (*self.parts, None)):
                 content += [{"type": "text", "text": text}] if text else []
-                content += [image] if image is not None else []
+                content += [dict(image)] if image is not None else []
         return [{"role": "user", "content": content}, {"role": "assistant", "content": self.answer}]
 
 
 def image_part(image: ImageInput, preprocess: str | None) -> ChatMessage:
     """An image as part of a message."""
-    part: dict[str, Any] = {"type": "image", "image": image}
+    # A copy: the caller may use the array again.
+    part: dict[str, Any] = {"type": "image", "image": image.copy() if isinstance(image, np.ndarray) else image}
     return part if preprocess is None else part | {"preprocess": preprocess}
 
 
@@ -61,6 +64,8 @@ def read_turns(model: Loaded, messages: Sequence[ChatMessage]) -> list[Turn]:
         PromptError: the messages are not user and assistant in turn, or one has content that cannot be used.
         ImageError: an image cannot be read.
     """
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
+        raise PromptError(f"messages must be a list of {{'role': …, 'content': …}}, got {type(messages).__name__}")
     turns = []
     for index, message in enumerate(messages):
         expected = ("user", "assistant")[index % 2]
@@ -79,6 +84,8 @@ def read_turns(model: Loaded, messages: Sequence[ChatMessage]) -> list[Turn]:
         answer, more = _read_content(messages[index + 1]["content"], f"message {index + 1}")
         if more or IMAGE_TOKEN in answer:
             raise PromptError(f"message {index + 1} has an image; only the user's messages may")
+        if not question:
+            raise PromptError(f"message {index} is empty; give at least one character or image")
         question = with_images(question, len(parts))
         images = [image for part in parts for image in model.prepare([part["image"]], part.get("preprocess"))]
         turns.append(Turn(question, tuple(parts), tuple(images), answer))
@@ -96,12 +103,12 @@ def _read_content(content: object, where: str) -> tuple[str, list[ChatMessage]]:
         match part:
             case {"type": "text", "text": str(words)}:
                 text += words
-            case {"type": "image", "image": _}:
+            case {"type": "image", "image": image} if part.keys() <= {"type", "image", "preprocess"}:
                 text += IMAGE_TOKEN
-                images.append(part)
+                images.append(image_part(image, part.get("preprocess")))
             case _:
                 raise PromptError(
                     f"{where} has the part {part!r:.80}, expected {{'type': 'text', 'text': …}} or "
-                    "{'type': 'image', 'image': …}"
+                    "{'type': 'image', 'image': …} (and perhaps 'preprocess')"
                 )
     return text, images

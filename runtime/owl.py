@@ -15,6 +15,7 @@ import numpy as np
 
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.chat import Chat
+from owl2.runtime.config import require
 from owl2.runtime.engine import EngineOptions, Floats
 from owl2.runtime.errors import ContextOverflowError, Owl2Error
 from owl2.runtime.generate import Answer, check_context, generate, prompt_logits
@@ -22,7 +23,7 @@ from owl2.runtime.images import Images
 from owl2.runtime.load import Loaded, open_bundle
 from owl2.runtime.messages import ChatMessage
 from owl2.runtime.placement import CPU, Placement
-from owl2.runtime.sampling import GenerationConfig, GenerationOptions
+from owl2.runtime.sampling import GenerationConfig, GenerationOptions, merge_options
 from owl2.runtime.spec import KvType
 from owl2.runtime.stream import AnswerStream
 from owl2.runtime.verification import OnProgress
@@ -94,6 +95,10 @@ class Owl2:
             InsufficientMemoryError: the model cannot fit; gives the figures and what would.
             ConfigError: a setting that cannot work.
         """
+        require(
+            isinstance(bundle, str | os.PathLike),
+            f"a bundle must be given as the path of its folder, got {type(bundle).__name__}",
+        )
         options = EngineOptions(Placement.parse(device), threads, kv_cache, context)
         opened = open_bundle(Path(bundle), options, check_memory=check_memory, verify=verify, on_progress=progress)
         return cls(*opened, options.device)
@@ -160,7 +165,7 @@ class Owl2:
         **options: Unpack[GenerationOptions],
     ) -> AnswerStream:
         """Continue a raw prompt as :meth:`generate`, and get the answer as it is generated."""
-        settings = (config or GenerationConfig()).with_options(options)
+        settings = merge_options(config, options)
         began = time.perf_counter()
         prepared = self.model.prepare(images, preprocess)
         seconds = time.perf_counter() - began

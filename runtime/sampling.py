@@ -10,6 +10,7 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from numbers import Integral
 from typing import TypedDict
 
 import numpy as np
@@ -53,7 +54,7 @@ class GenerationConfig:
             object.__setattr__(self, "stop", tuple(self.stop))
         for name in ("max_new_tokens", "top_k", "seed"):
             value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool)
+            whole = isinstance(value, Integral) and not isinstance(value, bool)
             require(whole or (name == "seed" and value is None), f"{name} {value!r} must be a whole number")
         for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
             value = getattr(self, name)
@@ -78,19 +79,6 @@ class GenerationConfig:
             f"stop {self.stop!r} must be a non-empty string, or several, such as '###' or ['###', '</s>']",
         )
 
-    def with_options(self, options: Mapping[str, object]) -> GenerationConfig:
-        """A copy with some fields replaced.
-
-        Raises:
-            ConfigError: a name that is not a field, or a value outside its range.
-        """
-        names = [field.name for field in fields(self)]
-        for name in options:
-            close = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {close[0]}? " if close else ""
-            require(name in names, f"{name} is not an option of generation; {hint}known: {', '.join(names)}")
-        return replace(self, **options)  # type: ignore[arg-type]
-
 
 class GenerationOptions(TypedDict, total=False):
     """The fields of :class:`GenerationConfig`, as keywords."""
@@ -103,6 +91,25 @@ class GenerationOptions(TypedDict, total=False):
     repetition_penalty: float
     seed: int | None
     stop: str | Sequence[str]
+
+
+def merge_options(config: GenerationConfig | None, options: Mapping[str, object]) -> GenerationConfig:
+    """``config``, or the defaults, with some fields replaced.
+
+    Raises:
+        ConfigError: not a config, a name that is not one of its fields, or a value outside its range.
+    """
+    config = GenerationConfig() if config is None else config
+    require(
+        isinstance(config, GenerationConfig),
+        f"config must be a GenerationConfig, got {type(config).__name__}; give its fields as keywords instead",
+    )
+    names = [field.name for field in fields(config)]
+    for name in options:
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        require(name in names, f"{name} is not an option of generation; {hint}known: {', '.join(names)}")
+    return replace(config, **options)  # type: ignore[arg-type]
 
 
 def log_softmax(logits: Logits) -> Logits:

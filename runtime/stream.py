@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Iterator
+from typing import NoReturn
 
 from owl2.runtime.errors import BusyError, Owl2Error
 from owl2.runtime.generate import Answer, Chunk
@@ -37,7 +38,7 @@ class AnswerStream:
         """
         self._chunks, self._cancelled, self._lock, self._finish = chunks, cancelled, lock, finish
         self._answer: Answer | None = None
-        self._replaced = False
+        self._problem = ""
         self._thread = threading.get_ident()
 
     def __iter__(self) -> Iterator[Chunk]:
@@ -47,8 +48,9 @@ class AnswerStream:
         with self._lock:
             if self._answer is not None:
                 raise StopIteration
-            if self._replaced:
-                raise Owl2Error("a newer question was asked in this chat; this answer can no longer be generated")
+            if self._problem:
+                raise Owl2Error(f"this answer can no longer be generated: {self._problem}; ask again")
+            self._thread = threading.get_ident()
             try:
                 chunk = next(self._chunks)
                 if chunk.finish_reason is not None:
@@ -60,6 +62,9 @@ class AnswerStream:
                 self._answer = answer
                 if answer.finish_reason == "cancelled":
                     raise
+            except BaseException as error:
+                self._problem = f"it was stopped by {type(error).__name__}"
+                raise
             return chunk
 
     def read(self) -> Answer:
@@ -93,15 +98,21 @@ class AnswerStream:
         """Stop before the next step; may be called from another thread. A finished answer stays as it is."""
         self._cancelled.set()
 
-    def give_way(self) -> None:
-        """End an unfinished answer, because its chat is used for something else.
+    def require_own(self) -> None:
+        """Refuse to touch the chat while another thread is reading this answer.
 
         Raises:
-            BusyError: another thread is reading it, and it has not been cancelled.
+            BusyError: it is not finished, and has not been cancelled.
         """
         if not self.finished and self._thread != threading.get_ident() and not self.cancelled:
             raise BusyError(BUSY)
-        self._replaced = True
+
+    def end(self) -> None:
+        """Leave an unfinished answer at that, because its chat goes on without it."""
+        self._problem = "its chat went on without it"
+
+    def __reduce__(self) -> NoReturn:
+        raise Owl2Error("a stream cannot be pickled; read it to its end and send stream.answer")
 
     def __repr__(self) -> str:
         return f"<AnswerStream {'not finished' if self._answer is None else repr(self._answer.text)}>"

@@ -1,8 +1,9 @@
 """Verifying files against their recorded size and SHA-256, and remembering which ones have been verified.
 
 Hashing the bundle of a 7B model takes seconds to minutes. So the digest of a verified file is remembered in the user's
-cache folder, together with what changes whenever the file does: its size, its inode, and the times of its last
-modification and status change. While all of these are the same, the file is not read again.
+cache folder, together with its size, its inode, and the times of its last modification and status change. While all of
+these are the same, the file is not read again. (Only a program that already has the file mapped for writing can change
+it without changing these.)
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ PROGRESS_SECONDS = 0.2
 
 OnBlock = Callable[[int], object]
 Signature = list[int | str]
-"""Size, inode, modification and status change time (ns) of a file, and its SHA-256."""
+"""Size, device, inode, modification and status change time (ns) of a file, and its SHA-256."""
 
 log = logging.getLogger(__name__)
 
@@ -112,11 +113,16 @@ def check_file(folder: Path, name: str, entry: FileEntry, on_block: OnBlock = in
         return f"{name} is outside the bundle"
     if not path.is_file():
         return f"{name} is missing"
-    size = path.stat().st_size
-    if size != entry.size:
-        return f"{name} has {size} bytes, expected {entry.size} (truncated?)"
-    if hash_file(path, on_block) != entry.sha256:
-        return f"{name} was changed (its sha256 differs)"
+    try:
+        size = path.stat().st_size
+        if size != entry.size:
+            return f"{name} has {size} bytes, expected {entry.size} (truncated?)"
+        if hash_file(path, on_block) != entry.sha256:
+            return f"{name} was changed (its sha256 differs)"
+    except InterruptedError:  # by the caller, not by the system
+        raise
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror or error}"
     return ""
 
 
@@ -135,7 +141,7 @@ def _signature(path: Path, sha256: str) -> Signature:
         status = path.stat()
     except (OSError, ValueError):
         return []
-    return [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns, sha256]
+    return [status.st_size, status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns, sha256]
 
 
 def _record(folder: Path) -> Path:
@@ -147,17 +153,23 @@ def _remembered(folder: Path) -> dict[str, Signature]:
     try:
         record = json.loads(_record(folder).read_text(encoding="utf-8"))
         return dict(record["files"])
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError):  # RuntimeError: a user without a home
         return {}
 
 
 def _remember(folder: Path, files: Mapping[str, Signature]) -> None:
     """Replace what is remembered of a folder; a cache folder that cannot be written to only costs time."""
-    path = _record(folder)
     try:
+        path = _record(folder)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-            json.dump({"folder": str(folder.resolve()), "files": files}, file)
-        Path(file.name).replace(path)
-    except OSError as error:
+            temporary = Path(file.name)
+            try:
+                json.dump({"folder": str(folder.resolve()), "files": files}, file)
+                file.flush()
+            except BaseException:
+                temporary.unlink()
+                raise
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:
         log.debug("verified files of %s are not remembered: %s", folder, error)

@@ -165,7 +165,7 @@ class TestUnfinished:
         stream = chat.stream("And then?", max_new_tokens=50)
         next(stream)
         self.expect_as_before(case, chat, chat.messages)
-        with pytest.raises(Owl2Error, match="a newer question was asked in this chat"):
+        with pytest.raises(Owl2Error, match="can no longer be generated: its chat went on without it; ask again"):
             next(stream)
         with pytest.raises(Owl2Error, match="the answer is not finished; read the stream to its end"):
             _ = stream.answer
@@ -262,6 +262,8 @@ class TestMessages:
     @pytest.mark.parametrize(
         ("messages", "message"),
         [
+            ("Hi", r"messages must be a list of \{'role': …, 'content': …\}, got str"),
+            (3, "messages must be a list of .*, got int"),
             (["Hi"], r"message 0 is 'Hi', expected \{'role': …, 'content': …\}"),
             (
                 [{"role": "system", "content": "x"}],

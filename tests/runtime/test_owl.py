@@ -235,6 +235,22 @@ class TestWrongCalls:
     def test_none_stands_for_no_image(self, case: Case) -> None:
         assert case.owl.chat().ask("Hi", images=None, max_new_tokens=2).stats.images_encoded == 0
 
+    def test_settings_of_a_wrong_type(self, case: Case) -> None:
+        with pytest.raises(ConfigError, match="must be given as the path of its folder, got int"):
+            Owl2.load(3)  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match="threads must be a whole number, got '2'"):
+            Owl2.load(case.bundle, threads="2")  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match=r"context must be a whole number, got 10\.5"):
+            Owl2.load(case.bundle, context=10.5)  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match="device 0 is not known; use cpu"):
+            Owl2.load(case.bundle, device=0)  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match="temperature 'hot' must be a number"):
+            case.owl.chat().ask("Hi", temperature="hot")  # type: ignore[arg-type]
+        with pytest.raises(
+            ConfigError, match="config must be a GenerationConfig, got dict; give its fields as keywords"
+        ):
+            case.owl.chat().ask("Hi", config={"seed": 1})  # type: ignore[arg-type]
+
     def test_a_question_that_is_not_a_text(self, case: Case) -> None:
         with pytest.raises(PromptError, match="must be a text, got int"):
             case.owl.chat().ask(3)  # type: ignore[arg-type]
