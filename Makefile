@@ -9,7 +9,7 @@ FOLDERS := package export runtime quant sample scripts tests
 .PHONY: help demo test lint types unit wheel bench full full-size aarch64 clean
 
 help:
-	@echo "make demo   set up, convert the sample model, ask about a picture"
+	@echo "make demo   set up, convert the sample model, ask about an image"
 	@echo "make test   set up, lint, check types, run all tests, try the installed wheel"
 	@echo "make unit   the fast tests: all but those that export with GPTQ, build engines, kill and resume"
 	@echo "make bench  speed of a conversation with the sample model"

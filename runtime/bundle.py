@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -122,7 +123,9 @@ class Bundle:
     manifest: Manifest
 
     @classmethod
-    def open(cls, folder: Path, *, force: bool = False, on_progress: OnProgress | None = None) -> Bundle:
+    def open(
+        cls, folder: str | os.PathLike[str], *, force: bool = False, on_progress: OnProgress | None = None
+    ) -> Bundle:
         """Read the manifest and verify every file against it.
 
         Args:
@@ -135,6 +138,7 @@ class Bundle:
             BundleVersionError: a format this version does not read.
             BundleCorruptError: files are missing, truncated or changed; the message names all of them.
         """
+        folder = Path(folder)
         manifest = read_manifest(folder)
         require_whole(folder, check_files(folder, manifest, force=force, on_progress=on_progress))
         return cls(folder, manifest)

@@ -141,7 +141,7 @@ def prefill(
     Args:
         model: what runs.
         cache: holds a beginning of the prompt, up to ``first`` at most; see :func:`reuse`.
-        prompt: merged positions.
+        prompt: its positions.
         rows: of the images from ``cache.length`` on; see :func:`image_rows`.
         first: the first position whose logits are wanted.
 
@@ -185,7 +185,7 @@ def generate(
     Args:
         model: what runs.
         cache: of the conversation; what it shares with the prompt is reused.
-        prompt: merged positions, less than the context.
+        prompt: fewer positions than the context.
         config: how tokens are chosen and when to stop.
         cancelled: looked at before each step.
         preprocess_seconds: counted in the time to the first token.

@@ -56,7 +56,7 @@ class Loaded:
         return prepare_images(images, self.config.preprocess, mode)
 
     def encode(self, text: str, images: Sequence[PreparedImage]) -> Prompt:
-        """Tokenize a prompt and merge its images.
+        """Tokenize a prompt and put its images' rows in place.
 
         Raises:
             PromptError: it is not a text or empty, or placeholders and images do not agree.

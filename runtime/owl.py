@@ -15,7 +15,7 @@ import numpy as np
 
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.chat import Chat
-from owl2.runtime.config import require
+from owl2.runtime.config import known_keywords, require
 from owl2.runtime.engine import EngineOptions, Floats
 from owl2.runtime.errors import ContextOverflowError, Owl2Error
 from owl2.runtime.generate import Answer, check_context, generate, prompt_logits
@@ -50,6 +50,7 @@ class Owl2:
         config: architecture and image preprocessing.
         context: positions that a conversation may take.
         device: what it runs on.
+        model: the parts that a generation works with; for extensions, and may change.
     """
 
     def __init__(self, bundle: Bundle, model: Loaded, device: Placement) -> None:
@@ -61,6 +62,7 @@ class Owl2:
         self.model = model
 
     @classmethod
+    @known_keywords
     def load(
         cls,
         bundle: str | os.PathLike[str],
@@ -77,8 +79,8 @@ class Owl2:
 
         Args:
             bundle: folder written by ``owl2-export``.
-            device: ``cpu``, ``cuda``, ``tensorrt`` or ``tensorrt-rtx``, with ``:N`` for another GPU than the first. The
-                CPU never stands in for a GPU: a graph that the GPU cannot run is an error. ``tensorrt`` runs the
+            device: ``cpu``, ``cuda``, ``tensorrt`` or ``tensorrt-rtx``, with ``:N`` for another GPU than the first.
+                There is no fallback to the CPU: a graph that the GPU cannot run is an error. ``tensorrt`` runs the
                 engines in a bundle, and so does ``tensorrt-rtx`` if the bundle is of the dialect onnx.
             threads: of one operator; None lets the backend choose.
             context: positions a conversation may take; None for the model's own limit.
@@ -115,6 +117,7 @@ class Owl2:
     ) -> None:
         self.close()
 
+    @known_keywords
     def chat(self, messages: Sequence[ChatMessage] = ()) -> Chat:
         """Begin a conversation with a KV cache of its own.
 
@@ -169,22 +172,23 @@ class Owl2:
         began = time.perf_counter()
         prepared = self.model.prepare(images, preprocess)
         seconds = time.perf_counter() - began
-        merged, cache = self.model.encode(prompt, prepared), self.model.new_cache()
-        check_context(cache, merged)
+        encoded, cache = self.model.encode(prompt, prepared), self.model.new_cache()
+        check_context(cache, encoded)
         cancelled = threading.Event()
-        chunks = generate(self.model, cache, merged, settings, cancelled, seconds)
+        chunks = generate(self.model, cache, encoded, settings, cancelled, seconds)
         return AnswerStream(chunks, cancelled, threading.Lock(), lambda _: None)
 
+    @known_keywords
     def logits(self, prompt: str, *, images: Images = None, preprocess: str | None = None) -> Floats:
         """Logits of every position of a raw prompt, image rows included: float32 [T, V].
 
         Raises:
             PromptError, ImageError, ContextOverflowError, ConfigError, BackendError: as :meth:`generate`.
         """
-        merged = self.model.encode(prompt, self.model.prepare(images, preprocess))
-        if len(merged.keys) > self.context:
-            raise ContextOverflowError(0, len(merged.keys), self.context, "shorten the prompt or use fewer images")
-        return np.concatenate([logits for _, logits in prompt_logits(self.model, self.model.new_cache(), merged)])
+        encoded = self.model.encode(prompt, self.model.prepare(images, preprocess))
+        if len(encoded.keys) > self.context:
+            raise ContextOverflowError(0, len(encoded.keys), self.context, "shorten the prompt or use fewer images")
+        return np.concatenate([logits for _, logits in prompt_logits(self.model, self.model.new_cache(), encoded)])
 
     def __repr__(self) -> str:
         return f"<Owl2 {self.model.name} on {self.device}, context {self.context}>"

@@ -88,7 +88,7 @@ def preprocess(image: Image.Image, config: PreprocessConfig, mode: str | None = 
     scaled = int(config.size * long / short)
     width, height = (config.size, scaled) if image.width == short else (scaled, config.size)
     # The first pass makes an image of the new width and the old height.
-    _check_step(image, width, max(height, image.height), mode)
+    check_step(image, width, max(height, image.height), mode)
     image = _resampled(image, width, height)
     side = config.crop_size
     left, top = (image.width - side) // 2, (image.height - side) // 2
@@ -171,7 +171,7 @@ def _check_size(width: int, height: int, max_pixels: int, name: str) -> None:
         )
 
 
-def _check_step(image: Image.Image, width: int, height: int, mode: str) -> None:
+def check_step(image: Image.Image, width: int, height: int, mode: str) -> None:
     if width * height > MAX_PIXELS:
         raise ImageError(
             f"an image of {image.width} x {image.height} would become {width} x {height} on the way in "
@@ -191,20 +191,20 @@ def _resampled(image: Image.Image, width: int, height: int) -> Image.Image:
 
 def _squared(image: Image.Image) -> Image.Image:
     side = max(image.size)
-    _check_step(image, side, side, "resize")
+    check_step(image, side, side, "resize")
     return _resampled(image, side, side)
 
 
 def _padded(image: Image.Image) -> Image.Image:
     side = max(image.size)
-    _check_step(image, side, side, "pad")
+    check_step(image, side, side, "pad")
     canvas = Image.new("RGB", (side, side), PAD_COLOUR)
     canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return canvas
 
 
 MODES: dict[str, Callable[[Image.Image], Image.Image]] = {
-    "resize": _squared,  # to its longer side, without keeping the proportions: README's quick start
+    "resize": _squared,  # to its longer side, without keeping the proportions: the official quick start
     "pad": _padded,  # pasted on a square of the mean colour: Q-Align
     "crop": lambda image: image,
 }

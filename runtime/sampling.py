@@ -6,7 +6,6 @@ The logit of a filtered token becomes -inf. Rows are float32 [V].
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -16,7 +15,7 @@ from typing import TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from owl2.runtime.config import require
+from owl2.runtime.config import known_keywords, require, require_known
 from owl2.runtime.errors import BackendError
 
 Logits = NDArray[np.float32]
@@ -50,7 +49,7 @@ class GenerationConfig:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        elif isinstance(self.stop, Sequence):
+        elif isinstance(self.stop, Sequence) and not isinstance(self.stop, bytes):
             object.__setattr__(self, "stop", tuple(self.stop))
         for name in ("max_new_tokens", "top_k", "seed"):
             value = getattr(self, name)
@@ -80,6 +79,10 @@ class GenerationConfig:
         )
 
 
+# People call with the names of other libraries.
+setattr(GenerationConfig, "__init__", known_keywords(GenerationConfig.__init__))  # noqa: B010
+
+
 class GenerationOptions(TypedDict, total=False):
     """The fields of :class:`GenerationConfig`, as keywords."""
 
@@ -106,9 +109,7 @@ def merge_options(config: GenerationConfig | None, options: Mapping[str, object]
     )
     names = [field.name for field in fields(config)]
     for name in options:
-        close = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        require(name in names, f"{name} is not an option of generation; {hint}known: {', '.join(names)}")
+        require_known(name, names, "an option of generation")
     return replace(config, **options)  # type: ignore[arg-type]
 
 

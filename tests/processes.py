@@ -4,6 +4,7 @@ import fcntl
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import termios
@@ -17,6 +18,11 @@ LONG = ("--max-new-tokens", "100000")
 """Ends with the context; much more text than SMALL_PIPE holds."""
 
 
+def hear_ctrl_c() -> None:
+    """In the child: a test run in the background ignores SIGINT, and its children would too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextmanager
 def started(*args: object) -> Iterator["subprocess.Popen[str]"]:
     """The command as a process whose stdout pipe soon is full: it then waits until somebody reads."""
@@ -27,6 +33,7 @@ def started(*args: object) -> Iterator["subprocess.Popen[str]"]:
         stderr=subprocess.PIPE,
         text=True,
         encoding="utf-8",
+        preexec_fn=hear_ctrl_c,  # noqa: PLW1509 - no threads here
     ) as process:
         try:
             assert process.stdout is not None

@@ -34,7 +34,7 @@ COMMANDS = (
 
 
 @dataclass
-class Session:
+class ChatState:
     """A conversation in the terminal.
 
     Attributes:
@@ -74,24 +74,24 @@ def chat(options: Options, bundle: Path) -> None:
     if interactive:
         notice(f"loading {bundle}")
     with options.load(bundle) as owl:
-        session = Session(owl, owl.chat(), options)
+        state = ChatState(owl, owl.chat(), options)
         if interactive:
             if sys.stdout.isatty():
                 with contextlib.suppress(ImportError):  # not on Windows
                     import readline  # noqa: F401 - input() uses it from now on
             notice(f"version {__version__}; /help lists the commands, Ctrl-C stops an answer, {LEAVING}")
-        while not session.done:
+        while not state.done:
             try:
                 line = _read_line(interactive)
                 if line is None:
                     break
-                _obey(session, line)
+                _obey(state, line)
             except KeyboardInterrupt:
                 if not interactive:
                     raise
                 click.echo(err=True)
                 notice(LEAVING)
-    if session.failed and not interactive:
+    if state.failed and not interactive:
         sys.exit(1)
 
 
@@ -110,69 +110,69 @@ def _read_line(interactive: bool) -> str | None:
         return None
 
 
-def _obey(session: Session, line: str) -> None:
+def _obey(state: ChatState, line: str) -> None:
     """Carry out one line; an error is reported, and the conversation goes on."""
     name, _, argument = line.partition(" ")
     try:
         match name:
             case "/image":
-                _image(session, argument.strip())
+                _image(state, argument.strip())
             case "/undo":
-                session.chat.undo()
-                session.answer = None
+                state.chat.undo()
+                state.answer = None
                 notice("the last question and its answer are taken back")
             case "/reset":
-                session.chat.reset()
-                session.images, session.answer = [], None
+                state.chat.reset()
+                state.images, state.answer = [], None
                 notice("new conversation, no images attached")
             case "/stats":
-                _stats(session)
+                _stats(state)
             case "/help":
                 click.echo(table(COMMANDS), err=True)
             case "/quit":
-                session.done = True
+                state.done = True
             case _ if line.startswith("/"):
                 raise Owl2Error(f"{name} is not a command; /help lists them")
             case _ if line:
-                _ask(session, line)
+                _ask(state, line)
     except Owl2Error as error:
-        session.failed = True
+        state.failed = True
         report(error)
         if isinstance(error, ContextOverflowError):
             notice("/reset begins a new conversation, /undo takes the last question back")
 
 
-def _ask(session: Session, question: str) -> None:
-    stream, options = None, session.options
+def _ask(state: ChatState, question: str) -> None:
+    stream, options = None, state.options
     try:
-        stream = session.chat.stream(question, session.images, preprocess=options.preprocess, config=options.generation)
+        stream = state.chat.stream(question, state.images, preprocess=options.preprocess, config=options.generation)
         write(stream)
     except KeyboardInterrupt:
         if stream is None or not stream.finished:
-            attached = f"; {_attached(session)}" if session.images else ""
+            attached = f"; {_attached(state)}" if state.images else ""
             notice_interrupt(f"stopped; the conversation is as it was before this question{attached}")
             return
-        _keep(session, stream.answer)  # it came too late to stop anything
+        _keep(state, stream.answer)  # it came too late to stop anything
         raise
-    _keep(session, stream.answer)
+    _keep(state, stream.answer)
 
 
-def _keep(session: Session, answer: Answer) -> None:
-    session.images = []
-    session.answer = answer
-    notice_context(answer, session.owl.context)
-    if session.options.stats:
+def _keep(state: ChatState, answer: Answer) -> None:
+    state.images = []
+    state.answer = answer
+    notice_context(answer, state.owl.context)
+    if state.options.stats:
         click.echo(describe(answer), err=True)
 
 
-def _image(session: Session, argument: str) -> None:
+def _image(state: ChatState, argument: str) -> None:
     if not argument:
         raise Owl2Error("/image needs the path of an image, as in /image ~/cat.jpg")
     image = _open(argument)
     # Now, not with the question: an image that cannot be used must not block later ones.
-    preprocess(image, session.owl.config.preprocess, session.options.preprocess)
-    session.images.append(image)
-    notice(_attached(session))
+    preprocess(image, state.owl.config.preprocess, state.options.preprocess)
+    state.images.append(image)
+    notice(_attached(state))
 
 
 def _open(text: str) -> Image.Image:
@@ -187,15 +187,15 @@ def _open(text: str) -> Image.Image:
     return load_image(os.path.expanduser(re.sub(r"\\(.)", r"\1", text)))  # noqa: PTH111
 
 
-def _stats(session: Session) -> None:
-    if session.answer is None:
+def _stats(state: ChatState) -> None:
+    if state.answer is None:
         notice("no answer yet")
         return
-    stats = session.answer.stats
+    stats = state.answer.stats
     used = stats.prompt_tokens + stats.generated_tokens - 1  # the last token was never fed back
-    click.echo(f"{describe(session.answer)}\ncontext: {used} of {session.owl.context} positions", err=True)
+    click.echo(f"{describe(state.answer)}\ncontext: {used} of {state.owl.context} positions", err=True)
 
 
-def _attached(session: Session) -> str:
-    count = len(session.images)
+def _attached(state: ChatState) -> str:
+    count = len(state.images)
     return f"{count} image{'s' * (count != 1)} attached to the next question"

@@ -213,6 +213,16 @@ class TestWrongCalls:
             ):
                 call("Hi", max_tokens=5)  # type: ignore[call-arg]
 
+    def test_an_unknown_argument_names_the_known_ones(self, case: Case) -> None:
+        with pytest.raises(ConfigError, match=r"devise is not an argument of Owl2\.load; did you mean device\? known"):
+            Owl2.load(case.bundle, devise="cpu")  # type: ignore[call-arg]
+        with pytest.raises(ConfigError, match=r"history is not an argument of Owl2\.chat; known: messages"):
+            case.owl.chat(history=[])  # type: ignore[call-arg]
+        with pytest.raises(ConfigError, match=r"seed is not an argument of Owl2\.logits; known: prompt, images"):
+            case.owl.logits("Hi", seed=1)  # type: ignore[call-arg]
+        with pytest.raises(ConfigError, match="max_tokens is not an argument of GenerationConfig; did you mean max"):
+            GenerationConfig(max_tokens=3)  # type: ignore[call-arg]
+
     @pytest.mark.parametrize(
         ("images", "message"),
         [

@@ -1,6 +1,6 @@
 """Merging text and images into one sequence of decoder positions.
 
-A merged position is named by a key: a token id, or (digest, row) for a row of an image. Keys decide everything
+A position is named by a key: a token id, or (digest, row) for a row of an image. Keys decide everything
 about a position but its place, so they also tell what a KV cache holds.
 """
 
@@ -24,7 +24,7 @@ from owl2.runtime.kv_cache import Key
 
 @dataclass(frozen=True)
 class Prompt:
-    """A merged prompt.
+    """A prompt as positions.
 
     Attributes:
         keys: what each position holds.
@@ -76,7 +76,7 @@ def digests_of(keys: Sequence[Key]) -> list[str]:
 def embed(
     keys: Sequence[Key], table: NDArray[np.floating[Any]], image_rows: Mapping[str, Floats]
 ) -> tuple[Floats, Ints]:
-    """Embeddings and modality of merged positions.
+    """Embeddings and modality of positions.
 
     Args:
         keys: T positions.
