@@ -15,6 +15,7 @@ from PIL import Image
 
 from owl2 import (
     Answer,
+    BackendError,
     BusyError,
     Chat,
     Chunk,
@@ -160,6 +161,33 @@ class TestUnfinished:
         monkeypatch.undo()
         self.expect_as_before(case, chat, before)
 
+    def test_a_stream_that_failed_says_so(self, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+        chat, _ = ask_first(case)
+        before = chat.messages
+        stream = chat.stream("Why?", max_new_tokens=8)
+        next(stream)
+
+        def failing(*_: Any) -> Any:
+            raise BackendError("the step fails")
+
+        monkeypatch.setattr(engine_of(case), "decode", failing)
+        with pytest.raises(BackendError, match="the step fails"):
+            stream.read()
+        monkeypatch.undo()
+        for step in (lambda: next(stream), stream.read):
+            with pytest.raises(Owl2Error, match="it was stopped by BackendError; ask again"):
+                step()
+        self.expect_as_before(case, chat, before)
+
+    def test_a_refused_question_leaves_an_unfinished_answer_alone(self, case: Case) -> None:
+        chat, _ = ask_first(case)
+        stream = chat.stream("Why?", max_new_tokens=6)
+        first = next(stream)
+        with pytest.raises(PromptError, match="the question is empty"):
+            chat.ask("")
+        assert (first.text + stream.read().text).endswith(stream.answer.text)
+        assert len(chat.messages) == 4
+
     def test_an_abandoned_stream_does_not_disturb_the_next_question(self, case: Case) -> None:
         chat, _ = ask_first(case)
         stream = chat.stream("And then?", max_new_tokens=50)
@@ -196,9 +224,10 @@ class TestUnfinished:
 
     def test_cancelling_before_the_start_runs_nothing(self, case: Case) -> None:
         chat = case.owl.chat()
-        stream = chat.stream("Hi", max_new_tokens=1)
+        stream = chat.stream("Hi", images=case.files[0], max_new_tokens=1)
         stream.cancel()
         assert list(stream) == []
+        assert (stream.answer.stats.images_encoded, stream.answer.stats.kv_cache_positions) == (0, 0)
         assert (stream.answer.text, stream.answer.stats.generated_tokens) == ("", 0)
         assert chat.messages == []
 
@@ -279,6 +308,18 @@ class TestMessages:
                 r"message 0 has the part \{'type': 'audio'\}, expected \{'type': 'text'",
             ),
             (
+                [{"role": "user", "content": [{"type": "image", "image": "a.png", "preproces": "pad"}]}] * 2,
+                "message 1 has the role 'user', expected 'assistant'",
+            ),
+            (
+                [
+                    {"role": "user", "content": [{"type": "image", "image": "a.png", "preproces": "pad"}]},
+                    {"role": "assistant", "content": "x"},
+                ],
+                r"message 0 has the part .*\(and perhaps 'preprocess'\)",
+            ),
+            ([{"role": "user", "content": ""}, {"role": "assistant", "content": "x"}], "message 0 is empty"),
+            (
                 [{"role": "user", "content": "<|image|>?"}, {"role": "assistant", "content": ""}],
                 r"1 <\|image\|> placeholder, but 0 images given",
             ),
@@ -310,6 +351,15 @@ class TestMessages:
         monkeypatch.setattr("owl2.runtime.chat.generate", written)
         assert chat.ask("What?").text == "It is <|image|>."
         assert chat.messages[-1]["content"] == "It is <image>."
+
+    def test_what_the_caller_changes_later_is_not_seen(self, case: Case) -> None:
+        pixels = np.full((20, 20, 3), 200, np.uint8)
+        chat = case.owl.chat()
+        chat.ask("What?", images=pixels, max_new_tokens=3)
+        pixels[:] = 0
+        chat.messages[0]["content"][0]["image"] = "nowhere.png"
+        again = case.owl.chat(chat.messages)
+        assert again.ask("Why?", max_new_tokens=4).ids == chat.ask("Why?", max_new_tokens=4).ids
 
     def test_undo(self, case: Case) -> None:
         chat, _ = ask_first(case)
@@ -421,6 +471,39 @@ class TestThreads:
             answer = asking.result(10)
         assert chat.messages[:2] == before
         assert answer.text == ask_first(case)[0].ask("Hi", max_new_tokens=4).text
+
+    def test_of_two_that_wait_for_a_cancelled_step_one_gets_the_chat(
+        self, case: Case, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The other must see the stream that came first, or both would write to one cache."""
+        chat, _ = ask_first(case)
+        decode, inside, go = engine_of(case).decode, threading.Event(), threading.Event()
+
+        def slow(self: Any, *arguments: Any) -> Any:
+            inside.set()
+            go.wait(10)
+            return decode(self, *arguments)
+
+        monkeypatch.setattr(engine_of(case), "decode", slow)
+        stream = chat.stream("Why?", max_new_tokens=50)
+        with ThreadPoolExecutor(3) as pool:
+            reading = pool.submit(list, stream)
+            assert inside.wait(10)
+            stream.cancel()
+            asking = [pool.submit(chat.stream, question, max_new_tokens=4) for question in ("A?", "B?")]
+            go.set()
+            reading.result(10)
+            errors = [future.exception(10) for future in asking]
+        assert sorted(type(error).__name__ for error in errors) == ["BusyError", "NoneType"]
+
+    def test_a_stream_belongs_to_the_thread_that_reads_it(self, case: Case) -> None:
+        chat, _ = ask_first(case)
+        stream = chat.stream("Why?", max_new_tokens=50)
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(next, stream).result(10)
+            with pytest.raises(BusyError):
+                chat.ask("Hi")
+            assert pool.submit(chat.ask, "Hi", max_new_tokens=2).result(10).finish_reason == "length"
 
 
 def test_preparing_images_counts_as_time_to_the_first_token(case: Case) -> None:

@@ -181,6 +181,10 @@ class TestLife:
         with pytest.raises(Owl2Error, match=r"cannot be pickled; .*messages=chat\.messages"):
             copied(case.owl.chat())
 
+    def test_a_stream_cannot_be_pickled(self, case: Case) -> None:
+        with pytest.raises(Owl2Error, match=r"read it to its end and send stream\.answer"):
+            pickle.dumps(case.owl.stream("Hi"))
+
     def test_an_answer_can_be_pickled(self, case: Case) -> None:
         answer = case.owl.chat().ask("Hi", max_new_tokens=3)
         assert pickle.loads(pickle.dumps(answer)) == answer

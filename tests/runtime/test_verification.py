@@ -92,6 +92,40 @@ def test_a_damaged_memory_is_not_used(folder: Path, files: dict[str, FileEntry],
     assert len(hashed) == 4
 
 
+def test_a_user_without_a_home(
+    folder: Path, files: dict[str, FileEntry], hashed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def homeless(*_: object, **__: object) -> Path:
+        raise RuntimeError("could not determine the home directory")
+
+    monkeypatch.setattr("owl2.runtime.verification.user_cache_path", homeless)
+    assert verify_files(folder, files) == verify_files(folder, files) == []
+    assert len(hashed) == 4
+
+
+def test_a_file_that_cannot_be_read_is_a_problem(
+    folder: Path, files: dict[str, FileEntry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(*_: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("owl2.runtime.verification.hash_file", denied)
+    assert verify_files(folder, files) == ["a cannot be read: Permission denied", "b cannot be read: Permission denied"]
+
+
+def test_a_full_disk_leaves_no_file_in_the_cache_folder(
+    folder: Path, files: dict[str, FileEntry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    cache = Path(os.environ["XDG_CACHE_HOME"])
+    before = sorted(cache.rglob("*"))
+    monkeypatch.setattr("owl2.runtime.verification.json.dump", full)
+    assert verify_files(folder, files) == []
+    assert sorted(cache.rglob("*")) == before
+
+
 def test_progress_is_told_from_this_thread(folder: Path, files: dict[str, FileEntry]) -> None:
     told: list[tuple[LoadProgress, int]] = []
     verify_files(folder, files, on_progress=lambda progress: told.append((progress, threading.get_ident())))
