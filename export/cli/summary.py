@@ -60,7 +60,7 @@ def summary(bundle: Path, report: Report) -> str:
         worst = max(golden.kl for golden in report.goldens)
         lines += [
             _kv_int8(report),
-            f"  certificate: {len(report.goldens)} golden prompts, KL of at most {worst:.1e} nats on this machine; "
+            f"  golden prompts: {len(report.goldens)}, KL of at most {worst:.1e} nats on this machine; "
             "owl2 verify replays them on a device",
         ]
     return "\n".join(lines)

@@ -73,7 +73,7 @@ class Item:
 
     Attributes:
         line: its number, from 1.
-        category: the line's ``"kind"``, by which results are grouped; empty for none.
+        category: the line's ``"category"``, by which results are grouped; empty for none.
     """
 
     line: int
@@ -127,9 +127,9 @@ def _item(line: int, record: Record, folder: Path) -> Item:
             + ("" if found or "answer" not in record else ' (a single answer is a list, too: "answers": ["red"])')
         )
     task = _task(found[0], record, len(images))
-    category, name = record.get("kind", ""), record.get("id")
+    category, name = record.get("category", ""), record.get("id")
     if not isinstance(category, str):
-        raise ValueError(f'"kind" must be a string, got {category!r}')
+        raise ValueError(f'"category" must be a string, got {category!r}')
     if name is not None and (not isinstance(name, str | int) or isinstance(name, bool)):
         raise ValueError(f'"id" must be a string or a whole number, got {name!r}')
     return Item(line, task, tuple(folder / image for image in images), category, name)

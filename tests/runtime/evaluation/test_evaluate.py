@@ -32,7 +32,7 @@ def test_a_folder_and_a_loaded_model_give_the_same(
     again = evaluate(owl, data)
     assert again.results == evaluation.results
     assert again.summary == evaluation.summary
-    assert evaluation.to_json(items=True)["predictions"][0]["kind"] == "one"
+    assert evaluation.to_json(items=True)["predictions"][0]["category"] == "one"
     assert "predictions" not in evaluation.to_json()
 
 
