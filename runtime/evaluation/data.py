@@ -88,9 +88,11 @@ def read_items(path: Path, limit: int | None = None) -> list[Item]:
 
     Raises:
         DataError: the file cannot be read or is empty, or lines are malformed or images unusable; names all of them.
-        ConfigError: the limit is not positive.
+        ConfigError: the limit is not a positive whole number.
     """
-    require(limit is None or limit > 0, f"limit {limit} must be at least 1")
+    if limit is not None:
+        require(isinstance(limit, int) and not isinstance(limit, bool), f"limit must be a whole number, got {limit!r}")
+        require(limit > 0, f"limit {limit} must be at least 1")
     items, problems = read_records(path, lambda line, record: _item(line, record, path.parent))
     raise_problems(str(path), problems)
     chosen = evenly(items, limit)

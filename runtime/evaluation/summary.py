@@ -38,7 +38,7 @@ Figures = Mapping[str, Figure]
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """How many answers are not the reference's, and how many of these score better or worse."""
+    """Number of answers that are not the reference's, and of those among them that score better or worse."""
 
     changed: int
     better: int
@@ -216,9 +216,13 @@ def _figures(scores: Sequence[Score], outputs: Sequence[Output]) -> Figures:
 
 
 def _answer(output: Output | None) -> object:
-    if isinstance(output, Generation):
-        return output.text
-    return output.best if isinstance(output, ChoiceLikelihoods) else None
+    match output:
+        case Generation(text):
+            return text
+        case ChoiceLikelihoods():
+            return output.best
+        case _:
+            return None
 
 
 def _output_json(task: Task, output: Output) -> dict[str, Any]:
