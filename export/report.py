@@ -14,7 +14,7 @@ from owl2.runtime.evaluation.goldens import Baseline
 
 @dataclass(frozen=True, slots=True)
 class Parity:
-    """How a graph compares with torch; differences are relative to the RMS of torch's values.
+    """Comparison of a graph with torch; differences are relative to the RMS of torch's values.
 
     Attributes:
         graph: file name.

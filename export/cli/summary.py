@@ -12,7 +12,7 @@ LISTED_PARTS = 3
 
 
 def summary(bundle: Path, report: Report) -> str:
-    """What an export has written, and how good it is."""
+    """Size, cost and accuracy of an export."""
     accuracy, calibration, recipe = report.accuracy, report.calibration, report.recipe
     layer = duration(sum(report.layer_seconds) / max(1, len(report.layer_seconds)))
     rounded = "int8" if recipe["dialect"] == "ort" and recipe["weights"] in ("int4", "int8") else recipe["activations"]

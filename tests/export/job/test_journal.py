@@ -184,8 +184,7 @@ def test_a_damaged_journal_starts_over(a1: Path, copy: Path, name: str) -> None:
     damage, reason = DAMAGES[name]
     damage(copy / ".bundle.partial")
     first, second = interrupt(settings(a1, copy), 1)
-    assert first.startswith("what an interrupted export left cannot be continued: ")
-    assert first.endswith("; starting over")
+    assert first.startswith("starting over; the interrupted export cannot be continued: ")
     assert re.search(reason, first), first
     assert second.startswith("1 of 3 decoder layers are kept in ")
 
@@ -268,7 +267,7 @@ class TestWhatIsKept:
     def test_fresh_starts_over(self, a1: Path, copy: Path, whole: dict[str, bytes]) -> None:
         notes = Notes()
         export_bundle(replace(settings(a1, copy), fresh=True), notes)
-        assert notes.texts == ["starting over; what an earlier export had finished is removed"]
+        assert notes.texts == ["starting over; the finished parts of an earlier export are removed"]
         assert files(copy / "bundle") == whole
 
     def test_the_journal_keeps_one_layer(self, stopped: Path) -> None:
