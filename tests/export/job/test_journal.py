@@ -223,7 +223,7 @@ class TestKey:
         shard = moved / "pytorch_model-00002-of-00004.bin"
         os.utime(shard, ns=(0, 1))
         first = interrupt(settings(moved, copy), 1)[0]
-        assert first.endswith(f"cannot be continued: the checkpoint's {shard.name} changed; starting over")
+        assert first.endswith(f"cannot be continued: the checkpoint's {shard.name} changed")
 
     def test_other_images_start_over(self, a1: Path, copy: Path, tmp_path: Path, golden: Path) -> None:
         """The built-in probes stay; what the held-out prompts are changes."""

@@ -72,7 +72,7 @@ def test_engines_are_stamped_and_listed(folder: Path) -> None:
 
 def test_a_failure_leaves_engines_and_manifest_as_they_were(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = target_of("sm86")
-    before, listed = (folder / spec.MANIFEST).read_bytes(), sorted((folder / "engines").iterdir())
+    before, listed = (folder / spec.MANIFEST).read_bytes(), sorted(folder.glob("engines/*"))
 
     def fail_at_the_decoder(module: ModuleType, graph: Path, engine: Path, *args: Any, **settings: Any) -> BuildStats:
         if engine.name == records.DECODER_ENGINE:
@@ -83,7 +83,7 @@ def test_a_failure_leaves_engines_and_manifest_as_they_were(folder: Path, monkey
     with pytest.raises(ExportError, match="out of memory"):
         build_engines(Bundle.open(folder), target, Limits(512, 128, 1), None, Silent())
     assert (folder / spec.MANIFEST).read_bytes() == before
-    assert sorted((folder / "engines").iterdir()) == listed
+    assert sorted(folder.glob("engines/*")) == listed
 
 
 def test_a_full_disk_at_the_last_moment_brings_the_former_engines_back(
