@@ -15,7 +15,7 @@ from owl2.runtime.cli.console import notice
 from owl2.runtime.version import __version__
 
 EXTRAS = {"convert": "cpu,export", "engine": "tensorrt' or 'owl2[tensorrt-rtx"}
-"""What installs the modules that a command needs."""
+"""Extras that bring the modules of a command."""
 
 
 class Commands(click.Group):

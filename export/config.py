@@ -17,10 +17,10 @@ Layout = Literal["bundle", "gptq"]
 
 @dataclass(frozen=True, slots=True)
 class ExportConfig:
-    """What is exported, where to, and how its weights are stored.
+    """Source, target and storage types of an export.
 
     Attributes:
-        checkpoint: folder in the official layout.
+        checkpoint: folder in the official layout; this and the other paths may also be given as strings.
         bundle: folder to write.
         weights: type of the decoder's linear layers.
         vision: type of the vision tower's and the abstractor's linear layers; for None see :func:`storage_types`.
@@ -58,6 +58,12 @@ class ExportConfig:
     def __post_init__(self) -> None:
         from owl2.export.graph.dialect import DIALECTS  # only an export needs torch
 
+        for name in ("checkpoint", "bundle", "calibration"):
+            given = getattr(self, name)
+            optional = name == "calibration" and given is None
+            require(optional or isinstance(given, str | Path), f"{name} must be a path, got {given!r}")
+            if not optional:
+                object.__setattr__(self, name, Path(given))
         _require_one_of("weights", self.weights, get_args(WeightType))
         _require_one_of("vision", self.vision, (None, *get_args(VisionType)))
         _require_one_of("layout", self.layout, get_args(Layout))
@@ -89,7 +95,7 @@ class ExportConfig:
 
     @property
     def quant(self) -> QuantConfig | None:
-        """How the decoder's weights become integers; None when they stay floating point."""
+        """Settings of the decoder's quantizer; None for floating point."""
         if self.weights in ("fp16", "fp32"):
             return None
         # ONNX Runtime takes negative scales, TensorRT and GPTQ checkpoints do not.

@@ -8,13 +8,13 @@ from typing import Any
 
 from owl2.export.prompts import Prompts, digests, fingerprint
 from owl2.quant.layer import ModuleReport
-from owl2.runtime.evaluation.certificate import Baseline
 from owl2.runtime.evaluation.divergence import Divergence
+from owl2.runtime.evaluation.goldens import Baseline
 
 
 @dataclass(frozen=True, slots=True)
 class Parity:
-    """How a graph compares with torch; differences are relative to the RMS of torch's values.
+    """Comparison of a graph with torch; differences are relative to the RMS of torch's values.
 
     Attributes:
         graph: file name.
@@ -162,7 +162,7 @@ class Report:
     Attributes:
         recipe: the settings, defaults resolved.
         parity: each graph against torch.
-        goldens: this machine's results on the certificate's prompts, and the limits for a device.
+        goldens: this machine's results on the golden prompts, and the limits for a device.
         kv_int8: cost of an int8 K/V cache; None if the bundle offers none.
         modules: cost of GPTQ, by linear layer.
         vision: cost of int8 in each part of the vision side; empty for floating point.

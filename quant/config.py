@@ -17,7 +17,7 @@ MAX_SWEEPS = 100
 
 @dataclass(frozen=True, slots=True)
 class QuantConfig:
-    """How a weight becomes integers; always symmetric, one scale per row and group of columns.
+    """Settings that turn a weight into integers; always symmetric, one scale per row and group of columns.
 
     Attributes:
         bits: 4 or 8.

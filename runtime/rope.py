@@ -61,8 +61,8 @@ def rotary_tables(config: DecoderConfig, total: int, width: int, dtype: DTypeLik
         width: of a head, at least its own; angles beyond that are 0.
         dtype: of the tables.
     """
-    kind = np.dtype(dtype).str
+    dtype_name = np.dtype(dtype).str
     if config.steady_limit is not None and total > config.steady_limit:
-        return _tables(config, total, total, width, kind)
+        return _tables(config, total, total, width, dtype_name)
     length = max(total, config.max_position_embeddings)
-    return _tables(config, length, config.max_position_embeddings, width, kind)
+    return _tables(config, length, config.max_position_embeddings, width, dtype_name)

@@ -1,4 +1,4 @@
-"""How long the first and the second question about an image take, with the KV cache and without.
+"""Time for the first and the second question about an image, with the KV cache and without.
 
 Every round asks two questions in a chat, then the second one again in a cold conversation with the same history, so
 that all figures come from interleaved runs. Medians are printed.

@@ -52,7 +52,7 @@ GOLDEN = ROOT / "tests" / "golden"
 GOLDEN_TOLERANCE = 1e-3
 """As in tests/test_end_to_end.py."""
 KL_LIMIT = 1e-2
-"""Nats per position by which a device may differ from float activations; as in export/checks/certificate.py."""
+"""Nats per position by which a device may differ from float activations; as in export/checks/goldens.py."""
 
 
 @dataclass(frozen=True)

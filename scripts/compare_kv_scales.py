@@ -34,7 +34,7 @@ KEYS, VALUES, KEY_PAIRS = range(3)
 
 @dataclass(frozen=True)
 class Sharing:
-    """Which values have a scale in common.
+    """Values that have a scale in common.
 
     Attributes:
         reach: magnitude of the last code, which broadcasts with the values, from the largest magnitudes

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from owl2 import Owl2
 from owl2.runtime.bundle import Bundle
-from owl2.runtime.evaluation.certificate import golden_positions, read_goldens
+from owl2.runtime.evaluation.goldens import golden_positions, read_goldens
 from owl2.runtime.evaluation.verify import run_golden
 from owl2.runtime.families.mplug_owl2.positions import Prompt, embed
 from owl2.runtime.load import Loaded
@@ -45,8 +45,8 @@ class Case:
 def read_cases(bundle: Path, path: Path) -> list[Case]:
     """The bundle's golden prompts and those of a file."""
     goldens = read_goldens(Bundle.open(bundle))
-    certificate = [Case(f"certificate: {golden.name}", golden.prompt, golden.images) for golden in goldens]
-    return certificate + [Case(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
+    cases = [Case(f"golden: {golden.name}", golden.prompt, golden.images) for golden in goldens]
+    return cases + [Case(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
 
 
 def logits(model: Loaded, case: Case) -> Mapping[str, NDArray[Any]]:

@@ -22,8 +22,8 @@ def write_every_task(path: Path) -> Path:
     question = "Describe the picture."
     return write_lines(
         path,
-        {"image": first, "question": question, "answers": [known["scene1.png"]], "kind": "one", "id": "first"},
-        {"image": third, "question": question, "answers": ["no"] * 7 + [known["scene3.png"]] * 3, "kind": "three"},
+        {"image": first, "question": question, "answers": [known["scene1.png"]], "category": "one", "id": "first"},
+        {"image": third, "question": question, "answers": ["no"] * 7 + [known["scene3.png"]] * 3, "category": "three"},
         {"image": first, "question": question, "choices": CHOICES, "answer": CHOICES[0]},
         {"image": first, "question": "How many shapes are there?", "choices": ["one", "two"], "answer": "two"},
         {"image": third, "question": question, "captions": [known["scene3.png"]]},

@@ -26,15 +26,34 @@ RUNTIME_DEPENDENCIES = {
 ROOMS = {
     "runtime": "",
     "runtime.families": "runtime",
-    "runtime.backends": "runtime runtime.families",
+    "runtime.backends": "runtime runtime.backends.ort runtime.backends.tensorrt",
+    "runtime.backends.ort": "runtime runtime.backends",
+    "runtime.backends.tensorrt": "runtime runtime.backends",
     "runtime.fit": "runtime",
     "runtime.load": "runtime runtime.families runtime.backends runtime.fit",
-    "runtime.evaluation": "runtime runtime.families runtime.backends runtime.load",
-    "runtime.cli": "runtime runtime.families runtime.backends runtime.fit runtime.load runtime.evaluation",
+    "runtime.evaluation": "runtime runtime.families runtime.backends.tensorrt runtime.load",
+    "runtime.cli": (
+        "runtime runtime.families runtime.backends.ort runtime.backends.tensorrt runtime.fit runtime.load "
+        "runtime.evaluation"
+    ),
     "quant": "runtime runtime.families runtime.evaluation",
-    "export": "quant runtime runtime.families runtime.backends runtime.fit runtime.load runtime.evaluation runtime.cli",
+    # The stages in the root call their checks and run within a job; both know the stages' settings and results.
+    "export": (
+        "quant runtime runtime.families runtime.fit runtime.evaluation "
+        "export.checkpoint export.graph export.checks export.job"
+    ),
+    "export.checkpoint": "quant runtime runtime.families runtime.load export",
+    "export.graph": "quant runtime",
+    "export.checks": (
+        "quant runtime runtime.families runtime.backends.ort runtime.evaluation export export.graph export.job"
+    ),
+    "export.job": "quant runtime runtime.cli export export.checkpoint export.graph",
+    "export.tensorrt": "runtime runtime.backends runtime.backends.tensorrt runtime.fit runtime.cli export.job",
+    "export.cli": "quant runtime runtime.cli export export.checkpoint export.job export.tensorrt",
+    "export.optimum": "export.cli",
 }
 """Each room and those that its modules may import besides itself: the way of the data, read backwards.
+Two rooms may name each other, as a folder and its subfolders do; single modules still have no cycle.
 
 ``runtime`` is its root without the modules that open backends: these, ``runtime.load`` and what stands on it, count as
 ``runtime.load`` here.
@@ -60,7 +79,7 @@ def room(module: str) -> str:
     if package == "runtime" and rest in ON_LOAD:
         return "runtime.load"
     if rest == "__main__":
-        return "runtime.cli" if package == "runtime" else package
+        return f"{package}.cli"
     known = [name for name in ROOMS if module == name or module.startswith(f"{name}.")]
     return max(known, key=len)
 

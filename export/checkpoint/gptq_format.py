@@ -30,7 +30,7 @@ REFUSED = ("adapter", "rotation", "activation")
 
 @dataclass(frozen=True, slots=True)
 class GptqFormat:
-    """How the tensors of such a checkpoint are stored, as its JSON files describe it.
+    """Storage of such a checkpoint's tensors, as its JSON files describe it.
 
     Attributes:
         bits: 4 or 8.

@@ -1,4 +1,4 @@
-"""What a checkpoint decides about its export: settings that a quantized one brings along, and what is left to do."""
+"""Settings that a quantized checkpoint brings along for its export, and the work that is left to do."""
 
 from __future__ import annotations
 

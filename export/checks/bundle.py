@@ -7,8 +7,8 @@ from typing import cast
 
 import numpy as np
 
-from owl2.export.checks.certificate import certify, make_goldens
 from owl2.export.checks.engines import encode_images_in_float, float_decoder, open_bundle_decoder
+from owl2.export.checks.goldens import make_goldens, measure_baselines
 from owl2.export.checks.kv_int8 import FloatLogits, check_codes, compare as compare_kv_int8, summary
 from owl2.export.checks.parity import compare
 from owl2.export.decoder import ExportedDecoder
@@ -59,7 +59,7 @@ def check_bundle(
     )
     unrounded = FloatLogits()
     accuracy = _measure(job, bundle, decoder, expected, vision, unrounded)
-    baselines = certify(bundle, goldens, decoder, prompts.probes, vision.rows)
+    baselines = measure_baselines(bundle, goldens, decoder, prompts.probes, vision.rows)
     del decoder  # before the next one is opened
     kv_int8 = _check_kv_int8(job, bundle, expected, probes, unrounded) if "int8" in bundle.kv_cache else None
     return Checks(accuracy, (vision.parity, parity), baselines, kv_int8)

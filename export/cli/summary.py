@@ -12,7 +12,7 @@ LISTED_PARTS = 3
 
 
 def summary(bundle: Path, report: Report) -> str:
-    """What an export has written, and how good it is."""
+    """Size, cost and accuracy of an export."""
     accuracy, calibration, recipe = report.accuracy, report.calibration, report.recipe
     layer = duration(sum(report.layer_seconds) / max(1, len(report.layer_seconds)))
     rounded = "int8" if recipe["dialect"] == "ort" and recipe["weights"] in ("int4", "int8") else recipe["activations"]
@@ -60,7 +60,7 @@ def summary(bundle: Path, report: Report) -> str:
         worst = max(golden.kl for golden in report.goldens)
         lines += [
             _kv_int8(report),
-            f"  certificate: {len(report.goldens)} golden prompts, KL of at most {worst:.1e} nats on this machine; "
+            f"  golden prompts: {len(report.goldens)}, KL of at most {worst:.1e} nats on this machine; "
             "owl2 verify replays them on a device",
         ]
     return "\n".join(lines)

@@ -71,12 +71,12 @@ class Journal:
         """Take up what an earlier run left, or clear it away, and tell the user."""
         left, note, content = (self._staging.journal / INDEX).exists(), self._job.reporter.note, None
         if left and self._job.config.fresh:
-            note("starting over; what an earlier export had finished is removed")
+            note("starting over; the finished parts of an earlier export are removed")
         elif left:
             try:
                 content = self._read()
             except _UnusableError as error:
-                note(f"what an interrupted export left cannot be continued: {error}; starting over")
+                note(f"starting over; the interrupted export cannot be continued: {error}")
         if content is None:
             self._staging.clear()
             return

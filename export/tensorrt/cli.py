@@ -86,7 +86,7 @@ gpu_option = click.option(
     "--workspace",
     type=click.IntRange(min=1),
     metavar="MIB",
-    help="Scratch memory on the GPU at most; all of it if not given.",
+    help="Limit of TensorRT's scratch memory on the GPU; no limit if not given.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Write the result as JSON and show no progress.")
 @reports_errors
@@ -104,7 +104,7 @@ def engine(
     """Build TensorRT engines from the graphs of BUNDLE, which was exported with --dialect onnx.
 
     They are written into the bundle (engines/) with TensorRT's version and the GPU they are for; a bundle may have
-    engines for several GPUs. A 7B decoder takes minutes, and about three and a half times the engine's size in memory.
+    engines for several GPUs. A 7B decoder takes minutes, and about four times the engine's size in memory.
     For a Jetson: export on a workstation, copy the bundle, and run this on the Jetson; it needs no torch.
 
     \b

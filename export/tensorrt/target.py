@@ -1,4 +1,4 @@
-"""The module that builds engines and the GPU they are for; what cannot work is refused before anything long begins."""
+"""The module that builds engines and the GPU they are for, with checks that refuse a hopeless build at once."""
 
 from __future__ import annotations
 

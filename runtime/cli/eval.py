@@ -109,8 +109,8 @@ def eval_command(  # noqa: PLR0913 - one parameter per option
        {"from": "gpt", "value": …}]}                                     perplexity of the assistant's turns
       {"text": "…"}                                                      perplexity, bits per byte
 
-    Optional: "kind" (results by kind, too), "id". Questions are asked as they are: for short answers end them as the
-    model was trained, with "Answer the question using a single word or phrase."
+    Optional: "category" (results by category, too), "id". Questions are asked as they are: for short answers end them
+    as the model was trained, with "Answer the question using a single word or phrase."
 
     --against adds the other model's scores, the number of answers that changed, and the KL divergence and agreement of
     the two models' next-token distributions, over the prompts with their expected answers. Answers are greedy, so

@@ -73,7 +73,7 @@ class Item:
 
     Attributes:
         line: its number, from 1.
-        category: the line's ``"kind"``, by which results are grouped; empty for none.
+        category: the line's ``"category"``, by which results are grouped; empty for none.
     """
 
     line: int
@@ -88,9 +88,11 @@ def read_items(path: Path, limit: int | None = None) -> list[Item]:
 
     Raises:
         DataError: the file cannot be read or is empty, or lines are malformed or images unusable; names all of them.
-        ConfigError: the limit is not positive.
+        ConfigError: the limit is not a positive whole number.
     """
-    require(limit is None or limit > 0, f"limit {limit} must be at least 1")
+    if limit is not None:
+        require(isinstance(limit, int) and not isinstance(limit, bool), f"limit must be a whole number, got {limit!r}")
+        require(limit > 0, f"limit {limit} must be at least 1")
     items, problems = read_records(path, lambda line, record: _item(line, record, path.parent))
     raise_problems(str(path), problems)
     chosen = evenly(items, limit)
@@ -127,9 +129,9 @@ def _item(line: int, record: Record, folder: Path) -> Item:
             + ("" if found or "answer" not in record else ' (a single answer is a list, too: "answers": ["red"])')
         )
     task = _task(found[0], record, len(images))
-    category, name = record.get("kind", ""), record.get("id")
+    category, name = record.get("category", ""), record.get("id")
     if not isinstance(category, str):
-        raise ValueError(f'"kind" must be a string, got {category!r}')
+        raise ValueError(f'"category" must be a string, got {category!r}')
     if name is not None and (not isinstance(name, str | int) or isinstance(name, bool)):
         raise ValueError(f'"id" must be a string or a whole number, got {name!r}')
     return Item(line, task, tuple(folder / image for image in images), category, name)

@@ -1,4 +1,4 @@
-"""How much the next-token distributions of two models differ."""
+"""Divergence of the next-token distributions of two models."""
 
 from __future__ import annotations
 

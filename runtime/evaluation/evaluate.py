@@ -16,7 +16,7 @@ from owl2.runtime.evaluation.measure import ItemResult, measure
 from owl2.runtime.evaluation.reference import is_bundle, open_reference
 from owl2.runtime.evaluation.summary import Summary, item_json, summarise
 from owl2.runtime.owl import Owl2
-from owl2.runtime.placement import CPU
+from owl2.runtime.placement import CPU, Placement
 from owl2.runtime.preprocess import check_mode
 from owl2.runtime.sampling import GenerationConfig
 from owl2.runtime.spec import KvType
@@ -28,7 +28,7 @@ MAX_NEW_TOKENS = 64
 
 @dataclass(frozen=True, slots=True)
 class EvaluationProgress:
-    """How many items have been measured."""
+    """Number of items that have been measured."""
 
     done: int
     total: int
@@ -83,7 +83,7 @@ def evaluate(  # noqa: PLR0913 - the arguments of Owl2.load and those of the eva
     against: str | os.PathLike[str] | None = None,
     limit: int | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
-    device: str = CPU,
+    device: str | None = None,
     threads: int | None = None,
     context: int | None = None,
     kv_cache: KvType | None = None,
@@ -97,13 +97,15 @@ def evaluate(  # noqa: PLR0913 - the arguments of Owl2.load and those of the eva
     Ctrl-C ends the evaluation early: what was measured until then is returned, and ``complete`` is False.
 
     Args:
-        bundle: folder written by ``owl2-export``, or a loaded model, which keeps its device, context and K/V cache.
+        bundle: folder written by ``owl2-export``, or a loaded model, which keeps its device, threads, context and
+            K/V cache.
         data: file of JSON lines; images are named relative to it.
         against: a checkpoint (needs the export extra) or another bundle to compare with; runs on the same device with
             the same context, and the K/V cache of its own activations.
         limit: measure at most this many items, spread evenly over the file.
         max_new_tokens: of an answer.
-        device, threads, context, kv_cache, check_memory: as in :meth:`Owl2.load`.
+        device: as in :meth:`Owl2.load`; None for the CPU, or for that of the loaded model.
+        threads, context, kv_cache, check_memory: as in :meth:`Owl2.load`.
         preprocess: ``resize``, ``pad`` or ``crop`` instead of the bundle's own mode.
         progress: called with a :class:`LoadProgress` while models are loaded, and with an :class:`EvaluationProgress`
             after each item.
@@ -113,6 +115,10 @@ def evaluate(  # noqa: PLR0913 - the arguments of Owl2.load and those of the eva
         ReferenceModelError: ``against`` is not available or does not match the bundle.
         ConfigError, BundleError, BackendError, InsufficientMemoryError: as :meth:`Owl2.load`.
     """
+    for name, path in (("data", data), ("against", against)):
+        possible = isinstance(path, str | os.PathLike) or (name == "against" and path is None)
+        require(possible, f"{name} must be given as a path, got {type(path).__name__}")
+    placement = None if device is None else Placement.parse(device)
     GenerationConfig(max_new_tokens=max_new_tokens)
     if preprocess is not None:
         check_mode(preprocess)
@@ -122,15 +128,15 @@ def evaluate(  # noqa: PLR0913 - the arguments of Owl2.load and those of the eva
     with ExitStack() as stack:
         if isinstance(bundle, Owl2):
             require(
-                context is None and kv_cache is None and device in (CPU, str(bundle.device)),
-                "a loaded model keeps its device, context and K/V cache; to choose others, give its folder instead",
+                threads is None and context is None and kv_cache is None and placement in (None, bundle.device),
+                "a loaded model keeps its device, threads, context and K/V cache; to choose others, give its folder",
             )
             owl = bundle
         else:
             owl = stack.enter_context(
                 Owl2.load(
                     bundle,
-                    device=device,
+                    device=CPU if device is None else device,
                     threads=threads,
                     context=context,
                     kv_cache=kv_cache,

@@ -160,14 +160,15 @@ def _measure(
     runs = [ItemRun(model, cache, model.prepare(images, preprocess)) for model, cache in zip(models, caches)]
     total = Divergence()
     outputs: Sequence[Output]
-    if isinstance(item.task, Text):
-        outputs, total = _text_likelihoods(runs, item, item.task.text)
-    elif isinstance(item.task, Conversation):
-        outputs, total = _answer_likelihoods(runs, item)
-    else:
-        if len(runs) == 2:
-            _, total = _answer_likelihoods(runs, item)
-        outputs = [_respond(run, item.task, max_new_tokens) for run in runs]
+    match item.task:
+        case Text(text):
+            outputs, total = _text_likelihoods(runs, item, text)
+        case Conversation():
+            outputs, total = _answer_likelihoods(runs, item)
+        case task:
+            if len(runs) == 2:
+                _, total = _answer_likelihoods(runs, item)
+            outputs = [_respond(run, task, max_new_tokens) for run in runs]
     return ItemResult(item, outputs[0], outputs[1], total) if len(runs) == 2 else ItemResult(item, outputs[0])
 
 

@@ -38,7 +38,7 @@ Figures = Mapping[str, Figure]
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """How many answers are not the reference's, and how many of these score better or worse."""
+    """Number of answers that are not the reference's, and of those among them that score better or worse."""
 
     changed: int
     better: int
@@ -83,7 +83,7 @@ class Summary:
             "items": self.items,
             "tasks": {
                 task.task: _group_json(task.whole)
-                | {"kinds": {name: _group_json(group) for name, group in task.categories.items()}}
+                | {"categories": {name: _group_json(group) for name, group in task.categories.items()}}
                 for task in self.tasks
             },
             "divergence": None if self.divergence is None else divergence_json(self.divergence),
@@ -127,7 +127,7 @@ def task_name(task: Task) -> str:
 
 def item_json(result: ItemResult) -> dict[str, Any]:
     item = result.item
-    record: dict[str, Any] = {"line": item.line, "id": item.id, "kind": item.category, "task": task_name(item.task)}
+    record: dict[str, Any] = {"line": item.line, "id": item.id, "category": item.category, "task": task_name(item.task)}
     record["output"] = _output_json(item.task, result.output)
     if result.reference is not None:
         record["reference"] = _output_json(item.task, result.reference)
@@ -216,9 +216,13 @@ def _figures(scores: Sequence[Score], outputs: Sequence[Output]) -> Figures:
 
 
 def _answer(output: Output | None) -> object:
-    if isinstance(output, Generation):
-        return output.text
-    return output.best if isinstance(output, ChoiceLikelihoods) else None
+    match output:
+        case Generation(text):
+            return text
+        case ChoiceLikelihoods():
+            return output.best
+        case _:
+            return None
 
 
 def _output_json(task: Task, output: Output) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from owl2.runtime.backends.tensorrt.records import check_all
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.engine import DecoderEngine, EngineOptions, Floats, Ints, KvBuffers
-from owl2.runtime.evaluation.certificate import Baseline, Golden, read_baselines, read_goldens
 from owl2.runtime.evaluation.divergence import row_kl
+from owl2.runtime.evaluation.goldens import Baseline, Golden, read_baselines, read_goldens
 from owl2.runtime.families.mplug_owl2.positions import Prompt, embed
 from owl2.runtime.load import Loaded, Preparation
 from owl2.runtime.placement import CPU, Placement

@@ -46,7 +46,7 @@ BUILD_PER_ENGINE = 3.9
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class MemoryPart:
     """Memory for one purpose, bytes.
 
     Attributes:
@@ -68,7 +68,7 @@ def find_runner(manifest: Manifest, device: Product) -> Runner:
     return device.engines[0]
 
 
-def memory_parts(manifest: Manifest, device: Product, context: int, kv_type: KvType, images: int) -> list[Part]:
+def memory_parts(manifest: Manifest, device: Product, context: int, kv_type: KvType, images: int) -> list[MemoryPart]:
     """Memory that a conversation of ``context`` positions takes; parts that take none are left out."""
     model, element, runner = manifest.model, int(BYTES_PER_VALUE[manifest.activations]), find_runner(manifest, device)
     cpu, engine = runner == "onnxruntime-cpu", runner.startswith("tensorrt")
@@ -86,28 +86,28 @@ def memory_parts(manifest: Manifest, device: Product, context: int, kv_type: KvT
     stream = block * (4 * model.decoder.hidden_size + feed_forwards * model.decoder.intermediate_size) * element
     scores = block * context * model.decoder.num_attention_heads * element
     parts = [
-        Part("decoder weights", decoder, stored(manifest, spec.DECODER_GRAPH) if engine else decoder, basis),
-        Part("vision weights", vision, vision, basis),
-        Part("K/V cache", kv, kv, "computed"),
+        MemoryPart("decoder weights", decoder, stored(manifest, spec.DECODER_GRAPH) if engine else decoder, basis),
+        MemoryPart("vision weights", vision, vision, basis),
+        MemoryPart("K/V cache", kv, kv, "computed"),
         # A full buffer is copied into a longer one and released only then; of a new one on the CPU, what nothing was
         # written to takes no memory yet.
-        Part("K/V cache, growing", max(0, 2 * old - kv) if cpu else old, 0, "computed"),
-        Part("prefill", int((1 if engine else ARENA) * stream) + scores, scores, basis),
+        MemoryPart("K/V cache, growing", max(0, 2 * old - kv) if cpu else old, 0, "computed"),
+        MemoryPart("prefill", int((1 if engine else ARENA) * stream) + scores, scores, basis),
     ]
     if images:
         tower = model.vision  # sees one image at a time
         rows = tower.num_tokens * (3 * tower.hidden_size + 2 * tower.intermediate_size)
         work = (rows + tower.num_attention_heads * tower.num_tokens**2) * element
-        parts.append(Part("vision tower at work", int(work * (1 if engine else VISION_ARENA)), work, basis))
+        parts.append(MemoryPart("vision tower at work", int(work * (1 if engine else VISION_ARENA)), work, basis))
         cached = min(images, CACHED_IMAGES) * model.rows_per_image * model.decoder.hidden_size
-        parts.append(Part("images", 4 * (images * 3 * tower.image_size**2 + cached), 0, "computed"))
+        parts.append(MemoryPart("images", 4 * (images * 3 * tower.image_size**2 + cached), 0, "computed"))
     if cpu:
         # Already taken when a load is checked.
-        parts.append(Part("Python, ONNX Runtime", CPU_RUNTIME, 0, "measured"))
+        parts.append(MemoryPart("Python, ONNX Runtime", CPU_RUNTIME, 0, "measured"))
     elif device.shared:
-        parts.append(Part("CUDA, Python, libraries", CUDA_CONTEXT + CPU_RUNTIME + CUDA_LIBRARIES, 0, "assumed"))
+        parts.append(MemoryPart("CUDA, Python, libraries", CUDA_CONTEXT + CPU_RUNTIME + CUDA_LIBRARIES, 0, "assumed"))
     else:
-        parts.append(Part("CUDA context", CUDA_CONTEXT, 0, "assumed"))
+        parts.append(MemoryPart("CUDA context", CUDA_CONTEXT, 0, "assumed"))
     return [part for part in parts if part.size]
 
 

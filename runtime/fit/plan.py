@@ -13,7 +13,7 @@ from owl2.runtime.bundle import Manifest, WeightFormat, read_manifest
 from owl2.runtime.config import require, resolve_context
 from owl2.runtime.errors import BackendUnavailableError, InsufficientMemoryError
 from owl2.runtime.fit import footprint
-from owl2.runtime.fit.footprint import Part, Runner
+from owl2.runtime.fit.footprint import MemoryPart, Runner
 from owl2.runtime.fit.machine import ROOT, MemoryBudget, free_swap, gpus, read_bandwidth, this_cpu
 from owl2.runtime.fit.products import GIB, PRODUCTS
 from owl2.runtime.fit.storage import storage_types
@@ -57,7 +57,7 @@ class Plan:
         return footprint.find_runner(self.manifest, self.budget.device)
 
     @cached_property
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[MemoryPart]:
         """Memory needed on the device, by purpose."""
         return footprint.memory_parts(self.manifest, self.budget.device, self.context, self.kv_type, self.images)
 

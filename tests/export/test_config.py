@@ -18,11 +18,19 @@ from owl2.runtime.errors import ConfigError
         ({"method": "awq"}, "method 'awq' is not known; use gptq or rtn"),
         ({"samples": 0}, "samples must be positive"),
         ({"device": "gpu"}, "device 'gpu': use cpu, cuda or cuda:N"),
+        ({"calibration": 3}, "calibration must be a path, got 3"),
     ],
 )
 def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ExportConfig(Path("in"), Path("out"), **settings)
+
+
+def test_paths_may_be_strings() -> None:
+    config = ExportConfig("in", "out", calibration="images")  # type: ignore[arg-type]
+    assert config == ExportConfig(Path("in"), Path("out"), calibration=Path("images"))
+    with pytest.raises(ConfigError, match="bundle must be a path, got None"):
+        ExportConfig("in", None)  # type: ignore[arg-type]
 
 
 def test_float_weights_have_no_gptq_layout() -> None:

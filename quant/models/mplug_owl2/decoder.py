@@ -21,7 +21,7 @@ KeyValue = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Routing:
-    """Which flattened rows are text, which are image, and how to put both back in order.
+    """Indices of text rows and of image rows among flattened rows, and the order that puts both back.
 
     Attributes:
         text, image: int64 row indices into [B·T].

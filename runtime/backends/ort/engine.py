@@ -202,31 +202,50 @@ class OrtDecoder:
         for buffer, (past, present) in zip(buffers, self._names):
             binding.bind_ortvalue_input(past, buffer.value)
             binding.bind_ortvalue_output(present, buffer.value)
-        made = OrtBuffers(buffers)
-        self._feeds[made] = StepFeeds(binding, self._memory)
+        made, feeds = OrtBuffers(buffers), StepFeeds(binding, self._memory)
+        if not self._tables_vary(capacity):
+            feeds.fix(self._tables(capacity))
+        self._feeds[made] = feeds
         return made
 
     def prefill(self, embeds: Floats, modality: Ints, past: int, buffers: KvBuffers, logit_rows: Ints) -> Floats:
-        return self._step(embeds, row_inputs(modality, logit_rows), past, buffers)
+        feeds = self._feeds_of(buffers, past + len(embeds))
+        rows = row_inputs(modality, logit_rows)
+        feeds.is_text_step = False
+        feeds.put(rows)
+        return self._step(embeds, past, buffers.capacity, feeds)
 
     def decode(self, embeds: Floats, past: int, buffers: KvBuffers) -> Floats:
-        logits: Floats = self._step(embeds, TEXT_STEP, past, buffers)[0]
+        feeds = self._feeds_of(buffers, past + len(embeds))
+        if not feeds.is_text_step:
+            feeds.put(TEXT_STEP)
+            feeds.is_text_step = True
+        logits: Floats = self._step(embeds, past, buffers.capacity, feeds)[0]
         return logits
 
-    def _step(self, embeds: Floats, rows: StepInputs, past: int, buffers: KvBuffers) -> Floats:
-        total = past + len(embeds)
+    def _feeds_of(self, buffers: KvBuffers, total: int) -> StepFeeds:
         feeds = self._feeds.get(own(buffers, OrtBuffers, total))
         if feeds is None:
             raise BackendError("these K/V buffers belong to another model")
-        cos, sin = rotary_tables(self._config, total, self._width, self._dtype)
+        return feeds
+
+    def _step(self, embeds: Floats, past: int, capacity: int, feeds: StepFeeds) -> Floats:
+        total = past + len(embeds)
         inputs: StepInputs = {
             spec.EMBEDS: embeds[None].astype(self._dtype, copy=False),
-            **rows,
             spec.LENGTHS: np.array([total - 1], dtype=np.int32),
             spec.TOTAL_LENGTH: np.array(total, dtype=np.int32),
-            spec.ROTARY_COS: cos,
-            spec.ROTARY_SIN: sin,
         }
-        for name, array in inputs.items():
-            feeds.put(name, array)
+        if self._tables_vary(capacity):
+            inputs |= self._tables(total)
+        feeds.put(inputs)  # `inputs` keeps the arrays until the step has ended
         return run_bound(self._session, feeds.binding)
+
+    def _tables_vary(self, capacity: int) -> bool:
+        """Whether the rotary tables depend on the step while a conversation fills this many positions."""
+        limit = self._config.steady_limit
+        return limit is not None and capacity > limit
+
+    def _tables(self, total: int) -> StepInputs:
+        cos, sin = rotary_tables(self._config, total, self._width, self._dtype)
+        return {spec.ROTARY_COS: cos, spec.ROTARY_SIN: sin}

@@ -6,7 +6,7 @@ a GPU grows through host memory, one tensor at a time, and each growth copies tw
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,28 +82,32 @@ class Memory:
 
 
 class StepFeeds:
-    """The inputs of a binding that change from step to step."""
+    """The inputs of a binding, apart from its K/V buffers.
+
+    Attributes:
+        binding: of the decoder's session.
+        copies: on the GPU, by the name of the input.
+        is_text_step: whether the inputs of a step of one text row are bound.
+    """
 
     def __init__(self, binding: ort.IOBinding, memory: Memory) -> None:
         self.binding, self._memory = binding, memory
-        self.copies: dict[str, ort.OrtValue] = {}  # on the GPU, by the name of the input
-        self._constants: dict[str, Array] = {}
+        self.copies: dict[str, ort.OrtValue] = {}
+        self.is_text_step = False
+        self._fixed: dict[str, Array] = {}
 
-    def put(self, name: str, array: Array) -> None:
-        """Bind an input to the content of ``array``, which must not change before the step has ended.
+    def fix(self, inputs: Mapping[str, Array]) -> None:
+        """Bind inputs to constants, once for all steps."""
+        self.put(inputs)
+        self._fixed |= inputs  # in host memory, a binding reads the arrays themselves
 
-        An array that cannot be written to is taken to be constant: it is bound, and copied to a GPU, only once.
-        """
-        if self._constants.get(name) is array:
-            return
-        self._constants.pop(name, None)
-        if self._memory.gpu is None or name in READ_BY_CPU:
-            self.binding.bind_cpu_input(name, array)
-        elif (copy := self.copies.get(name)) is not None and tuple(copy.shape()) == array.shape:
-            copy.update_inplace(array)
-        else:
-            self.copies[name] = self._memory.copy(array)
-            self.binding.bind_ortvalue_input(name, self.copies[name])
-        if not array.flags.writeable:
-            # The reference also keeps the identity from being given to another array.
-            self._constants[name] = array
+    def put(self, inputs: Mapping[str, Array]) -> None:
+        """Bind inputs to the contents of arrays, which must not change as long as steps read them."""
+        for name, array in inputs.items():
+            if self._memory.gpu is None or name in READ_BY_CPU:
+                self.binding.bind_cpu_input(name, array)
+            elif (copy := self.copies.get(name)) is not None and tuple(copy.shape()) == array.shape:
+                copy.update_inplace(array)
+            else:
+                self.copies[name] = self._memory.copy(array)
+                self.binding.bind_ortvalue_input(name, self.copies[name])

@@ -51,7 +51,7 @@ RUN_OPTIONS.log_severity_level = LOG_FATAL  # failures come back as exceptions
 
 @dataclass(frozen=True, slots=True)
 class OrtOptions:
-    """How sessions are opened.
+    """Settings of ONNX Runtime's sessions.
 
     Attributes:
         device: where graphs run.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from owl2.export.checkpoint.checkpoint import Checkpoint
 from owl2.export.checkpoint.modules import load_vision
-from owl2.export.checks.sensitivity import ERROR_LEFT, MAX_FLOAT_WORK, Part, choose_kept, measure_parts
+from owl2.export.checks.sensitivity import ERROR_LEFT, MAX_FLOAT_WORK, VisionPart, choose_kept, measure_parts
 from owl2.export.graph.weights import ChannelInt8Weight
 from owl2.quant.models.mplug_owl2 import VisionModel, VisualAbstractor
 
@@ -70,8 +70,8 @@ def test_a_layer_with_outliers_is_kept(vision: Vision) -> None:
     assert worst.name == f"vision_model.encoder.layers.{index}"
 
 
-def part(name: str, effect: float, work: int) -> Part:
-    return Part(name, (), effect, work)
+def part(name: str, effect: float, work: int) -> VisionPart:
+    return VisionPart(name, (), effect, work)
 
 
 def test_the_best_gain_for_the_work_is_kept_within_the_budget() -> None:

@@ -9,11 +9,14 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
 from owl2 import Owl2
 from owl2.export.job.progress import Silent
+from owl2.export.tensorrt.build import BuildStats, build_engine
 from owl2.export.tensorrt.folder import build_engines
 from owl2.export.tensorrt.profiles import Limits
 from owl2.export.tensorrt.target import BuildTarget, choose_target, find_gpu
@@ -69,12 +72,18 @@ def test_engines_are_stamped_and_listed(folder: Path) -> None:
 
 def test_a_failure_leaves_engines_and_manifest_as_they_were(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = target_of("sm86")
-    before, listed = (folder / spec.MANIFEST).read_bytes(), sorted((folder / "engines").iterdir())
-    monkeypatch.setattr("owl2.export.tensorrt.folder._record", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    before, listed = (folder / spec.MANIFEST).read_bytes(), sorted(folder.glob("engines/*"))
+
+    def fail_at_the_decoder(module: ModuleType, graph: Path, engine: Path, *args: Any, **settings: Any) -> BuildStats:
+        if engine.name == records.DECODER_ENGINE:
+            raise ExportError("out of memory")
+        return build_engine(module, graph, engine, *args, **settings)
+
+    monkeypatch.setattr("owl2.export.tensorrt.folder.build_engine", fail_at_the_decoder)
+    with pytest.raises(ExportError, match="out of memory"):
         build_engines(Bundle.open(folder), target, Limits(512, 128, 1), None, Silent())
     assert (folder / spec.MANIFEST).read_bytes() == before
-    assert sorted((folder / "engines").iterdir()) == listed
+    assert sorted(folder.glob("engines/*")) == listed
 
 
 def test_a_full_disk_at_the_last_moment_brings_the_former_engines_back(

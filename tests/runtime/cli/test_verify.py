@@ -12,7 +12,7 @@ from isolation import BLOCKED
 
 from owl2.runtime import spec
 from owl2.runtime.bundle import Bundle
-from owl2.runtime.evaluation.certificate import read_goldens, write_goldens
+from owl2.runtime.evaluation.goldens import read_goldens, write_goldens
 
 NAMES = ["text", "one picture", "two pictures"]
 

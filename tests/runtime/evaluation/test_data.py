@@ -28,7 +28,7 @@ def test_every_task(folder: Path) -> None:
     turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
     path = written(
         folder,
-        {"image": "a.png", "question": "What?", "answers": ["red"], "kind": "colour", "id": "q1", "other": 1},
+        {"image": "a.png", "question": "What?", "answers": ["red"], "category": "colour", "id": "q1", "other": 1},
         {
             "image": ["a.png", "b.png"],
             "question": "<|image|> or <|image|>?",
@@ -91,7 +91,7 @@ def test_a_limit_is_spread_over_the_file_and_opens_only_its_images(folder: Path)
         ({"text": ""}, '"text" must be a non-empty string'),
         ({"text": "\ud800"}, "is not valid Unicode"),
         ({"text": "x", "image": "a.png"}, '"text" cannot have an "image"'),
-        ({"text": "x", "kind": 3}, '"kind" must be a string'),
+        ({"text": "x", "category": 3}, '"category" must be a string'),
         ({"text": "x", "id": 1.5}, '"id" must be a string or a whole number'),
         ({"image": "gone.png", "captions": ["x"]}, "cannot read .*gone.png"),
     ],

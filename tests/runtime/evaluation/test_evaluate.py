@@ -29,10 +29,10 @@ def test_a_folder_and_a_loaded_model_give_the_same(
     assert evaluation.context == owl.context
     assert evaluation.preprocess == "resize"
     assert [str(step) for step in progress[-8:]] == [f"measuring: {i} of 8 items" for i in range(1, 9)]
-    again = evaluate(owl, data)
+    again = evaluate(owl, data, device="cpu")
     assert again.results == evaluation.results
     assert again.summary == evaluation.summary
-    assert evaluation.to_json(items=True)["predictions"][0]["kind"] == "one"
+    assert evaluation.to_json(items=True)["predictions"][0]["category"] == "one"
     assert "predictions" not in evaluation.to_json()
 
 
@@ -59,11 +59,21 @@ def test_what_cannot_work_is_refused_before_a_model_is_loaded(tmp_path: Path, da
         evaluate(missing, data, preprocess="squash")
     with pytest.raises(BundleError, match="does not exist"):
         evaluate(missing, data)
+    with pytest.raises(ConfigError, match="limit must be a whole number, got '3'"):
+        evaluate(missing, data, limit="3")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="a bundle must be given as the path of its folder, got int"):
+        evaluate(3, data)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="data must be given as a path, got list"):
+        evaluate(missing, [data])  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="against must be given as a path, got int"):
+        evaluate(missing, data, against=3)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="device 'gpu' is not known"):
+        evaluate(missing, data, device="gpu")
 
 
-@pytest.mark.parametrize("options", [{"context": 100}, {"kv_cache": "int8"}, {"device": "cuda"}])
+@pytest.mark.parametrize("options", [{"context": 100}, {"kv_cache": "int8"}, {"device": "cuda"}, {"threads": 99}])
 def test_a_loaded_model_keeps_its_settings(owl: Owl2, data: Path, options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="a loaded model keeps its device, context and K/V cache"):
+    with pytest.raises(ConfigError, match="a loaded model keeps its device, threads, context and K/V cache"):
         evaluate(owl, data, **options)
 
 

@@ -11,7 +11,7 @@ from conftest import flip_byte, rehash
 from owl2 import LoadProgress, Owl2, verify
 from owl2.runtime import spec
 from owl2.runtime.bundle import Bundle
-from owl2.runtime.evaluation.certificate import golden_positions, read_goldens, write_goldens
+from owl2.runtime.evaluation.goldens import golden_positions, read_goldens, write_goldens
 from owl2.runtime.evaluation.verify import run_golden, stepwise_logits
 from owl2.runtime.families.mplug_owl2.positions import embed
 

@@ -154,26 +154,35 @@ class TestFeeds:
         array = np.zeros(3, np.int64)
         for value in range(3):
             array[:] = value
-            feeds.put(spec.LOGIT_ROWS, array)
+            feeds.put({spec.LOGIT_ROWS: array})
             if memory is DEVICE:
                 np.testing.assert_array_equal(feeds.copies[spec.LOGIT_ROWS].numpy(), array)
 
-    def test_a_constant_is_bound_once(
-        self, feeds: StepFeeds, memory: Memory, bound: list[str], copies: Counter[int]
+    def test_constants_are_bound_once(
+        self,
+        memory: Memory,
+        bound: list[str],
+        bundle_a1: Path,
+        rows: Rows,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        constant, other = np.zeros(3, np.int64), np.ones(3, np.int64)
-        constant.setflags(write=False)
-        for _ in range(3):
-            feeds.put(spec.LOGIT_ROWS, constant)
-        assert bound == [spec.LOGIT_ROWS]
-        assert copies.total() == (memory is DEVICE)
-        feeds.put(spec.LOGIT_ROWS, other)
-        feeds.put(spec.LOGIT_ROWS, constant)
-        if memory is DEVICE:
-            assert copies == {24: 3}
-            np.testing.assert_array_equal(feeds.copies[spec.LOGIT_ROWS].numpy(), constant)
-        else:
-            assert bound == [spec.LOGIT_ROWS] * 3
+        decoder = open_decoder(Bundle.open(bundle_a1), monkeypatch, on_device=memory is DEVICE)
+        embeds, modality = rows
+        tables, last = {spec.ROTARY_COS, spec.ROTARY_SIN}, np.array([len(embeds) - 1])
+        buffers = decoder.allocate(len(embeds) + 8, None)
+        assert tables <= set(bound)
+        logits: list[Floats] = []
+        for _ in range(2):
+            bound.clear()
+            decoder.prefill(embeds, modality, 0, buffers, last)
+            logits.append(decoder.decode(embeds[-1:], len(embeds), buffers))
+            assert not tables & set(bound)
+            bound.clear()
+            logits += [decoder.decode(embeds[-1:], len(embeds), buffers) for _ in range(3)]
+            changing = [spec.TOTAL_LENGTH] if memory is DEVICE else [spec.EMBEDS, spec.LENGTHS, spec.TOTAL_LENGTH]
+            assert bound == 3 * changing
+        for again in logits[1:]:
+            np.testing.assert_array_equal(again, logits[0])
 
 
 def test_growing_keeps_the_content_and_shrinking_cuts_it() -> None:

@@ -30,7 +30,7 @@ def test_engines_are_run_natively(float32: Bundle, gpu: FakeGpu, tmp_path: Path,
         Owl2.load(bundle.folder, device=kind, context=301)
 
 
-def test_certificates_are_replayed_there(folder: Path, gpu: FakeGpu) -> None:
+def test_golden_prompts_are_replayed_there(folder: Path, gpu: FakeGpu) -> None:
     verdict = verify(folder, device="tensorrt")
     assert verdict.passed, verdict
     assert gpu.launches > 0

@@ -1,4 +1,4 @@
-"""Writing a bundle's certificate, which :mod:`owl2.runtime.evaluation.verify` replays on a device."""
+"""Golden prompts of a bundle and their limits, for :mod:`owl2.runtime.evaluation.verify` to replay on a device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from owl2.quant.calibration.samples import probe_samples
 from owl2.runtime import spec
 from owl2.runtime.bundle import WeightFormat
 from owl2.runtime.engine import DecoderEngine, Floats
-from owl2.runtime.evaluation.certificate import Baseline, Golden, golden_positions, write_goldens
+from owl2.runtime.evaluation.goldens import Baseline, Golden, golden_positions, write_goldens
 from owl2.runtime.evaluation.verify import distance, run_golden
 from owl2.runtime.families.mplug_owl2.positions import Prompt, embed
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
@@ -74,7 +74,7 @@ def make_goldens(
     return goldens
 
 
-def certify(
+def measure_baselines(
     bundle: WrittenBundle,
     goldens: Sequence[Golden],
     decoder: DecoderEngine,

@@ -10,13 +10,13 @@ import pytest
 from conftest import rehash
 
 from owl2 import Owl2, verify
-from owl2.export.checks.certificate import FLOAT_LIMIT_FLOOR, LIMIT_FACTOR, LIMIT_FLOOR
+from owl2.export.checks.goldens import FLOAT_LIMIT_FLOOR, LIMIT_FACTOR, LIMIT_FLOOR
 from owl2.quant.calibration.samples import probe_samples
 from owl2.runtime import spec
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.errors import BundleCorruptError
-from owl2.runtime.evaluation.certificate import read_baselines, read_goldens, write_goldens
 from owl2.runtime.evaluation.divergence import row_kl
+from owl2.runtime.evaluation.goldens import read_baselines, read_goldens, write_goldens
 
 NAMES = ["text", "one picture", "two pictures"]
 
