@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from owl2.runtime.config import require
+from owl2.runtime.config import known_keywords, require
 from owl2.runtime.evaluation.data import read_items
 from owl2.runtime.evaluation.measure import ItemResult, measure
 from owl2.runtime.evaluation.reference import is_bundle, open_reference
@@ -76,6 +76,7 @@ class Evaluation:
         return record | ({"predictions": [item_json(result) for result in self.results]} if items else {})
 
 
+@known_keywords
 def evaluate(  # noqa: PLR0913 - the arguments of Owl2.load and those of the evaluation
     bundle: str | os.PathLike[str] | Owl2,
     data: str | os.PathLike[str],

@@ -10,7 +10,7 @@ from typing import Any
 
 from owl2.runtime import spec
 from owl2.runtime.bundle import Manifest, WeightFormat, read_manifest
-from owl2.runtime.config import require, resolve_context
+from owl2.runtime.config import known_keywords, require, resolve_context
 from owl2.runtime.errors import BackendUnavailableError, InsufficientMemoryError
 from owl2.runtime.fit import footprint
 from owl2.runtime.fit.footprint import MemoryPart, Runner
@@ -169,6 +169,7 @@ class Plan:
         return f"<Plan {str(self).splitlines()[0]}>"
 
 
+@known_keywords
 def plan(
     bundle: str | os.PathLike[str],
     *,

@@ -17,6 +17,7 @@ from cases import Case
 from PIL import Image
 from workers import overflow
 
+import owl2
 from owl2 import (
     BackendError,
     Chat,
@@ -29,6 +30,7 @@ from owl2 import (
     Owl2Error,
     PromptError,
 )
+from owl2.export import ExportConfig
 from owl2.runtime.families.mplug_owl2.positions import embed
 from owl2.runtime.sampling import GenerationOptions
 
@@ -226,6 +228,11 @@ class TestWrongCalls:
             case.owl.logits("Hi", seed=1)  # type: ignore[call-arg]
         with pytest.raises(ConfigError, match="max_tokens is not an argument of GenerationConfig; did you mean max"):
             GenerationConfig(max_tokens=3)  # type: ignore[call-arg]
+        with pytest.raises(ConfigError, match="wieghts is not an argument of ExportConfig; did you mean weights"):
+            ExportConfig(case.folder, case.bundle, wieghts="int4")  # type: ignore[call-arg]
+        for function in (owl2.verify, owl2.plan, owl2.evaluate):
+            with pytest.raises(ConfigError, match=rf"foo is not an argument of {function.__name__}; known: bundle"):
+                function(case.bundle, foo=1)  # type: ignore[call-arg]
 
     @pytest.mark.parametrize(
         ("images", "message"),
