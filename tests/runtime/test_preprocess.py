@@ -18,6 +18,8 @@ from owl2.runtime.errors import ImageError
 from owl2.runtime.preprocess import FORMATS, MAX_PIXELS, MODES, digest, load_image, preprocess
 
 CASES = [("a1_base_bin", 56), ("a2_fp16_safetensors", 70)]
+RECORDED = ["resize", "pad", "crop"]
+"""Modes that the original has, and goldens of."""
 SMALL = PreprocessConfig("resize", 56, 56)
 
 
@@ -43,7 +45,7 @@ def as_bytes(pixels: NDArray[np.float32], config: PreprocessConfig) -> NDArray[n
     return values
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", RECORDED)
 @pytest.mark.parametrize(("case", "size"), CASES)
 def test_pixels_are_the_originals_bit_for_bit(golden: Path, case: str, size: int, mode: str) -> None:
     expected = np.load(golden / case / "vision.npz")
