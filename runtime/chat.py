@@ -13,12 +13,12 @@ from typing import Any, NoReturn
 from owl2.runtime.config import IMAGE_TOKEN
 from owl2.runtime.errors import BusyError, Owl2Error, PromptError
 from owl2.runtime.families.mplug_owl2.template import Message, render, with_images
-from owl2.runtime.generate import Answer, check_context, generate
+from owl2.runtime.generate import Answer, check_context
 from owl2.runtime.images import Images, as_list
 from owl2.runtime.load import Loaded
 from owl2.runtime.messages import ChatMessage, Turn, image_part, read_turns
 from owl2.runtime.sampling import GenerationConfig, GenerationOptions, merge_options
-from owl2.runtime.stream import BUSY, AnswerStream
+from owl2.runtime.stream import BUSY, AnswerStream, stream_answer
 
 if sys.version_info >= (3, 11):
     from typing import Unpack
@@ -125,9 +125,15 @@ class Chat:
                 text = answer.text.replace(IMAGE_TOKEN, "<image>")
                 self._turns.append(Turn(asked, parts, tuple(prepared), text))
 
-            cancelled = threading.Event()
-            chunks = generate(self._model, self._cache, prompt, settings, cancelled, seconds)
-            stream = AnswerStream(chunks, cancelled, self._lock, finish)
+            stream = stream_answer(
+                self._model,
+                self._cache,
+                prompt,
+                settings,
+                preprocess_seconds=seconds,
+                lock=self._lock,
+                finish=finish,
+            )
             self._stream = weakref.ref(stream)
             return stream
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,14 +17,14 @@ from owl2.runtime.chat import Chat
 from owl2.runtime.config import known_keywords, require
 from owl2.runtime.engine import EngineOptions, Floats
 from owl2.runtime.errors import ContextOverflowError, Owl2Error
-from owl2.runtime.generate import Answer, check_context, generate, prompt_logits
+from owl2.runtime.generate import Answer, check_context, prompt_logits
 from owl2.runtime.images import Images
 from owl2.runtime.load import Loaded, open_bundle
 from owl2.runtime.messages import ChatMessage
 from owl2.runtime.placement import CPU, Placement
 from owl2.runtime.sampling import GenerationConfig, GenerationOptions, merge_options
 from owl2.runtime.spec import KvType
-from owl2.runtime.stream import AnswerStream
+from owl2.runtime.stream import AnswerStream, stream_answer
 from owl2.runtime.verification import OnProgress
 
 if sys.version_info >= (3, 11):
@@ -174,9 +173,7 @@ class Owl2:
         seconds = time.perf_counter() - began
         encoded, cache = self.model.encode(prompt, prepared), self.model.new_cache()
         check_context(cache, encoded)
-        cancelled = threading.Event()
-        chunks = generate(self.model, cache, encoded, settings, cancelled, seconds)
-        return AnswerStream(chunks, cancelled, threading.Lock(), lambda _: None)
+        return stream_answer(self.model, cache, encoded, settings, preprocess_seconds=seconds)
 
     @known_keywords
     def logits(self, prompt: str, *, images: Images = None, preprocess: str | None = None) -> Floats:

@@ -7,7 +7,11 @@ from collections.abc import Callable, Generator, Iterator
 from typing import NoReturn
 
 from owl2.runtime.errors import BusyError, Owl2Error
-from owl2.runtime.generate import Answer, Chunk
+from owl2.runtime.families.mplug_owl2.positions import Prompt
+from owl2.runtime.generate import Answer, Chunk, generate
+from owl2.runtime.kv_cache import KvCache
+from owl2.runtime.load import Loaded
+from owl2.runtime.sampling import GenerationConfig
 
 BUSY = (
     "another thread is using this chat; wait for its answer, cancel its stream, or give each thread a chat of its own "
@@ -28,7 +32,7 @@ class AnswerStream:
         lock: threading.Lock,
         finish: Callable[[Answer], None],
     ) -> None:
-        """Wrap a generation; :meth:`Chat.stream` and :meth:`Owl2.stream` are the usual ways.
+        """Wrap a generation, as :func:`stream_answer` does.
 
         Args:
             chunks: the generation.
@@ -116,3 +120,29 @@ class AnswerStream:
 
     def __repr__(self) -> str:
         return f"<AnswerStream {'not finished' if self._answer is None else repr(self._answer.text)}>"
+
+
+def stream_answer(
+    model: Loaded,
+    cache: KvCache,
+    prompt: Prompt,
+    config: GenerationConfig,
+    *,
+    preprocess_seconds: float = 0.0,
+    lock: threading.Lock | None = None,
+    finish: Callable[[Answer], None] | None = None,
+) -> AnswerStream:
+    """Answer a prompt as :func:`generate`, step by step as the stream is read; nothing runs before.
+
+    Args:
+        model: what runs.
+        cache: of the conversation.
+        prompt: fewer positions than the context.
+        config: how tokens are chosen and when to stop.
+        preprocess_seconds: counted in the time to the first token.
+        lock: held during each step; None if nothing else uses the cache.
+        finish: told the answer, unless it was cancelled.
+    """
+    cancelled = threading.Event()
+    chunks = generate(model, cache, prompt, config, cancelled, preprocess_seconds)
+    return AnswerStream(chunks, cancelled, lock or threading.Lock(), finish or (lambda _: None))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,12 +12,12 @@ from owl2.runtime.engine import PREFILL_BLOCK, Floats
 from owl2.runtime.errors import BackendError
 from owl2.runtime.families.mplug_owl2.positions import Prompt
 from owl2.runtime.families.mplug_owl2.template import Message, render
-from owl2.runtime.generate import Answer, generate, prompt_logits
+from owl2.runtime.generate import Answer, prompt_logits
 from owl2.runtime.images import PreparedImage
 from owl2.runtime.kv_cache import KvCache
 from owl2.runtime.load import Loaded
 from owl2.runtime.sampling import GenerationConfig
-from owl2.runtime.stream import AnswerStream
+from owl2.runtime.stream import stream_answer
 
 
 @dataclass(frozen=True)
@@ -68,6 +67,5 @@ class ItemRun:
 
     def answer(self, prompt: Prompt, max_new_tokens: int) -> Answer:
         """The greedy answer to a prompt; cached positions are reused."""
-        config, cancelled = GenerationConfig(max_new_tokens=max_new_tokens), threading.Event()
-        chunks = generate(self.model, self.cache, prompt, config, cancelled)
-        return AnswerStream(chunks, cancelled, threading.Lock(), lambda _: None).read()
+        config = GenerationConfig(max_new_tokens=max_new_tokens)
+        return stream_answer(self.model, self.cache, prompt, config).read()

@@ -348,7 +348,7 @@ class TestMessages:
             yield Chunk("It is <|image|>.", 5, 0.0, "stop")
             return replace(last, text="It is <|image|>.")
 
-        monkeypatch.setattr("owl2.runtime.chat.generate", written)
+        monkeypatch.setattr("owl2.runtime.stream.generate", written)
         assert chat.ask("What?").text == "It is <|image|>."
         assert chat.messages[-1]["content"] == "It is <image>."
 
