@@ -6,19 +6,18 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from owl2.runtime.config import IMAGE_TOKEN
-from owl2.runtime.errors import BusyError, Owl2Error, PromptError
+from owl2.runtime.errors import Owl2Error, PromptError
 from owl2.runtime.families.mplug_owl2.template import Message, render, with_images
 from owl2.runtime.generate import Answer, check_context
 from owl2.runtime.images import Images, as_list
 from owl2.runtime.load import Loaded
 from owl2.runtime.messages import ChatMessage, Turn, image_part, read_turns
 from owl2.runtime.sampling import GenerationConfig, GenerationOptions, merge_options
-from owl2.runtime.stream import BUSY, AnswerStream, stream_answer
+from owl2.runtime.stream import AnswerStream, stream_answer
 
 if sys.version_info >= (3, 11):
     from typing import Unpack
@@ -98,7 +97,9 @@ class Chat:
         The turn counts once the last chunk has been read; before that, another question undoes it.
         """
         settings = merge_options(config, options)
-        with self._exclusive():
+        self._check_own()
+        with self._lock:
+            self._check_own()  # another thread may have come first
             began = time.perf_counter()
             sources = as_list(images)
             prepared = self._model.prepare(sources, preprocess)
@@ -117,7 +118,6 @@ class Chat:
             earlier = [image for turn in self._turns for image in turn.images]
             prompt = self._model.encode(conversation, earlier + prepared)
             check_context(self._cache, prompt)
-            self._end_stream()
             parts = tuple(image_part(source, preprocess) for source in sources)
 
             def finish(answer: Answer) -> None:
@@ -144,10 +144,12 @@ class Chat:
             Owl2Error: there is no turn.
             BusyError: another thread is using this chat.
         """
-        with self._exclusive():
+        self._check_own()
+        with self._lock:
+            self._check_own()
             if not self._turns:
                 raise Owl2Error("the conversation has no turn to undo")
-            self._end_stream()
+            self._cache.claim()
             self._turns.pop()
 
     def fork(self) -> Chat:
@@ -156,7 +158,9 @@ class Chat:
         Raises:
             BusyError: another thread is using this chat.
         """
-        with self._exclusive():
+        self._check_own()
+        with self._lock:
+            self._check_own()
             other = Chat(self._model)
             other._turns = list(self._turns)
             self._cache.copy_to(other._cache)
@@ -168,30 +172,18 @@ class Chat:
         Raises:
             BusyError: another thread is using this chat.
         """
-        with self._exclusive():
-            self._end_stream()
+        self._check_own()
+        with self._lock:
+            self._check_own()
+            self._cache.claim()
             self._turns.clear()
             self._cache.clear()
 
-    @contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        """Use the chat, unless another thread does; a cancelled answer of another thread is waited for."""
-        stream = self._stream()
-        # It ends with its step in progress.
-        if not self._lock.acquire(blocking=stream is not None and stream.cancelled):
-            raise BusyError(BUSY)
-        try:
-            stream = self._stream()  # another thread may have come first
-            if stream is not None:
-                stream.require_own()
-            yield
-        finally:
-            self._lock.release()
-
-    def _end_stream(self) -> None:
+    def _check_own(self) -> None:
+        """Refuse to touch the chat while another thread reads an answer of it; raises BusyError."""
         stream = self._stream()
         if stream is not None:
-            stream.end()
+            stream.require_own()
 
     def __repr__(self) -> str:
         turns = f"{len(self._turns)} turn{'s' * (len(self._turns) != 1)}"

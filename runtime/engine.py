@@ -8,6 +8,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from owl2.runtime.cancellation import NEVER, Cancellation
 from owl2.runtime.config import require
 from owl2.runtime.errors import BackendError
 from owl2.runtime.placement import HOST, Placement
@@ -83,13 +84,22 @@ class DecoderEngine(Protocol):
     """Runs the decoder graph. Arrays in, arrays out, the K/V buffers explicit.
 
     A step writes keys and values of positions past..past+T-1 into the buffers, in place, and never touches earlier
-    positions: a failed step leaves what was cached before it intact.
+    positions: a failed step leaves what was cached before it intact. A cancelled step raises
+    :class:`owl2.runtime.cancellation.StoppedError`, before it runs or within a second.
     """
 
     def allocate(self, capacity: int, previous: KvBuffers | None) -> KvBuffers:
         """Buffers for ``capacity`` positions that begin with the content of ``previous``."""
 
-    def prefill(self, embeds: Floats, modality: Ints, past: int, buffers: KvBuffers, logit_rows: Ints) -> Floats:
+    def prefill(
+        self,
+        embeds: Floats,
+        modality: Ints,
+        past: int,
+        buffers: KvBuffers,
+        logit_rows: Ints,
+        cancellation: Cancellation = NEVER,
+    ) -> Floats:
         """Run T mixed positions after ``past`` cached ones.
 
         Args:
@@ -98,12 +108,13 @@ class DecoderEngine(Protocol):
             past: positions already in ``buffers``.
             buffers: written in place; must hold past + T positions.
             logit_rows: [R], which of the T positions' logits are wanted; R >= 1.
+            cancellation: stops the step.
 
         Returns:
             Logits [R, V].
         """
 
-    def decode(self, embeds: Floats, past: int, buffers: KvBuffers) -> Floats:
+    def decode(self, embeds: Floats, past: int, buffers: KvBuffers, cancellation: Cancellation = NEVER) -> Floats:
         """Run one text position after ``past`` cached ones: embeds [1, C] -> logits [V]."""
 
 
@@ -118,7 +129,7 @@ class Engine(DecoderEngine, Protocol):
     def block(self) -> int:
         """New positions of a prefill step, at most, unless a prompt cannot be divided."""
 
-    def encode_images(self, pixels: Floats) -> Floats:
+    def encode_images(self, pixels: Floats, cancellation: Cancellation = NEVER) -> Floats:
         """pixels: [N, 3, R, R] -> image rows [N, queries + 1, C]."""
 
     def close(self) -> None:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Generator, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
+from owl2.runtime.cancellation import NEVER, Cancellation, StoppedError
 from owl2.runtime.engine import Floats
 from owl2.runtime.errors import ContextOverflowError
 from owl2.runtime.families.mplug_owl2 import positions
 from owl2.runtime.families.mplug_owl2.positions import Prompt
 from owl2.runtime.families.mplug_owl2.tokenizer import StreamDecoder
-from owl2.runtime.kv_cache import KvCache
+from owl2.runtime.kv_cache import Claim, KvCache
 from owl2.runtime.load import Loaded
 from owl2.runtime.memory import peak_memory
 from owl2.runtime.sampling import GenerationConfig, StopFilter, log_softmax, sample
@@ -119,37 +120,47 @@ def check_context(cache: KvCache, prompt: Prompt) -> None:
         )
 
 
-def reuse(model: Loaded, cache: KvCache, prompt: Prompt, first: int) -> int:
+def reuse(model: Loaded, claim: Claim, prompt: Prompt, first: int) -> int:
     """Truncate the cache to what it shares with the prompt before position ``first``; returns that length."""
+    cache = claim.cache
     shared = min(cache.shared_prefix(prompt.keys), first)
     longest, steady = max(cache.longest, len(prompt.keys)), model.config.decoder.steady_limit
     # Dynamic scaling changes the rotary angles of longer sequences, so that their keys cannot be reused.
-    cache.truncate(0 if steady is not None and longest > steady else shared)
+    claim.truncate(0 if steady is not None and longest > steady else shared)
     return cache.length
 
 
-def image_rows(model: Loaded, prompt: Prompt, start: int) -> tuple[dict[str, Floats], int]:
+def image_rows(
+    model: Loaded, prompt: Prompt, start: int, cancellation: Cancellation = NEVER
+) -> tuple[dict[str, Floats], int]:
     """Rows [queries + 1, C] of the images at positions from ``start`` on, by digest, and how many were encoded."""
-    return model.encoder.rows([prompt.images[digest] for digest in positions.digests_of(prompt.keys[start:])])
+    images = [prompt.images[digest] for digest in positions.digests_of(prompt.keys[start:])]
+    return model.encoder.rows(images, cancellation)
 
 
 def prefill(
-    model: Loaded, cache: KvCache, prompt: Prompt, rows: Mapping[str, Floats], first: int
+    model: Loaded,
+    claim: Claim,
+    prompt: Prompt,
+    rows: Mapping[str, Floats],
+    first: int,
+    cancellation: Cancellation = NEVER,
 ) -> Iterator[tuple[int, Floats]]:
     """Run the positions of a prompt that the cache does not hold, in blocks; the cache ends up holding the prompt.
 
     Args:
         model: what runs.
-        cache: holds a beginning of the prompt, up to ``first`` at most; see :func:`reuse`.
+        claim: on a cache that holds a beginning of the prompt, up to ``first`` at most; see :func:`reuse`.
         prompt: its positions.
         rows: of the images from ``cache.length`` on; see :func:`image_rows`.
         first: the first position whose logits are wanted.
+        cancellation: raises StoppedError.
 
     Yields:
         After each block its first wanted position, and the logits [R, V] from there to its end; R is 0 before
         ``first``.
     """
-    keys, steady = prompt.keys, model.config.decoder.steady_limit
+    cache, keys, steady = claim.cache, prompt.keys, model.config.decoder.steady_limit
     # The rotary angles may depend on the whole length, so a prompt that changes them runs as one block.
     block = len(keys) if steady is not None and len(keys) > steady else model.engine.block
     while cache.length < len(keys):
@@ -158,24 +169,24 @@ def prefill(
         embeds, modality = positions.embed(new, model.table, rows)
         skipped = min(max(first - start, 0), len(new))
         asked = np.arange(min(skipped, len(new) - 1), len(new), dtype=np.int64)  # an engine is always asked for a row
-        logits = model.engine.prefill(embeds, modality, start, cache.reserve(len(new)), asked)
-        cache.commit(new)
+        logits = model.engine.prefill(embeds, modality, start, claim.reserve(len(new)), asked, cancellation)
+        claim.commit(new)
         yield start + skipped, logits if skipped < len(new) else logits[:0]
 
 
 def prompt_logits(model: Loaded, cache: KvCache, prompt: Prompt, first: int = 0) -> Iterator[tuple[int, Floats]]:
     """Logits of the positions from ``first`` on, as :func:`prefill`; what the cache holds before it is reused."""
-    start = reuse(model, cache, prompt, first)
-    rows, _ = image_rows(model, prompt, start)
-    return prefill(model, cache, prompt, rows, first)
+    claim = cache.claim()
+    rows, _ = image_rows(model, prompt, reuse(model, claim, prompt, first))
+    return prefill(model, claim, prompt, rows, first)
 
 
 def generate(
     model: Loaded,
-    cache: KvCache,
+    claim: Claim,
     prompt: Prompt,
     config: GenerationConfig,
-    cancelled: threading.Event,
+    cancellation: Cancellation,
     preprocess_seconds: float = 0.0,
 ) -> Generator[Chunk, None, Answer]:
     """Answer a prompt, a chunk per token; returns the whole answer.
@@ -184,23 +195,25 @@ def generate(
 
     Args:
         model: what runs.
-        cache: of the conversation; what it shares with the prompt is reused.
+        claim: on the cache of the conversation; what it shares with the prompt is reused.
         prompt: fewer positions than the context.
         config: how tokens are chosen and when to stop.
-        cancelled: looked at before each step.
+        cancellation: looked at before each step, and stops the one that runs.
         preprocess_seconds: counted in the time to the first token.
     """
-    began = time.perf_counter()
-    last = len(prompt.keys) - 1
-    reused = reuse(model, cache, prompt, last)
-    rows, encoded = ({}, 0) if cancelled.is_set() else image_rows(model, prompt, reused)
-    prefilling = time.perf_counter()
+    cache, last = claim.cache, len(prompt.keys) - 1
+    began = prefilling = decoding = now = time.perf_counter()
+    reused = encoded = 0
     logits = None
-    for _, made in () if cancelled.is_set() else prefill(model, cache, prompt, rows, last):
-        if cancelled.is_set():
-            break
-        logits = made[0] if len(made) else None
-    decoding = now = time.perf_counter()
+    with suppress(StoppedError):
+        cancellation.check()
+        reused = reuse(model, claim, prompt, last)
+        rows, encoded = image_rows(model, prompt, reused, cancellation)
+        prefilling = decoding = time.perf_counter()
+        for _, made in prefill(model, claim, prompt, rows, last, cancellation):
+            cancellation.check()
+            logits = made[0] if len(made) else None
+        decoding = now = time.perf_counter()
 
     rng = np.random.default_rng(config.seed)
     decoder, stop = StreamDecoder(model.tokenizer), StopFilter(config.stop)
@@ -210,7 +223,7 @@ def generate(
     logprobs: list[float] = []
     reason: FinishReason | None = None
     first_token = 0.0
-    while logits is not None and reason is None and not cancelled.is_set():
+    while logits is not None and reason is None and not cancellation:
         token = sample(logits, config, rng, history)
         now = time.perf_counter()
         first_token = first_token or now
@@ -233,8 +246,9 @@ def generate(
             text += rest if stopped else rest + stop.flush()
         texts.append(text)
         yield Chunk(text, token, logprobs[-1], reason)
-        if reason is None and not cancelled.is_set():
-            logits = decode(model, cache, token)
+        if reason is None and not cancellation:
+            with suppress(StoppedError):
+                logits = decode(model, claim, token, cancellation)
 
     stats = Stats(
         prompt_tokens=len(prompt.keys),
@@ -253,9 +267,9 @@ def generate(
     return Answer("".join(texts), tuple(ids), tuple(logprobs), reason or "cancelled", stats)
 
 
-def decode(model: Loaded, cache: KvCache, token: int) -> Floats:
+def decode(model: Loaded, claim: Claim, token: int, cancellation: Cancellation) -> Floats:
     """Feed one generated id: -> logits [V]."""
     embeds, _ = positions.embed([token], model.table, {})
-    logits = model.engine.decode(embeds, cache.length, cache.reserve(1))
-    cache.commit([token])
+    logits = model.engine.decode(embeds, claim.cache.length, claim.reserve(1), cancellation)
+    claim.commit([token])
     return logits

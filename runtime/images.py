@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from owl2.runtime.cancellation import NEVER, Cancellation
 from owl2.runtime.config import PreprocessConfig
 from owl2.runtime.engine import Engine, Floats
 from owl2.runtime.errors import ImageError
@@ -71,14 +72,20 @@ class ImageEncoder:
         self._rows: OrderedDict[str, Floats] = OrderedDict()
         self._lock = threading.Lock()
 
-    def rows(self, images: Sequence[PreparedImage]) -> tuple[dict[str, Floats], int]:
-        """Decoder rows of ``images`` by digest, each float32 [queries + 1, C], and how many had to be encoded."""
+    def rows(
+        self, images: Sequence[PreparedImage], cancellation: Cancellation = NEVER
+    ) -> tuple[dict[str, Floats], int]:
+        """Decoder rows of ``images`` by digest, each float32 [queries + 1, C], and how many had to be encoded.
+
+        Raises:
+            StoppedError: cancelled; images that were encoded before are kept.
+        """
         result, encoded = {}, 0
         for image in images:
             with self._lock:
                 if image.digest not in self._rows:
                     # One at a time: the tower's memory stays that of one image however many are asked about.
-                    self._rows[image.digest] = self._engine.encode_images(image.pixels[None])[0]
+                    self._rows[image.digest] = self._engine.encode_images(image.pixels[None], cancellation)[0]
                     encoded += 1
                 self._rows.move_to_end(image.digest)
                 result[image.digest] = self._rows[image.digest]

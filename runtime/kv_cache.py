@@ -1,4 +1,4 @@
-"""The KV cache: which positions the buffers hold, and what a new prompt shares with them."""
+"""The KV cache: which positions the buffers hold, what a new prompt shares with them, and who may write to them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from owl2.runtime.config import require
 from owl2.runtime.engine import Engine, KvBuffers
-from owl2.runtime.errors import ContextOverflowError
+from owl2.runtime.errors import ContextOverflowError, Owl2Error
 
 Key = int | tuple[str, int]
 """Content of a position: a token id, or a row of an image as (digest of its pixels, row)."""
@@ -17,8 +17,7 @@ GROWTH = 256
 class KvCache:
     """Keys and values of one conversation, kept across steps and turns.
 
-    The buffers grow in steps up to the context. Positions beyond :attr:`length` are scratch: a step writes
-    there first and :meth:`commit` makes them part of the cache, so a failed or cancelled step changes nothing.
+    The buffers grow in steps up to the context. Only the newest :class:`Claim` may write to them.
     """
 
     def __init__(self, engine: Engine, context: int) -> None:
@@ -26,6 +25,7 @@ class KvCache:
         require(context > 0, f"context must be positive, got {context}")
         self.context = context
         self._engine = engine
+        self._claims = 0
         self._keys: list[Key] = []
         self.longest = 0
         """The largest length since the cache was last empty."""
@@ -54,12 +54,23 @@ class KvCache:
             min(self.length, len(keys)),
         )
 
-    def reserve(self, count: int) -> KvBuffers:
-        """Buffers with room for ``count`` more positions.
+    def claim(self) -> Claim:
+        """The right to write, which all earlier claims lose."""
+        self._claims += 1
+        return Claim(self, self._claims)
 
-        Raises:
-            ContextOverflowError: they would not fit the context.
-        """
+    def copy_to(self, other: KvCache) -> None:
+        """Copy the content into ``other``, an empty cache of the same engine."""
+        if self._buffers is not None:
+            other._buffers = self._engine.allocate(self._buffers.capacity, self._buffers)
+        other._keys, other.longest = list(self._keys), self.longest
+
+    def clear(self) -> None:
+        """Forget everything and release the buffers."""
+        self._truncate(0)
+        self._buffers = None
+
+    def _reserve(self, count: int) -> KvBuffers:
         needed = self.length + count
         if needed > self.context:
             raise ContextOverflowError(
@@ -73,24 +84,51 @@ class KvCache:
             self._buffers = self._engine.allocate(capacity, self._buffers)
         return self._buffers
 
-    def commit(self, keys: Sequence[Key]) -> None:
-        """Declare that the positions after :attr:`length` now hold ``keys``."""
+    def _commit(self, keys: Sequence[Key]) -> None:
+        self.longest = max(self.longest, self.length + len(keys))  # first: it may be too large, but not too small
         self._keys.extend(keys)
-        self.longest = max(self.longest, self.length)
 
-    def truncate(self, length: int) -> None:
-        """Forget all positions from ``length`` on."""
+    def _truncate(self, length: int) -> None:
         del self._keys[length:]
         if not self._keys:
             self.longest = 0
 
-    def copy_to(self, other: KvCache) -> None:
-        """Copy the content into ``other``, an empty cache of the same engine."""
-        if self._buffers is not None:
-            other._buffers = self._engine.allocate(self._buffers.capacity, self._buffers)
-        other._keys, other.longest = list(self._keys), self.longest
 
-    def clear(self) -> None:
-        """Forget everything and release the buffers."""
-        self.truncate(0)
-        self._buffers = None
+class Claim:
+    """The right of one generation to write to a KV cache, until there is a newer one.
+
+    Positions beyond the cache's length are scratch: a step writes there first and :meth:`commit` makes them part of the
+    cache, so a failed or cancelled step changes nothing. Every method raises Owl2Error once the claim is lost.
+
+    Attributes:
+        cache: that it is for.
+    """
+
+    def __init__(self, cache: KvCache, number: int) -> None:
+        """Claim number ``number``, from 1, on ``cache``; :meth:`KvCache.claim` makes it."""
+        self.cache = cache
+        self._number = number
+
+    def check(self) -> None:
+        """Raise Owl2Error if the claim is lost."""
+        if self.cache._claims != self._number:
+            raise Owl2Error("this answer can no longer be generated: its chat went on without it; ask again")
+
+    def reserve(self, count: int) -> KvBuffers:
+        """Buffers with room for ``count`` more positions.
+
+        Raises:
+            ContextOverflowError: they would not fit the context.
+        """
+        self.check()
+        return self.cache._reserve(count)
+
+    def commit(self, keys: Sequence[Key]) -> None:
+        """Declare that the positions after the cache's length now hold ``keys``."""
+        self.check()
+        self.cache._commit(keys)
+
+    def truncate(self, length: int) -> None:
+        """Forget all positions from ``length`` on."""
+        self.check()
+        self.cache._truncate(length)

@@ -6,10 +6,11 @@ import threading
 from collections.abc import Callable, Generator, Iterator
 from typing import NoReturn
 
+from owl2.runtime.cancellation import Cancellation
 from owl2.runtime.errors import BusyError, Owl2Error
 from owl2.runtime.families.mplug_owl2.positions import Prompt
 from owl2.runtime.generate import Answer, Chunk, generate
-from owl2.runtime.kv_cache import KvCache
+from owl2.runtime.kv_cache import Claim, KvCache
 from owl2.runtime.load import Loaded
 from owl2.runtime.sampling import GenerationConfig
 
@@ -28,7 +29,8 @@ class AnswerStream:
     def __init__(
         self,
         chunks: Generator[Chunk, None, Answer],
-        cancelled: threading.Event,
+        claim: Claim,
+        cancellation: Cancellation,
         lock: threading.Lock,
         finish: Callable[[Answer], None],
     ) -> None:
@@ -36,11 +38,13 @@ class AnswerStream:
 
         Args:
             chunks: the generation.
-            cancelled: ends it before its next step.
+            claim: that it writes with.
+            cancellation: that ends it.
             lock: held during each step.
             finish: told the answer, unless it was cancelled.
         """
-        self._chunks, self._cancelled, self._lock, self._finish = chunks, cancelled, lock, finish
+        self._chunks, self._claim, self._cancellation = chunks, claim, cancellation
+        self._lock, self._finish = lock, finish
         self._answer: Answer | None = None
         self._problem = ""
         self._thread = threading.get_ident()
@@ -52,6 +56,8 @@ class AnswerStream:
         with self._lock:
             if self._answer is not None:
                 raise StopIteration
+            if not self._cancellation:
+                self._claim.check()
             if self._problem:
                 raise Owl2Error(f"this answer can no longer be generated: {self._problem}; ask again")
             self._thread = threading.get_ident()
@@ -96,11 +102,14 @@ class AnswerStream:
     @property
     def cancelled(self) -> bool:
         """Whether :meth:`cancel` was called."""
-        return self._cancelled.is_set()
+        return bool(self._cancellation)
 
     def cancel(self) -> None:
-        """Stop before the next step; may be called from another thread. A finished answer stays as it is."""
-        self._cancelled.set()
+        """Stop the step that runs, or before the next; may be called from another thread.
+
+        A finished answer stays as it is.
+        """
+        self._cancellation.cancel()
 
     def require_own(self) -> None:
         """Refuse to touch the chat while another thread is reading this answer.
@@ -110,10 +119,6 @@ class AnswerStream:
         """
         if not self.finished and self._thread != threading.get_ident() and not self.cancelled:
             raise BusyError(BUSY)
-
-    def end(self) -> None:
-        """Leave an unfinished answer at that, because its chat goes on without it."""
-        self._problem = "its chat went on without it"
 
     def __reduce__(self) -> NoReturn:
         raise Owl2Error("a stream cannot be pickled; read it to its end and send stream.answer")
@@ -134,6 +139,8 @@ def stream_answer(
 ) -> AnswerStream:
     """Answer a prompt as :func:`generate`, step by step as the stream is read; nothing runs before.
 
+    From now on, earlier answers that use the cache can no longer be generated.
+
     Args:
         model: what runs.
         cache: of the conversation.
@@ -143,6 +150,6 @@ def stream_answer(
         lock: held during each step; None if nothing else uses the cache.
         finish: told the answer, unless it was cancelled.
     """
-    cancelled = threading.Event()
-    chunks = generate(model, cache, prompt, config, cancelled, preprocess_seconds)
-    return AnswerStream(chunks, cancelled, lock or threading.Lock(), finish or (lambda _: None))
+    claim, cancellation = cache.claim(), Cancellation()
+    chunks = generate(model, claim, prompt, config, cancellation, preprocess_seconds)
+    return AnswerStream(chunks, claim, cancellation, lock or threading.Lock(), finish or (lambda _: None))

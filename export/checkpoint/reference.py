@@ -16,6 +16,7 @@ from owl2.export.checkpoint.checkpoint import Checkpoint
 from owl2.export.checkpoint.modules import TABLE, head_name, load_layer, load_norm, load_vision
 from owl2.quant.models.mplug_owl2 import DecoderLayer, Routing
 from owl2.quant.models.mplug_owl2.decoder import KeyValue, rotary_slice
+from owl2.runtime.cancellation import NEVER, Cancellation
 from owl2.runtime.engine import PREFILL_BLOCK, Floats, Ints, KvBuffers, own
 from owl2.runtime.errors import BundleError, CheckpointError
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
@@ -55,7 +56,8 @@ class TorchEngine:
     def close(self) -> None: ...
 
     @torch.no_grad()
-    def encode_images(self, pixels: Floats) -> Floats:
+    def encode_images(self, pixels: Floats, cancellation: Cancellation = NEVER) -> Floats:
+        cancellation.check()
         rows: Floats = self._abstractor(self._tower(torch.from_numpy(pixels))).numpy()
         return rows
 
@@ -63,7 +65,15 @@ class TorchEngine:
         return TorchBuffers(capacity, list(previous.presents) if isinstance(previous, TorchBuffers) else [])
 
     @torch.no_grad()
-    def prefill(self, embeds: Floats, modality: Ints, past: int, buffers: KvBuffers, logit_rows: Ints) -> Floats:
+    def prefill(
+        self,
+        embeds: Floats,
+        modality: Ints,
+        past: int,
+        buffers: KvBuffers,
+        logit_rows: Ints,
+        cancellation: Cancellation = NEVER,
+    ) -> Floats:
         tokens = len(embeds)
         cache = own(buffers, TorchBuffers, past + tokens)
         rotary = rotary_slice(self._config, past, tokens)
@@ -71,6 +81,7 @@ class TorchEngine:
         rows = torch.from_numpy(embeds)
         presents = []
         for index in range(self._config.num_hidden_layers):
+            cancellation.check()
             cached = None
             if past:
                 keys, values = cache.presents[index]
@@ -81,9 +92,9 @@ class TorchEngine:
         logits: Floats = (self._norm(rows[torch.from_numpy(logit_rows)]) @ self._head.T).numpy()
         return logits
 
-    def decode(self, embeds: Floats, past: int, buffers: KvBuffers) -> Floats:
+    def decode(self, embeds: Floats, past: int, buffers: KvBuffers, cancellation: Cancellation = NEVER) -> Floats:
         zero = np.zeros(1, dtype=np.int64)
-        logits: Floats = self.prefill(embeds, zero, past, buffers, zero)[0]
+        logits: Floats = self.prefill(embeds, zero, past, buffers, zero, cancellation)[0]
         return logits
 
 

@@ -156,7 +156,7 @@ def _measure(
 ) -> ItemResult:
     images = [load_image(path) for path in item.images]
     for cache in caches:
-        cache.truncate(0)  # an item's figures must not depend on the items before it
+        cache.claim().truncate(0)  # an item's figures must not depend on the items before it
     runs = [ItemRun(model, cache, model.prepare(images, preprocess)) for model, cache in zip(models, caches)]
     total = Divergence()
     outputs: Sequence[Output]

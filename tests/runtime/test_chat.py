@@ -149,11 +149,11 @@ class TestUnfinished:
         decode = engine_of(case).decode
         calls: list[int] = []
 
-        def failing(self: Engine, embeds: Floats, past: int, buffers: KvBuffers) -> Floats:
+        def failing(self: Engine, embeds: Floats, past: int, buffers: KvBuffers, *others: Any) -> Floats:
             calls.append(1)
             if len(calls) == 3:
                 raise error("the third step fails")
-            return decode(self, embeds, past, buffers)
+            return decode(self, embeds, past, buffers, *others)
 
         monkeypatch.setattr(engine_of(case), "decode", failing)
         with pytest.raises(error, match="third step"):
@@ -454,10 +454,10 @@ class TestThreads:
         before = chat.messages
         decode, inside, go = engine_of(case).decode, threading.Event(), threading.Event()
 
-        def slow(self: Engine, embeds: Floats, past: int, buffers: KvBuffers) -> Floats:
+        def slow(self: Any, *arguments: Any) -> Any:
             inside.set()
             go.wait(10)
-            return decode(self, embeds, past, buffers)
+            return decode(self, *arguments)
 
         monkeypatch.setattr(engine_of(case), "decode", slow)
         stream = chat.stream("Why?", max_new_tokens=50)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from owl2 import ContextOverflowError
+from owl2 import ContextOverflowError, Owl2Error
 from owl2.runtime.backends.ort.engine import OrtBuffers, OrtEngine
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.config import IMAGE_TOKEN_ID
@@ -26,7 +26,7 @@ keys = st.lists(st.one_of(st.integers(0, 3), st.tuples(st.sampled_from("ab"), st
 @given(held=keys, wanted=keys)
 def test_shared_prefix_is_the_longest_common_one(engine: OrtEngine, held: list[Key], wanted: list[Key]) -> None:
     cache = KvCache(engine, 100)
-    cache.commit(held)
+    cache.claim().commit(held)
     count = cache.shared_prefix(wanted)
     assert held[:count] == wanted[:count]
     assert count == min(len(held), len(wanted)) or held[count] != wanted[count]
@@ -34,25 +34,27 @@ def test_shared_prefix_is_the_longest_common_one(engine: OrtEngine, held: list[K
 
 def test_buffers_grow_in_steps_and_keep_their_content(engine: OrtEngine) -> None:
     cache = KvCache(engine, 2 * GROWTH + 10)
-    first = own(cache.reserve(5), OrtBuffers)
+    claim = cache.claim()
+    first = own(claim.reserve(5), OrtBuffers)
     for array in first.arrays:
         array[:, :, :5] = np.arange(5)[:, None]
-    cache.commit(range(5))
-    assert cache.reserve(GROWTH - 5) is first
-    second = own(cache.reserve(GROWTH), OrtBuffers)
+    claim.commit(range(5))
+    assert claim.reserve(GROWTH - 5) is first
+    second = own(claim.reserve(GROWTH), OrtBuffers)
     assert second.capacity == 2 * GROWTH
     assert all((array[:, :, :5] == np.arange(5)[:, None]).all() for array in second.arrays)
-    cache.commit(range(GROWTH))
-    assert cache.reserve(GROWTH).capacity == 2 * GROWTH + 10
-    assert cache.nbytes == sum(array.nbytes for array in own(cache.reserve(1), OrtBuffers).arrays)
+    claim.commit(range(GROWTH))
+    assert claim.reserve(GROWTH).capacity == 2 * GROWTH + 10
+    assert cache.nbytes == sum(array.nbytes for array in own(claim.reserve(1), OrtBuffers).arrays)
 
 
 def test_reserving_changes_nothing_and_truncating_forgets(engine: OrtEngine) -> None:
     cache = KvCache(engine, 50)
-    cache.commit([1, 2, 3])
-    cache.reserve(10)
+    claim = cache.claim()
+    claim.commit([1, 2, 3])
+    claim.reserve(10)
     assert (cache.length, cache.shared_prefix([1, 2, 3, 4])) == (3, 3)
-    cache.truncate(1)
+    claim.truncate(1)
     assert (cache.length, cache.shared_prefix([1, 2, 3])) == (1, 1)
     cache.clear()
     assert (cache.length, cache.nbytes) == (0, 0)
@@ -60,11 +62,25 @@ def test_reserving_changes_nothing_and_truncating_forgets(engine: OrtEngine) -> 
 
 def test_more_than_the_context_is_refused_with_the_numbers(engine: OrtEngine) -> None:
     cache = KvCache(engine, 8)
-    cache.commit([1, 2, 3])
+    claim = cache.claim()
+    claim.commit([1, 2, 3])
     with pytest.raises(ContextOverflowError, match="holds 8 positions: 3 are in use and 6 more are needed") as caught:
-        cache.reserve(6)
+        claim.reserve(6)
     assert (caught.value.used, caught.value.requested, caught.value.context) == (3, 6, 8)
     assert cache.length == 3
+
+
+def test_only_the_newest_claim_may_write(engine: OrtEngine) -> None:
+    cache = KvCache(engine, 50)
+    old = cache.claim()
+    old.commit([1, 2])
+    new = cache.claim()
+    for write in (lambda: old.commit([3]), lambda: old.truncate(0), lambda: old.reserve(1)):
+        with pytest.raises(Owl2Error, match="its chat went on without it"):
+            write()
+    assert cache.shared_prefix([1, 2, 3]) == 2
+    new.commit([4])
+    assert cache.shared_prefix([1, 2, 4]) == 3
 
 
 def test_placeholders_become_rows_of_their_images_in_order() -> None:

@@ -18,17 +18,17 @@ from owl2.runtime.backends.ort.onnx_decoder import OnnxDecoder
 from owl2.runtime.backends.ort.session import (
     DEFAULT_OPTIONS,
     ELEMENTS,
-    RUN_OPTIONS,
     OrtOptions,
     check_tensors,
     element_of,
-    first_line,
     open_session,
     prepare_device,
     run_bound,
+    run_stoppable,
 )
 from owl2.runtime.backends.steps import TEXT_STEP, StepInputs, cache_names, row_inputs
 from owl2.runtime.bundle import Bundle, Manifest
+from owl2.runtime.cancellation import NEVER, Cancellation
 from owl2.runtime.config import DecoderConfig, ModelConfig
 from owl2.runtime.engine import CLOSED, PREFILL_BLOCK, DecoderEngine, EngineOptions, Floats, Ints, KvBuffers, own
 from owl2.runtime.errors import BackendError, BackendUnavailableError
@@ -93,21 +93,29 @@ class OrtEngine:
         """Give the sessions back, at once or when a step that is running has ended."""
         self._graphs = None
 
-    def encode_images(self, pixels: Floats) -> Floats:
+    def encode_images(self, pixels: Floats, cancellation: Cancellation = NEVER) -> Floats:
         vision, _ = self._open()
-        return vision.encode_images(pixels)
+        return vision.encode_images(pixels, cancellation)
 
     def allocate(self, capacity: int, previous: KvBuffers | None) -> KvBuffers:
         _, decoder = self._open()
         return decoder.allocate(capacity, previous)
 
-    def prefill(self, embeds: Floats, modality: Ints, past: int, buffers: KvBuffers, logit_rows: Ints) -> Floats:
+    def prefill(
+        self,
+        embeds: Floats,
+        modality: Ints,
+        past: int,
+        buffers: KvBuffers,
+        logit_rows: Ints,
+        cancellation: Cancellation = NEVER,
+    ) -> Floats:
         _, decoder = self._open()
-        return decoder.prefill(embeds, modality, past, buffers, logit_rows)
+        return decoder.prefill(embeds, modality, past, buffers, logit_rows, cancellation)
 
-    def decode(self, embeds: Floats, past: int, buffers: KvBuffers) -> Floats:
+    def decode(self, embeds: Floats, past: int, buffers: KvBuffers, cancellation: Cancellation = NEVER) -> Floats:
         _, decoder = self._open()
-        return decoder.decode(embeds, past, buffers)
+        return decoder.decode(embeds, past, buffers, cancellation)
 
 
 class OrtVision:
@@ -121,12 +129,12 @@ class OrtVision:
         expected = {spec.PIXELS: ((None, 3, size, size), None), spec.IMAGE_ROWS: (rows, None)}
         check_tensors(path, self._session, expected)
 
-    def encode_images(self, pixels: Floats) -> Floats:
+    def encode_images(self, pixels: Floats, cancellation: Cancellation = NEVER) -> Floats:
         """pixels: [N, 3, R, R] -> image rows [N, queries + 1, C]."""
-        try:
-            rows: Floats = self._session.run([spec.IMAGE_ROWS], {spec.PIXELS: pixels}, RUN_OPTIONS)[0]
-        except Exception as error:
-            raise BackendError(f"the vision tower failed: {first_line(error)}") from error
+        feeds = {spec.PIXELS: pixels}
+        rows: Floats = run_stoppable(
+            "the vision tower", cancellation, lambda options: self._session.run([spec.IMAGE_ROWS], feeds, options)[0]
+        )
         return rows
 
 
@@ -208,19 +216,27 @@ class OrtDecoder:
         self._feeds[made] = feeds
         return made
 
-    def prefill(self, embeds: Floats, modality: Ints, past: int, buffers: KvBuffers, logit_rows: Ints) -> Floats:
+    def prefill(
+        self,
+        embeds: Floats,
+        modality: Ints,
+        past: int,
+        buffers: KvBuffers,
+        logit_rows: Ints,
+        cancellation: Cancellation = NEVER,
+    ) -> Floats:
         feeds = self._feeds_of(buffers, past + len(embeds))
         rows = row_inputs(modality, logit_rows)
         feeds.is_text_step = False
         feeds.put(rows)
-        return self._step(embeds, past, buffers.capacity, feeds)
+        return self._step(embeds, past, buffers.capacity, feeds, cancellation)
 
-    def decode(self, embeds: Floats, past: int, buffers: KvBuffers) -> Floats:
+    def decode(self, embeds: Floats, past: int, buffers: KvBuffers, cancellation: Cancellation = NEVER) -> Floats:
         feeds = self._feeds_of(buffers, past + len(embeds))
         if not feeds.is_text_step:
             feeds.put(TEXT_STEP)
             feeds.is_text_step = True
-        logits: Floats = self._step(embeds, past, buffers.capacity, feeds)[0]
+        logits: Floats = self._step(embeds, past, buffers.capacity, feeds, cancellation)[0]
         return logits
 
     def _feeds_of(self, buffers: KvBuffers, total: int) -> StepFeeds:
@@ -229,7 +245,7 @@ class OrtDecoder:
             raise BackendError("these K/V buffers belong to another model")
         return feeds
 
-    def _step(self, embeds: Floats, past: int, capacity: int, feeds: StepFeeds) -> Floats:
+    def _step(self, embeds: Floats, past: int, capacity: int, feeds: StepFeeds, cancellation: Cancellation) -> Floats:
         total = past + len(embeds)
         inputs: StepInputs = {
             spec.EMBEDS: embeds[None].astype(self._dtype, copy=False),
@@ -239,7 +255,7 @@ class OrtDecoder:
         if self._tables_vary(capacity):
             inputs |= self._tables(total)
         feeds.put(inputs)  # `inputs` keeps the arrays until the step has ended
-        return run_bound(self._session, feeds.binding)
+        return run_bound(self._session, feeds.binding, cancellation)
 
     def _tables_vary(self, capacity: int) -> bool:
         """Whether the rotary tables depend on the step while a conversation fills this many positions."""

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from owl2.runtime import spec
 from owl2.runtime.backends.ort.session import OrtOptions, check_tensors, element_of, open_session, run_bound
 from owl2.runtime.backends.steps import TEXT_STEP, StepInputs, cache_names, position_inputs, row_inputs
+from owl2.runtime.cancellation import NEVER, Cancellation
 from owl2.runtime.config import DecoderConfig
 from owl2.runtime.engine import Floats, Ints, KvBuffers, own
 
@@ -62,14 +63,24 @@ class OnnxDecoder:
                 rows[:kept] = old[:kept]
         return made
 
-    def prefill(self, embeds: Floats, modality: Ints, past: int, buffers: KvBuffers, logit_rows: Ints) -> Floats:
-        return self._step(embeds, row_inputs(modality, logit_rows), past, buffers)
+    def prefill(
+        self,
+        embeds: Floats,
+        modality: Ints,
+        past: int,
+        buffers: KvBuffers,
+        logit_rows: Ints,
+        cancellation: Cancellation = NEVER,
+    ) -> Floats:
+        return self._step(embeds, row_inputs(modality, logit_rows), past, buffers, cancellation)
 
-    def decode(self, embeds: Floats, past: int, buffers: KvBuffers) -> Floats:
-        logits: Floats = self._step(embeds, TEXT_STEP, past, buffers)[0]
+    def decode(self, embeds: Floats, past: int, buffers: KvBuffers, cancellation: Cancellation = NEVER) -> Floats:
+        logits: Floats = self._step(embeds, TEXT_STEP, past, buffers, cancellation)[0]
         return logits
 
-    def _step(self, embeds: Floats, rows: StepInputs, past: int, buffers: KvBuffers) -> Floats:
+    def _step(
+        self, embeds: Floats, rows: StepInputs, past: int, buffers: KvBuffers, cancellation: Cancellation
+    ) -> Floats:
         total = past + len(embeds)
         cache = own(buffers, RowBuffers, total).rows
         inputs = {
@@ -84,4 +95,4 @@ class OnnxDecoder:
             before = tensor[:past] if past else self._no_rows
             binding.bind_ortvalue_input(read, ort.OrtValue.ortvalue_from_numpy(before))
             binding.bind_ortvalue_output(written, ort.OrtValue.ortvalue_from_numpy(tensor[past:total]))
-        return run_bound(self._session, binding)
+        return run_bound(self._session, binding, cancellation)

@@ -8,18 +8,23 @@ an error to it. Here all three are.
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import onnxruntime as ort
 
 from owl2.runtime import spec
 from owl2.runtime.backends.ort.installation import PROVIDERS, diagnose, rtx_devices
+from owl2.runtime.cancellation import Cancellation
 from owl2.runtime.config import require
 from owl2.runtime.engine import Floats
 from owl2.runtime.errors import BackendError, BackendUnavailableError, Owl2Warning
@@ -42,11 +47,9 @@ SHAPE_OPERATORS = frozenset({"Cast", "Concat", "Gather", "Shape", "Size", "Slice
 """
 MAX_LISTED_OPERATORS = 4
 MAX_THREADS_PER_CORE = 4
+T = TypeVar("T")
 LOG_ERRORS, LOG_FATAL = 3, 4
 """Severities of ONNX Runtime's log."""
-
-RUN_OPTIONS = ort.RunOptions()
-RUN_OPTIONS.log_severity_level = LOG_FATAL  # failures come back as exceptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,13 +194,65 @@ def element_of(path: Path, session: ort.InferenceSession, name: str) -> tuple[El
     raise BackendError(f"{path} is not a graph of this version: {name} is {found}; export the bundle again")
 
 
-def run_bound(session: ort.InferenceSession, binding: ort.IOBinding) -> Floats:
-    """Run a decoder whose inputs and K/V outputs are bound -> logits [R, V]."""
-    binding.bind_output(spec.LOGITS, "cpu")
+def run_stoppable(what: str, cancellation: Cancellation, run: Callable[[ort.RunOptions], T]) -> T:
+    """Run a graph that a cancellation, or Ctrl-C, stops after the node that is running.
+
+    Signals are handled between two statements of Python's main thread. So that a step does not hold them off, it runs
+    in a thread of its own while the main thread waits.
+
+    Args:
+        what: the graph, for messages.
+        cancellation: ends the run.
+        run: of a session, with the options that are given to it.
+
+    Raises:
+        StoppedError: it was cancelled.
+        BackendError: ONNX Runtime failed.
+    """
+    options = ort.RunOptions()
+    options.log_severity_level = LOG_FATAL  # failures come back as exceptions
+
+    def stop() -> None:
+        options.terminate = True
+
+    with cancellation.stopping(stop):
+        try:
+            if threading.current_thread() is not threading.main_thread():
+                return run(options)
+            return _run_aside(lambda: run(options), stop)
+        except Exception as error:
+            cancellation.check()
+            raise BackendError(f"{what} failed: {first_line(error)}") from error
+
+
+def _run_aside(step: Callable[[], T], stop: Callable[[], None]) -> T:
+    """Run a step of the main thread in another; an interrupt stops it, and is raised once it has ended."""
     try:
-        session.run_with_iobinding(binding, RUN_OPTIONS)
-    except Exception as error:
-        raise BackendError(f"the decoder failed: {first_line(error)}") from error
+        return _aside.submit(step).result()
+    except BaseException:
+        stop()
+        ended = False
+        while not ended:  # buffers must not be used again before
+            with suppress(KeyboardInterrupt):
+                _aside.submit(int).result()  # after the step: there is one thread
+                ended = True
+        raise
+
+
+def _renew_aside() -> None:
+    global _aside  # noqa: PLW0603 - threads do not survive a fork
+    _aside = ThreadPoolExecutor(1, "owl2-step")
+
+
+_aside = ThreadPoolExecutor(1, "owl2-step")
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_aside)
+
+
+def run_bound(session: ort.InferenceSession, binding: ort.IOBinding, cancellation: Cancellation) -> Floats:
+    """Run a decoder whose inputs and K/V outputs are bound -> logits [R, V]; raises as :func:`run_stoppable`."""
+    binding.bind_output(spec.LOGITS, "cpu")
+    run_stoppable("the decoder", cancellation, lambda options: session.run_with_iobinding(binding, options))
     # Outputs come in the order of binding: keys and values first, the logits last.
     logits: Floats = binding.get_outputs()[-1].numpy()
     return logits

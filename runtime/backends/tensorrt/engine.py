@@ -33,6 +33,7 @@ from owl2.runtime.backends.tensorrt.records import (
 from owl2.runtime.backends.tensorrt.rows import DeviceRows
 from owl2.runtime.backends.tensorrt.tensors import check_engine, decoder_tensors, vision_tensors, with_stand_ins
 from owl2.runtime.bundle import Bundle, Manifest
+from owl2.runtime.cancellation import NEVER, Cancellation
 from owl2.runtime.config import require
 from owl2.runtime.engine import CLOSED, PREFILL_BLOCK, EngineOptions, Floats, Ints, KvBuffers, own
 from owl2.runtime.errors import BackendError
@@ -127,13 +128,22 @@ class TensorRtEngine:
             self._gpu.synchronize(stream)
         return made
 
-    def prefill(self, embeds: Floats, modality: Ints, past: int, buffers: KvBuffers, logit_rows: Ints) -> Floats:
+    def prefill(
+        self,
+        embeds: Floats,
+        modality: Ints,
+        past: int,
+        buffers: KvBuffers,
+        logit_rows: Ints,
+        cancellation: Cancellation = NEVER,
+    ) -> Floats:
         """Run T mixed positions in blocks of the engine's size -> logits [R, V]."""
         decoder, total = self._model.decoder, past + len(embeds)
         rows = own(buffers, DeviceRows, total)
         logits = np.empty((len(logit_rows), decoder.vocab_size), np.float32)
         start = 0
         while start < len(embeds):
+            cancellation.check()
             first = past + start
             end = start + block_size(self._record, len(embeds) - start, first)
             wanted = np.flatnonzero((logit_rows >= start) & (logit_rows < end))
@@ -168,17 +178,19 @@ class TensorRtEngine:
             self._gpu.synchronize(stream)
         return logits
 
-    def decode(self, embeds: Floats, past: int, buffers: KvBuffers) -> Floats:
+    def decode(self, embeds: Floats, past: int, buffers: KvBuffers, cancellation: Cancellation = NEVER) -> Floats:
         rows = own(buffers, DeviceRows, past + 1)
+        cancellation.check()
         block_size(self._record, 1, past)
         with self._step():
             return self._decoding.run(embeds, past, rows)
 
-    def encode_images(self, pixels: Floats) -> Floats:
+    def encode_images(self, pixels: Floats, cancellation: Cancellation = NEVER) -> Floats:
         """pixels: [N, 3, R, R] -> image rows [N, queries + 1, C]; in blocks of the engine's size."""
         size, slots = self._record.images, self._resources.growing
         rows = np.empty((len(pixels), self._model.rows_per_image, self._model.decoder.hidden_size), np.float32)
         for start in range(0, len(pixels), size):
+            cancellation.check()
             block = np.ascontiguousarray(pixels[start : start + size], np.float32)
             made = rows[start : start + size]
             with self._step() as stream:

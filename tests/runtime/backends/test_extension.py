@@ -49,19 +49,20 @@ class ToyEngine:
         self.steps = []
         opened.append(self)
 
-    def encode_images(self, pixels):
-        return self.vision.encode_images(pixels)
+    def encode_images(self, pixels, cancellation):
+        return self.vision.encode_images(pixels, cancellation)
 
     def allocate(self, capacity, previous):
         return ToyBuffers(self.decoder.allocate(capacity, previous and own(previous, ToyBuffers).inner))
 
-    def prefill(self, embeds, modality, past, buffers, logit_rows):
+    def prefill(self, embeds, modality, past, buffers, logit_rows, cancellation):
         self.steps.append(len(embeds))
-        return self.decoder.prefill(embeds, modality, past, own(buffers, ToyBuffers).inner, logit_rows)
+        inner = own(buffers, ToyBuffers).inner
+        return self.decoder.prefill(embeds, modality, past, inner, logit_rows, cancellation)
 
-    def decode(self, embeds, past, buffers):
+    def decode(self, embeds, past, buffers, cancellation):
         self.steps.append(1)
-        return self.decoder.decode(embeds, past, own(buffers, ToyBuffers).inner)
+        return self.decoder.decode(embeds, past, own(buffers, ToyBuffers).inner, cancellation)
 
     def close(self):
         del self.decoder, self.vision

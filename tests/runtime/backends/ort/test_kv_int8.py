@@ -3,7 +3,6 @@
 import contextlib
 import json
 import shutil
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,9 @@ from owl2.runtime.bundle import Bundle
 from owl2.runtime.engine import EngineOptions, Floats, Ints, own
 from owl2.runtime.errors import BackendUnavailableError, BundleCorruptError
 from owl2.runtime.families.mplug_owl2.positions import Prompt, embed
-from owl2.runtime.generate import generate
 from owl2.runtime.kv_cache import GROWTH, KvCache
 from owl2.runtime.load import Loaded, open_bundle
+from owl2.runtime.stream import stream_answer
 
 INT8 = OrtOptions(kv_cache="int8")
 PROMPT = "USER: <|image|>What is it, and what does it mean? ASSISTANT: It is"
@@ -217,11 +216,12 @@ class TestCodes:
 class TestCache:
     def test_growing_keeps_the_codes(self, engine: OrtEngine, model: Loaded) -> None:
         cache = KvCache(engine, 2 * GROWTH)
-        first = own(cache.reserve(5), OrtBuffers)
+        claim = cache.claim()
+        first = own(claim.reserve(5), OrtBuffers)
         for array in first.arrays:
             array[:, :, :5] = np.arange(-2, 3)[:, None]
-        cache.commit(range(5))
-        second = own(cache.reserve(GROWTH), OrtBuffers)
+        claim.commit(range(5))
+        second = own(claim.reserve(GROWTH), OrtBuffers)
         assert second.capacity == cache.capacity == 2 * GROWTH
         assert all(array.dtype == np.int8 for array in second.arrays)
         assert all((array[:, :, :5] == np.arange(-2, 3)[:, None]).all() for array in second.arrays)
@@ -238,13 +238,7 @@ class TestConversation:
         return model.encode("USER: <|image|>What is this? ASSISTANT:", model.prepare(image))
 
     def ask(self, model: Loaded, cache: KvCache, prompt: Prompt) -> Answer:
-        stream = generate(model, cache, prompt, GenerationConfig(max_new_tokens=8), threading.Event())
-        while True:
-            try:
-                next(stream)
-            except StopIteration as end:
-                answer: Answer = end.value
-                return answer
+        return stream_answer(model, cache, prompt, GenerationConfig(max_new_tokens=8)).read()
 
     def then(self, model: Loaded, prompt: Prompt, answer: Answer, question: str) -> Prompt:
         """The next turn."""
@@ -252,7 +246,7 @@ class TestConversation:
         return Prompt([*prompt.keys, *answer.ids, *words], prompt.images)
 
     def codes(self, cache: KvCache, positions: int) -> list[NDArray[Any]]:
-        return [array[:, :, :positions].copy() for array in own(cache.reserve(0), OrtBuffers).arrays]
+        return [array[:, :, :positions].copy() for array in own(cache.claim().reserve(0), OrtBuffers).arrays]
 
     def test_second_turn_equals_a_cold_start(self, model: Loaded, image: Path) -> None:
         warm, cold, prompt = model.new_cache(), model.new_cache(), self.first(model, image)
@@ -275,13 +269,13 @@ class TestConversation:
         following = self.then(model, prompt, answer, "And then?")
         shared = cache.shared_prefix(following.keys)
         assert shared > model.config.rows_per_image
-        cancelled = threading.Event()
+        stream = stream_answer(model, cache, following, GenerationConfig(max_new_tokens=50))
         if way == "failed":
             monkeypatch.setattr(OrtEngine, "decode", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError) if way == "failed" else contextlib.nullcontext():
-            for _ in generate(model, cache, following, GenerationConfig(max_new_tokens=50), cancelled):
+            for _ in stream:
                 if way == "cancelled":
-                    cancelled.set()
+                    stream.cancel()
         monkeypatch.undo()
         for held, kept in zip(self.codes(cache, shared), before):
             np.testing.assert_array_equal(held, kept[:, :, :shared])

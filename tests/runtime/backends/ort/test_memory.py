@@ -212,11 +212,12 @@ def test_the_cache_of_a_chat_grows_on_a_device(bundle_a1: Path, monkeypatch: pyt
     engine = OrtEngine(Bundle.open(bundle_a1))
     embeds, modality = rows
     cache = KvCache(engine, 2 * GROWTH)
-    first = own(cache.reserve(len(embeds)), OrtBuffers)
+    claim = cache.claim()
+    first = own(claim.reserve(len(embeds)), OrtBuffers)
     engine.prefill(embeds, modality, 0, first, np.array([0]))
-    cache.commit(range(len(embeds)))
+    claim.commit(range(len(embeds)))
     before = [array[:, :, : len(embeds)].copy() for array in first.arrays]
-    grown = own(cache.reserve(GROWTH), OrtBuffers)
+    grown = own(claim.reserve(GROWTH), OrtBuffers)
     assert (grown.capacity, cache.nbytes) == (2 * GROWTH, 2 * first.nbytes)
     for old, new in zip(before, grown.arrays, strict=True):
         np.testing.assert_array_equal(new[:, :, : len(embeds)], old)

@@ -25,13 +25,13 @@ def test_decoding_reads_whole_blocks_of_rows() -> None:
 def test_more_than_256_positions(float32: Bundle, fake: FakeModel) -> None:
     steps = Steps(float32, 530)
     expected = steps.expected()
-    cache, made = KvCache(fake.engine, 600), []
+    claim, made = KvCache(fake.engine, 600).claim(), []
     embeds, modality = steps.embeds, steps.modality
-    made.append(fake.engine.prefill(embeds[:250], modality[:250], 0, cache.reserve(250), np.arange(250)))
-    cache.commit(range(250))
+    made.append(fake.engine.prefill(embeds[:250], modality[:250], 0, claim.reserve(250), np.arange(250)))
+    claim.commit(range(250))
     for i in range(250, 530):
-        made.append(fake.engine.decode(embeds[i : i + 1], i, cache.reserve(1))[None])
-        cache.commit([i])
+        made.append(fake.engine.decode(embeds[i : i + 1], i, claim.reserve(1))[None])
+        claim.commit([i])
     np.testing.assert_allclose(np.concatenate(made), expected, atol=1e-4)
     # Up to 256 positions, up to 512, to the end of the buffers; the first step of each runs by itself.
     seen = {shapes[spec.past_names(0)[0]][0] for shapes in fake.decoding.enqueued}
@@ -39,7 +39,7 @@ def test_more_than_256_positions(float32: Bundle, fake: FakeModel) -> None:
     assert fake.gpu.captures == 3
     assert fake.gpu.launches == 280 - 3
     assert len(fake.gpu.graphs) == 1
-    row, sizes = cache.nbytes // 600, [array.nbytes for array in fake.gpu.allocations.values()]
+    row, sizes = claim.cache.nbytes // 600, [array.nbytes for array in fake.gpu.allocations.values()]
     assert [sizes.count(capacity * row) for capacity in (256, 512, 600)] == [0, 0, 1], "earlier ones are given back"
 
 
