@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from owl2.quant.config import Method, QuantConfig
-from owl2.runtime.config import known_keywords, require
+from owl2.runtime.arguments import checked
+from owl2.runtime.config import require
 from owl2.runtime.fit.storage import StorageTypes, storage_types
 from owl2.runtime.spec import FloatType, VisionType, WeightType
 
@@ -113,4 +114,4 @@ def _require_one_of(name: str, value: str | None, allowed: tuple[Any, ...]) -> N
     require(value in allowed, f"{name} {value!r}: use one of {', '.join(filter(None, allowed))}")
 
 
-setattr(ExportConfig, "__init__", known_keywords(ExportConfig.__init__))  # noqa: B010
+setattr(ExportConfig, "__init__", checked(ExportConfig.__init__))  # noqa: B010

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from owl2.runtime import spec
 from owl2.runtime.config import DecoderConfig, ModelConfig, from_json, require
 from owl2.runtime.errors import BundleCorruptError, BundleError, BundleVersionError, ConfigError
+from owl2.runtime.foreign import shorten
 from owl2.runtime.spec import DialectName, FloatType, KvType, VisionType, WeightType
 from owl2.runtime.verification import FileEntry, OnProgress, verify_files
 
@@ -106,7 +107,8 @@ class Manifest:
         offered = ", ".join(self.kv_cache)
         require(
             asked is None or asked in self.kv_cache,
-            f"kv_cache {asked!r}: this bundle offers {offered}; choose one of these or export the checkpoint again",
+            f"kv_cache {shorten(asked)}: this bundle offers {offered}; choose one of these or export the checkpoint "
+            "again",
         )
         return asked or self.activations
 

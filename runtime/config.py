@@ -7,13 +7,11 @@ The foreign ``config.json`` of a PyTorch checkpoint is translated to these class
 from __future__ import annotations
 
 import difflib
-import functools
-import inspect
 import math
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from owl2.runtime.errors import ConfigError
 
@@ -21,7 +19,6 @@ IMAGE_TOKEN = "<|image|>"
 LONGEST_CONTEXT = 1 << 20  # positions; tables of the whole context are kept in memory
 IMAGE_TOKEN_ID = -200
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -40,19 +37,6 @@ def require_known(name: str, known: Sequence[str], what: str) -> None:
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     require(name in known, f"{name} is not {what}; {hint}known: {', '.join(known)}")
-
-
-def known_keywords(function: Callable[P, T]) -> Callable[P, T]:
-    """Let a public function refuse unknown keywords with a :class:`ConfigError` that names the known ones."""
-    known = [name for name in inspect.signature(function).parameters if name not in ("self", "cls")]
-
-    @functools.wraps(function)
-    def checked(*arguments: P.args, **keywords: P.kwargs) -> T:
-        for name in keywords:
-            require_known(name, known, f"an argument of {function.__qualname__.removesuffix('.__init__')}")
-        return function(*arguments, **keywords)
-
-    return checked
 
 
 def require_positive(config: Any, part: str) -> None:  # noqa: ANN401 - any of the classes below

@@ -12,9 +12,9 @@ from typing import NoReturn
 
 import numpy as np
 
+from owl2.runtime.arguments import checked
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.chat import Chat
-from owl2.runtime.config import known_keywords, require
 from owl2.runtime.engine import EngineOptions, Floats
 from owl2.runtime.errors import ContextOverflowError, Owl2Error
 from owl2.runtime.generate import Answer, check_context, prompt_logits
@@ -61,7 +61,7 @@ class Owl2:
         self.model = model
 
     @classmethod
-    @known_keywords
+    @checked
     def load(
         cls,
         bundle: str | os.PathLike[str],
@@ -96,10 +96,6 @@ class Owl2:
             InsufficientMemoryError: the model cannot fit; gives the figures and what would.
             ConfigError: a setting that cannot work.
         """
-        require(
-            isinstance(bundle, str | os.PathLike),
-            f"a bundle must be given as the path of its folder, got {type(bundle).__name__}",
-        )
         options = EngineOptions(Placement.parse(device), threads, kv_cache, context)
         opened = open_bundle(Path(bundle), options, check_memory=check_memory, verify=verify, on_progress=progress)
         return cls(*opened, options.device)
@@ -116,7 +112,7 @@ class Owl2:
     ) -> None:
         self.close()
 
-    @known_keywords
+    @checked
     def chat(self, messages: Sequence[ChatMessage] = ()) -> Chat:
         """Begin a conversation with a KV cache of its own.
 
@@ -175,7 +171,7 @@ class Owl2:
         check_context(cache, encoded)
         return stream_answer(self.model, cache, encoded, settings, preprocess_seconds=seconds)
 
-    @known_keywords
+    @checked
     def logits(self, prompt: str, *, images: Images = None, preprocess: str | None = None) -> Floats:
         """Logits of every position of a raw prompt, image rows included: float32 [T, V].
 

@@ -8,6 +8,7 @@ from importlib.metadata import entry_points
 from typing import Literal
 
 from owl2.runtime.config import require
+from owl2.runtime.foreign import shorten
 
 EngineKind = Literal["tensorrt", "tensorrt-rtx"]
 KINDS = ("cpu", "cuda", "tensorrt", "tensorrt-rtx")
@@ -37,12 +38,13 @@ class Placement:
         Raises:
             ConfigError: the kind is not known, the index is not a number, or the CPU was given one.
         """
-        kind, colon, index = str(text).partition(":")
+        require(isinstance(text, str), f"device must be a text, got {shorten(text)}")
+        kind, colon, index = text.partition(":")
         known = KINDS if kind in KINDS else (*KINDS, *entry_points(group=BACKEND_ENTRY_POINTS).names)
         numbered = [f"{name}[:N]" for name in known if name != CPU]
         require(
             kind in known and (not colon or (kind != CPU and re.fullmatch("[0-9]{1,3}", index) is not None)),
-            f"device {text!r} is not known; use {CPU}, {' or '.join(numbered)}, as in cuda:1",
+            f"device {shorten(text)} is not known; use {CPU}, {' or '.join(numbered)}, as in cuda:1",
         )
         return cls(kind, int(index or 0))
 

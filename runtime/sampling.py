@@ -15,7 +15,8 @@ from typing import TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from owl2.runtime.config import known_keywords, require, require_known
+from owl2.runtime.arguments import checked
+from owl2.runtime.config import require, require_known
 from owl2.runtime.errors import BackendError
 
 Logits = NDArray[np.float32]
@@ -80,7 +81,7 @@ class GenerationConfig:
 
 
 # People call with the names of other libraries.
-setattr(GenerationConfig, "__init__", known_keywords(GenerationConfig.__init__))  # noqa: B010
+setattr(GenerationConfig, "__init__", checked(GenerationConfig.__init__))  # noqa: B010
 
 
 class GenerationOptions(TypedDict, total=False):

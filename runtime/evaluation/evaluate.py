@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from owl2.runtime.config import known_keywords, require
+from owl2.runtime.arguments import checked
+from owl2.runtime.config import require
 from owl2.runtime.evaluation.data import read_items
 from owl2.runtime.evaluation.measure import ItemResult, measure
 from owl2.runtime.evaluation.reference import is_bundle, open_reference
@@ -76,7 +77,7 @@ class Evaluation:
         return record | ({"predictions": [item_json(result) for result in self.results]} if items else {})
 
 
-@known_keywords
+@checked
 def evaluate(  # noqa: PLR0913 - the arguments of Owl2.load and those of the evaluation
     bundle: str | os.PathLike[str] | Owl2,
     data: str | os.PathLike[str],
@@ -116,9 +117,6 @@ def evaluate(  # noqa: PLR0913 - the arguments of Owl2.load and those of the eva
         ReferenceModelError: ``against`` is not available or does not match the bundle.
         ConfigError, BundleError, BackendError, InsufficientMemoryError: as :meth:`Owl2.load`.
     """
-    for name, path in (("data", data), ("against", against)):
-        possible = isinstance(path, str | os.PathLike) or (name == "against" and path is None)
-        require(possible, f"{name} must be given as a path, got {type(path).__name__}")
     placement = None if device is None else Placement.parse(device)
     GenerationConfig(max_new_tokens=max_new_tokens)
     if preprocess is not None:

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from owl2.runtime.arguments import checked
 from owl2.runtime.backends.tensorrt.records import check_all
 from owl2.runtime.bundle import Bundle
-from owl2.runtime.config import known_keywords
 from owl2.runtime.engine import DecoderEngine, EngineOptions, Floats, Ints, KvBuffers
 from owl2.runtime.evaluation.divergence import row_kl
 from owl2.runtime.evaluation.goldens import Baseline, Golden, read_baselines, read_goldens
@@ -74,7 +74,7 @@ class Verdict:
         return not self.problems and bool(self.replays) and all(replay.passed for replay in self.replays)
 
 
-@known_keywords
+@checked
 def verify(
     bundle: str | os.PathLike[str],
     *,

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from owl2.runtime import spec
+from owl2.runtime.arguments import checked
 from owl2.runtime.bundle import Manifest, WeightFormat, read_manifest
-from owl2.runtime.config import known_keywords, require, resolve_context
+from owl2.runtime.config import require, resolve_context
 from owl2.runtime.errors import BackendUnavailableError, InsufficientMemoryError
 from owl2.runtime.fit import footprint
 from owl2.runtime.fit.footprint import MemoryPart, Runner
 from owl2.runtime.fit.machine import ROOT, MemoryBudget, free_swap, gpus, read_bandwidth, this_cpu
 from owl2.runtime.fit.products import GIB, PRODUCTS
 from owl2.runtime.fit.storage import storage_types
+from owl2.runtime.foreign import shorten
 from owl2.runtime.kv_cache import GROWTH
 from owl2.runtime.placement import HOST, KINDS, Placement
 from owl2.runtime.spec import BYTES_PER_VALUE, DialectName, FloatType, KvType, WeightType
@@ -169,7 +171,7 @@ class Plan:
         return f"<Plan {str(self).splitlines()[0]}>"
 
 
-@known_keywords
+@checked
 def plan(
     bundle: str | os.PathLike[str],
     *,
@@ -218,7 +220,7 @@ def find_budget(name: str) -> tuple[MemoryBudget, tuple[str, ...]]:
     if name in PRODUCTS:
         return MemoryBudget.of_product(PRODUCTS[name]), ()
     known = (THIS, GPU, CPU, *PRODUCTS)
-    require(name in known, f"device {name!r} is not known; known: {', '.join(known)}")
+    require(name in known, f"device {shorten(name)} is not known; known: {', '.join(known)}")
     found = [] if name == CPU else gpus()
     if found:
         several = f"{len(found)} GPUs are found; planning for number 0, {found[0].device.product}"

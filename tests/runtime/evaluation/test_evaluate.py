@@ -59,13 +59,13 @@ def test_what_cannot_work_is_refused_before_a_model_is_loaded(tmp_path: Path, da
         evaluate(missing, data, preprocess="squash")
     with pytest.raises(BundleError, match="does not exist"):
         evaluate(missing, data)
-    with pytest.raises(ConfigError, match="limit must be a whole number, got '3'"):
+    with pytest.raises(ConfigError, match="limit must be a whole number or None, got '3'"):
         evaluate(missing, data, limit="3")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="a bundle must be given as the path of its folder, got int"):
+    with pytest.raises(ConfigError, match="bundle must be a path or of type Owl2, got 3"):
         evaluate(3, data)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="data must be given as a path, got list"):
+    with pytest.raises(ConfigError, match="data must be a path, got "):
         evaluate(missing, [data])  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="against must be given as a path, got int"):
+    with pytest.raises(ConfigError, match="against must be a path or None, got 3"):
         evaluate(missing, data, against=3)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="device 'gpu' is not known"):
         evaluate(missing, data, device="gpu")
