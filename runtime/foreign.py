@@ -113,11 +113,15 @@ def read_text(path: Path, limit: int) -> str:
     return decode_text(read_bytes(path, limit))
 
 
-def decode_text(content: bytes) -> str:
+def decode_text(content: bytes, first_line: int = 1) -> str:
     """Text in UTF-8, a byte order mark at its start removed, with ``\\n`` at the end of lines.
 
+    Args:
+        content: the bytes.
+        first_line: number of its first line, for messages.
+
     Raises:
-        ForeignError: it is in another encoding, which is named where it can be told.
+        ForeignError: it is in another encoding, which is named where it can be told, or has NUL bytes.
     """
     for mark, name in ENCODINGS:
         if content.startswith(mark):
@@ -125,10 +129,12 @@ def decode_text(content: bytes) -> str:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
+        line = content.count(b"\n", 0, error.start) + first_line
         raise ForeignError(
             f"it is not UTF-8 text: byte 0x{content[error.start]:02x} in line {line}; save it as UTF-8"
         ) from error
+    if "\0" in text:
+        raise ForeignError("it has NUL bytes, as binary files and UTF-16 text have; save it as UTF-8")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

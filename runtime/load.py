@@ -17,7 +17,7 @@ from owl2.runtime.backends.choose import OpenEngine, find_backend
 from owl2.runtime.bundle import Bundle, Manifest, check_files, read_manifest, require_whole
 from owl2.runtime.config import ModelConfig, require, resolve_context
 from owl2.runtime.engine import Engine, EngineOptions
-from owl2.runtime.errors import BundleCorruptError, ConfigError, PromptError
+from owl2.runtime.errors import BundleCorruptError, ConfigError, ContextOverflowError, PromptError
 from owl2.runtime.families.mplug_owl2 import positions
 from owl2.runtime.families.mplug_owl2.positions import Prompt
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
@@ -60,9 +60,13 @@ class Loaded:
 
         Raises:
             PromptError: it is not a text or empty, or placeholders and images do not agree.
+            ContextOverflowError: so long a text cannot fit, whatever it says; it is not tokenized.
         """
         if not isinstance(text, str):
             raise PromptError(f"a prompt must be a text, got {type(text).__name__}")
+        least = len(text) // self.tokenizer.longest
+        if least > self.context:
+            raise ContextOverflowError(0, least, self.context, f"shorten the prompt, which has {len(text)} characters")
         return positions.encode_prompt(text, images, self.tokenizer, self.config.rows_per_image)
 
     def new_cache(self) -> KvCache:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from numbers import Integral
+from numbers import Integral, Real
 from typing import TypedDict
 
 import numpy as np
@@ -18,8 +18,14 @@ from numpy.typing import NDArray
 from owl2.runtime.arguments import checked
 from owl2.runtime.config import require, require_known
 from owl2.runtime.errors import BackendError
+from owl2.runtime.foreign import shorten
 
 Logits = NDArray[np.float32]
+
+STOPS = 256
+"""Most stop strings: every one is looked for after every token."""
+STOP_LENGTH = 1000
+"""Characters of a stop string, at most: so many are held back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +40,10 @@ class GenerationConfig:
         min_p: least probability of a candidate, relative to the most likely one; 0 for all.
         repetition_penalty: above 1 makes tokens that occurred less likely, below 1 more likely.
         seed: makes sampling reproducible; None draws a fresh one.
-        stop: a text or several; the answer ends before the first of them, or at the end-of-sequence token. Kept as a
-            tuple.
+        stop: a text or several, at most 256 of 1,000 characters each; the answer ends before the first of them, or at
+            the end-of-sequence token. Kept as a tuple.
+
+    Numbers of NumPy are taken as well, and kept as those of Python.
     """
 
     max_new_tokens: int = 512
@@ -54,30 +62,45 @@ class GenerationConfig:
             object.__setattr__(self, "stop", tuple(self.stop))
         for name in ("max_new_tokens", "top_k", "seed"):
             value = getattr(self, name)
-            whole = isinstance(value, Integral) and not isinstance(value, bool)
-            require(whole or (name == "seed" and value is None), f"{name} {value!r} must be a whole number")
+            if name != "seed" or value is not None:
+                whole = isinstance(value, Integral) and not isinstance(value, bool)
+                require(whole, f"{name} {shorten(value)} must be a whole number")
+                object.__setattr__(self, name, int(value))
         for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
-            value = getattr(self, name)
-            require(
-                isinstance(value, int | float) and not isinstance(value, bool), f"{name} {value!r} must be a number"
-            )
-        require(self.max_new_tokens >= 1, f"max_new_tokens {self.max_new_tokens} must be at least 1")
+            object.__setattr__(self, name, _number(name, getattr(self, name)))
+        require(self.max_new_tokens >= 1, f"max_new_tokens {shorten(self.max_new_tokens)} must be at least 1")
         require(
             0 <= self.temperature < math.inf,
             f"temperature {self.temperature} must be 0 (most likely token) or a positive number",
         )
-        require(self.top_k >= 0, f"top_k {self.top_k} must be 0 (off) or a positive number")
+        require(self.top_k >= 0, f"top_k {shorten(self.top_k)} must be 0 (off) or a positive number")
         require(0 < self.top_p <= 1, f"top_p {self.top_p} must be above 0 and at most 1 (off)")
         require(0 <= self.min_p <= 1, f"min_p {self.min_p} must be between 0 (off) and 1")
         require(
             0.01 <= self.repetition_penalty <= 100,
             f"repetition_penalty {self.repetition_penalty} must be between 0.01 and 100; 1 is off",
         )
-        require(self.seed is None or self.seed >= 0, f"seed {self.seed} must be None or a number from 0 upwards")
+        require(
+            self.seed is None or self.seed >= 0, f"seed {shorten(self.seed)} must be None or a number from 0 upwards"
+        )
         require(
             isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop),
-            f"stop {self.stop!r} must be a non-empty string, or several, such as '###' or ['###', '</s>']",
+            f"stop {shorten(self.stop)} must be a non-empty string, or several, such as '###' or ['###', '</s>']",
         )
+        longest = max(map(len, self.stop), default=0)
+        require(
+            len(self.stop) <= STOPS and longest <= STOP_LENGTH,
+            f"stop has {len(self.stop)} strings, the longest of {longest} characters; give at most {STOPS} of "
+            f"{STOP_LENGTH} characters",
+        )
+
+
+def _number(name: str, value: object) -> float:
+    require(isinstance(value, Real) and not isinstance(value, bool), f"{name} {shorten(value)} must be a number")
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except OverflowError:
+        return math.inf
 
 
 # People call with the names of other libraries.

@@ -17,7 +17,7 @@ from owl2.export.checkpoint.hf_config import model_config
 from owl2.export.config import ExportConfig
 from owl2.export.pipeline import export_bundle
 from owl2.quant.models.mplug_owl2 import Owl2Model
-from owl2.runtime.__main__ import cli
+from owl2.runtime.cli.commands import cli
 from owl2.runtime.spec import MANIFEST, TOKENIZER_FILES
 from owl2.runtime.verification import OnBlock, hash_file
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -12,7 +11,8 @@ import click
 from owl2.export.config import ExportConfig, Layout
 from owl2.export.tensorrt.cli import Request, build, gpu_option, summary as engine_summary
 from owl2.quant.config import GROUP_SIZES, Method
-from owl2.runtime.cli.console import notice, reports_errors
+from owl2.runtime.cli.console import notice, reports_errors, say, say_json
+from owl2.runtime.cli.types import PATH, Location, integer
 from owl2.runtime.config import require
 from owl2.runtime.placement import EngineKind
 from owl2.runtime.spec import DialectName, FloatType, VisionType, WeightType
@@ -28,8 +28,8 @@ DEFAULTS = {
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.argument("checkpoint")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=Location(path_type=str))
+@click.argument("bundle", type=PATH)
 @click.option(
     "--weights",
     type=click.Choice(get_args(WeightType)),
@@ -58,13 +58,13 @@ DEFAULTS = {
 )
 @click.option(
     "--calibration",
-    type=click.Path(path_type=Path),
+    type=PATH,
     show_default="a small built-in set",
     help="A folder of images (each optionally with a .txt of the same name), or a JSONL file of conversations in "
     "the fine-tuning format of mPLUG-Owl2.",
 )
 @click.option(
-    "--samples", type=int, default=DEFAULTS["samples"], show_default=True, help="Calibration samples used, at most."
+    "--samples", type=integer, default=DEFAULTS["samples"], show_default=True, help="Calibration samples used, at most."
 )
 @click.option(
     "--layout",
@@ -165,14 +165,14 @@ def convert(
             request.target(config.dialect, config.weights)  # before anything long begins, too
         report = (export_gptq if config.layout == "gptq" else export_bundle)(config, reporter)
         if not as_json:
-            click.echo(summary(bundle, report))
+            say(summary(bundle, report))
         engines = None if request is None else _build_engines(bundle, request, reporter)
     if as_json:
         built = {} if engines is None else {"engines": engines.to_json()}
-        click.echo(json.dumps({"bundle": str(bundle), **report.to_json(), **built}, indent=2))
+        say_json({"bundle": str(bundle), **report.to_json(), **built})
         return
     if engines is not None:
-        click.echo(engine_summary(engines))
+        say(engine_summary(engines))
     for note in report.calibration.notes:
         notice(f"note: {note}")
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from owl2.runtime.errors import ConfigError, ExportError
+from owl2.runtime.foreign import shorten
 
 
 def check_device(name: str) -> torch.device:
@@ -16,7 +17,10 @@ def check_device(name: str) -> torch.device:
     Raises:
         ConfigError: the installed torch cannot compute there.
     """
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:  # of an index that is too large, or is not ASCII
+        raise ConfigError(f"device {shorten(name)}: torch has no such device; use cpu, cuda or cuda:N") from error
     if device.type == "cpu":
         return device
     build = f"torch {torch.__version__}"

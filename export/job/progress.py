@@ -18,7 +18,8 @@ from rich.progress import (
     TimeRemainingColumn as TimeLeftColumn,
 )
 
-from owl2.runtime.cli.console import notice
+from owl2.runtime.cli.console import notice, tell
+from owl2.runtime.foreign import harmless
 
 
 class Reporter(Protocol):
@@ -60,7 +61,7 @@ class Terminal:
 
     def __init__(self) -> None:
         self._bars = Progress(
-            TextColumn("{task.description:28}"),
+            TextColumn("{task.description:28}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -97,10 +98,10 @@ class Terminal:
         if self._bars.disable:
             notice(text)
         else:
-            self._bars.console.print(f"owl2-export: {text}", markup=False, highlight=False, soft_wrap=True)
+            self._bars.console.print(f"owl2-export: {harmless(text)}", markup=False, highlight=False, soft_wrap=True)
 
     def _finish(self) -> None:
         if self._stage is not None and self._bars.disable:
             name, began = self._stage
-            sys.stderr.write(f"{name}: {time.perf_counter() - began:.1f} s\n")
+            tell(f"{name}: {time.perf_counter() - began:.1f} s")
         self._stage = None

@@ -15,9 +15,10 @@ from typing import Any
 from owl2.export.job.progress import Reporter
 from owl2.export.tensorrt.profiles import Profile
 from owl2.runtime.backends.tensorrt.module import Messages, one_line
+from owl2.runtime.cli.signals import LAST_SIGNALS
 from owl2.runtime.errors import BackendUnavailableError, ExportError
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS = (signal.SIGINT, *LAST_SIGNALS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,10 @@ def build_engine(
 
 @contextlib.contextmanager
 def _held_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM, and let them act afterwards: an exception must not pass through TensorRT's frames."""
+    """Collect the signals that stop a command, and let them act afterwards.
+
+    An exception must not pass through TensorRT's frames.
+    """
     held: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield held  # signals go to the main thread

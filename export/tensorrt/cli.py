@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import TYPE_CHECKING, get_args
 
 import click
 
-from owl2.runtime.cli.console import duration, reports_errors, size
+from owl2.runtime.cli.console import duration, reports_errors, say, say_json, size
+from owl2.runtime.cli.types import PATH, integer
 from owl2.runtime.config import resolve_context
 from owl2.runtime.engine import PREFILL_BLOCK
 from owl2.runtime.fit.footprint import build_bytes
@@ -50,7 +50,7 @@ def _show_gpus(context: click.Context, _option: click.Parameter, value: str | No
     if value == "list":
         from owl2.export.tensorrt.target import gpu_table
 
-        click.echo(gpu_table())
+        say(gpu_table())
         context.exit()
     return value
 
@@ -66,7 +66,7 @@ gpu_option = click.option(
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=PATH)
 @click.option(
     "--kind",
     type=click.Choice(get_args(EngineKind)),
@@ -74,17 +74,17 @@ gpu_option = click.option(
     "GeForce and RTX cards, built on any machine. If not given, the first that the GPU can run.",
 )
 @gpu_option
-@click.option("--context", type=int, help="Positions of a conversation; the model's own if not given.")
+@click.option("--context", type=integer, help="Positions of a conversation; the model's own if not given.")
 @click.option(
     "--prefill",
-    type=int,
+    type=integer,
     show_default=f"{PREFILL_BLOCK}, or the context",
     help="New positions of one step; longer prompts take several.",
 )
-@click.option("--images", type=int, default=1, show_default=True, help="Images that the engine encodes at a time.")
+@click.option("--images", type=integer, default=1, show_default=True, help="Images that the engine encodes at a time.")
 @click.option(
     "--workspace",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, 1 << 24),
     metavar="MIB",
     help="Limit of TensorRT's scratch memory on the GPU; no limit if not given.",
 )
@@ -121,7 +121,10 @@ def engine(
         reporter: Reporter = Notes() if as_json else stack.enter_context(Terminal())
         request = Request(kind, gpu, context, prefill, images, workspace)
         report = build(Bundle.open(bundle), request, reporter)
-    click.echo(json.dumps(report.to_json(), indent=2) if as_json else summary(report))
+    if as_json:
+        say_json(report.to_json())
+    else:
+        say(summary(report))
 
 
 def build(bundle: Bundle, request: Request, reporter: Reporter) -> EngineReport:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 import click
 
-from owl2.runtime.cli.console import describe, duration, notice_context, reports_errors, write
+from owl2.runtime.cli.console import describe, duration, notice_context, reports_errors, say_json, tell, write
+from owl2.runtime.cli.input import read_text
 from owl2.runtime.cli.options import Options, bundle_argument, model_options
+from owl2.runtime.cli.types import PATH
 from owl2.runtime.preprocess import load_image
 
 
 @click.command()
 @bundle_argument
 @click.argument("question")
-@click.option("--image", "images", type=click.Path(path_type=Path), multiple=True, help="An image; repeatable.")
+@click.option("--image", "images", type=PATH, multiple=True, help="An image; repeatable.")
 @click.option("--json", "as_json", is_flag=True, help="Write text, token counts and timings as JSON.")
 @reports_errors
 @model_options
@@ -36,7 +36,7 @@ def ask(options: Options, bundle: Path, question: str, images: tuple[Path, ...],
       owl2 ask bundle/ "What is it?" --image cat.jpg --device cuda
       owl2 ask bundle/ - --image page.png --json < question.txt
     """
-    text = sys.stdin.read().strip() if question == "-" else question
+    text = read_text().strip() if question == "-" else question
     opened = [load_image(path) for path in images]  # before the model, which may take long to load
     began = time.perf_counter()
     with options.load(bundle) as owl:
@@ -46,10 +46,10 @@ def ask(options: Options, bundle: Path, question: str, images: tuple[Path, ...],
             answer = stream.read()
             record = {"text": answer.text, "finish_reason": answer.finish_reason, **asdict(answer.stats)}
             record |= {"tokens_per_second": answer.stats.tokens_per_second, "load_seconds": load_seconds}
-            click.echo(json.dumps(record, indent=2))
+            say_json(record)
         else:
             write(stream)
             answer = stream.answer
         notice_context(answer, owl.context)
     if options.stats:
-        click.echo(f"loaded in {duration(load_seconds)}\n{describe(answer)}", err=True)
+        tell(f"loaded in {duration(load_seconds)}\n{describe(answer)}")

@@ -13,8 +13,19 @@ import click
 from PIL import Image
 
 from owl2.runtime.chat import Chat
-from owl2.runtime.cli.console import describe, notice, notice_context, notice_interrupt, report, reports_errors, write
+from owl2.runtime.cli.console import (
+    describe,
+    notice,
+    notice_context,
+    notice_interrupt,
+    report,
+    reports_errors,
+    tell,
+    write,
+)
+from owl2.runtime.cli.input import read_lines
 from owl2.runtime.cli.options import Options, bundle_argument, model_options
+from owl2.runtime.cli.signals import Stopped
 from owl2.runtime.cli.table import table
 from owl2.runtime.errors import ContextOverflowError, ImageError, Owl2Error
 from owl2.runtime.generate import Answer
@@ -80,33 +91,42 @@ def chat(options: Options, bundle: Path) -> None:
                 with contextlib.suppress(ImportError):  # not on Windows
                     import readline  # noqa: F401 - input() uses it from now on
             notice(f"version {__version__}; /help lists the commands, Ctrl-C stops an answer, {LEAVING}")
-        while not state.done:
-            try:
-                line = _read_line(interactive)
-                if line is None:
-                    break
-                _obey(state, line)
-            except KeyboardInterrupt:
-                if not interactive:
-                    raise
-                click.echo(err=True)
-                notice(LEAVING)
-    if state.failed and not interactive:
+            _converse(state)
+            return
+        for line in read_lines():
+            _obey(state, line.strip())
+            if state.done:
+                break
+    if state.failed:
         sys.exit(1)
 
 
-def _read_line(interactive: bool) -> str | None:
-    """The next line without surrounding space; None at the end of input."""
-    prompt = "> " if interactive else ""
-    if interactive and not sys.stdout.isatty():
+def _converse(state: ChatState) -> None:
+    """Read from a terminal, where Ctrl-C does not end the program."""
+    while not state.done:
+        try:
+            line = _read_line()
+            if line is None:
+                break
+            _obey(state, line)
+        except Stopped:
+            raise
+        except KeyboardInterrupt:
+            tell("")
+            notice(LEAVING)
+
+
+def _read_line() -> str | None:
+    """The next line of a terminal without surrounding space; None at the end of input."""
+    prompt = "> "
+    if not sys.stdout.isatty():
         # input() would write it to stdout, between the answers.
-        click.echo(prompt, nl=False, err=True)
+        tell(prompt, end="")
         prompt = ""
     try:
         return input(prompt).strip()
     except EOFError:
-        if interactive:
-            click.echo(err=True)
+        tell("")
         return None
 
 
@@ -128,7 +148,7 @@ def _obey(state: ChatState, line: str) -> None:
             case "/stats":
                 _stats(state)
             case "/help":
-                click.echo(table(COMMANDS), err=True)
+                tell(table(COMMANDS))
             case "/quit":
                 state.done = True
             case _ if line.startswith("/"):
@@ -137,7 +157,7 @@ def _obey(state: ChatState, line: str) -> None:
                 _ask(state, line)
     except Owl2Error as error:
         state.failed = True
-        report(error)
+        report(error, debug=click.get_current_context().params["debug"])
         if isinstance(error, ContextOverflowError):
             notice("/reset begins a new conversation, /undo takes the last question back")
 
@@ -147,6 +167,8 @@ def _ask(state: ChatState, question: str) -> None:
     try:
         stream = state.chat.stream(question, state.images, preprocess=options.preprocess, config=options.generation)
         write(stream)
+    except Stopped:
+        raise
     except KeyboardInterrupt:
         if stream is None or not stream.finished:
             attached = f"; {_attached(state)}" if state.images else ""
@@ -162,7 +184,7 @@ def _keep(state: ChatState, answer: Answer) -> None:
     state.answer = answer
     notice_context(answer, state.owl.context)
     if state.options.stats:
-        click.echo(describe(answer), err=True)
+        tell(describe(answer))
 
 
 def _image(state: ChatState, argument: str) -> None:
@@ -193,7 +215,7 @@ def _stats(state: ChatState) -> None:
         return
     stats = state.answer.stats
     used = stats.prompt_tokens + stats.generated_tokens - 1  # the last token was never fed back
-    click.echo(f"{describe(state.answer)}\ncontext: {used} of {state.owl.context} positions", err=True)
+    tell(f"{describe(state.answer)}\ncontext: {used} of {state.owl.context} positions")
 
 
 def _attached(state: ChatState) -> str:

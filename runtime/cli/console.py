@@ -1,55 +1,126 @@
-"""Output of the commands: answers on stdout, everything else as lines on stderr."""
+"""Output of the commands: answers and results on stdout, everything else as lines on stderr.
+
+All of it passes through :func:`say` or :func:`tell`, so that no foreign text (a file's name, a value of a manifest, an
+answer) moves the cursor, changes colours or forges a line on somebody's terminal. On a pipe, stdout stays exact.
+"""
 
 from __future__ import annotations
 
 import functools
+import io
+import json
+import re
 import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any, TextIO
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
+from owl2.runtime.cli.signals import stop_code
 from owl2.runtime.errors import Owl2Error, Owl2Warning
-from owl2.runtime.generate import Answer
-from owl2.runtime.stream import AnswerStream
-from owl2.runtime.verification import LoadProgress, OnProgress
+from owl2.runtime.foreign import cut, harmless, reason
 
-STOPPED = 130
-"""Exit code of a program ended by Ctrl-C: 128 + SIGINT."""
+if TYPE_CHECKING:
+    from owl2.runtime.generate import Answer
+    from owl2.runtime.stream import AnswerStream
+    from owl2.runtime.verification import LoadProgress, OnProgress
+
+FAILED = 1
+INTERNAL_ERROR = 70
+"""Exit code after a fault of this program itself: EX_SOFTWARE of sysexits.h."""
 PROGRESS_DELAY = 0.5
 """Seconds of hashing before its progress is shown."""
+MESSAGE = 4000
+"""Longest message, in characters: room for every message of this project, not for what others may put into one."""
 
-# An answer is a model's text: on a terminal it must not move the cursor or change colours.
-UNSHOWN = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+def say(text: str, end: str = "\n") -> None:
+    """Write to stdout: a result, or a piece of an answer.
+
+    Raises:
+        OSError: naming stdout.
+    """
+    try:
+        sys.stdout.write((harmless_lines(text) if sys.stdout.isatty() else text) + end)
+        sys.stdout.flush()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "stdout") from error
 
 
-def notice(text: str) -> None:
-    """Write a message to stderr, after the name of the program."""
+def say_json(record: Mapping[str, Any] | list[Any]) -> None:
+    """Write a result as JSON that every parser reads: in ASCII, without lone surrogates."""
+    text = json.dumps(record, indent=2, ensure_ascii=False)
+    # A file name that is no valid Unicode has lone surrogates in Python.
+    whole = re.sub("[\ud800-\udfff]", "\ufffd", text)
+    say(re.sub(r"[^\n -~]", lambda found: json.dumps(found[0])[1:-1], whole))
+
+
+def tell(text: str, end: str = "\n") -> None:
+    """Write to stderr; where that fails, nobody can be told."""
+    with suppress(OSError):
+        sys.stderr.write(harmless_lines(text) + end)
+        sys.stderr.flush()
+
+
+def harmless_lines(text: str) -> str:
+    """``text`` with control characters as escapes, but for tabs and the ends of lines."""
+    return re.sub(r"[^\n\t]+", lambda found: harmless(found[0]), text)
+
+
+def notice(text: str, name: str = "") -> None:
+    """Write a message to stderr, after the name of the program.
+
+    Lines of a list begin with two spaces; any other end of a line comes from a foreign text.
+    """
     context = click.get_current_context(silent=True)
-    name = context.find_root().info_name if context is not None else None
-    click.echo(f"{name or 'owl2'}: {text}", err=True)
+    program = name or (context and context.find_root().info_name) or "owl2"
+    lines = re.sub(r"\n(?!  )", r"\\n", text)
+    if len(lines) > MESSAGE:  # what to do is said at the end
+        lines = f"{lines[: MESSAGE // 2]} … {lines[-MESSAGE // 2 :]}"
+    tell(f"{program}: {lines}")
 
 
 def notice_interrupt(text: str) -> None:
     if sys.stderr.isatty():
-        click.echo("\r", err=True, nl=False)  # over the ^C that the terminal has just shown
+        with suppress(OSError):
+            sys.stderr.write("\r")  # over the ^C that the terminal has just shown
     notice(text)
 
 
-def report(error: Owl2Error) -> None:
-    """Write an error as one line, or with its traceback if the command was given ``--debug``."""
-    if click.get_current_context().params["debug"]:
-        traceback.print_exception(error)
+def report(error: Exception, *, debug: bool, name: str = "") -> int:
+    """Tell an error as one line, or as a traceback with ``debug``; returns the exit code."""
+    match error:
+        case Owl2Error():
+            text, code = str(error), FAILED
+        case OSError():  # the system's refusal: of a full disk, of a file that may not be read
+            file = "" if error.filename is None else f"cannot use {cut(harmless(str(error.filename)))}: "
+            text, code = file + reason(error), FAILED
+        case MemoryError():
+            text, code = "there is not enough memory", FAILED
+        case _:
+            what = f"{type(error).__name__}: {reason(error)}"
+            text, code = f"internal error: {what}; run again with --debug, and report what it shows", INTERNAL_ERROR
+    if debug:
+        tell("".join(traceback.format_exception(error)), end="")
     else:
-        notice(f"error: {error}")
+        notice(text if code == INTERNAL_ERROR else f"error: {text}", name)
+    return code
+
+
+def report_usage(error: click.ClickException) -> None:
+    """Tell how a command is used."""
+    error.message = cut(harmless(error.message), MESSAGE)  # it repeats what was given
+    shown = io.StringIO()
+    error.show(shown)
+    tell(shown.getvalue(), end="")
 
 
 def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Add ``--debug`` to a command; end it with one line and an exit code on an error or Ctrl-C."""
+    """Add ``--debug`` to a command; end it with one line and an exit code on an error or a signal."""
 
     @click.option("--debug", is_flag=True, help="Show tracebacks instead of one line per error.")
     @functools.wraps(command)
@@ -57,12 +128,14 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
         try:
             with _notices_of_warnings():
                 command(**given)
-        except Owl2Error as error:
-            report(error)
-            sys.exit(1)
         except KeyboardInterrupt:
             notice_interrupt("stopped")
-            sys.exit(STOPPED)
+            sys.exit(stop_code())
+        # The group of commands and the process deal with these.
+        except (click.ClickException, click.exceptions.Exit, click.Abort, ModuleNotFoundError, BrokenPipeError):
+            raise
+        except Exception as error:
+            sys.exit(report(error, debug=debug))
 
     return reporting
 
@@ -70,7 +143,6 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
 @contextmanager
 def _notices_of_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
-        others = warnings.showwarning
 
         def show(
             message: Warning | str,
@@ -83,7 +155,7 @@ def _notices_of_warnings() -> Iterator[None]:
             if issubclass(category, Owl2Warning):
                 notice(f"warning: {message}")
             else:
-                others(message, category, filename, lineno, file, line)
+                tell(warnings.formatwarning(message, category, filename, lineno, line), end="")
 
         warnings.showwarning = show
         warnings.simplefilter("always", Owl2Warning)
@@ -121,18 +193,11 @@ def write(stream: AnswerStream) -> None:
     written = False
     try:
         for chunk in stream:
-            sys.stdout.write(shown(chunk.text))
-            sys.stdout.flush()
+            say(chunk.text, end="")
             written = written or bool(chunk.text)
     finally:
         if written or stream.finished:
-            sys.stdout.write("\n")
-            sys.stdout.flush()
-
-
-def shown(text: str) -> str:
-    """``text`` for stdout: without control characters if that is a terminal."""
-    return text.translate(UNSHOWN) if sys.stdout.isatty() else text
+            say("")
 
 
 def notice_context(answer: Answer, context: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,7 +11,7 @@ from typing import Any
 import click
 
 from owl2.runtime.bundle import read_manifest
-from owl2.runtime.cli.console import STOPPED, duration, load_progress, notice_interrupt, reports_errors
+from owl2.runtime.cli.console import duration, load_progress, notice_interrupt, reports_errors, say, say_json
 from owl2.runtime.cli.options import (
     bundle_argument,
     context_option,
@@ -22,7 +21,9 @@ from owl2.runtime.cli.options import (
     preprocess_option,
     threads_option,
 )
+from owl2.runtime.cli.signals import stop_code
 from owl2.runtime.cli.table import section, table
+from owl2.runtime.cli.types import PATH, integer
 from owl2.runtime.config import require
 from owl2.runtime.evaluation.divergence import IMAGE, TEXT
 from owl2.runtime.evaluation.evaluate import (
@@ -63,14 +64,16 @@ SHARES = ("vqa_accuracy", "exact_match_normalised", "exact_match", "accuracy", "
 
 @click.command("eval")
 @bundle_argument
-@click.option("--data", type=click.Path(path_type=Path), required=True, help="JSON lines; see above.")
+@click.option("--data", type=PATH, required=True, help="JSON lines; see above.")
 @click.option(
     "--against",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="A checkpoint (needs the export extra) or another bundle to compare with.",
 )
-@click.option("--limit", type=int, help="Measure at most this many items, spread evenly over the file.")
-@click.option("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, show_default=True, help="Most tokens of an answer.")
+@click.option("--limit", type=integer, help="Measure at most this many items, spread evenly over the file.")
+@click.option(
+    "--max-new-tokens", type=integer, default=MAX_NEW_TOKENS, show_default=True, help="Most tokens of an answer."
+)
 @click.option("--json", "as_json", is_flag=True, help="Write everything as JSON.")
 @click.option("--items", "with_items", is_flag=True, help="With --json: the outputs of every item, too.")
 @preprocess_option
@@ -150,12 +153,12 @@ def eval_command(  # noqa: PLR0913 - one parameter per option
             "max_new_tokens": max_new_tokens,
             "device": device,
         }
-        click.echo(json.dumps(settings | evaluation.to_json(items=with_items), indent=2))
+        say_json(settings | evaluation.to_json(items=with_items))
     elif evaluation.results:
-        click.echo(_table(evaluation, against))
+        say(_table(evaluation, against))
     if not evaluation.complete:
         notice_interrupt(f"stopped after {len(evaluation.results)} of {evaluation.total} items")
-        sys.exit(STOPPED)
+        sys.exit(stop_code())
 
 
 @contextmanager

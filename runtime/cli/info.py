@@ -14,10 +14,11 @@ from owl2.runtime import spec
 from owl2.runtime.backends.ort.installation import check_onnxruntime, is_older, onnxruntime_version
 from owl2.runtime.backends.tensorrt.records import EngineRecord, check_all
 from owl2.runtime.bundle import Manifest, check_files, read_manifest
-from owl2.runtime.cli.console import load_progress, notice, reports_errors, size
+from owl2.runtime.cli.console import load_progress, notice, reports_errors, say, say_json, size
 from owl2.runtime.cli.options import bundle_argument, verify_option
 from owl2.runtime.cli.table import section, table
 from owl2.runtime.errors import BackendUnavailableError
+from owl2.runtime.foreign import harmless
 
 Row = tuple[str, str]
 
@@ -61,11 +62,11 @@ def info(bundle: Path, verify: bool, as_json: bool) -> None:
     found = _inspect(bundle, verify)
     count = "1 problem" if len(found.problems) == 1 else f"{len(found.problems)} problems"
     if as_json:
-        click.echo(json.dumps(_record(found), indent=2))
+        say_json(_record(found))
     else:
         verified = f"all {len(found.manifest.files)} files verified"
-        verdict = section(f"{count}:", "\n".join(found.problems)) if found.problems else verified
-        click.echo("\n\n".join([*_sections(bundle, found), verdict]))
+        verdict = section(f"{count}:", "\n".join(map(harmless, found.problems))) if found.problems else verified
+        say("\n\n".join([*_sections(bundle, found), verdict]))
     if found.problems:
         notice(f"error: {bundle}: {count} found")
         sys.exit(1)

@@ -11,6 +11,7 @@ from typing import Any, get_args
 import click
 
 from owl2.runtime.cli.console import load_progress
+from owl2.runtime.cli.types import PATH, integer
 from owl2.runtime.errors import ConfigError
 from owl2.runtime.owl import Owl2
 from owl2.runtime.placement import CPU, KINDS, Placement
@@ -19,8 +20,9 @@ from owl2.runtime.sampling import GenerationConfig
 from owl2.runtime.spec import KvType
 
 DEFAULTS = GenerationConfig()
+Command = Callable[..., None]
 
-bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
+bundle_argument = click.argument("bundle", type=PATH)
 preprocess_option = click.option(
     "--preprocess",
     type=click.Choice(tuple(MODES)),
@@ -28,10 +30,10 @@ preprocess_option = click.option(
     help="How images are made square.",
 )
 threads_option = click.option(
-    "--threads", type=int, show_default="chosen by ONNX Runtime", help="Threads of one operator on the CPU."
+    "--threads", type=integer, show_default="chosen by ONNX Runtime", help="Threads of one operator on the CPU."
 )
 context_option = click.option(
-    "--context", type=int, show_default="the model's own limit", help="Positions that a conversation may take."
+    "--context", type=integer, show_default="the model's own limit", help="Positions that a conversation may take."
 )
 
 
@@ -98,7 +100,7 @@ class Options:
             )
 
 
-def model_options(command: Callable[..., None]) -> Callable[..., None]:
+def model_options(command: Command) -> Command:
     """Add the shared options to a command, which gets them as one ``options`` argument.
 
     An option out of its range raises ConfigError in the call, before anything is loaded.
@@ -115,7 +117,7 @@ def model_options(command: Callable[..., None]) -> Callable[..., None]:
     return gathered
 
 
-def _generation(name: str, value_type: type, text: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def _generation(name: str, value_type: Callable[[str], object], text: str) -> Callable[[Command], Command]:
     default = getattr(DEFAULTS, name)
     flag = f"--{name.replace('_', '-')}"
     return click.option(flag, type=value_type, default=default, show_default=default is not None, help=text)
@@ -123,13 +125,13 @@ def _generation(name: str, value_type: type, text: str) -> Callable[[Callable[..
 
 _OPTIONS = (
     preprocess_option,
-    _generation("max_new_tokens", int, "Tokens of an answer, at most."),
+    _generation("max_new_tokens", integer, "Tokens of an answer, at most."),
     _generation("temperature", float, "0 takes the likeliest token; larger values vary more."),
-    _generation("top_k", int, "Sample from this many candidates; 0 for all."),
+    _generation("top_k", integer, "Sample from this many candidates; 0 for all."),
     _generation("top_p", float, "Sample from the likeliest candidates that add up to this probability; 1 for all."),
     _generation("min_p", float, "Smallest probability of a candidate, relative to the likeliest; 0 for all."),
     _generation("repetition_penalty", float, "Above 1 discourages repetition; 1 is off."),
-    _generation("seed", int, "Make sampling reproducible."),
+    _generation("seed", integer, "Make sampling reproducible."),
     click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; repeatable."),
     threads_option,
     context_option,

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import get_args
 
 import click
 
-from owl2.runtime.cli.console import notice, reports_errors, size
+from owl2.runtime.cli.console import notice, reports_errors, say, say_json, size
 from owl2.runtime.cli.table import section, table
+from owl2.runtime.cli.types import PATH, integer
 from owl2.runtime.fit.machine import gpus, this_cpu
 from owl2.runtime.fit.plan import THIS, Plan, plan
 from owl2.runtime.fit.products import GIB, PRODUCTS
@@ -18,21 +18,21 @@ from owl2.runtime.spec import KvType
 
 
 @click.command("plan")
-@click.argument("bundle", type=click.Path(path_type=Path), required=False)
+@click.argument("bundle", type=PATH, required=False)
 @click.option(
     "--device",
     default=THIS,
     show_default=True,
     help="A product of --list, or gpu or cpu of this machine; this: its GPU, or its CPU without one.",
 )
-@click.option("--context", type=int, show_default="the model's own limit", help="Positions of a conversation.")
+@click.option("--context", type=integer, show_default="the model's own limit", help="Positions of a conversation.")
 @click.option(
     "--kv-cache",
     type=click.Choice(get_args(KvType)),
     show_default="that of the bundle's activations",
     help="Type of keys and values.",
 )
-@click.option("--images", type=int, default=1, show_default=True, help="Images in the conversation.")
+@click.option("--images", type=integer, default=1, show_default=True, help="Images in the conversation.")
 @click.option("--json", "as_json", is_flag=True, help="Write everything as JSON.")
 @click.option("--list", "list_devices", is_flag=True, help="List the known products and the devices of this machine.")
 @reports_errors
@@ -64,31 +64,35 @@ def plan_command(
       owl2 plan --list
     """
     if list_devices:
-        click.echo(_devices(as_json))
+        _list(as_json)
         return
     if bundle is None:
         raise click.UsageError("give a bundle to plan for, or --list to see the devices")
     found = plan(bundle, device=device, context=context, kv_cache=kv_cache, images=images)
     for note in found.notes:
         notice(note)
-    click.echo(json.dumps(found.to_json(), indent=2) if as_json else _table(found))
+    if as_json:
+        say_json(found.to_json())
+    else:
+        say(_table(found))
     if not found.fits:
         notice(f"error: {bundle} on {found.budget.device.product}: {found.verdict}")
         sys.exit(1)
 
 
-def _devices(as_json: bool) -> str:
+def _list(as_json: bool) -> None:
     here = [budget.device for budget in (*gpus(), this_cpu()) if budget is not None]
     devices = [*((device, True) for device in here), *((device, False) for device in PRODUCTS.values())]
     if as_json:
-        return json.dumps([device.to_json() | {"here": is_here} for device, is_here in devices], indent=2)
+        say_json([device.to_json() | {"here": is_here} for device, is_here in devices])
+        return
     rows = [("name", "product", "SM", "memory", "bandwidth", "engines")]
     for device, is_here in devices:
         name = f"{device.name} (here)" if is_here else device.name
         memory = f"{device.memory / GIB:.0f} GiB{' shared' if device.shared else ''}"
         bandwidth = "" if device.bandwidth is None else f"{device.bandwidth / 1e9:.0f} GB/s"
         rows.append((name, device.product, str(device.compute or ""), memory, bandwidth, ", ".join(device.engines)))
-    return table(rows)
+    say(table(rows))
 
 
 def _table(plan: Plan) -> str:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
+from owl2.runtime.foreign import harmless
+
 
 def table(rows: Sequence[Sequence[str]], align: str = "") -> str:
     """Rows of the same length as columns, two spaces apart; ``align`` has ``<`` or ``>`` for the first columns."""
+    rows = [[harmless(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     sides = align.ljust(len(widths), "<")
     lines = ("  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths)) for row in rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from dataclasses import asdict
@@ -10,10 +9,11 @@ from pathlib import Path
 
 import click
 
-from owl2.runtime.cli.console import duration, load_progress, reports_errors
+from owl2.runtime.cli.console import duration, load_progress, reports_errors, say, say_json
 from owl2.runtime.cli.options import bundle_argument, device_option, memory_option, threads_option
 from owl2.runtime.cli.table import table
 from owl2.runtime.evaluation.verify import Verdict, verify
+from owl2.runtime.foreign import harmless
 
 
 @click.command("verify")
@@ -46,22 +46,22 @@ def verify_command(bundle: Path, device: str, threads: int | None, check_memory:
             for replay in verdict.replays
         ]
         record = {"passed": verdict.passed, "problems": verdict.problems, "goldens": goldens, **times}
-        click.echo(json.dumps(record, indent=2))
+        say_json(record)
     else:
-        click.echo(_table(bundle, verdict))
+        say(_table(bundle, verdict))
     sys.exit(0 if verdict.passed else 1)
 
 
 def _table(folder: Path, verdict: Verdict) -> str:
     if verdict.problems:
-        lines = [f"  {problem}" for problem in verdict.problems]
+        lines = [f"  {harmless(problem)}" for problem in verdict.problems]
         return "\n".join([f"{folder}: files differ from the export; nothing was replayed", *lines, "FAIL"])
     rows = [("golden", "KL (nats)", "limit", "exporter", "same best token", "")]
     for replay in verdict.replays:
         figures = f"{replay.kl:.2e}", f"{replay.limit:.1e}", f"{replay.exported_kl:.1e}", f"{replay.top1_agreement:.1%}"
         shown = ("", "", "", "") if replay.problem else figures
         rows.append((replay.name, *shown, "pass" if replay.passed else "FAIL"))
-    problems = [f"{replay.name}: {replay.problem}" for replay in verdict.replays if replay.problem]
+    problems = [harmless(f"{replay.name}: {replay.problem}") for replay in verdict.replays if replay.problem]
     times = f"loaded in {duration(verdict.load_seconds)}, replayed in {duration(verdict.replay_seconds)}"
     result = "pass" if verdict.passed else "FAIL"
     return "\n".join([table(rows, "<>>>>"), *problems, "", f"all files verified; {times}", result])

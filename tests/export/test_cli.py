@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from folders import names
 
 import owl2.export
-from owl2.export.__main__ import cli
+from owl2.export.cli.commands import cli
 from owl2.export.config import ExportConfig
 from owl2.export.pipeline import export_bundle
 

@@ -13,8 +13,8 @@ from conftest import MakeCheckpoint
 from gptq_files import bundle_weight, tensors_of
 from safetensors.torch import load_file, save_file
 
-from owl2.export.__main__ import cli
 from owl2.export.checkpoint.checkpoint import Checkpoint
+from owl2.export.cli.commands import cli
 from owl2.export.config import ExportConfig
 from owl2.export.gptq_checkpoint import GptqWriter, export_gptq
 from owl2.export.pipeline import export_bundle

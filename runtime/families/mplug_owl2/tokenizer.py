@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,11 @@ from sentencepiece import SentencePieceProcessor
 
 from owl2.runtime.config import IMAGE_TOKEN, IMAGE_TOKEN_ID
 from owl2.runtime.errors import BundleCorruptError, BundleError, PromptError
+from owl2.runtime.foreign import read_bytes, read_json, reading, shorten
 
 SPACE = "▁"
+MODEL_BYTES = 64 << 20
+"""Largest tokenizer.model that is read; that of LLaMA 2 has 500 kB."""
 
 # The strings LlamaTokenizer uses where the files name none.
 DEFAULT_SPECIALS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -67,7 +70,7 @@ class Tokenizer:
             given = special_map.get(key) or config.get(key)
             if given not in (None, expected):
                 raise BundleError(
-                    f"{folder}: the tokenizer's {key} is {given!r}, only {expected!r} is supported; "
+                    f"{folder}: the tokenizer's {key} is {shorten(given)}, only {expected!r} is supported; "
                     "use the tokenizer files of the original checkpoint"
                 )
         named = {role: name for role in SPECIAL_ROLES if (name := _named(role, config, special_map))}
@@ -77,15 +80,17 @@ class Tokenizer:
             token = model.piece_to_id(content)
             if model.id_to_piece(token) != content:
                 raise BundleError(
-                    f"{folder}: the special token {content!r} is not in tokenizer.model; "
+                    f"{folder}: the special token {shorten(content)} is not in tokenizer.model; "
                     "tokens added to its vocabulary are not supported"
                 )
             specials[content] = SpecialToken(token, left, right)
-        pieces: list[str] = model.id_to_piece(list(range(model.vocab_size())))
+        with _reading(folder / "tokenizer.model"):  # a piece may be no text, or one of a byte no number
+            pieces: list[str] = model.id_to_piece(list(range(model.vocab_size())))
+            surfaces = tuple(_surface(model, token, piece) for token, piece in enumerate(pieces))
         return cls(
             model=model,
             specials=specials,
-            surfaces=tuple(_surface(model, token, piece) for token, piece in enumerate(pieces)),
+            surfaces=surfaces,
             bos_id=specials[named["bos_token"][0]].id,
             eos_id=specials[named["eos_token"][0]].id,
             unk_id=specials[named["unk_token"][0]].id,
@@ -96,6 +101,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of ids."""
         return len(self.surfaces)
+
+    @property
+    def longest(self) -> int:
+        """Characters that one position stands for, at most, unless a special string swallows blanks."""
+        return max(len(text) for text in (*self.surfaces, *self.specials, IMAGE_TOKEN))
 
     @property
     def special_ids(self) -> frozenset[int]:
@@ -257,12 +267,10 @@ def _utf8_length(lead: int) -> int:
 
 def _load_model(path: Path) -> SentencePieceProcessor:
     probe = "  a \u00bd"
-    try:
-        model = SentencePieceProcessor(model_proto=path.read_bytes())
+    with _reading(path):
+        model = SentencePieceProcessor(model_proto=read_bytes(path, MODEL_BYTES))
         adds_space = model.encode("a", out_type=str)[0].startswith(SPACE)
         keeps_text = adds_space and model.decode(model.encode(probe)) == probe
-    except (OSError, RuntimeError) as error:
-        raise _unreadable(path, error) from error
     if not keeps_text:
         raise BundleError(
             f"{path} is not a LLaMA tokenizer: it must keep text as it is, with byte fallback; copy it from the "
@@ -272,18 +280,15 @@ def _load_model(path: Path) -> SentencePieceProcessor:
 
 
 def _load_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
+    with _reading(path):
+        data = read_json(path)
     if not isinstance(data, dict):
         raise BundleCorruptError(f"{path} must hold a JSON object, got {type(data).__name__}")
     return data
 
 
-def _unreadable(path: Path, error: Exception) -> BundleCorruptError:
-    reason = "it is missing" if isinstance(error, FileNotFoundError) else str(error)
-    return BundleCorruptError(f"cannot read {path}: {reason}; copy it from the original checkpoint")
+def _reading(path: Path) -> AbstractContextManager[None]:
+    return reading(path, BundleCorruptError, "copy it from the original checkpoint")
 
 
 def _named(role: str, config: dict[str, Any], special_map: dict[str, Any]) -> tuple[str, bool, bool] | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from owl2.export.__main__ import cli
+from owl2.export.cli.commands import cli
 from owl2.export.tensorrt.cli import engine as command
 from owl2.runtime.backends.tensorrt import records
 from owl2.runtime.bundle import Bundle

@@ -114,7 +114,7 @@ def test_reader_that_leaves_early(bundle_a1: Path) -> None:
         assert process.stderr is not None
         wait_for_output(process)
         process.stdout.close()
-        assert process.wait(60) == 1
+        assert process.wait(60) == 141
         assert process.stderr.read() == ""
 
 

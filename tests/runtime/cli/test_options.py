@@ -8,7 +8,7 @@ import pytest
 from conftest import RunCommand
 
 from owl2 import GenerationConfig, __version__
-from owl2.runtime.__main__ import cli
+from owl2.runtime.cli.commands import cli
 
 
 @pytest.mark.parametrize(
