@@ -64,8 +64,7 @@ class Loaded:
         """
         if not isinstance(text, str):
             raise PromptError(f"a prompt must be a text, got {type(text).__name__}")
-        least = len(text) // self.tokenizer.longest
-        if least > self.context:
+        if len(text) > self.context and (least := len(text) // self.tokenizer.longest) > self.context:
             raise ContextOverflowError(0, least, self.context, f"shorten the prompt, which has {len(text)} characters")
         return positions.encode_prompt(text, images, self.tokenizer, self.config.rows_per_image)
 

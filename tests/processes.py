@@ -84,7 +84,7 @@ def terminal(*args: object) -> Iterator[Terminal]:
         return shown
 
     def type_in(text: str) -> None:
-        os.write(ours, text.encode())
+        os.write(ours, os.fsencode(text))
 
     try:
         yield process, read_until, type_in

@@ -79,9 +79,12 @@ def notice(text: str, name: str = "") -> None:
     context = click.get_current_context(silent=True)
     program = name or (context and context.find_root().info_name) or "owl2"
     lines = re.sub(r"\n(?!  )", r"\\n", text)
-    if len(lines) > MESSAGE:  # what to do is said at the end
-        lines = f"{lines[: MESSAGE // 2]} … {lines[-MESSAGE // 2 :]}"
-    tell(f"{program}: {lines}")
+    tell(f"{program}: {_bounded(lines)}")
+
+
+def _bounded(text: str) -> str:
+    """A message without its middle if it is too long: what to do is said at its end."""
+    return text if len(text) <= MESSAGE else f"{text[: MESSAGE // 2]} … {text[-MESSAGE // 2 :]}"
 
 
 def notice_interrupt(text: str) -> None:
@@ -113,10 +116,9 @@ def report(error: Exception, *, debug: bool, name: str = "") -> int:
 
 def report_usage(error: click.ClickException) -> None:
     """Tell how a command is used."""
-    error.message = cut(harmless(error.message), MESSAGE)  # it repeats what was given
     shown = io.StringIO()
     error.show(shown)
-    tell(shown.getvalue(), end="")
+    tell(_bounded(shown.getvalue()), end="")
 
 
 def reports_errors(command: Callable[..., None]) -> Callable[..., None]:

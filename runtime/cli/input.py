@@ -36,5 +36,5 @@ def read_lines() -> Iterator[str]:
 
 def _bounded(content: bytes) -> bytes:
     if len(content) > TEXT_BYTES:
-        raise ForeignError(f"a text of more than {TEXT_BYTES >> 20} MiB")
+        raise ForeignError(f"it has more than {TEXT_BYTES >> 20} MiB")
     return content

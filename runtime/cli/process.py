@@ -37,6 +37,8 @@ def run(load: Callable[[], click.Command], name: str, arguments: Sequence[str] |
     except SystemExit as end:
         code = int(end.code or 0)
     except KeyboardInterrupt:
+        with suppress(OSError):
+            sys.stderr.write(f"{name}: stopped\n")
         code = stop_code()
     end_at_once()
     sys.exit(_close_streams(code))
@@ -54,8 +56,8 @@ def _carry_out(load: Callable[[], click.Command], name: str, arguments: list[str
             command.invoke(context)
     except click.exceptions.Exit as end:
         code = end.exit_code
-    except click.Abort:
-        code = stop_code()
+    except click.Abort as error:
+        raise KeyboardInterrupt from error
     except click.ClickException as error:
         report_usage(error)
         code = error.exit_code
@@ -92,7 +94,7 @@ def _close_streams(code: int) -> int:
         try:
             stream.flush()
         except OSError:
-            code = code or 1
+            code = code or int(stream is sys.stdout)
             # Python would try it once more, and complain.
             with suppress(OSError), Path(os.devnull).open("wb") as nowhere:
                 os.dup2(nowhere.fileno(), stream.fileno())

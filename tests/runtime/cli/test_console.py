@@ -1,6 +1,7 @@
 """Errors as one line, figures for people, and progress on a terminal."""
 
 import io
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ import pytest
 from conftest import RunCommand, flip_byte
 
 from owl2.runtime.cli import console
-from owl2.runtime.cli.console import duration, harmless_lines, load_progress, size
+from owl2.runtime.cli.console import duration, harmless_lines, load_progress, notice, say, say_json, size
 from owl2.runtime.verification import LoadProgress
 
 
@@ -54,6 +55,46 @@ class TestErrors:
         assert result.exit_code == 1
         assert result.stderr.startswith("Traceback (most recent call last)")
         assert "ImageError: cannot read missing.png" in result.stderr
+
+
+class TestForeignText:
+    """Names and values that somebody else wrote do nothing to a terminal, and forge no line."""
+
+    HOSTILE = "no\x1b[31m\x07\u202e\nowl2: error: all is lost"
+    SHOWN = r"no\x1b[31m\x07\u202e\nowl2: error: all is lost"
+
+    def test_in_an_error(self, run: RunCommand) -> None:
+        told = run("info", self.HOSTILE)
+        assert told.stderr == f"owl2: error: {self.SHOWN} does not exist; give a folder written by owl2-export\n"
+
+    def test_in_a_traceback(self, run: RunCommand) -> None:
+        assert "\x1b" not in run("info", self.HOSTILE, "--debug").stderr
+
+    def test_lists_keep_their_lines(self, capsys: pytest.CaptureFixture[str]) -> None:
+        notice("two problems:\n  one\n  two\nthree")
+        assert capsys.readouterr().err == "owl2: two problems:\n  one\n  two\\nthree\n"
+
+    def test_a_message_ends_with_what_to_do(self, run: RunCommand) -> None:
+        told = run("ask", "bundle", "q", "--image", "x" * 200, "--stop", "y" * 100000)
+        assert told.stderr.endswith("characters\n")
+        notice_length = len(run("chat", "bundle", "--device", "x" * 100000).stderr)
+        assert notice_length < 1000
+
+    def test_in_json(self, capsys: pytest.CaptureFixture[str]) -> None:
+        record = {"name": "\udcff\x1b\x7f\N{OWL}é", "list": [1, None, "\\udcff"]}
+        say_json(record)
+        written = capsys.readouterr().out
+        assert written.isascii()
+        assert written.isprintable() or set(written) - {"\n"} <= set(map(chr, range(32, 127)))
+        assert json.loads(written) == record | {"name": "\ufffd\x1b\x7f\N{OWL}é"}
+
+    def test_on_stdout(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        say("a\x1b[2J\r")
+        assert capsys.readouterr().out == "a\x1b[2J\r\n"
+        screen = Screen()
+        monkeypatch.setattr(sys, "stdout", screen)
+        say("a\x1b[2J\r")
+        assert screen.getvalue() == "a\\x1b[2J\\r\n"
 
 
 class Screen(io.StringIO):

@@ -19,12 +19,22 @@ from owl2.runtime.cli.commands import cli
         ("ask", "bundle", "q", "--preprocess", "stretch"),
         ("ask", "bundle", "q", "--top-k", "few"),
         ("answer", "bundle"),
+        ("ask", "bundle", "q", "--seed", "1" * 400),
+        ("ask", "bundle", "q", "--seed", "9" * 5000),
+        ("ask", "bundle", "q", "--top-k", "1_000"),
+        ("ask", "bundle", "q", "--threads", "\u0663"),
+        ("plan", "bundle", "--images", "-" + "1" * 400),
+        ("ask", "", "q"),
+        ("info", "x" * 5000),
+        ("ask", "bundle", "q", "--image", ""),
+        ("eval", "bundle", "--data", ""),
     ],
 )
 def test_wrong_usage(run: RunCommand, args: Sequence[str]) -> None:
     result = run(*args)
     assert result.exit_code == 2
     assert "Usage: owl2" in result.stderr
+    assert len(result.stderr) < 1000
 
 
 @pytest.mark.parametrize("command", [(), *((name,) for name in cli.commands)])
