@@ -7,7 +7,6 @@ file raises reaches a user as a traceback, and no message repeats at full length
 from __future__ import annotations
 
 import codecs
-import errno
 import json
 import os
 import re
@@ -43,6 +42,7 @@ _UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\
 
 REASONS: dict[type[Exception], str] = {
     FileNotFoundError: "it is missing",
+    IsADirectoryError: "it is a folder",
     RecursionError: "it is nested too deeply",
     MemoryError: "it does not fit the memory",
 }
@@ -77,7 +77,7 @@ def reason(problem: Exception) -> str:
     match problem:
         case ForeignError():
             return str(problem)
-        case FileNotFoundError() | RecursionError() | MemoryError():
+        case FileNotFoundError() | IsADirectoryError() | RecursionError() | MemoryError():
             return next(text for kind, text in REASONS.items() if isinstance(problem, kind))
         case OSError() if problem.strerror:
             return problem.strerror
@@ -94,11 +94,8 @@ def read_bytes(path: Path, limit: int) -> bytes:
         ForeignError: it is no regular file, or has more than ``limit`` bytes.
         OSError: it cannot be opened or read.
     """
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    with os.fdopen(handle, "rb") as file:
-        status = os.fstat(handle)
-        if stat.S_ISDIR(status.st_mode):
-            raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
+    with open(path, "rb", opener=_open_at_once) as file:  # noqa: PTH123 - Path's own takes no opener
+        status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise ForeignError("it is not a regular file")
         if status.st_size <= limit:
@@ -106,6 +103,10 @@ def read_bytes(path: Path, limit: int) -> bytes:
             if len(content) <= limit:
                 return content
         raise ForeignError(f"it has {status.st_size} bytes, at most {limit} are read")
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def read_text(path: Path, limit: int) -> str:
@@ -147,17 +148,22 @@ def parse_json(text: str) -> Any:  # noqa: ANN401 - any JSON value
     """The value of a JSON text.
 
     Raises:
-        ForeignError: it is not JSON, is nested too deeply, repeats a key, or has a number that is not finite or has
-            more than :data:`DIGITS` digits.
+        ForeignError: it is not JSON, is nested too deeply, repeats a key, has a number that is not finite or has more
+            than :data:`DIGITS` digits, or a text that is not valid Unicode.
     """
     try:
-        return json.loads(
+        value = json.loads(
             text, object_pairs_hook=_object, parse_int=_integer, parse_float=_real, parse_constant=_not_a_number
         )
+        if "\\ud" in text.lower():  # perhaps half of a surrogate pair, which no library takes
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except ForeignError:
         raise
     except RecursionError:
         raise ForeignError("it is nested too deeply") from None
+    except UnicodeEncodeError as error:
+        raise ForeignError("it has half of a surrogate pair (\\ud800 to \\udfff), which is no character") from error
     except ValueError as error:
         raise ForeignError(f"it is not JSON: {error}") from error
 

@@ -84,7 +84,7 @@ def terminal(*args: object) -> Iterator[Terminal]:
         return shown
 
     def type_in(text: str) -> None:
-        os.write(ours, os.fsencode(text))
+        os.write(ours, text.encode())
 
     try:
         yield process, read_until, type_in

@@ -20,6 +20,7 @@ from owl2.runtime.foreign import ForeignError
         ('{"a": 1e999}', "1e999 is too large"),
         ('{"a": NaN}', "NaN is not a number"),
         ("{", "not JSON"),
+        (r'["\ud83d\ude00", "\uD800"]', "half of a surrogate pair"),
     ],
 )
 def test_json_is_refused_in_a_sentence(content: str, message: str) -> None:
@@ -36,6 +37,16 @@ def test_another_encoding_is_named(encoding: str) -> None:
 
 def test_marks_and_line_ends_go() -> None:
     assert foreign.decode_text(b"\xef\xbb\xbfa\r\nb\rc\n") == "a\nb\nc\n"
+
+
+def test_text_with_nul_bytes_is_refused() -> None:
+    with pytest.raises(ForeignError, match="NUL bytes, as binary files and UTF-16 text have"):
+        foreign.decode_text("caf".encode("utf-16-le"))
+
+
+def test_lines_are_counted_from_the_given_one() -> None:
+    with pytest.raises(ForeignError, match="0xe9 in line 8"):
+        foreign.decode_text(b"a\ncaf\xe9", first_line=7)
 
 
 def test_a_pipe_is_refused_without_waiting(tmp_path: Path) -> None:

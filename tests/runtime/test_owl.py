@@ -5,6 +5,7 @@ import json
 import logging
 import multiprocessing
 import pickle
+import time
 import typing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -136,6 +137,16 @@ def test_a_context_can_be_chosen(case: Case) -> None:
     with pytest.raises(ContextOverflowError) as caught:
         owl.generate("USER: " + "word " * 50)
     assert caught.value.context == 40
+
+
+def test_a_prompt_that_cannot_fit_is_not_tokenized(case: Case) -> None:
+    """Tokenizing 50 MB takes minutes and gigabytes."""
+    text = "What is it? " * (50_000_000 // 12)
+    began = time.process_time()
+    for run in (case.owl.chat().ask, case.owl.generate, case.owl.logits):
+        with pytest.raises(ContextOverflowError, match=r"shorten the prompt, which has \d{8} characters"):
+            run(text)
+    assert time.process_time() - began < 5
 
 
 def test_a_prompt_in_blocks_has_the_logits_of_one_in_a_piece(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Filters on small rows with known answers, their invariants on random ones, and the rules for stopping."""
 
 import json
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -169,11 +170,47 @@ def test_broken_logits_are_reported(bad: float, temperature: float) -> None:
         ("seed", -1, "seed -1 must be None or a number from 0 upwards"),
         ("stop", 3, r"stop 3 must be a non-empty string, or several"),
         ("stop", ("",), r"stop \(''\,\) must be a non-empty string, or several"),
+        ("stop", ["x"] * 257, "stop has 257 strings, the longest of 1 characters; give at most 256 of 1000"),
+        ("stop", "x" * 1001, "stop has 1 strings, the longest of 1001 characters; give at most 256 of 1000"),
+        ("stop", [1] * 100_000, "stop tuple of 100000 entries must be"),
+        ("max_new_tokens", "12", "max_new_tokens '12' must be a whole number"),
+        ("max_new_tokens", np.bool_(1), "max_new_tokens .*True.* must be a whole number"),
+        ("top_k", "x" * 1000, "^top_k 'x{70,80}… must be a whole number$"),
+        ("temperature", 10**400, "temperature inf must be 0"),
+        ("temperature", True, "temperature True must be a number"),
+        ("seed", -(10**400), "seed -10{70,80}… must be None or a number from 0 upwards"),
     ],
 )
 def test_bad_settings_are_refused(name: str, value: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         GenerationConfig(**{name: value})
+
+
+def test_a_number_of_thousands_of_digits_is_refused() -> None:
+    with pytest.raises(ConfigError, match="max_new_tokens a value of type int must be at least 1"):
+        GenerationConfig(max_new_tokens=-(10**5000))
+
+
+def test_numbers_of_numpy_become_those_of_python() -> None:
+    given: dict[str, Any] = {"max_new_tokens": np.int64(3), "temperature": np.float32(0.5), "seed": np.uint8(1)}
+    config = GenerationConfig(**given)
+    assert config == GenerationConfig(max_new_tokens=3, temperature=0.5, seed=1)
+    assert [type(getattr(config, name)) for name in given] == [int, float, int]
+
+
+@pytest.mark.parametrize("temperature", [-0.0, 5e-324, 1e300])
+def test_extreme_settings_sample(temperature: float) -> None:
+    config = GenerationConfig(temperature=temperature, top_k=10**400, seed=10**400, max_new_tokens=10**400)
+    assert sample(LOGITS, config, np.random.default_rng(config.seed)) in range(4)
+
+
+def test_the_most_stop_strings_take_no_time() -> None:
+    """As many and as long as are allowed, all beginning as the text does."""
+    stop = StopFilter([f"{'a' * 996}{n:04}" for n in range(256)])
+    began = time.process_time()
+    for _ in range(100):
+        stop.feed("aaaaaaaaaaa")
+    assert time.process_time() - began < 5
 
 
 @pytest.mark.parametrize("case", ["a1_base_bin", "a2_fp16_safetensors"])

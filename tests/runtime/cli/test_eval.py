@@ -61,7 +61,8 @@ def test_table(run: RunCommand, sample_bundle: Path, sample_checkpoint: Path, da
     assert "KL (nats)" in result.stdout
 
 
-def test_ctrl_c_shows_what_was_measured(sample_bundle: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_shows_what_was_measured(sample_bundle: Path, tmp_path: Path, number: int, code: int) -> None:
     record: dict[str, object] = {
         "image": str(IMAGES / "scene1.png"),
         "question": "Describe the picture.",
@@ -76,7 +77,7 @@ def test_ctrl_c_shows_what_was_measured(sample_bundle: Path, tmp_path: Path) -> 
     while " 3/5000" not in seen:
         assert time.monotonic() < end, seen
         seen += os.read(master, 4096).decode()
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     while True:
         try:
@@ -84,7 +85,7 @@ def test_ctrl_c_shows_what_was_measured(sample_bundle: Path, tmp_path: Path) -> 
         except OSError:  # the other end is closed
             break
     os.close(master)
-    assert process.returncode == 130
+    assert process.returncode == code
     result = json.loads(output)
     assert not result["complete"]
     assert 3 <= result["items"] < 5000

@@ -1,11 +1,10 @@
 """Text on stdin: UTF-8 with or without a byte order mark, or refused by name."""
 
-import os
 import subprocess
 from pathlib import Path
 
 import pytest
-from processes import COMMAND, terminal
+from processes import COMMAND
 
 from owl2 import Owl2
 
@@ -56,12 +55,3 @@ def test_what_is_no_text_is_refused(bundle_a1: Path, command: str, stdin: bytes,
     assert told.returncode == 1
     assert told.stderr.decode().startswith(f"owl2: error: cannot read stdin: {reason}; ")
     assert told.stderr.count(b"\n") == 1
-
-
-def test_bytes_of_another_encoding_in_a_terminal(bundle_a1: Path) -> None:
-    with terminal("chat", bundle_a1, *SHORT) as (process, read_until, type_in):
-        read_until("> ")
-        type_in(os.fsdecode(b"Wo ist der B\xe4r?\n"))
-        assert "owl2: error: the text is not valid Unicode" in read_until("\n> ")
-        type_in("\x04")
-        assert process.wait(60) == 0

@@ -1,6 +1,7 @@
 """Ids and texts equal those of the original's slow tokenizer; streaming gives the same text in pieces."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from functools import cache
@@ -159,6 +160,47 @@ def test_missing_and_damaged_files_are_named(folder: Path, name: str) -> None:
     (folder / name).unlink()
     with pytest.raises(BundleCorruptError, match=f"cannot read .*{name}: it is missing; copy it"):
         Tokenizer.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("tokenizer_config.json", b"[" * 100_000, "it is nested too deeply"),
+        ("tokenizer_config.json", b'{"legacy": ' + b"9" * 5000 + b"}", "it has a number of 5000 digits"),
+        ("tokenizer_config.json", b'{"sep_token": "\\ud800"}', "it has half of a surrogate pair"),
+        ("special_tokens_map.json", '{"a": 1}'.encode("utf-16"), "it is UTF-16 text; save it as UTF-8"),
+        ("tokenizer_config.json", b" " * (17 << 20), "it has 17825792 bytes"),
+    ],
+)
+def test_hostile_files_are_named(folder: Path, name: str, content: bytes, reason: str) -> None:
+    (folder / name).write_bytes(content)
+    with pytest.raises(BundleCorruptError, match=f"cannot read .*{name}: {reason}.*; copy it from the original"):
+        Tokenizer.load(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"])
+def test_pipes_and_folders_are_named(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(BundleCorruptError, match=f"cannot read .*{name}: it is not a regular file; copy it"):
+        Tokenizer.load(folder)
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    with pytest.raises(BundleCorruptError, match=f"cannot read .*{name}: it is a folder; copy it"):
+        Tokenizer.load(folder)
+
+
+def test_pieces_that_are_no_text(folder: Path) -> None:
+    model = (folder / "tokenizer.model").read_bytes()
+    (folder / "tokenizer.model").write_bytes(model.replace("▁▁".encode(), b"\xff" * 6))
+    with pytest.raises(BundleCorruptError, match=r"cannot read .*tokenizer\.model: .*; copy it from the original"):
+        Tokenizer.load(folder)
+
+
+def test_no_text_is_shorter_in_positions_than_told() -> None:
+    tokenizer = load()
+    for text in (" " * 1000, "".join(str(surface) for surface in tokenizer.surfaces), "<s></s>" * 100, IMAGE_TOKEN * 9):
+        assert len(tokenizer.encode_prompt(text)) >= len(text) // tokenizer.longest
 
 
 def test_files_of_another_kind_are_refused(folder: Path) -> None:
