@@ -94,7 +94,7 @@ def read_bytes(path: Path, limit: int) -> bytes:
         ForeignError: it is no regular file, or has more than ``limit`` bytes.
         OSError: it cannot be opened or read.
     """
-    with open(path, "rb", opener=_open_at_once) as file:  # noqa: PTH123 - Path's own takes no opener
+    with open(path, "rb", opener=_open_at_once) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise ForeignError("it is not a regular file")
