@@ -25,7 +25,7 @@ from owl2.runtime.cli.console import (
 )
 from owl2.runtime.cli.input import read_lines
 from owl2.runtime.cli.options import Options, bundle_argument, model_options
-from owl2.runtime.cli.signals import Stopped
+from owl2.runtime.cli.signals import must_end
 from owl2.runtime.cli.table import table
 from owl2.runtime.errors import ContextOverflowError, ImageError, Owl2Error
 from owl2.runtime.generate import Answer
@@ -109,9 +109,9 @@ def _converse(state: ChatState) -> None:
             if line is None:
                 break
             _obey(state, line)
-        except Stopped:
-            raise
         except KeyboardInterrupt:
+            if must_end():
+                raise
             tell("")
             notice(LEAVING)
 
@@ -167,9 +167,9 @@ def _ask(state: ChatState, question: str) -> None:
     try:
         stream = state.chat.stream(question, state.images, preprocess=options.preprocess, config=options.generation)
         write(stream)
-    except Stopped:
-        raise
     except KeyboardInterrupt:
+        if must_end():
+            raise
         if stream is None or not stream.finished:
             attached = f"; {_attached(state)}" if state.images else ""
             notice_interrupt(f"stopped; the conversation is as it was before this question{attached}")

@@ -13,12 +13,8 @@ LAST_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if 
 _received = [signal.SIGINT]
 
 
-class Stopped(KeyboardInterrupt):
-    """One of :data:`LAST_SIGNALS` has come: everything ends as after Ctrl-C."""
-
-
 def hear_signals() -> None:
-    """Raise :class:`Stopped` when a signal comes, unless it is ignored, as nohup ignores SIGHUP."""
+    """Raise KeyboardInterrupt for :data:`LAST_SIGNALS` too, unless they are ignored, as nohup ignores SIGHUP."""
     for number in LAST_SIGNALS:
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, _stop)
@@ -28,6 +24,11 @@ def end_at_once() -> None:
     """Let Ctrl-C end the process at once and quietly from now on, unless it is ignored."""
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def must_end() -> bool:
+    """Whether one of :data:`LAST_SIGNALS` has come: no KeyboardInterrupt may be caught for good any more."""
+    return _received[-1] in LAST_SIGNALS
 
 
 def stop_code() -> int:
@@ -40,4 +41,4 @@ def _stop(number: int, _frame: FrameType | None) -> None:
     for other in LAST_SIGNALS:
         signal.signal(other, signal.SIG_IGN)
     _received.append(signal.Signals(number))
-    raise Stopped
+    raise KeyboardInterrupt
