@@ -112,9 +112,10 @@ def model_options(command: Command) -> Command:
         others = {field.name: given.pop(field.name) for field in fields(Options) if field.name in given}
         command(options=Options(generation=generation, **others), **given)
 
+    with_options: Command = gathered
     for add in reversed(_OPTIONS):
-        gathered = add(gathered)
-    return gathered
+        with_options = add(with_options)
+    return with_options
 
 
 def _generation(name: str, value_type: Callable[[str], object], text: str) -> Callable[[Command], Command]:
