@@ -11,6 +11,7 @@ from owl2.quant.config import Method, QuantConfig
 from owl2.runtime.arguments import checked
 from owl2.runtime.config import require
 from owl2.runtime.fit.storage import StorageTypes, storage_types
+from owl2.runtime.foreign import shorten
 from owl2.runtime.spec import FloatType, VisionType, WeightType
 
 Layout = Literal["bundle", "gptq"]
@@ -72,7 +73,7 @@ class ExportConfig:
         _require_one_of("activations", self.activations, (None, *get_args(FloatType)))
         require(
             re.fullmatch(r"cpu|cuda(:\d+)?", self.device) is not None,
-            f"device {self.device!r}: use cpu, cuda or cuda:N",
+            f"device {shorten(self.device)}: use cpu, cuda or cuda:N",
         )
         require(self.samples > 0, f"samples must be positive, got {self.samples}")
         if self.layout == "gptq":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from numbers import Integral, Real
+from numbers import Real
 from typing import TypedDict
 
 import numpy as np
@@ -61,28 +61,23 @@ class GenerationConfig:
         elif isinstance(self.stop, Sequence) and not isinstance(self.stop, bytes):
             object.__setattr__(self, "stop", tuple(self.stop))
         for name in ("max_new_tokens", "top_k", "seed"):
-            value = getattr(self, name)
-            if name != "seed" or value is not None:
-                whole = isinstance(value, Integral) and not isinstance(value, bool)
-                require(whole, f"{name} {shorten(value)} must be a whole number")
+            if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, int(value))
         for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
             object.__setattr__(self, name, _number(name, getattr(self, name)))
-        require(self.max_new_tokens >= 1, f"max_new_tokens {shorten(self.max_new_tokens)} must be at least 1")
+        require(self.max_new_tokens >= 1, f"max_new_tokens {self.max_new_tokens} must be at least 1")
         require(
             0 <= self.temperature < math.inf,
             f"temperature {self.temperature} must be 0 (most likely token) or a positive number",
         )
-        require(self.top_k >= 0, f"top_k {shorten(self.top_k)} must be 0 (off) or a positive number")
+        require(self.top_k >= 0, f"top_k {self.top_k} must be 0 (off) or a positive number")
         require(0 < self.top_p <= 1, f"top_p {self.top_p} must be above 0 and at most 1 (off)")
         require(0 <= self.min_p <= 1, f"min_p {self.min_p} must be between 0 (off) and 1")
         require(
             0.01 <= self.repetition_penalty <= 100,
             f"repetition_penalty {self.repetition_penalty} must be between 0.01 and 100; 1 is off",
         )
-        require(
-            self.seed is None or self.seed >= 0, f"seed {shorten(self.seed)} must be None or a number from 0 upwards"
-        )
+        require(self.seed is None or self.seed >= 0, f"seed {self.seed} must be None or a number from 0 upwards")
         require(
             isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop),
             f"stop {shorten(self.stop)} must be a non-empty string, or several, such as '###' or ['###', '</s>']",

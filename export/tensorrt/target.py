@@ -10,6 +10,7 @@ from owl2.runtime.cli.table import table
 from owl2.runtime.errors import BackendUnavailableError, ConfigError
 from owl2.runtime.fit.machine import this_gpu
 from owl2.runtime.fit.products import PRODUCTS, Product, find_product
+from owl2.runtime.foreign import shorten
 from owl2.runtime.placement import EngineKind
 
 
@@ -82,7 +83,7 @@ def find_gpu(name: str | None) -> tuple[Product, bool]:
     first = next((device for device in PRODUCTS.values() if f"sm{device.compute}" == name), None)
     if first is None:
         known = sorted({f"sm{device.compute}" for device in PRODUCTS.values()}, key=lambda sm: int(sm[2:]))
-        raise ConfigError(f"gpu {name!r} is not known; known: {', '.join(known)}")
+        raise ConfigError(f"gpu {shorten(name)} is not known; known: {', '.join(known)}")
     return first, False
 
 

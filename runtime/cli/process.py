@@ -82,8 +82,8 @@ def _open_streams() -> None:
 def _stream(stream: TextIO | None, failing: int, mode: str, errors: str) -> TextIO:
     if stream is None:
         # The lowest free number is that of the closed stream.
-        file = open(os.open(os.devnull, failing), mode + "b", closefd=False)
-        return io.TextIOWrapper(file, encoding="utf-8", errors=errors)
+        handle = os.open(os.devnull, failing)
+        return io.TextIOWrapper(open(handle, f"{mode}b", closefd=False), encoding="utf-8", errors=errors)
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors=errors)
     return stream

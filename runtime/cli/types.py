@@ -12,8 +12,8 @@ import click
 
 from owl2.runtime.foreign import shorten
 
-DIGITS = 20
-"""Of the largest number of 64 bits, which a seed may be."""
+DIGITS = 19
+"""Of the largest number that the API takes, which has 63 bits."""
 
 
 def integer(text: str) -> int:

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from owl2.runtime.errors import ConfigError
+from owl2.runtime.foreign import shorten
 from owl2.runtime.placement import EngineKind
 
 Family = Literal["cpu", "jetson", "datacenter", "geforce"]
@@ -115,5 +116,5 @@ PRODUCTS = MappingProxyType(
 def find_product(name: str) -> Product:
     """The device of that short name; raises ConfigError with all names if it is not known."""
     if name not in PRODUCTS:
-        raise ConfigError(f"device {name!r} is not known; known: {', '.join(PRODUCTS)}")
+        raise ConfigError(f"device {shorten(name)} is not known; known: {', '.join(PRODUCTS)}")
     return PRODUCTS[name]
