@@ -178,7 +178,7 @@ class Conversations(RuleBasedStateMachine):
         chat, told = self.pick(which)
         self.replace_open(told)
         engine, left = self.owl.model.engine, [after]
-        steps = {"decode": engine.decode, "prefill": engine.prefill}
+        steps: dict[str, Callable[..., Any]] = {"decode": engine.decode, "prefill": engine.prefill}
 
         def failing(name: str) -> Callable[..., Any]:
             def step(*arguments: Any) -> Any:
