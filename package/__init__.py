@@ -61,7 +61,9 @@ if TYPE_CHECKING:
         FinishReason as FinishReason,
         Stats as Stats,
     )
+    from owl2.runtime.image_files import ImageRecord as ImageRecord
     from owl2.runtime.owl import Owl2 as Owl2
+    from owl2.runtime.preprocess import ImageReading as ImageReading
     from owl2.runtime.sampling import GenerationConfig as GenerationConfig
     from owl2.runtime.stream import AnswerStream as AnswerStream
     from owl2.runtime.verification import LoadProgress as LoadProgress
@@ -73,7 +75,9 @@ _HOMES = {
     "owl2.runtime.stream": ("AnswerStream",),
     "owl2.runtime.fit.plan": ("Plan", "plan"),
     "owl2.runtime.generate": ("Answer", "Chunk", "FinishReason", "Stats"),
+    "owl2.runtime.image_files": ("ImageRecord",),
     "owl2.runtime.owl": ("Owl2",),
+    "owl2.runtime.preprocess": ("ImageReading",),
     "owl2.runtime.sampling": ("GenerationConfig",),
     "owl2.runtime.verification": ("LoadProgress",),
     "owl2.runtime.version": ("__version__",),

@@ -13,9 +13,10 @@ from owl2.runtime.config import IMAGE_TOKEN
 from owl2.runtime.errors import Owl2Error, PromptError
 from owl2.runtime.families.mplug_owl2.template import Message, render, with_images
 from owl2.runtime.generate import Answer, check_context
-from owl2.runtime.images import Images, as_list
+from owl2.runtime.images import UNREAD, Images, as_list
 from owl2.runtime.load import Loaded
 from owl2.runtime.messages import ChatMessage, Turn, image_part, read_turns
+from owl2.runtime.preprocess import ImageReading
 from owl2.runtime.sampling import GenerationConfig, GenerationOptions, merge_options
 from owl2.runtime.stream import AnswerStream, stream_answer
 
@@ -59,6 +60,7 @@ class Chat:
         images: Images = None,
         *,
         preprocess: str | None = None,
+        reading: ImageReading | None = None,
         config: GenerationConfig | None = None,
         **options: Unpack[GenerationOptions],
     ) -> Answer:
@@ -68,8 +70,10 @@ class Chat:
 
         Args:
             question: text; where it holds no ``<|image|>``, the new images are put in front of it.
-            images: one or several paths, PIL images or uint8 arrays [H, W, 3].
+            images: one or several: paths, ``data:`` URIs, bytes of files, open binary files, PIL images or uint8
+                arrays [H, W, 3].
             preprocess: ``resize``, ``pad`` or ``crop`` instead of the bundle's own mode.
+            reading: what to make of EXIF orientation and transparency.
             config: how to generate.
             options: fields of :class:`GenerationConfig`, which take precedence over ``config``.
 
@@ -81,7 +85,7 @@ class Chat:
             BusyError: another thread is using this chat.
             BackendError: a step failed.
         """
-        return self.stream(question, images, preprocess=preprocess, config=config, **options).read()
+        return self.stream(question, images, preprocess=preprocess, reading=reading, config=config, **options).read()
 
     def stream(
         self,
@@ -89,6 +93,7 @@ class Chat:
         images: Images = None,
         *,
         preprocess: str | None = None,
+        reading: ImageReading | None = None,
         config: GenerationConfig | None = None,
         **options: Unpack[GenerationOptions],
     ) -> AnswerStream:
@@ -100,15 +105,12 @@ class Chat:
         self._check_own()
         with self._lock:
             self._check_own()  # another thread may have come first
-            began = time.perf_counter()
             sources = as_list(images)
-            prepared = self._model.prepare(sources, preprocess)
-            seconds = time.perf_counter() - began
             if not isinstance(question, str):
                 raise PromptError(f"a question must be a text, got {type(question).__name__}")
-            if not question and not prepared:
+            if not question and not sources:
                 raise PromptError("the question is empty; give at least one character or image")
-            asked = with_images(question, len(prepared))
+            asked = with_images(question, len(sources))
             history = [
                 message
                 for turn in self._turns
@@ -116,9 +118,13 @@ class Chat:
             ]
             conversation = render([*history, Message("USER", asked), Message("ASSISTANT")])
             earlier = [image for turn in self._turns for image in turn.images]
+            # Before an image is decoded: it may take long.
+            check_context(self._cache, self._model.encode(conversation, earlier + [UNREAD] * len(sources)))
+            began = time.perf_counter()
+            prepared = self._model.prepare(sources, preprocess, reading)
+            seconds = time.perf_counter() - began
             prompt = self._model.encode(conversation, earlier + prepared)
-            check_context(self._cache, prompt)
-            parts = tuple(image_part(source, preprocess) for source in sources)
+            parts = tuple(image_part(source, preprocess, reading) for source in sources)
 
             def finish(answer: Answer) -> None:
                 # A placeholder that the model wrote itself stands for no image.

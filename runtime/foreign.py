@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from owl2.runtime.errors import Owl2Error
 
@@ -87,22 +87,33 @@ def reason(problem: Exception) -> str:
     return cut(text) if text else type(problem).__name__
 
 
-def read_bytes(path: Path, limit: int) -> bytes:
-    """Content of a regular file; a pipe or a device, which may never end, is refused without waiting for it.
+def open_file(path: Path, limit: int) -> BinaryIO:
+    """Open a regular file; a pipe or a device, which may never end, is refused without waiting for it.
 
     Raises:
         ForeignError: it is no regular file, or has more than ``limit`` bytes.
-        OSError: it cannot be opened or read.
+        OSError: it cannot be opened.
     """
-    with open(path, "rb", opener=_open_at_once) as file:
+    file = open(path, "rb", opener=_open_at_once)
+    try:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise ForeignError("it is not a regular file")
-        if status.st_size <= limit:
-            content = file.read(limit + 1)  # it may have grown
-            if len(content) <= limit:
-                return content
-        raise ForeignError(f"it has {status.st_size} bytes, at most {limit} are read")
+        if status.st_size > limit:
+            raise ForeignError(f"it has {status.st_size} bytes, at most {limit} are read")
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """Content of a file of at most ``limit`` bytes; raises as :func:`open_file`."""
+    with open_file(path, limit) as file:
+        content = file.read(limit + 1)  # it may have grown
+    if len(content) > limit:
+        raise ForeignError(f"it has more than {limit} bytes")
+    return content
 
 
 def _open_at_once(path: str, flags: int) -> int:

@@ -16,6 +16,7 @@ from owl2.runtime.errors import ContextOverflowError
 from owl2.runtime.families.mplug_owl2 import positions
 from owl2.runtime.families.mplug_owl2.positions import Prompt
 from owl2.runtime.families.mplug_owl2.tokenizer import StreamDecoder
+from owl2.runtime.image_files import ImageRecord
 from owl2.runtime.kv_cache import Claim, KvCache
 from owl2.runtime.load import Loaded
 from owl2.runtime.memory import peak_memory
@@ -91,6 +92,7 @@ class Answer:
         finish_reason: ``stop`` (end of sequence or stop string), ``length`` (max_new_tokens), ``context`` (full) or
             ``cancelled``.
         stats: its figures.
+        images: what was done to the images of the conversation, each once, in order of appearance.
     """
 
     text: str
@@ -98,6 +100,7 @@ class Answer:
     logprobs: tuple[float, ...]
     finish_reason: FinishReason
     stats: Stats
+    images: tuple[ImageRecord, ...] = ()
 
     def __str__(self) -> str:
         return self.text
@@ -264,7 +267,8 @@ def generate(
         kv_cache_memory=cache.nbytes,
         kv_cache_positions=cache.capacity,
     )
-    return Answer("".join(texts), tuple(ids), tuple(logprobs), reason or "cancelled", stats)
+    images = tuple(prompt.images[digest].record for digest in positions.digests_of(prompt.keys))
+    return Answer("".join(texts), tuple(ids), tuple(logprobs), reason or "cancelled", stats, images)
 
 
 def decode(model: Loaded, claim: Claim, token: int, cancellation: Cancellation) -> Floats:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
 
 from owl2.runtime.cancellation import NEVER, Cancellation
-from owl2.runtime.config import PreprocessConfig
+from owl2.runtime.config import PreprocessConfig, require
 from owl2.runtime.engine import Engine, Floats
 from owl2.runtime.errors import ImageError
-from owl2.runtime.preprocess import ImageInput, digest, load_image, preprocess
+from owl2.runtime.foreign import shorten
+from owl2.runtime.image_files import ImageInput, ImageRecord, held, is_image
+from owl2.runtime.preprocess import UPRIGHT, ImageReading, digest, load_image, preprocess, read_image
 
 Images = ImageInput | Sequence[ImageInput] | None
-"""One image or several: paths, PIL images or uint8 arrays [H, W, 3]; None for none."""
+"""One image or several, each as :data:`ImageInput`; None for none."""
 
 CACHED_IMAGES = 16
 """Images whose decoder rows are kept after they were encoded; one takes about 1 MB in the 7B model."""
@@ -31,37 +31,51 @@ class PreparedImage:
     Attributes:
         digest: of the pixels; equal pixels are the same image wherever they came from.
         pixels: float32 [3, R, R].
+        record: what was done to it.
     """
 
     digest: str
     pixels: Floats
+    record: ImageRecord
+
+
+UNREAD = PreparedImage("", np.empty((3, 0, 0), dtype=np.float32), ImageRecord((0, 0), (0, 0)))
+"""Stands for an image that has not been read yet, in a prompt whose length is wanted."""
 
 
 def as_list(images: Images) -> list[ImageInput]:
-    """The images that a caller gave, one by one.
+    """The images that a caller gave, one by one; open files are read.
 
     Raises:
         ImageError: not an image, nor a list of them.
     """
     if images is None:
         return []
-    if isinstance(images, str | os.PathLike | Image.Image | np.ndarray):
-        return [images]
-    if isinstance(images, Sequence) and not isinstance(images, bytes | bytearray):
-        return list(images)
+    if is_image(images):
+        return [held(images)]
+    if isinstance(images, Sequence):
+        return [held(image) for image in images]
     load_image(images)  # raises: it says what can be given
     raise ImageError(f"images cannot be given as {type(images).__name__}; pass one image or a list")
 
 
-def prepare_images(images: Images, config: PreprocessConfig, mode: str | None) -> list[PreparedImage]:
-    """Load and preprocess.
+def prepare_images(
+    images: Images, config: PreprocessConfig, mode: str | None = None, reading: ImageReading | None = None
+) -> list[PreparedImage]:
+    """Read and preprocess; None for ``mode`` is that of ``config``, for ``reading`` the default.
 
     Raises:
         ImageError: an image that cannot be read or is too large.
-        ConfigError: an unknown mode.
+        ConfigError: an unknown mode, or a reading that is none.
     """
-    pixels = [preprocess(load_image(source), config, mode) for source in as_list(images)]
-    return [PreparedImage(digest(array), array) for array in pixels]
+    reading = UPRIGHT if reading is None else reading
+    require(isinstance(reading, ImageReading), f"reading must be an ImageReading, got {shorten(reading)}")
+    prepared = []
+    for source in as_list(images):
+        read = read_image(source, reading)
+        pixels = preprocess(read.image, config, mode)
+        prepared.append(PreparedImage(digest(pixels), pixels, read.record))
+    return prepared
 
 
 class ImageEncoder:

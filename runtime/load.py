@@ -23,7 +23,7 @@ from owl2.runtime.families.mplug_owl2.positions import Prompt
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
 from owl2.runtime.images import ImageEncoder, Images, PreparedImage, prepare_images
 from owl2.runtime.kv_cache import KvCache
-from owl2.runtime.preprocess import check_mode
+from owl2.runtime.preprocess import ImageReading, check_mode
 from owl2.runtime.verification import LoadProgress, OnProgress
 
 
@@ -51,9 +51,11 @@ class Loaded:
     _caches: weakref.WeakSet[KvCache] = field(default_factory=weakref.WeakSet)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def prepare(self, images: Images, mode: str | None = None) -> list[PreparedImage]:
+    def prepare(
+        self, images: Images, mode: str | None = None, reading: ImageReading | None = None
+    ) -> list[PreparedImage]:
         """Load and preprocess images; raises as :func:`prepare_images`."""
-        return prepare_images(images, self.config.preprocess, mode)
+        return prepare_images(images, self.config.preprocess, mode, reading)
 
     def encode(self, text: str, images: Sequence[PreparedImage]) -> Prompt:
         """Tokenize a prompt and put its images' rows in place.

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
 
 from owl2.runtime.config import IMAGE_TOKEN
-from owl2.runtime.errors import PromptError
+from owl2.runtime.errors import ContextOverflowError, PromptError
 from owl2.runtime.families.mplug_owl2.template import with_images
+from owl2.runtime.foreign import shorten
+from owl2.runtime.image_files import ImageInput, held
 from owl2.runtime.images import PreparedImage
 from owl2.runtime.load import Loaded
-from owl2.runtime.preprocess import ImageInput
+from owl2.runtime.preprocess import UPRIGHT, ImageReading
 
 ChatMessage = Mapping[str, Any]
 """A message as in transformers: ``role`` is ``user`` or ``assistant``, ``content`` a text or a list of parts.
 
-A part is ``{"type": "text", "text": …}`` or ``{"type": "image", "image": …}`` with a path, PIL image or array; an image
-part may have ``"preprocess": "pad"`` (or another mode).
+A part is ``{"type": "text", "text": …}`` or ``{"type": "image", "image": …}`` with an :data:`ImageInput`; an image part
+may have ``"preprocess": "pad"`` (or another mode) and the fields of :class:`ImageReading`: ``"orientation": "stored"``,
+``"background": "black"`` (or None).
 """
+
+READING = tuple(field.name for field in fields(ImageReading))
 
 
 @dataclass(frozen=True)
@@ -50,11 +55,13 @@ class Turn:
         return [{"role": "user", "content": content}, {"role": "assistant", "content": self.answer}]
 
 
-def image_part(image: ImageInput, preprocess: str | None) -> ChatMessage:
-    """An image as part of a message."""
+def image_part(image: ImageInput, preprocess: str | None, reading: ImageReading | None) -> ChatMessage:
+    """An image as part of a message, with the settings that are not the default."""
     # A copy: the caller may use the array again.
     part: dict[str, Any] = {"type": "image", "image": image.copy() if isinstance(image, np.ndarray) else image}
-    return part if preprocess is None else part | {"preprocess": preprocess}
+    part |= {} if preprocess is None else {"preprocess": preprocess}
+    usual = asdict(UPRIGHT)
+    return part | {name: value for name, value in asdict(reading or UPRIGHT).items() if value != usual[name]}
 
 
 def read_turns(model: Loaded, messages: Sequence[ChatMessage]) -> list[Turn]:
@@ -66,16 +73,16 @@ def read_turns(model: Loaded, messages: Sequence[ChatMessage]) -> list[Turn]:
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
         raise PromptError(f"messages must be a list of {{'role': …, 'content': …}}, got {type(messages).__name__}")
-    turns = []
+    read, count = [], 0
     for index, message in enumerate(messages):
         expected = ("user", "assistant")[index % 2]
         where = f"message {index}"
         if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
-            raise PromptError(f"{where} is {message!r:.80}, expected {{'role': …, 'content': …}}")
+            raise PromptError(f"{where} is {shorten(message)}, expected {{'role': …, 'content': …}}")
         if message["role"] != expected:
             raise PromptError(
-                f"{where} has the role {message['role']!r}, expected {expected!r}: user and assistant take turns, and "
-                "this model has no system message"
+                f"{where} has the role {shorten(message['role'])}, expected {expected!r}: user and assistant take "
+                "turns, and this model has no system message"
             )
     if len(messages) % 2:
         raise PromptError("the last message is the user's; leave it out and ask it: chat.ask(question, images)")
@@ -86,10 +93,21 @@ def read_turns(model: Loaded, messages: Sequence[ChatMessage]) -> list[Turn]:
             raise PromptError(f"message {index + 1} has an image; only the user's messages may")
         if not question:
             raise PromptError(f"message {index} is empty; give at least one character or image")
-        question = with_images(question, len(parts))
-        images = [image for part in parts for image in model.prepare([part["image"]], part.get("preprocess"))]
-        turns.append(Turn(question, tuple(parts), tuple(images), answer))
-    return turns
+        count += len(parts)
+        read.append((with_images(question, len(parts)), parts, answer))
+    if count * model.config.rows_per_image >= model.context:  # before any image is decoded
+        positions, hint = count * model.config.rows_per_image + 1, "leave out the messages with the first images"
+        raise ContextOverflowError(0, positions, model.context, hint)
+    return [
+        Turn(question, tuple(parts), tuple(_prepared(model, part) for part in parts), answer)
+        for question, parts, answer in read
+    ]
+
+
+def _prepared(model: Loaded, part: ChatMessage) -> PreparedImage:
+    reading = ImageReading(**{name: part[name] for name in READING if name in part})
+    [image] = model.prepare([part["image"]], part.get("preprocess"), reading)
+    return image
 
 
 def _read_content(content: object, where: str) -> tuple[str, list[ChatMessage]]:
@@ -103,12 +121,13 @@ def _read_content(content: object, where: str) -> tuple[str, list[ChatMessage]]:
         match part:
             case {"type": "text", "text": str(words)}:
                 text += words
-            case {"type": "image", "image": image} if part.keys() <= {"type", "image", "preprocess"}:
+            case {"type": "image", "image": image} if part.keys() <= {"type", "image", "preprocess", *READING}:
                 text += IMAGE_TOKEN
-                images.append(image_part(image, part.get("preprocess")))
+                # A copy that can be read again: the caller may use an array again, and an open file gives itself once.
+                images.append({**part, "image": image.copy() if isinstance(image, np.ndarray) else held(image)})
             case _:
                 raise PromptError(
-                    f"{where} has the part {part!r:.80}, expected {{'type': 'text', 'text': …}} or "
-                    "{'type': 'image', 'image': …} (and perhaps 'preprocess')"
+                    f"{where} has the part {shorten(part)}, expected {{'type': 'text', 'text': …}} or "
+                    f"{{'type': 'image', 'image': …}} (and perhaps {', '.join(('preprocess', *READING))})"
                 )
     return text, images

@@ -18,10 +18,11 @@ from owl2.runtime.chat import Chat
 from owl2.runtime.engine import EngineOptions, Floats
 from owl2.runtime.errors import ContextOverflowError, Owl2Error
 from owl2.runtime.generate import Answer, check_context, prompt_logits
-from owl2.runtime.images import Images
+from owl2.runtime.images import UNREAD, Images, as_list
 from owl2.runtime.load import Loaded, open_bundle
 from owl2.runtime.messages import ChatMessage
 from owl2.runtime.placement import CPU, Placement
+from owl2.runtime.preprocess import ImageReading
 from owl2.runtime.sampling import GenerationConfig, GenerationOptions, merge_options
 from owl2.runtime.spec import KvType
 from owl2.runtime.stream import AnswerStream, stream_answer
@@ -132,6 +133,7 @@ class Owl2:
         *,
         images: Images = None,
         preprocess: str | None = None,
+        reading: ImageReading | None = None,
         config: GenerationConfig | None = None,
         **options: Unpack[GenerationOptions],
     ) -> Answer:
@@ -139,8 +141,10 @@ class Owl2:
 
         Args:
             prompt: text with one ``<|image|>`` per image.
-            images: one or several paths, PIL images or uint8 arrays [H, W, 3].
+            images: one or several: paths, ``data:`` URIs, bytes of files, open binary files, PIL images or uint8
+                arrays [H, W, 3].
             preprocess: ``resize``, ``pad`` or ``crop`` instead of the bundle's own mode.
+            reading: what to make of EXIF orientation and transparency.
             config: how to generate.
             options: fields of :class:`GenerationConfig`, which take precedence over ``config``.
 
@@ -151,7 +155,8 @@ class Owl2:
             ConfigError: an option that is not known or outside its range.
             BackendError: a step failed.
         """
-        return self.stream(prompt, images=images, preprocess=preprocess, config=config, **options).read()
+        stream = self.stream(prompt, images=images, preprocess=preprocess, reading=reading, config=config, **options)
+        return stream.read()
 
     def stream(
         self,
@@ -159,28 +164,39 @@ class Owl2:
         *,
         images: Images = None,
         preprocess: str | None = None,
+        reading: ImageReading | None = None,
         config: GenerationConfig | None = None,
         **options: Unpack[GenerationOptions],
     ) -> AnswerStream:
         """Continue a raw prompt as :meth:`generate`, and get the answer as it is generated."""
         settings = merge_options(config, options)
+        sources, cache = as_list(images), self.model.new_cache()
+        check_context(cache, self.model.encode(prompt, [UNREAD] * len(sources)))  # before an image is decoded
         began = time.perf_counter()
-        prepared = self.model.prepare(images, preprocess)
+        prepared = self.model.prepare(sources, preprocess, reading)
         seconds = time.perf_counter() - began
-        encoded, cache = self.model.encode(prompt, prepared), self.model.new_cache()
-        check_context(cache, encoded)
+        encoded = self.model.encode(prompt, prepared)
         return stream_answer(self.model, cache, encoded, settings, preprocess_seconds=seconds)
 
     @checked
-    def logits(self, prompt: str, *, images: Images = None, preprocess: str | None = None) -> Floats:
+    def logits(
+        self,
+        prompt: str,
+        *,
+        images: Images = None,
+        preprocess: str | None = None,
+        reading: ImageReading | None = None,
+    ) -> Floats:
         """Logits of every position of a raw prompt, image rows included: float32 [T, V].
 
         Raises:
             PromptError, ImageError, ContextOverflowError, ConfigError, BackendError: as :meth:`generate`.
         """
-        encoded = self.model.encode(prompt, self.model.prepare(images, preprocess))
-        if len(encoded.keys) > self.context:
-            raise ContextOverflowError(0, len(encoded.keys), self.context, "shorten the prompt or use fewer images")
+        sources = as_list(images)
+        length = len(self.model.encode(prompt, [UNREAD] * len(sources)).keys)
+        if length > self.context:
+            raise ContextOverflowError(0, length, self.context, "shorten the prompt or use fewer images")
+        encoded = self.model.encode(prompt, self.model.prepare(sources, preprocess, reading))
         return np.concatenate([logits for _, logits in prompt_logits(self.model, self.model.new_cache(), encoded)])
 
     def __repr__(self) -> str:

@@ -1,66 +1,132 @@
 """From an image to the vision tower's input, byte for byte as the original implementation prepares it.
 
-:data:`MODES` say what happens first. Then the CLIP processor scales the shorter edge to ``size``, crops the centre and
-normalises.
+An image is read upright and without transparency, unless :class:`ImageReading` says otherwise. :data:`MODES` say what
+happens next. Then the CLIP processor scales the shorter edge to ``size``, crops the centre and normalises.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import warnings
 from collections.abc import Callable
-from pathlib import Path
-from typing import TypeAlias
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image, ImageColor
 
 from owl2.runtime.config import PreprocessConfig, require
 from owl2.runtime.errors import ImageError
+from owl2.runtime.foreign import reading as reading_foreign, shorten
+from owl2.runtime.image_cost import MAX_PIXELS
+from owl2.runtime.image_files import ImageInput, ImageRecord, ReadImage, advice, opened
+from owl2.runtime.resize import Canvas, resized, stretched, tall, whole, wide
 
-ImageInput: TypeAlias = str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
+Orientation = Literal["exif", "stored"]
 
-MAX_PIXELS = 8192 * 8192
-"""Largest image that is decoded or made on the way: 67 megapixels, 256 MiB at Pillow's 4 bytes a pixel.
+MAX_CANVAS = 32768 * 32768
+"""Largest image made on the way, band by band. In the modes that make a square of the longer side first, that side may
+have 32768 pixels."""
+MAX_STEP = 8192 * 8192
+"""Largest image made on the way as a whole: 256 MiB at Pillow's 4 bytes a pixel."""
 
-More than most cameras deliver, and small enough that a hostile file cannot exhaust a small device. In the modes
-that make a square of the longer side first, that side may have 8192 pixels.
-"""
-
-# The raster formats people have. Pillow's full list includes EPS, which runs Ghostscript on the file.
-FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+SQUARE_PIXELS = MAX_STEP
+"""Largest square that is made as a whole, which is faster."""
 
 # One value per pixel with no fixed range: Pillow's conversion to RGB clips at 255, which turns them white.
 WIDE_MODES = ("F", "I", "I;16", "I;16B", "I;16L", "I;16N")
 
 PAD_COLOUR = (122, 116, 104)
 
+# What makes an image upright, by the value of the EXIF tag; as PIL.ImageOps.exif_transpose, which fails on broken EXIF.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
-def load_image(source: ImageInput, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Read an image and convert it to RGB, checking its size before decoding it.
 
-    The original does not apply the EXIF orientation, so neither does this. Alpha is dropped.
+@dataclass(frozen=True, slots=True)
+class ImageReading:
+    """How the pixels of an image are read.
+
+    Attributes:
+        orientation: ``exif`` turns an image as its EXIF orientation says, ``stored`` ignores that, as the original.
+        background: colour to lay under transparency, as Pillow names it (``white``, ``#rrggbb``); None drops
+            transparency, as the original does, and shows what colours the file has there.
+    """
+
+    orientation: Orientation = "exif"
+    background: str | None = "white"
+
+    def __post_init__(self) -> None:
+        known = get_args(Orientation)
+        require(
+            isinstance(self.orientation, str) and self.orientation in known,
+            f"orientation {shorten(self.orientation)} is not known; use {' or '.join(known)}",
+        )
+        try:
+            possible = self.background is None or isinstance(ImageColor.getrgb(self.background), tuple)
+        except (ValueError, TypeError, AttributeError):  # it takes anything
+            possible = False
+        require(possible, f"background {shorten(self.background)} is no colour; write white, #rrggbb or another name")
+
+
+UPRIGHT = ImageReading()
+"""The default."""
+AS_ORIGINAL = ImageReading("stored", None)
+"""As the original implementation reads images."""
+
+
+def load_image(source: ImageInput, reading: ImageReading = UPRIGHT, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Read an image as :func:`read_image`, without the record."""
+    return read_image(source, reading, max_pixels=max_pixels).image
+
+
+def read_image(source: ImageInput, reading: ImageReading = UPRIGHT, *, max_pixels: int = MAX_PIXELS) -> ReadImage:
+    """Read an image, of several frames the first, upright and in RGB; what it will take is checked before.
+
+    Colours are taken as they are stored, as in the original: there is no colour management.
 
     Args:
-        source: a path, a Pillow image, or a uint8 array [H, W, 3], [H, W, 4] or [H, W] (grey).
+        source: a path, a ``data:`` URI, the bytes of a file, a file opened in binary mode (read from its position on),
+            a Pillow image, or a uint8 array [H, W, 3], [H, W, 4] or [H, W] (grey). One that was read already stays.
+        reading: what to make of orientation and transparency.
         max_pixels: largest width × height that is decoded.
+
+    Returns:
+        The image without the file's other contents, and what was done to it.
 
     Raises:
         ImageError: missing, unreadable, truncated, too large or empty; or an array of another shape or dtype.
     """
-    if isinstance(source, np.ndarray):
-        return _to_rgb(_from_array(source, max_pixels), "the array")
-    if isinstance(source, Image.Image):
-        _check_size(source.width, source.height, max_pixels, "the image")
-        return _to_rgb(source, "the image")
-    if isinstance(source, str | os.PathLike):
-        return _from_file(Path(source), max_pixels)
-    raise ImageError(
-        f"an image cannot be given as {type(source).__name__}; pass a path, a PIL.Image.Image or a uint8 array "
-        "[H, W, 3]; PIL.Image.open(file) reads an open file, and io.BytesIO(data) makes one of bytes"
-    )
+    if isinstance(source, ReadImage):
+        return source
+    with opened(source, max_pixels) as (image, name):
+        _check_depth(image, name)
+        with warnings.catch_warnings(), reading_foreign(name, ImageError, advice()):
+            warnings.simplefilter("ignore")  # about metadata
+            image.load()
+            return _upright(image, reading)
+
+
+def check_image(source: ImageInput, config: PreprocessConfig, mode: str | None = None) -> None:
+    """Check an image by its header, which takes no time: whether it can be opened, and its bounds up to the tower.
+
+    Damage beyond the header is not found.
+
+    Raises:
+        ImageError: as :func:`read_image` and :func:`preprocess`.
+        ConfigError: an unknown mode.
+    """
+    with opened(source, MAX_PIXELS) as (image, name):
+        _check_depth(image, name)
+        _plan(image, config, mode)
 
 
 def preprocess(image: Image.Image, config: PreprocessConfig, mode: str | None = None) -> NDArray[np.float32]:
@@ -75,24 +141,16 @@ def preprocess(image: Image.Image, config: PreprocessConfig, mode: str | None = 
         [3, R, R] float32 with R = ``config.crop_size``, normalised, channels in the order R, G, B.
 
     Raises:
-        ImageError: the image is not RGB, or so long that a step would exceed ``MAX_PIXELS``.
+        ImageError: the image is not RGB, or so long that a step would exceed ``MAX_CANVAS`` or ``MAX_STEP``.
         ConfigError: an unknown mode.
     """
     if image.mode != "RGB":
         raise ImageError(f"preprocess expects an RGB image, got mode {image.mode}; pass it through load_image")
-    mode = config.mode if mode is None else mode
-    check_mode(mode)
-    image = MODES[mode](image)
-    # The shorter edge becomes ``size``, the longer one is truncated to whole pixels.
-    short, long = sorted(image.size)
-    scaled = int(config.size * long / short)
-    width, height = (config.size, scaled) if image.width == short else (scaled, config.size)
-    # The first pass makes an image of the new width and the old height.
-    check_step(image, width, max(height, image.height), mode)
-    image = _resampled(image, width, height)
+    canvas, width, height = _plan(image, config, mode)
+    scaled = resized(canvas, width, height)
     side = config.crop_size
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    cropped = np.asarray(image.crop((left, top, left + side, top + side)))
+    left, top = (width - side) // 2, (height - side) // 2
+    cropped = np.asarray(scaled.crop((left, top, left + side, top + side)))
     # As in CLIP, the scaling to 0..1 is done in float64, the rest in float32.
     mean, std = np.asarray(config.mean, np.float32), np.asarray(config.std, np.float32)
     return np.ascontiguousarray((((cropped * (1 / 255)).astype(np.float32) - mean) / std).transpose(2, 0, 1))
@@ -104,7 +162,8 @@ def check_mode(mode: str) -> None:
     Raises:
         ConfigError: with the known ones.
     """
-    require(isinstance(mode, str) and mode in MODES, f"preprocess {mode!r} is not known; use {', '.join(MODES)}")
+    known = isinstance(mode, str) and mode in MODES
+    require(known, f"preprocess {shorten(mode)} is not known; use {', '.join(MODES)}")
 
 
 def digest(pixels: NDArray[np.float32]) -> str:
@@ -112,100 +171,87 @@ def digest(pixels: NDArray[np.float32]) -> str:
     return hashlib.sha256(np.ascontiguousarray(pixels, dtype="<f4").tobytes()).hexdigest()
 
 
-def _from_array(array: NDArray[np.uint8], max_pixels: int) -> Image.Image:
-    shape_fits = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
-    if array.dtype != np.uint8 or not shape_fits:
-        raise ImageError(
-            f"an image given as an array must be uint8 with shape [H, W, 3], [H, W, 4] or [H, W], "
-            f"got {array.dtype} {list(array.shape)}; scale values to 0..255 and put the channels last"
-        )
-    _check_size(array.shape[1], array.shape[0], max_pixels, "the array")
-    return Image.fromarray(np.ascontiguousarray(array))
-
-
-def _from_file(path: Path, max_pixels: int) -> Image.Image:
-    with warnings.catch_warnings():
-        # Pillow warns between one and two times its own pixel limit; ours is checked below.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        try:
-            image = Image.open(path, formats=FORMATS)
-        except Image.DecompressionBombError as error:
-            raise ImageError(
-                f"{path} is far too large ({error}); the limit here is {max_pixels} pixels: scale it down first"
-            ) from error
-        except Exception as error:
-            raise _unreadable(str(path), error) from error
-    with image:
-        _check_size(image.width, image.height, max_pixels, str(path))
-        return _to_rgb(image, str(path))
-
-
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+def _check_depth(image: Image.Image, name: str) -> None:
     if image.mode in WIDE_MODES:
         raise ImageError(
             f"{name} has pixels of mode {image.mode}, more than 8 bits; convert it to 8-bit grey or RGB first"
         )
-    with warnings.catch_warnings():
-        # About metadata and about palettes with transparency, which is dropped on purpose.
-        warnings.simplefilter("ignore")
-        try:
-            return image.convert("RGB")
-        except Exception as error:  # Pillow's decoders raise nearly anything on damaged data.
-            raise _unreadable(name, error) from error
 
 
-def _unreadable(name: str, error: Exception) -> ImageError:
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return ImageError(
-        f"cannot read {name}: {reason or type(error).__name__}; "
-        f"give an intact image in one of these formats: {', '.join(FORMATS)}"
-    )
+def _upright(image: Image.Image, reading: ImageReading) -> ReadImage:
+    stored = image.size
+    orientation = _orientation(image) if reading.orientation == "exif" else 1
+    transparent, background = False, None
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        transparent = image.getchannel("A").getextrema() != (255, 255)
+        if transparent and reading.background is not None:
+            background = reading.background
+            opaque = Image.new("RGB", image.size, background)
+            opaque.paste(image, mask=image)
+            image = opaque
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    if orientation in _TURNS:
+        image = image.transpose(_TURNS[orientation])
+    # A copy would double the memory, and what else the file says must not be applied again.
+    image = image._new(image.im)
+    image.info = {}
+    return ReadImage(image, ImageRecord(stored, image.size, orientation, transparent, background))
 
 
-def _check_size(width: int, height: int, max_pixels: int, name: str) -> None:
-    if width == 0 or height == 0:
-        raise ImageError(f"{name} is empty ({width} x {height}); an image needs at least one pixel")
-    if width * height > max_pixels:
-        raise ImageError(
-            f"{name} has {width} x {height} = {width * height} pixels, the limit is {max_pixels}; scale it down first"
-        )
+def _orientation(image: Image.Image) -> int:
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # broken EXIF, which many files have, says nothing
+        return 1
+    return orientation if orientation in _TURNS else 1
 
 
-def check_step(image: Image.Image, width: int, height: int, mode: str) -> None:
-    if width * height > MAX_PIXELS:
-        raise ImageError(
-            f"an image of {image.width} x {image.height} would become {width} x {height} on the way in "
-            f"mode {mode}, the limit is {MAX_PIXELS} pixels; scale its longer side down or cut it first"
-        )
+def _plan(image: Image.Image, config: PreprocessConfig, mode: str | None) -> tuple[Canvas, int, int]:
+    """What the CLIP processor gets, and the width and height that it scales this to; no pixel is touched."""
+    mode = config.mode if mode is None else mode
+    check_mode(mode)
+    canvas = MODES[mode](image)
+    # The shorter edge becomes ``size``, the longer one is truncated to whole pixels.
+    short, long = sorted((canvas.width, canvas.height))
+    scaled = int(config.size * long / short)
+    width, height = (config.size, scaled) if canvas.width == short else (scaled, config.size)
+    # The first pass makes an image of the new width and the old height.
+    steps = ((canvas.width, canvas.height, MAX_CANVAS), (width, max(height, canvas.height), MAX_STEP))
+    for step_width, step_height, limit in steps:
+        if step_width * step_height > limit:
+            raise ImageError(
+                f"an image of {image.width} x {image.height} would become {step_width} x {step_height} on the way in "
+                f"mode {mode}, the limit is {limit} pixels; scale its longer side down or cut it first"
+            )
+    return canvas, width, height
 
 
-def _resampled(image: Image.Image, width: int, height: int) -> Image.Image:
-    """Bicubic resize, rows first.
-
-    Two calls with one direction each, because recent Pillow versions sometimes swap the passes, and each pass
-    rounds to 8 bits: the order shows in the result.
-    """
-    bicubic = Image.Resampling.BICUBIC
-    return image.resize((width, image.height), bicubic).resize((width, height), bicubic)
-
-
-def _squared(image: Image.Image) -> Image.Image:
+def _squared(image: Image.Image) -> Canvas:
     side = max(image.size)
-    check_step(image, side, side, "resize")
-    return _resampled(image, side, side)
+    if image.height == side:
+        return Canvas(side, side, lambda top, bottom: wide(image.crop((0, top, image.width, bottom)), side))
+    if side * side <= SQUARE_PIXELS:  # Pillow makes all rows at once, which is faster
+        return Canvas(side, side, lambda _top, _bottom: tall(image, side), band=side)
+    return Canvas(side, side, lambda top, bottom: stretched(image, side, top, bottom))
 
 
-def _padded(image: Image.Image) -> Image.Image:
+def _padded(image: Image.Image) -> Canvas:
     side = max(image.size)
-    check_step(image, side, side, "pad")
-    canvas = Image.new("RGB", (side, side), PAD_COLOUR)
-    canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return canvas
+    left, above = (side - image.width) // 2, (side - image.height) // 2
+
+    def rows(top: int, bottom: int) -> Image.Image:
+        band = Image.new("RGB", (side, bottom - top), PAD_COLOUR)
+        band.paste(image, (left, above - top))
+        return band
+
+    return Canvas(side, side, rows)
 
 
-MODES: dict[str, Callable[[Image.Image], Image.Image]] = {
+MODES: dict[str, Callable[[Image.Image], Canvas]] = {
     "resize": _squared,  # to its longer side, without keeping the proportions: the official quick start
     "pad": _padded,  # pasted on a square of the mean colour: Q-Align
-    "crop": lambda image: image,
+    "crop": whole,
 }
 """Modes of preprocessing by name: from an RGB image to the one that the CLIP processor gets."""

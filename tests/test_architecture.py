@@ -19,7 +19,8 @@ import owl2
 from owl2.runtime import errors
 
 RUNTIME_DEPENDENCIES = {
-    "numpy", "onnxruntime", "packaging", "PIL", "click", "platformdirs", "psutil", "sentencepiece", "typing_extensions",
+    "numpy", "onnxruntime", "packaging", "PIL", "pillow_heif", "click", "platformdirs", "psutil", "sentencepiece",
+    "typing_extensions",
 }  # fmt: skip
 """Packages that the runtime may import; ``packaging`` comes with ONNX Runtime, ``psutil`` is for Windows."""
 

@@ -8,11 +8,20 @@ from pathlib import Path
 
 import click
 
-from owl2.runtime.cli.console import describe, duration, notice_context, reports_errors, say_json, tell, write
+from owl2.runtime.cli.console import (
+    describe,
+    duration,
+    notice_context,
+    notice_image,
+    reports_errors,
+    say_json,
+    tell,
+    write,
+)
 from owl2.runtime.cli.input import read_text
 from owl2.runtime.cli.options import Options, bundle_argument, model_options
 from owl2.runtime.cli.types import PATH
-from owl2.runtime.preprocess import load_image
+from owl2.runtime.preprocess import read_image
 
 
 @click.command()
@@ -37,7 +46,9 @@ def ask(options: Options, bundle: Path, question: str, images: tuple[Path, ...],
       owl2 ask bundle/ - --image page.png --json < question.txt
     """
     text = read_text().strip() if question == "-" else question
-    opened = [load_image(path) for path in images]  # before the model, which may take long to load
+    opened = [read_image(path, options.reading) for path in images]  # before the model, which may take long to load
+    for path, image in zip(images, opened):
+        notice_image(str(path), image.record)
     began = time.perf_counter()
     with options.load(bundle) as owl:
         load_seconds = time.perf_counter() - began
@@ -45,6 +56,7 @@ def ask(options: Options, bundle: Path, question: str, images: tuple[Path, ...],
         if as_json:
             answer = stream.read()
             record = {"text": answer.text, "finish_reason": answer.finish_reason, **asdict(answer.stats)}
+            record |= {"images": [asdict(image) for image in answer.images]}
             record |= {"tokens_per_second": answer.stats.tokens_per_second, "load_seconds": load_seconds}
             say_json(record)
         else:

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
-from PIL import Image
 
 from owl2.runtime.chat import Chat
 from owl2.runtime.cli.console import (
     describe,
     notice,
     notice_context,
+    notice_image,
     notice_interrupt,
     report,
     reports_errors,
@@ -29,8 +29,9 @@ from owl2.runtime.cli.signals import must_end
 from owl2.runtime.cli.table import table
 from owl2.runtime.errors import ContextOverflowError, ImageError, Owl2Error
 from owl2.runtime.generate import Answer
+from owl2.runtime.image_files import ReadImage
 from owl2.runtime.owl import Owl2
-from owl2.runtime.preprocess import load_image, preprocess
+from owl2.runtime.preprocess import ImageReading, preprocess, read_image
 from owl2.runtime.version import __version__
 
 LEAVING = "/quit or Ctrl-D leaves"
@@ -58,7 +59,7 @@ class ChatState:
     owl: Owl2
     chat: Chat
     options: Options
-    images: list[Image.Image] = field(default_factory=list)
+    images: list[ReadImage] = field(default_factory=list)
     answer: Answer | None = None
     done: bool = False
     failed: bool = False
@@ -190,23 +191,24 @@ def _keep(state: ChatState, answer: Answer) -> None:
 def _image(state: ChatState, argument: str) -> None:
     if not argument:
         raise Owl2Error("/image needs the path of an image, as in /image ~/cat.jpg")
-    image = _open(argument)
+    image = _open(argument, state.options.reading)
     # Now, not with the question: an image that cannot be used must not block later ones.
-    preprocess(image, state.owl.config.preprocess, state.options.preprocess)
+    preprocess(image.image, state.owl.config.preprocess, state.options.preprocess)
     state.images.append(image)
+    notice_image(argument, image.record)
     notice(_attached(state))
 
 
-def _open(text: str) -> Image.Image:
+def _open(text: str, reading: ImageReading) -> ReadImage:
     """Read an image whose path is written as people type or drop it: with ``~``, quoted or escaped."""
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         text = text[1:-1]
     try:
-        return load_image(os.path.expanduser(text))  # noqa: PTH111 - Path's own raises for an unknown ~user
+        return read_image(os.path.expanduser(text), reading)  # noqa: PTH111 - Path's own raises for an unknown ~user
     except ImageError:
         if "\\" not in text:
             raise
-    return load_image(os.path.expanduser(re.sub(r"\\(.)", r"\1", text)))  # noqa: PTH111
+    return read_image(os.path.expanduser(re.sub(r"\\(.)", r"\1", text)), reading)  # noqa: PTH111
 
 
 def _stats(state: ChatState) -> None:

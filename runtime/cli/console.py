@@ -26,6 +26,7 @@ from owl2.runtime.foreign import cut, harmless, reason
 
 if TYPE_CHECKING:
     from owl2.runtime.generate import Answer
+    from owl2.runtime.image_files import ImageRecord
     from owl2.runtime.stream import AnswerStream
     from owl2.runtime.verification import LoadProgress, OnProgress
 
@@ -212,10 +213,29 @@ def notice_context(answer: Answer, context: int) -> None:
         )
 
 
+def notice_image(name: str, record: ImageRecord) -> None:
+    """Say so if an image is shown to the model in another way than it is stored."""
+    changes = describe_image(record)
+    if changes:
+        notice(f"{cut(harmless(name))}: {changes}")
+
+
+def describe_image(record: ImageRecord) -> str:
+    """What was done to an image that is not usual, empty for nothing."""
+    turned = f"turned as its EXIF orientation {record.orientation} says" if record.orientation != 1 else ""
+    laid = f"its transparency laid on {record.background}" if record.background else "its transparency dropped"
+    return ", ".join(part for part in (turned, laid if record.transparent else "") if part)
+
+
 def describe(answer: Answer) -> str:
     stats = answer.stats
     new = stats.prompt_tokens - stats.reused_tokens
-    return (
+    images = [
+        f"image: {record.shown[0]} x {record.shown[1]} pixels{', ' * bool(changes)}{changes}\n"
+        for record in answer.images
+        for changes in [describe_image(record)]
+    ]
+    return "".join(images) + (
         f"prompt: {stats.prompt_tokens} tokens, {stats.reused_tokens} reused, {new} new in "
         f"{duration(stats.prefill_seconds)}; images encoded: {stats.images_encoded} in "
         f"{duration(stats.vision_seconds)}\n"

@@ -13,11 +13,14 @@ import click
 from owl2.runtime.bundle import read_manifest
 from owl2.runtime.cli.console import duration, load_progress, notice_interrupt, reports_errors, say, say_json
 from owl2.runtime.cli.options import (
+    background_option,
     bundle_argument,
     context_option,
     device_option,
+    image_reading,
     kv_cache_option,
     memory_option,
+    orientation_option,
     preprocess_option,
     threads_option,
 )
@@ -34,6 +37,7 @@ from owl2.runtime.evaluation.evaluate import (
     evaluate,
 )
 from owl2.runtime.evaluation.summary import Figure
+from owl2.runtime.preprocess import Orientation
 from owl2.runtime.spec import KvType
 from owl2.runtime.verification import LoadProgress
 from owl2.runtime.version import __version__
@@ -77,6 +81,8 @@ SHARES = ("vqa_accuracy", "exact_match_normalised", "exact_match", "accuracy", "
 @click.option("--json", "as_json", is_flag=True, help="Write everything as JSON.")
 @click.option("--items", "with_items", is_flag=True, help="With --json: the outputs of every item, too.")
 @preprocess_option
+@orientation_option
+@background_option
 @threads_option
 @context_option
 @device_option
@@ -93,6 +99,8 @@ def eval_command(  # noqa: PLR0913 - one parameter per option
     as_json: bool,
     with_items: bool,
     preprocess: str | None,
+    orientation: Orientation,
+    background: str,
     threads: int | None,
     context: int | None,
     device: str,
@@ -140,6 +148,7 @@ def eval_command(  # noqa: PLR0913 - one parameter per option
             context=context,
             kv_cache=kv_cache,
             preprocess=preprocess,
+            reading=image_reading(orientation, background),
             check_memory=check_memory,
             progress=progress,
         )

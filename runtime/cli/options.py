@@ -15,7 +15,7 @@ from owl2.runtime.cli.types import PATH, integer
 from owl2.runtime.errors import ConfigError
 from owl2.runtime.owl import Owl2
 from owl2.runtime.placement import CPU, KINDS, Placement
-from owl2.runtime.preprocess import MODES
+from owl2.runtime.preprocess import MODES, UPRIGHT, ImageReading, Orientation
 from owl2.runtime.sampling import GenerationConfig
 from owl2.runtime.spec import KvType
 
@@ -28,6 +28,20 @@ preprocess_option = click.option(
     type=click.Choice(tuple(MODES)),
     show_default="the bundle's own mode",
     help="How images are made square.",
+)
+orientation_option = click.option(
+    "--orientation",
+    type=click.Choice(get_args(Orientation)),
+    default=UPRIGHT.orientation,
+    show_default=True,
+    help="Turn images as their EXIF data say, or leave them as they are stored, like the original.",
+)
+background_option = click.option(
+    "--background",
+    default=UPRIGHT.background,
+    show_default=True,
+    metavar="COLOUR",
+    help="Colour to lay under transparent images: a name or #rrggbb; none drops transparency, like the original.",
 )
 threads_option = click.option(
     "--threads", type=integer, show_default="chosen by ONNX Runtime", help="Threads of one operator on the CPU."
@@ -83,6 +97,7 @@ class Options:
     check_memory: bool
     verify: bool
     preprocess: str | None
+    reading: ImageReading
     generation: GenerationConfig
     stats: bool
 
@@ -100,6 +115,11 @@ class Options:
             )
 
 
+def image_reading(orientation: Orientation, background: str) -> ImageReading:
+    """How images are read, from the two options about it."""
+    return ImageReading(orientation, None if background == "none" else background)
+
+
 def model_options(command: Command) -> Command:
     """Add the shared options to a command, which gets them as one ``options`` argument.
 
@@ -109,8 +129,9 @@ def model_options(command: Command) -> Command:
     @functools.wraps(command)
     def gathered(**given: Any) -> None:  # noqa: ANN401 - click's parameters
         generation = GenerationConfig(**{field.name: given.pop(field.name) for field in fields(GenerationConfig)})
+        reading = image_reading(given.pop("orientation"), given.pop("background"))
         others = {field.name: given.pop(field.name) for field in fields(Options) if field.name in given}
-        command(options=Options(generation=generation, **others), **given)
+        command(options=Options(generation=generation, reading=reading, **others), **given)
 
     with_options: Command = gathered
     for add in reversed(_OPTIONS):
@@ -126,6 +147,8 @@ def _generation(name: str, value_type: Callable[[str], object], text: str) -> Ca
 
 _OPTIONS = (
     preprocess_option,
+    orientation_option,
+    background_option,
     _generation("max_new_tokens", integer, "Tokens of an answer, at most."),
     _generation("temperature", float, "0 takes the likeliest token; larger values vary more."),
     _generation("top_k", integer, "Sample from this many candidates; 0 for all."),

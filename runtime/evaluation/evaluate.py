@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from owl2.runtime.evaluation.reference import is_bundle, open_reference
 from owl2.runtime.evaluation.summary import Summary, item_json, summarise
 from owl2.runtime.owl import Owl2
 from owl2.runtime.placement import CPU, Placement
-from owl2.runtime.preprocess import check_mode
+from owl2.runtime.preprocess import UPRIGHT, ImageReading, check_mode
 from owl2.runtime.sampling import GenerationConfig
 from owl2.runtime.spec import KvType
 from owl2.runtime.verification import LoadProgress
@@ -51,6 +51,7 @@ class Evaluation:
         total: items that were to be measured.
         seconds: without loading.
         preprocess: how images were made square.
+        reading: what was made of their orientation and transparency.
     """
 
     summary: Summary
@@ -59,6 +60,7 @@ class Evaluation:
     seconds: float
     context: int
     preprocess: str
+    reading: ImageReading
 
     @property
     def complete(self) -> bool:
@@ -68,6 +70,7 @@ class Evaluation:
         """Plain dictionaries, with the outputs of every item if ``items``."""
         record = {
             "preprocess": self.preprocess,
+            **asdict(self.reading),
             "context": self.context,
             "complete": self.complete,
             "asked": self.total,
@@ -90,6 +93,7 @@ def evaluate(  # noqa: PLR0913 - the arguments of Owl2.load and those of the eva
     context: int | None = None,
     kv_cache: KvType | None = None,
     preprocess: str | None = None,
+    reading: ImageReading = UPRIGHT,
     check_memory: bool = True,
     progress: OnEvaluationProgress | None = None,
 ) -> Evaluation:
@@ -109,6 +113,8 @@ def evaluate(  # noqa: PLR0913 - the arguments of Owl2.load and those of the eva
         device: as in :meth:`Owl2.load`; None for the CPU, or for that of the loaded model.
         threads, context, kv_cache, check_memory: as in :meth:`Owl2.load`.
         preprocess: ``resize``, ``pad`` or ``crop`` instead of the bundle's own mode.
+        reading: what to make of EXIF orientation and transparency; ``AS_ORIGINAL`` of :mod:`owl2.runtime.preprocess`
+            for scores that compare with the original's.
         progress: called with a :class:`LoadProgress` while models are loaded, and with an :class:`EvaluationProgress`
             after each item.
 
@@ -154,7 +160,9 @@ def evaluate(  # noqa: PLR0913 - the arguments of Owl2.load and those of the eva
                 on_progress=progress,
             )
             stack.enter_context(closing(reference))
-        measuring = measure(owl.model, items, reference, max_new_tokens=max_new_tokens, preprocess=preprocess)
+        measuring = measure(
+            owl.model, items, reference, max_new_tokens=max_new_tokens, preprocess=preprocess, reading=reading
+        )
         began = time.perf_counter()
         results: list[ItemResult] = []
         with suppress(KeyboardInterrupt):
@@ -164,4 +172,4 @@ def evaluate(  # noqa: PLR0913 - the arguments of Owl2.load and those of the eva
                     progress(EvaluationProgress(len(results), len(items)))
         seconds = time.perf_counter() - began
     mode = preprocess or owl.config.preprocess.mode
-    return Evaluation(summarise(results), tuple(results), len(items), seconds, owl.context, mode)
+    return Evaluation(summarise(results), tuple(results), len(items), seconds, owl.context, mode, reading)

@@ -28,9 +28,10 @@ from owl2.runtime.evaluation.divergence import Divergence, divergence, modality_
 from owl2.runtime.evaluation.item_run import ItemRun
 from owl2.runtime.families.mplug_owl2.positions import Prompt
 from owl2.runtime.families.mplug_owl2.template import Message, render
+from owl2.runtime.image_files import ReadImage
 from owl2.runtime.kv_cache import Key, KvCache
 from owl2.runtime.load import Loaded
-from owl2.runtime.preprocess import load_image
+from owl2.runtime.preprocess import UPRIGHT, ImageReading, read_image
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,7 @@ def measure(
     *,
     max_new_tokens: int,
     preprocess: str | None = None,
+    reading: ImageReading = UPRIGHT,
 ) -> Iterator[ItemResult]:
     """Measure item after item, greedily, so that results are reproducible. Only the results stay in memory.
 
@@ -114,6 +116,7 @@ def measure(
         reference: a second model, with the same vocabulary and context.
         max_new_tokens: of an answer.
         preprocess: ``resize``, ``pad`` or ``crop`` instead of each model's own mode.
+        reading: what to make of EXIF orientation and transparency.
 
     Raises:
         DataError: before anything runs: items that do not fit the context; names all of them.
@@ -122,7 +125,10 @@ def measure(
     raise_problems(model.name, context_problems(model, items))
     models = [model] if reference is None else [model, reference]
     caches = [each.new_cache() for each in models]
-    return (_measure(item, models, caches, max_new_tokens, preprocess) for item in items)
+    return (
+        _measure(item, models, caches, [read_image(path, reading) for path in item.images], max_new_tokens, preprocess)
+        for item in items
+    )
 
 
 def context_problems(model: Loaded, items: Sequence[Item]) -> list[str]:
@@ -152,9 +158,13 @@ def expected_answer(task: Task) -> str:
 
 
 def _measure(
-    item: Item, models: Sequence[Loaded], caches: Sequence[KvCache], max_new_tokens: int, preprocess: str | None
+    item: Item,
+    models: Sequence[Loaded],
+    caches: Sequence[KvCache],
+    images: Sequence[ReadImage],
+    max_new_tokens: int,
+    preprocess: str | None,
 ) -> ItemResult:
-    images = [load_image(path) for path in item.images]
     for cache in caches:
         cache.claim().truncate(0)  # an item's figures must not depend on the items before it
     runs = [ItemRun(model, cache, model.prepare(images, preprocess)) for model, cache in zip(models, caches)]

@@ -10,14 +10,14 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 
 from owl2.runtime.fit.products import GB_PER_SECOND, GIB, PRODUCTS, Family, Product
+from owl2.runtime.memory import ROOT, control_groups, headroom, host_memory, read_state
 
 NVIDIA_SMI = (
     "nvidia-smi",
@@ -35,9 +35,6 @@ JETSON_DESKTOP = int(0.8 * GIB)
 GEFORCE_SYSTEM = int(0.3 * GIB)  # driver
 GEFORCE_DESKTOP = int(0.5 * GIB)
 DATACENTER_RESERVED = 0.065  # error correction and driver, of the nominal memory
-
-ROOT = Path("/")
-"""Of the files in which Linux describes memory and board; tests give one of their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,28 +73,12 @@ class MemoryBudget:
 
 def this_cpu(root: Path = ROOT) -> MemoryBudget | None:
     """The CPU of this machine, or of the container that this process runs in; None where its memory is not known."""
-    memory = parse_meminfo(_read(root / "proc/meminfo"))
+    memory = host_memory(root)
     if memory is None:
         return None
-    total, free = memory
-    available = free
-    for version, folder in control_groups(root):
-        names = ("max", "current") if version == "v2" else ("limit_in_bytes", "usage_in_bytes")
-        headroom = _headroom(folder, *names)
-        if headroom is not None:
-            available = min(available, max(0, headroom + parse_droppable(_read(folder / "memory.stat"))))
-    limited = available < free
-    name = "CPU of this machine" + (", in a group with a memory limit" if limited else "")
-    device = Product("cpu", name, "cpu", None, total, None)
-    return MemoryBudget(device, available, available, here=True, limited=limited)
-
-
-def parse_meminfo(text: str) -> tuple[int, int] | None:
-    """Read total and available bytes from ``/proc/meminfo``; page cache that can be dropped counts as available."""
-    values = dict(re.findall(r"^(\w+):\s+(\d+) kB$", text, re.MULTILINE))
-    if "MemTotal" not in values or "MemAvailable" not in values:
-        return None
-    return int(values["MemTotal"]) * 1024, int(values["MemAvailable"]) * 1024
+    name = "CPU of this machine" + (", in a group with a memory limit" if memory.limited else "")
+    device = Product("cpu", name, "cpu", None, memory.total, None)
+    return MemoryBudget(device, memory.available, memory.available, here=True, limited=memory.limited)
 
 
 def free_swap(root: Path = ROOT) -> int:
@@ -110,27 +91,8 @@ def free_swap(root: Path = ROOT) -> int:
     separate = any((folder / "memory.swap.max").exists() for folder in folders)
     if cpu is None or (cpu.limited and not separate):
         return 0
-    limits = [_headroom(folder, "swap.max", "swap.current") for folder in folders]
-    return max(0, min([parse_swaps(_read(root / "proc/swaps")), *(left for left in limits if left is not None)]))
-
-
-def control_groups(root: Path = ROOT) -> Iterator[tuple[str, Path]]:
-    """Version, ``v1`` or ``v2``, and folder of each control group above this process that may limit memory."""
-    for line in _read(root / "proc/self/cgroup").splitlines():
-        number, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        version = "v2" if number == "0" and not controllers else "v1"
-        if path.startswith("/") and (version == "v2" or "memory" in controllers.split(",")):
-            mounted = root / "sys/fs/cgroup" / ("" if version == "v2" else "memory")
-            # Inside a container the path may be the host's: then only the root exists, which is the container's group.
-            group = PurePosixPath(path)
-            yield from ((version, mounted / above.relative_to("/")) for above in (group, *group.parents))
-
-
-def _headroom(folder: Path, limit_file: str, usage_file: str) -> int | None:
-    """Limit less usage; None where there is no limit."""
-    limit, usage = (_read(folder / f"memory.{name}").strip() for name in (limit_file, usage_file))
-    return int(limit) - int(usage) if limit.isdigit() and usage.isdigit() else None
+    limits = [headroom(folder, "swap.max", "swap.current") for folder in folders]
+    return max(0, min([parse_swaps(read_state(root / "proc/swaps")), *(left for left in limits if left is not None)]))
 
 
 def parse_swaps(text: str) -> int:
@@ -138,18 +100,6 @@ def parse_swaps(text: str) -> int:
     rows = [line.split() for line in text.splitlines()[1:]]
     sizes = [(row[2], row[3]) for row in rows if len(row) >= 4 and not row[0].startswith("/dev/zram")]
     return sum(1024 * (int(size) - int(used)) for size, used in sizes if size.isdigit() and used.isdigit())
-
-
-def parse_droppable(text: str) -> int:
-    """Read ``memory.stat`` of a control group: bytes that the kernel drops when memory is wanted.
-
-    These are pages of files, active ones too (as those of a bundle that was just copied or verified), and what the
-    kernel keeps of folders. Version 1 counts groups below only in the lines that begin with ``total``.
-    """
-    values = {name: int(size) for name, size in re.findall(r"^(\w+) (\d+)$", text, re.MULTILINE)}
-    total = "total_" if "total_inactive_file" in values else ""
-    names = (f"{total}inactive_file", f"{total}active_file", "slab_reclaimable")
-    return sum(values.get(name, 0) for name in names)
 
 
 def this_gpu(root: Path = ROOT) -> MemoryBudget | None:
@@ -163,7 +113,7 @@ def gpus(root: Path = ROOT) -> list[MemoryBudget]:
     CUDA_VISIBLE_DEVICES has no effect.
     """
     # The first is a link to the second; containers hide the one and not always the other.
-    model = _read(root / "proc/device-tree/model") or _read(root / "sys/firmware/devicetree/base/model")
+    model = read_state(root / "proc/device-tree/model") or read_state(root / "sys/firmware/devicetree/base/model")
     cpu = this_cpu(root)
     if cpu is not None and (jetson := parse_jetson_model(model, cpu.device.memory)) is not None:
         return [replace(cpu, device=jetson)]
@@ -177,7 +127,7 @@ def gpus(root: Path = ROOT) -> list[MemoryBudget]:
 
 def driver_version(root: Path = ROOT) -> str | None:
     """Version of NVIDIA's kernel driver; None where it is not known."""
-    found = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)\s", _read(root / "proc/driver/nvidia/version"))
+    found = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)\s", read_state(root / "proc/driver/nvidia/version"))
     return found[1] if found else None
 
 
@@ -232,10 +182,3 @@ def read_bandwidth() -> float:
             list(pool.map(np.max, arrays))  # releases the interpreter's lock
             best = max(best, 8 * part * workers / (time.perf_counter() - began))
     return max(best, GB_PER_SECOND / 10)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""

@@ -22,6 +22,7 @@ from owl2 import (
     ConfigError,
     ContextOverflowError,
     ImageError,
+    ImageReading,
     Owl2,
     Owl2Error,
     PromptError,
@@ -277,6 +278,35 @@ class TestMessages:
         assert again.messages == chat.messages
         assert again.ask("Why?", max_new_tokens=6).ids == chat.ask("Why?", max_new_tokens=6).ids
 
+    def test_how_images_were_read_goes_with_them(self, case: Case) -> None:
+        chat, image = case.owl.chat(), Image.new("RGBA", (30, 20))
+        for reading in (ImageReading("stored", "#ff0000"), ImageReading(background=None), None):
+            chat.ask("What?", image, reading=reading, max_new_tokens=3)
+        parts = [{"type": "image", "image": image} for _ in range(3)]
+        parts[0] |= {"orientation": "stored", "background": "#ff0000"}
+        parts[1] |= {"background": None}
+        assert [message["content"][0] for message in chat.messages[::2]] == parts
+        again = case.owl.chat(messages=chat.messages).ask("Why?", max_new_tokens=6)
+        assert again.ids == chat.ask("Why?", max_new_tokens=6).ids
+        assert [record.background for record in again.images] == ["#ff0000", None, "white"]
+        with pytest.raises(ConfigError, match="reading must be an ImageReading, got 'stored'"):
+            chat.ask("What?", image, reading="stored")  # type: ignore[arg-type]
+
+    def test_the_context_is_checked_before_an_image_is_read(self, case: Case) -> None:
+        missing = ["missing.png"] * (case.owl.context // case.owl.config.rows_per_image + 1)
+        chat = case.owl.chat()
+        with pytest.raises(ContextOverflowError):
+            chat.ask("What?", missing)
+        with pytest.raises(ContextOverflowError):
+            case.owl.generate("<|image|>" * len(missing) + "What?", images=missing)
+        with pytest.raises(ContextOverflowError):
+            case.owl.logits("<|image|>" * len(missing) + "What?", images=missing)
+        history = [{"type": "image", "image": image} for image in missing]
+        with pytest.raises(ContextOverflowError, match="leave out the messages with the first images"):
+            case.owl.chat([{"role": "user", "content": history}, {"role": "assistant", "content": "x"}])
+        with pytest.raises(ImageError, match=r"missing\.png"):
+            chat.ask("What?", missing[:1])
+
     def test_a_history_of_another_program(self, case: Case) -> None:
         path = case.files[0]
         with Image.open(path) as image:
@@ -316,7 +346,7 @@ class TestMessages:
                     {"role": "user", "content": [{"type": "image", "image": "a.png", "preproces": "pad"}]},
                     {"role": "assistant", "content": "x"},
                 ],
-                r"message 0 has the part .*\(and perhaps 'preprocess'\)",
+                r"message 0 has the part .*\(and perhaps preprocess, orientation, background\)",
             ),
             ([{"role": "user", "content": ""}, {"role": "assistant", "content": "x"}], "message 0 is empty"),
             (

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import RunCommand
+from PIL import Image
 from processes import COMMAND, LONG, started, wait_for_output
 
 from owl2 import Owl2
@@ -39,6 +40,27 @@ def test_json(run: RunCommand, bundle_a1: Path, owl: Owl2, image: Path) -> None:
     for name in ("vision", "prefill", "decode", "load"):
         assert record[f"{name}_seconds"] > 0
     assert record["time_to_first_token"] > record["prefill_seconds"]
+
+
+def test_what_was_done_to_images_is_told(run: RunCommand, bundle_a1: Path, tmp_path: Path) -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGBA", (30, 20)).save(tmp_path / "a.png", exif=turned)
+    command = ("ask", bundle_a1, "And now?", "--image", tmp_path / "a.png", *SHORT)
+    result = run(*command, "--json", "--background", "#ff0000")
+    told = "turned as its EXIF orientation 6 says, its transparency laid on #ff0000"
+    assert result.stderr == f"owl2: {tmp_path / 'a.png'}: {told}\n"
+    assert json.loads(result.stdout)["images"] == [
+        {"stored": [30, 20], "shown": [20, 30], "orientation": 6, "transparent": True, "background": "#ff0000"}
+    ]
+    as_original = run(*command, "--stats", "--orientation", "stored", "--background", "none")
+    assert "image: 30 x 20 pixels, its transparency dropped\n" in as_original.stderr
+    assert as_original.stdout != run(*command).stdout
+    wrong = run(*command, "--background", "whitish")
+    assert (wrong.exit_code, wrong.stderr) == (
+        1,
+        "owl2: error: background 'whitish' is no colour; write white, #rrggbb or another name\n",
+    )
 
 
 @pytest.mark.parametrize("mode", ["resize", "pad", "crop"])

@@ -19,7 +19,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("args", "message"),
         [
-            (("q", "--image", "missing.png"), "cannot read missing.png: No such file"),
+            (("q", "--image", "missing.png"), "cannot read missing.png: it is missing"),
             (("q", "--temperature", "-1"), "temperature -1.0 must be 0"),
             (("q", "--threads", "0"), "threads must be positive, got 0"),
             (("q", "--context", "100000"), "context 100000 exceeds the 2048 positions"),

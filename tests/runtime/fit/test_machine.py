@@ -8,12 +8,10 @@ from planning import nvidia_smi, write
 
 from owl2.runtime.fit.machine import (
     MemoryBudget,
-    control_groups,
     driver_version,
     free_swap,
     gpus,
     parse_jetson_model,
-    parse_meminfo,
     parse_nvidia_smi,
     parse_swaps,
     read_bandwidth,
@@ -21,6 +19,7 @@ from owl2.runtime.fit.machine import (
     this_gpu,
 )
 from owl2.runtime.fit.products import GIB
+from owl2.runtime.memory import control_groups, parse_meminfo
 
 MEMINFO = """MemTotal:        3884364 kB
 MemFree:          187000 kB
