@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol, TypeAlias
+from typing import BinaryIO, Protocol, TypeAlias, TypeGuard
 from urllib.parse import unquote_to_bytes
 
 import numpy as np
@@ -97,7 +97,7 @@ def held(source: ImageInput) -> ImageInput:
     return source
 
 
-def is_image(source: object) -> bool:
+def is_image(source: object) -> TypeGuard[ImageInput]:
     """Whether ``source`` is of a type that can be one image, and not a list of them."""
     return hasattr(source, "read") or isinstance(
         source, str | bytes | bytearray | memoryview | os.PathLike | Image.Image | np.ndarray | ReadImage

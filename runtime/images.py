@@ -53,7 +53,7 @@ def as_list(images: Images) -> list[ImageInput]:
         return []
     if is_image(images):
         return [held(images)]
-    if isinstance(images, Sequence):
+    if isinstance(images, Sequence) and not isinstance(images, str | bytes | bytearray | memoryview):
         return [held(image) for image in images]
     load_image(images)  # raises: it says what can be given
     raise ImageError(f"images cannot be given as {type(images).__name__}; pass one image or a list")

@@ -116,7 +116,8 @@ def _read_content(content: object, where: str) -> tuple[str, list[ChatMessage]]:
         return content, []
     if not isinstance(content, Sequence) or isinstance(content, bytes):
         raise PromptError(f"the content of {where} must be a text or a list of parts, got {type(content).__name__}")
-    text, images = "", []
+    text = ""
+    images: list[ChatMessage] = []
     for part in content:
         match part:
             case {"type": "text", "text": str(words)}:

@@ -27,8 +27,8 @@ from owl2.runtime.bundle import Bundle
 from owl2.runtime.evaluation.goldens import golden_positions, read_goldens
 from owl2.runtime.evaluation.verify import run_golden
 from owl2.runtime.families.mplug_owl2.positions import Prompt, embed
+from owl2.runtime.image_files import ImageInput
 from owl2.runtime.load import Loaded
-from owl2.runtime.preprocess import ImageInput
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from owl2.runtime.evaluation.conversations import (
     unusable_images,
 )
 from owl2.runtime.families.mplug_owl2.template import Message, render
-from owl2.runtime.preprocess import ImageInput
+from owl2.runtime.image_files import ImageInput
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".jp2", ".png", ".ppm", ".tif", ".tiff", ".webp")
 LISTED_PROBLEMS = 10

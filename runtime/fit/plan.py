@@ -15,11 +15,12 @@ from owl2.runtime.config import require, resolve_context
 from owl2.runtime.errors import BackendUnavailableError, InsufficientMemoryError
 from owl2.runtime.fit import footprint
 from owl2.runtime.fit.footprint import MemoryPart, Runner
-from owl2.runtime.fit.machine import ROOT, MemoryBudget, free_swap, gpus, read_bandwidth, this_cpu
+from owl2.runtime.fit.machine import MemoryBudget, free_swap, gpus, read_bandwidth, this_cpu
 from owl2.runtime.fit.products import GIB, PRODUCTS
 from owl2.runtime.fit.storage import storage_types
 from owl2.runtime.foreign import shorten
 from owl2.runtime.kv_cache import GROWTH
+from owl2.runtime.memory import ROOT
 from owl2.runtime.placement import HOST, KINDS, Placement
 from owl2.runtime.spec import BYTES_PER_VALUE, DialectName, FloatType, KvType, WeightType
 from owl2.runtime.verification import FileEntry

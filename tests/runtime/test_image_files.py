@@ -208,7 +208,7 @@ class TestBounds:
     @pytest.mark.parametrize("name", HOSTILE)
     def test_small_files_cannot_take_much(self, tmp_path: Path, name: str) -> None:
         (tmp_path / name).write_bytes(HOSTILE[name])
-        command = [sys.executable, "-c", MEASURE, IMAGES / "upright.png", tmp_path / name]
+        command = [sys.executable, "-c", MEASURE, str(IMAGES / "upright.png"), str(tmp_path / name)]
         result = subprocess.run(command, capture_output=True, text=True, check=True)
         kilobytes, seconds = map(float, result.stdout.split())
         assert result.stderr.count(" claims ") + result.stderr.count(" scans over ") == 1
@@ -273,7 +273,7 @@ class TestBounds:
         (tmp_path / "a").write_bytes(encoded(image, name, **options))
         with Image.open(tmp_path / "a") as opened:
             told = decoding_bytes(opened, 10 if "progressive" in options else 1)
-        command = [sys.executable, "-c", MEASURE, IMAGES / "upright.png", tmp_path / "a"]
+        command = [sys.executable, "-c", MEASURE, str(IMAGES / "upright.png"), str(tmp_path / "a")]
         result = subprocess.run(command, capture_output=True, text=True, check=True)
         assert result.stderr == ""
         slack = 6 * resource.getpagesize() * 1024  # the decoder's own code and tables
