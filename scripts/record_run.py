@@ -29,6 +29,7 @@ from owl2.runtime.evaluation.verify import run_golden
 from owl2.runtime.families.mplug_owl2.positions import Prompt, embed
 from owl2.runtime.image_files import ImageInput
 from owl2.runtime.load import Loaded
+from owl2.runtime.preprocess import AS_ORIGINAL
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def read_cases(bundle: Path, path: Path) -> list[Case]:
 
 def logits(model: Loaded, case: Case) -> Mapping[str, NDArray[Any]]:
     """The arrays of a case; a prompt is cut where the context ends."""
-    whole = model.encode(case.prompt, model.prepare(case.images, case.preprocess))
+    whole = model.encode(case.prompt, model.prepare(case.images, case.preprocess, AS_ORIGINAL))
     prompt = Prompt(whole.keys[: model.context], whole.images)
     rows, _ = model.encoder.rows(list(prompt.images.values()))
     embeds, modality = embed(prompt.keys, model.table, rows)
@@ -68,7 +69,11 @@ def answer(owl: Owl2, case: Case) -> dict[str, Any]:
     if not case.max_new_tokens:
         return {"name": case.name, "text": None, "ids": []}
     found = owl.generate(
-        case.prompt, images=case.images, preprocess=case.preprocess, max_new_tokens=case.max_new_tokens
+        case.prompt,
+        images=case.images,
+        preprocess=case.preprocess,
+        reading=AS_ORIGINAL,
+        max_new_tokens=case.max_new_tokens,
     )
     return {"name": case.name, "text": found.text, "ids": list(found.ids)}
 

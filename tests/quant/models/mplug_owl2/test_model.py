@@ -22,7 +22,7 @@ from owl2.export.checkpoint.checkpoint import Checkpoint
 from owl2.quant.models.mplug_owl2 import Owl2Model, VisionModel
 from owl2.runtime.config import IMAGE_TOKEN_ID, PreprocessConfig
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
-from owl2.runtime.preprocess import load_image, preprocess
+from owl2.runtime.preprocess import AS_ORIGINAL, load_image, preprocess
 
 CASES = ["a1_base_bin", "a2_fp16_safetensors"]
 ATOL = 1e-4  # the logits' standard deviation is about 2.7
@@ -58,7 +58,7 @@ class Original:
 
     @cached_property
     def pixels(self) -> dict[str, Tensor]:
-        images = [load_image(self.folder.parent / "images" / name) for name in self.files]
+        images = [load_image(self.folder.parent / "images" / name, AS_ORIGINAL) for name in self.files]
         return {
             mode: torch.from_numpy(np.stack([preprocess(image, self.config.preprocess, mode) for image in images]))
             for mode in ("resize", "pad", "crop")
