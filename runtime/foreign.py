@@ -94,7 +94,7 @@ def open_file(path: Path, limit: int) -> BinaryIO:
         ForeignError: it is no regular file, or has more than ``limit`` bytes.
         OSError: it cannot be opened.
     """
-    file = open(path, "rb", opener=_open_at_once)
+    file = open(path, "rb", opener=_open_at_once)  # noqa: SIM115 - the caller closes it
     try:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):

@@ -26,6 +26,7 @@ from owl2.runtime.backends.tensorrt.engine import block_size
 from owl2.runtime.backends.tensorrt.rows import DeviceRows
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.engine import KvBuffers
+from owl2.runtime.preprocess import AS_ORIGINAL
 
 
 def converse(owl: Owl2, image: Image.Image) -> list[tuple[int, ...]]:
@@ -51,7 +52,7 @@ class TestConversation:
         recorded = np.load(case / "forward.npz")
         for entry in json.loads((case / "forward_index.json").read_text()):
             images = [golden / "images" / name for name in entry["images"]]
-            made = fake.owl.logits(prompts[entry["prompt_id"]], images=images, preprocess="resize")
+            made = fake.owl.logits(prompts[entry["prompt_id"]], images=images, preprocess="resize", reading=AS_ORIGINAL)
             np.testing.assert_allclose(made, recorded[f"{entry['name']}/logits"], atol=1e-4, rtol=0)
 
     def test_the_host_never_sees_keys_and_values(
