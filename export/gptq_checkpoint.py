@@ -66,11 +66,11 @@ def export_gptq(config: ExportConfig, reporter: Reporter | None = None) -> Repor
         del rows
         job.prompts.images.clear()
         decoder = export_layers(job, GptqWriter(job, form), streams, {})
-        first, name = job.prompts.judged
+        first, _ = job.prompts.judged
         loss = Divergence()  # of the new weights against the old ones, both in torch
         for i, prompt in enumerate(job.prompts.measured[first:], first):
             loss += divergence(decoder.original_logits(i), decoder.quantized_logits(i), modality_of(prompt))
-        report = job.write_report(Checks(Accuracy.of(name, loss)), decoder.modules)
+        report = job.write_report(Checks(Accuracy.of(job.prompts, loss)), decoder.modules)
         job.staging.publish()
     return report
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from owl2.export.checkpoint.checkpoint import Checkpoint
@@ -11,7 +11,7 @@ from owl2.export.checkpoint.source import needs_calibration
 from owl2.export.config import ExportConfig
 from owl2.quant.calibration.samples import CalibrationSet, Sample, load_calibration, probe_samples
 from owl2.runtime.config import ModelConfig
-from owl2.runtime.errors import BundleError, CheckpointError
+from owl2.runtime.errors import BundleError, CalibrationError, CheckpointError, ImageError
 from owl2.runtime.evaluation.conversations import evenly
 from owl2.runtime.families.mplug_owl2.positions import Prompt, digests_of, encode_prompt
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
@@ -23,6 +23,9 @@ MAX_ROW_BYTES = 512 << 20
 # One of this many calibration samples is kept from the quantizer to measure with, up to MAX_HELD_OUT of them.
 HELD_OUT_EVERY = 8
 MAX_HELD_OUT = 16
+# Fewer than these make a rough figure, and the report says so.
+FIRM_SAMPLES = 8
+FIRM_POSITIONS = 500
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Prompts:
     Attributes:
         calibration: the quantizer looks at these; empty where nothing is calibrated.
         probes: the graphs are compared with torch on these.
-        held_out: the loss of accuracy is measured on these, which the quantizer has not seen.
+        held_out: the loss of accuracy is measured on these, which the quantizer has not seen, nor any of their images.
         images: those of all prompts by digest; emptied once all of them are encoded.
         source: of the calibration samples.
         notes: remarks on the calibration data for readers of the report, a sentence each.
@@ -83,25 +86,91 @@ def load_prompts(config: ExportConfig, checkpoint: Checkpoint) -> Prompts:
 
 
 def prepare(data: CalibrationSet, config: ModelConfig, tokenizer: Tokenizer, *, calibrate: bool) -> Prompts:
-    """Divide the samples and encode them, with the probes; what exceeds the context is cut at its end."""
-    samples = data.samples
-    chosen = range(HELD_OUT_EVERY - 1, len(samples), HELD_OUT_EVERY)[:MAX_HELD_OUT]
-    held_out = [samples[i] for i in chosen]
-    rest = [sample for i, sample in enumerate(samples) if i not in chosen]
-    if not any(sample.images for sample in rest):  # the quantizer needs what few images there are
-        held_out, rest = [], list(samples)
-    calibration = encode_samples(rest, config, tokenizer) if calibrate else []
-    used = _bounded(calibration, MAX_ROW_BYTES // (4 * config.decoder.hidden_size))
-    notes = data.notes
-    if len(used) < len(calibration):
-        notes += (
-            f"{len(used)} of {len(calibration)} calibration samples were used, spread evenly: the rows of more would "
-            f"take over {MAX_ROW_BYTES >> 20} MiB of memory, twice",
+    """Encode the samples and divide them, without exact copies; what exceeds the context is cut at its end."""
+    encoded = encode_samples(data.samples, config, tokenizer)
+    contents = {tuple(prompt.keys): _content(sample, prompt) for sample, prompt in zip(data.samples, encoded)}
+    distinct = list({tuple(prompt.keys): prompt for prompt in encoded}.values())
+    chosen = _set_aside(list(contents.values()))
+    held_out = [prompt for i, prompt in enumerate(distinct) if i in chosen]
+    rest = [prompt for i, prompt in enumerate(distinct) if i not in chosen]
+    if not any(prompt.images for prompt in rest):  # the quantizer needs what few images there are
+        held_out, rest = [], distinct
+    used = _bounded(rest, MAX_ROW_BYTES // (4 * config.decoder.hidden_size)) if calibrate else []
+    probes = encode_samples(probe_samples(), config, tokenizer)
+    notes = list(data.notes) if calibrate else []
+    if copies := len(data.samples) - len(distinct):
+        notes.append(
+            f"{copies} of {len(data.samples)} calibration samples are exact copies of others and were left out"
         )
-    parts = (used, encode_samples(probe_samples(), config, tokenizer), encode_samples(held_out, config, tokenizer))
+    if calibrate and len(used) < len(rest):
+        notes.append(
+            f"{len(used)} of {len(rest)} calibration samples were used, spread evenly: the rows of more would "
+            f"take over {MAX_ROW_BYTES >> 20} MiB of memory, twice"
+        )
+    notes += _remarks(held_out, rest, len(probes))
+    parts = used, probes, held_out
     images = {digest: image for part in parts for prompt in part for digest, image in prompt.images.items()}
-    calibration, probes, held = ([Prompt(prompt.keys, {}) for prompt in part] for part in parts)
-    return Prompts(calibration, probes, held, images, data.source, notes)
+    calibration, probes, held_out = ([Prompt(prompt.keys, {}) for prompt in part] for part in parts)
+    return Prompts(calibration, probes, held_out, images, data.source, tuple(notes))
+
+
+def _content(sample: Sample, prompt: Prompt) -> Collection[str]:
+    """What a sample must not share with one on the other side: its images by digest, or without any its first question.
+
+    Questions about images do not count, since data may ask the same one about every image.
+    """
+    return list(prompt.images) or [sample.prompt.partition(" ASSISTANT:")[0]]
+
+
+def _set_aside(contents: Sequence[Collection[str]]) -> set[int]:
+    """Indices of the samples to keep from the quantizer: none of them has content in common with any other sample."""
+    room = min(MAX_HELD_OUT, len(contents) // HELD_OUT_EVERY)
+    # A larger group would take too much from the quantizer.
+    groups = [group for group in _groups(contents) if len(group) <= room]
+    chosen: set[int] = set()
+    for group in groups[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]:
+        if len(chosen) + len(group) <= room:
+            chosen.update(group)
+    return chosen
+
+
+def _groups(contents: Sequence[Collection[str]]) -> list[list[int]]:
+    """Indices of samples that have content in common, with each other or through others between them."""
+    parents, first = list(range(len(contents))), dict[str, int]()
+
+    def root(index: int) -> int:
+        while parents[index] != index:
+            index = parents[index]
+        return index
+
+    for index, content in enumerate(contents):
+        for part in content:
+            one, other = root(index), root(first.setdefault(part, index))
+            parents[max(one, other)] = min(one, other)
+    groups: dict[int, list[int]] = {}
+    for index in range(len(contents)):
+        groups.setdefault(root(index), []).append(index)
+    return list(groups.values())
+
+
+def _remarks(held_out: Sequence[Prompt], rest: Sequence[Prompt], probes: int) -> list[str]:
+    """What readers of the accuracy should know about the prompts that it was measured on."""
+    if not held_out:
+        return [
+            f"the accuracy is measured on {probes} built-in probes and says little about your data: of {len(rest)} "
+            f"calibration samples none could be held out, which takes at least {HELD_OUT_EVERY}, some of them with "
+            "images that no other sample has"
+        ]
+    remarks = []
+    positions = sum(len(prompt.keys) for prompt in held_out)
+    if len(held_out) < FIRM_SAMPLES or positions < FIRM_POSITIONS:
+        remarks.append(
+            f"the accuracy is a rough figure: it is measured on {len(held_out)} held-out samples with {positions} "
+            f"positions, and takes {FIRM_SAMPLES} with {FIRM_POSITIONS} to be firm"
+        )
+    if not any(prompt.images for prompt in held_out) and any(prompt.images for prompt in rest):
+        remarks.append("none of the held-out samples has an image: the accuracy at image positions is not known")
+    return remarks
 
 
 def _bounded(prompts: list[Prompt], max_positions: int) -> list[Prompt]:
@@ -118,8 +187,12 @@ def _bounded(prompts: list[Prompt], max_positions: int) -> list[Prompt]:
 def encode_samples(samples: Iterable[Sample], config: ModelConfig, tokenizer: Tokenizer) -> list[Prompt]:
     """Tokenize prompts and preprocess their images, cut where the context ends."""
     prompts = []
+    known: dict[str, PreparedImage] = {}  # the pixels of an image are kept once, however many samples it has
     for sample in samples:
-        images = prepare_images(sample.images, config.preprocess, None)
+        try:
+            images = [known.setdefault(x.digest, x) for x in prepare_images(sample.images, config.preprocess, None)]
+        except ImageError as error:
+            raise CalibrationError(": ".join(filter(None, (sample.where, str(error))))) from error
         prompt = encode_prompt(sample.prompt, images, tokenizer, config.rows_per_image)
         prompts.append(Prompt(prompt.keys[: config.decoder.max_position_embeddings], prompt.images))
     return prompts

@@ -52,10 +52,12 @@ class PartReport:
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
-    """The bundle as it runs against torch on the original weights, on prompts the quantizer has not seen.
+    """The bundle as it runs against torch on the original weights.
 
     Attributes:
-        measured_on: which prompts.
+        measured_on: which prompts: held-out calibration samples, none of which shares an image with a sample that the
+            quantizer has seen, or the built-in probes where there are none.
+        samples: how many.
         positions: how many positions were compared.
         mean_abs_logit_difference: over all positions and the whole vocabulary.
         kl_text, kl_image: mean Kullback-Leibler divergence of the next-token distributions, in nats, at text
@@ -64,6 +66,7 @@ class Accuracy:
     """
 
     measured_on: str
+    samples: int
     positions: int
     mean_abs_logit_difference: float
     kl_text: float
@@ -72,9 +75,11 @@ class Accuracy:
     top1_agreement_image: float
 
     @classmethod
-    def of(cls, measured_on: str, difference: Divergence) -> Accuracy:
+    def of(cls, prompts: Prompts, difference: Divergence) -> Accuracy:
+        first, name = prompts.judged
         return cls(
-            measured_on=measured_on,
+            measured_on=name,
+            samples=len(prompts.measured) - first,
             positions=int(sum(difference.positions)),
             mean_abs_logit_difference=difference.mean_difference,
             kl_text=difference.mean_kl(0),
@@ -128,6 +133,7 @@ class CalibrationRecord:
     Attributes:
         source: ``built-in``, a name, or ``none``.
         fingerprint: sha256 of token ids and pixels.
+        notes: remarks on the data, and on what the accuracy was measured on.
     """
 
     source: str
@@ -142,7 +148,7 @@ class CalibrationRecord:
     def of(cls, prompts: Prompts) -> CalibrationRecord:
         calibration = prompts.calibration
         if not calibration:
-            return cls("none", 0, 0, 0, 0, "", ())
+            return cls("none", 0, 0, 0, 0, "", prompts.notes)
         image_rows = sum(isinstance(key, tuple) for prompt in calibration for key in prompt.keys)
         return cls(
             source=prompts.source,

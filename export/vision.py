@@ -87,7 +87,9 @@ def _write(
     if types.vision == "int8":
         linears = sum(isinstance(module, nn.Linear) for module in abstractor.modules())
         reporter.stage("vision, cost of int8", len(tower.encoder.layers) + linears)
-        pixels = torch.from_numpy(np.stack([image.pixels for image in measured[:SENSITIVITY_IMAGES]]))
+        # Not held-out ones: the accuracy is measured on those.
+        seen = list(job.prompts.images_of(job.prompts.calibration or job.prompts.probes).values())
+        pixels = torch.from_numpy(np.stack([image.pixels for image in seen[:SENSITIVITY_IMAGES]]))
         for part in measure_parts(tower, abstractor, pixels):
             parts.append(part)
             reporter.advance()

@@ -138,6 +138,11 @@ def decode_text(content: bytes, first_line: int = 1) -> str:
     for mark, name in ENCODINGS:
         if content.startswith(mark):
             raise ForeignError(f"it is {name} text; save it as UTF-8")
+    if b"\0" in content:
+        line = content.count(b"\n", 0, content.index(b"\0")) + 1
+        raise ForeignError(
+            f"it has a byte 0 in line {line}, as UTF-16 text and binary files have; save it as UTF-8 text"
+        )
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -175,8 +180,16 @@ def parse_json(text: str) -> Any:  # noqa: ANN401 - any JSON value
         raise ForeignError("it is nested too deeply") from None
     except UnicodeEncodeError as error:
         raise ForeignError("it has half of a surrogate pair (\\ud800 to \\udfff), which is no character") from error
-    except ValueError as error:
-        raise ForeignError(f"it is not JSON: {error}") from error
+    except json.JSONDecodeError as error:
+        where = f"column {error.colno}" if "\n" not in text else f"line {error.lineno} column {error.colno}"
+        raise ForeignError(f"it is not JSON: {_fault(error)} at {where}") from error
+
+
+def _fault(error: json.JSONDecodeError) -> str:
+    """What is wrong at a place; Python's words for a comma too many differ between versions and rarely name it."""
+    before, after = error.doc[max(0, error.pos - 100) : error.pos + 1], error.doc[error.pos : error.pos + 100]
+    closed = re.search(r",\s*[\]}]?$", before) and re.match(r",?\s*[\]}]", after)
+    return "a comma before a closing bracket" if closed else error.msg.removesuffix(" at")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def _measure(
 ) -> Accuracy:
     """Compare the whole bundle, its own vision rows and token table included, with torch on the checkpoint."""
     table = bundle.embeddings()
-    first, name = job.prompts.judged
+    first, _ = job.prompts.judged
     total = Divergence()
     for index, prompt in enumerate(job.prompts.measured):
         if index >= first:
@@ -94,7 +94,7 @@ def _measure(
             total += divergence(expected.original_logits(index), logits, modality)
             unrounded.offer(embeds, modality, logits)
         job.reporter.advance()
-    return Accuracy.of(name, total)
+    return Accuracy.of(job.prompts, total)
 
 
 def _check_kv_int8(

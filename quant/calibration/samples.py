@@ -1,14 +1,15 @@
 """Calibration data: the prompts and images that weights are quantized for.
 
-Three sources: a folder of images, each with an optional text of the same name; a JSONL file of conversations
-(:mod:`owl2.runtime.evaluation.conversations`); or the built-in set.
+Three sources: a folder of images, each with an optional text of the same name; a file of conversations, JSON lines or
+one JSON array (:mod:`owl2.runtime.evaluation.conversations`); or the built-in set.
 """
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from owl2.quant.calibration import builtin
@@ -19,15 +20,24 @@ from owl2.runtime.evaluation.conversations import (
     conversation,
     evenly,
     image_names,
+    image_problems,
     list_problems,
     read_records,
-    unusable_images,
 )
 from owl2.runtime.families.mplug_owl2.template import Message, render
+from owl2.runtime.foreign import ForeignError, harmless, read_text, reason
 from owl2.runtime.image_files import ImageInput
+from owl2.runtime.preprocess import load_image
 
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".jp2", ".png", ".ppm", ".tif", ".tiff", ".webp")
-LISTED_PROBLEMS = 10
+# Whatever people have images in, readable here or not: one that is not is named, not passed over.
+IMAGE_SUFFIXES = (
+    ".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".png", ".ppm", ".tif",
+    ".tiff", ".webp",
+)  # fmt: skip
+# Of systems and cameras; files and folders that begin with a dot are theirs as well.
+FOREIGN_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN")
+CAPTION_BYTES = 1 << 20
+"""Largest text of an image that is read."""
 BUILT_IN = "built-in"
 
 
@@ -38,10 +48,12 @@ class Sample:
     Attributes:
         prompt: rendered text with one ``<|image|>`` per image.
         images: paths or PIL images.
+        where: its place in a file, for people, as in ``line 3``; empty where images name themselves.
     """
 
     prompt: str
     images: tuple[ImageInput, ...] = ()
+    where: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +92,11 @@ def load_calibration(path: Path | None, limit: int, *, need_images: bool = True)
     elif path.is_dir():
         whole = _from_folder(path)
     elif path.is_file():
-        whole = _from_jsonl(path)
+        whole = _from_file(path)
     else:
         raise CalibrationError(
-            f"{path} does not exist; give a folder of images or a JSONL file of conversations, or leave the "
-            "option out for the built-in set"
+            f"{harmless(str(path))} does not exist or is no file; give a folder of images or a file of conversations, "
+            "or leave the option out for the built-in set"
         )
     if need_images and whole.images == 0:
         raise CalibrationError(
@@ -96,8 +108,8 @@ def load_calibration(path: Path | None, limit: int, *, need_images: bool = True)
     with_image = next((sample for sample in whole.samples if sample.images), None)
     if with_image is not None and not any(sample.images for sample in samples):
         samples[0] = with_image
-    files = [image for sample in samples for image in sample.images if isinstance(image, Path)]
-    _raise_problems(whole.source, list(unusable_images(files).values()))
+    files = [(sample.where, image) for sample in samples for image in sample.images if isinstance(image, Path)]
+    _raise_problems(whole.source, image_problems(files, load_image))
     return CalibrationSet(whole.source, tuple(samples), whole.notes)
 
 
@@ -121,7 +133,7 @@ def probe_samples() -> tuple[Sample, ...]:
     """Prompts on which every exported graph is compared with torch: with no image, with one, with two amid text."""
     first, second, third = (drawing.image for drawing in builtin.drawings(3, 1))
     return (
-        Sample("USER: What is the capital of France? ASSISTANT: The capital of France is Paris.</s>"),
+        Sample("USER: What is the capital of Portugal? ASSISTANT: The capital of Portugal is Lisbon.</s>"),
         Sample(
             f"USER: {IMAGE_TOKEN}What is in the picture? ASSISTANT: A drawing.</s>USER: And why? ASSISTANT:", (first,)
         ),
@@ -130,19 +142,24 @@ def probe_samples() -> tuple[Sample, ...]:
 
 
 def _from_folder(folder: Path) -> CalibrationSet:
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    paths = _image_files(folder)
     if not paths:
         raise CalibrationError(
-            f"{folder} holds no images; expected files ending in {', '.join(IMAGE_SUFFIXES)}, "
-            "each with an optional text of the same name ending in .txt"
+            f"{harmless(str(folder))} holds no images; expected files ending in {', '.join(IMAGE_SUFFIXES)}, "
+            "each with an optional text of the same name ending in .txt; names that begin with a dot are skipped"
         )
-    samples, without = [], 0
+    samples, problems, without = [], [], 0
     for index, path in enumerate(paths):
         question = Message("USER", IMAGE_TOKEN + builtin.QUESTIONS[index % len(builtin.QUESTIONS)])
         text = path.with_suffix(".txt")
-        answer = text.read_text(encoding="utf-8", errors="replace").strip() if text.is_file() else ""
+        try:
+            answer = _caption(text)
+        except (ValueError, OSError) as error:
+            problems.append(f"{text.relative_to(folder)}: {reason(error)}")
+            continue
         without += not answer
         samples.append(Sample(render([question, Message("ASSISTANT", answer or None)]), (path,)))
+    _raise_problems(str(folder), problems)
     if not without:
         return CalibrationSet(folder.name, tuple(samples))
     # Images without texts leave the text branch with a handful of questions.
@@ -151,10 +168,41 @@ def _from_folder(folder: Path) -> CalibrationSet:
     return CalibrationSet(folder.name, tuple(samples + texts), (note,))
 
 
-def _from_jsonl(path: Path) -> CalibrationSet:
-    def sample(_: int, record: Record) -> Sample:
+def _image_files(folder: Path) -> list[Path]:
+    """Image files in a folder and those below it, in order; links are followed, each folder is entered once."""
+
+    def refuse(error: OSError) -> None:
+        raise CalibrationError(f"cannot read the folder {harmless(str(error.filename))}: {reason(error)}") from error
+
+    found: list[Path] = []
+    entered: set[str] = set()
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        real = os.path.realpath(root)
+        if real in entered:  # a link that leads back
+            folders.clear()
+            continue
+        entered.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in FOREIGN_FOLDERS)
+        visible = [Path(root, name) for name in names if not name.startswith(".")]
+        found += [path for path in visible if path.suffix.lower() in IMAGE_SUFFIXES]
+    return sorted(found)
+
+
+def _caption(path: Path) -> str:
+    """The text of an image, empty without one; raises ValueError or OSError if it cannot be used."""
+    if not path.is_file():
+        return ""
+    text = read_text(path, CAPTION_BYTES).strip()
+    if IMAGE_TOKEN in text:
+        raise ForeignError(f"it must not contain {IMAGE_TOKEN}")
+    return text
+
+
+def _from_file(path: Path) -> CalibrationSet:
+    def sample(unit: str, number: int, record: Record) -> Sample:
         names = image_names(record)
-        return Sample(render(conversation(record, len(names))), tuple(path.parent / name for name in names))
+        images = tuple(path.parent / name for name in names)
+        return Sample(render(conversation(record, len(names))), images, f"{unit} {number}")
 
     try:
         samples, problems = read_records(path, sample)
@@ -166,4 +214,4 @@ def _from_jsonl(path: Path) -> CalibrationSet:
 
 def _raise_problems(source: str, problems: Sequence[str]) -> None:
     if problems:
-        raise CalibrationError(f"{source}: {list_problems(problems, LISTED_PROBLEMS)}")
+        raise CalibrationError(f"{harmless(source)}: {list_problems(problems)}")

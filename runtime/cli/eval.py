@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from owl2.runtime.bundle import read_manifest
-from owl2.runtime.cli.console import duration, load_progress, notice_interrupt, reports_errors, say, say_json
+from owl2.runtime.cli.console import duration, load_progress, notice, notice_interrupt, reports_errors, say, say_json
 from owl2.runtime.cli.options import (
     background_option,
     bundle_argument,
@@ -37,6 +37,7 @@ from owl2.runtime.evaluation.evaluate import (
     evaluate,
 )
 from owl2.runtime.evaluation.summary import Figure
+from owl2.runtime.foreign import cut, harmless
 from owl2.runtime.preprocess import Orientation
 from owl2.runtime.spec import KvType
 from owl2.runtime.verification import LoadProgress
@@ -68,7 +69,7 @@ SHARES = ("vqa_accuracy", "exact_match_normalised", "exact_match", "accuracy", "
 
 @click.command("eval")
 @bundle_argument
-@click.option("--data", type=PATH, required=True, help="JSON lines; see above.")
+@click.option("--data", type=PATH, required=True, help="JSON lines or one JSON array; see above.")
 @click.option(
     "--against",
     type=PATH,
@@ -109,7 +110,8 @@ def eval_command(  # noqa: PLR0913 - one parameter per option
 ) -> None:
     """Measure a bundle on your own data, by itself or against the checkpoint it came from.
 
-    The data has one JSON object per line; its fields say what is measured. Images are named relative to the file.
+    The data has one JSON object per line, or all of them in one JSON array; their fields say what is measured. Images
+    are named relative to the file. <|image|>, or LLaVA's <image>, says where an image goes; else it goes first.
 
     \b
       {"image": "a.jpg", "question": "…", "answers": ["red", …]}         VQA accuracy; exact match for one answer
@@ -126,7 +128,7 @@ def eval_command(  # noqa: PLR0913 - one parameter per option
     --against adds the other model's scores, the number of answers that changed, and the KL divergence and agreement of
     the two models' next-token distributions, over the prompts with their expected answers. Answers are greedy, so
     results are reproducible. The other model has the K/V cache of its own activations, never int8. Ctrl-C ends the run
-    and shows what was measured until then.
+    and shows what was measured until then; so does an image that disappears while it runs.
 
     \b
     Examples:
@@ -165,8 +167,12 @@ def eval_command(  # noqa: PLR0913 - one parameter per option
         say_json(settings | evaluation.to_json(items=with_items))
     elif evaluation.results:
         say(_table(evaluation, against))
+    done = f"{len(evaluation.results)} of {evaluation.total} items"
+    if evaluation.failure is not None:
+        notice(f"error: {evaluation.failure}; the results are those of {done}")
+        sys.exit(1)
     if not evaluation.complete:
-        notice_interrupt(f"stopped after {len(evaluation.results)} of {evaluation.total} items")
+        notice_interrupt(f"stopped after {done}")
         sys.exit(stop_code())
 
 
@@ -206,7 +212,7 @@ def _table(evaluation: Evaluation, against: Path | None) -> str:
         for category, group in task.categories.items():
             name, figure = next(iter(group.scores.items()))  # the main measure; the others are in the JSON
             shown = _shown(name, figure), _shown(name, group.reference.get(name))
-            rows.append((f"    {category}", str(group.items), *shown))
+            rows.append((f"    {cut(harmless(category))}", str(group.items), *shown))
         if (changes := task.whole.changes) is not None:
             better_or_worse = f"{changes.better} better, {changes.worse} worse"
             rows.append(("  answers changed", "", str(changes.changed), better_or_worse))

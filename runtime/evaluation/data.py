@@ -1,8 +1,8 @@
-"""The user's own data: a JSON object per line, whose fields say what is asked of the model; see docs/commands.md."""
+"""The user's own data: JSON objects whose fields say what is asked of the model; see docs/commands.md."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,16 +13,18 @@ from owl2.runtime.evaluation.conversations import (
     conversation,
     evenly,
     image_names,
+    image_problems,
     list_problems,
     read_records,
-    unusable_images,
     valid_text,
+    with_placeholders,
 )
-from owl2.runtime.families.mplug_owl2.template import Message, with_images
+from owl2.runtime.families.mplug_owl2.template import Message
+from owl2.runtime.foreign import harmless, listed, shorten
+from owl2.runtime.preprocess import load_image
 
 CAPTION_QUESTION = "Provide a one-sentence caption for the provided image."
-MAX_LISTED_PROBLEMS = 100
-TASK_FIELDS = ("answers", "choices", "captions", "conversations", "text")
+TASK_FIELDS = ("answers", "choices", "captions", "conversations", "messages", "text")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +71,13 @@ Task = Question | Choice | Caption | Conversation | Text
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One line of the data.
+    """One record of the data.
 
     Attributes:
-        line: its number, from 1.
-        category: the line's ``"category"``, by which results are grouped; empty for none.
+        line: its number, from 1: of the line, or of the record in a JSON array.
+        category: its ``"category"``, by which results are grouped; empty for none.
+        id: its ``"id"``, or the ``"question_id"`` of VQA v2; passed on.
+        unit: what ``line`` counts, ``line`` or ``record``.
     """
 
     line: int
@@ -81,31 +85,43 @@ class Item:
     images: tuple[Path, ...] = ()
     category: str = ""
     id: str | int | None = None
+    unit: str = "line"
+
+    @property
+    def where(self) -> str:
+        """Its place in the file, for people."""
+        return f"{self.unit} {self.line}"
 
 
 def read_items(path: Path, limit: int | None = None) -> list[Item]:
-    """Read at most ``limit`` lines, spread evenly over the file; only their images are opened.
+    """Read at most ``limit`` records, spread evenly over the file; only their images are opened.
 
     Raises:
-        DataError: the file cannot be read or is empty, or lines are malformed or images unusable; names all of them.
+        DataError: the file cannot be read or is empty, or records are malformed or images unusable; names all of them.
         ConfigError: the limit is not a positive whole number.
     """
     if limit is not None:
-        require(isinstance(limit, int) and not isinstance(limit, bool), f"limit must be a whole number, got {limit!r}")
+        require(
+            isinstance(limit, int) and not isinstance(limit, bool),
+            f"limit must be a whole number, got {shorten(limit)}",
+        )
         require(limit > 0, f"limit {limit} must be at least 1")
-    items, problems = read_records(path, lambda line, record: _item(line, record, path.parent))
+    items, problems = read_records(path, lambda unit, line, record: _item(unit, line, record, path.parent))
     raise_problems(str(path), problems)
     chosen = evenly(items, limit)
-    unusable = unusable_images(image for item in chosen for image in item.images)
-    problems = [f"line {item.line}: {unusable[image]}" for item in chosen for image in item.images if image in unusable]
-    raise_problems(str(path), problems)
+    raise_problems(str(path), image_problems(placed_images(chosen), load_image))
     return chosen
+
+
+def placed_images(items: Sequence[Item]) -> list[tuple[str, Path]]:
+    """All images of ``items``, each with the place in the file that names it."""
+    return [(item.where, image) for item in items for image in item.images]
 
 
 def raise_problems(source: str, problems: Sequence[str]) -> None:
     """Raise a :class:`DataError` that lists ``problems``, if there are any."""
     if problems:
-        raise DataError(f"{source}: nothing was measured; {list_problems(problems, MAX_LISTED_PROBLEMS)}")
+        raise DataError(f"{harmless(source)}: nothing was measured; {list_problems(problems)}")
 
 
 def messages(task: Task, answer: str | None) -> tuple[Message, ...]:
@@ -119,22 +135,22 @@ def messages(task: Task, answer: str | None) -> tuple[Message, ...]:
             return Message("USER", task.question), Message("ASSISTANT", answer)
 
 
-def _item(line: int, record: Record, folder: Path) -> Item:
+def _item(unit: str, line: int, record: Record, folder: Path) -> Item:
     images = image_names(record)
     found = [name for name in TASK_FIELDS if name in record]
     if len(found) != 1:
-        given = ", ".join(found) if found else ", ".join(map(str, record)) or "nothing"
+        given = listed(found or record) or "nothing"
         raise ValueError(
             f"exactly one of the fields {', '.join(TASK_FIELDS)} must say what to measure; got {given}"
             + ("" if found or "answer" not in record else ' (a single answer is a list, too: "answers": ["red"])')
         )
     task = _task(found[0], record, len(images))
-    category, name = record.get("category", ""), record.get("id")
+    category, name = record.get("category", ""), record.get("id", record.get("question_id"))
     if not isinstance(category, str):
-        raise ValueError(f'"category" must be a string, got {category!r}')
+        raise ValueError(f'"category" must be a string, got {shorten(category)}')
     if name is not None and (not isinstance(name, str | int) or isinstance(name, bool)):
-        raise ValueError(f'"id" must be a string or a whole number, got {name!r}')
-    return Item(line, task, tuple(folder / image for image in images), category, name)
+        raise ValueError(f'"id" must be a string or a whole number, got {shorten(name)}')
+    return Item(line, task, tuple(folder / image for image in images), valid_text(category), name, unit)
 
 
 def _task(name: str, record: Record, images: int) -> Task:
@@ -147,15 +163,15 @@ def _task(name: str, record: Record, images: int) -> Task:
             if images == 0:
                 raise ValueError('"captions" needs an "image"')
             return Caption(_asked(record, images, CAPTION_QUESTION), _texts(record, "captions"))
-        case "conversations":
+        case "conversations" | "messages":
             turns = conversation(record, images)
             if not any(turn.role == "ASSISTANT" and turn.text for turn in turns):
-                raise ValueError('"conversations" has no turn from "gpt" with a text to measure')
+                raise ValueError(f'"{name}" has no turn from "gpt" with a text to measure')
             return Conversation(turns)
         case _:
             text = record["text"]
             if not isinstance(text, str) or not text.strip():
-                raise ValueError(f'"text" must be a non-empty string, got {text!r}')
+                raise ValueError(f'"text" must be a non-empty string, got {shorten(text)}')
             if images:
                 raise ValueError('"text" cannot have an "image"; use "conversations" for both')
             return Text(valid_text(text))
@@ -164,25 +180,29 @@ def _task(name: str, record: Record, images: int) -> Task:
 def _choice(record: Record, images: int) -> Choice:
     choices, answer = _texts(record, "choices"), record.get("answer")
     if len(choices) < 2 or len(set(choices)) < len(choices):
-        raise ValueError(f'"choices" must be at least two different strings, got {list(choices)!r}')
+        raise ValueError(f'"choices" must be at least two different strings, got {shorten(list(choices))}')
     if isinstance(answer, str) and answer in choices:
         answer = choices.index(answer)
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
-        raise ValueError(f'"answer" must be one of the choices or its index from 0, got {answer!r}')
+        raise ValueError(f'"answer" must be one of the choices or its index from 0, got {shorten(answer)}')
     return Choice(_asked(record, images), choices, answer)
 
 
 def _asked(record: Record, images: int, default: str = "") -> str:
     question = record.get("question", default)
     if not isinstance(question, str) or not question.strip():
-        raise ValueError(f'"question" must be a non-empty string, got {question!r}')
-    return with_images(valid_text(question), images)
+        raise ValueError(f'"question" must be a non-empty string, got {shorten(question)}')
+    return with_placeholders([valid_text(question)], images)[0]
 
 
 def _texts(record: Record, name: str) -> tuple[str, ...]:
+    """Texts in a list; each may be in an object, as VQA v2 publishes ``answers`` and COCO ``captions``."""
     given = record[name]
-    if not isinstance(given, list) or not given or not all(isinstance(text, str) and text.strip() for text in given):
-        raise ValueError(f'"{name}" must be a list of non-empty strings, got {given!r}')
-    if any(IMAGE_TOKEN in text for text in given):
+    entries = given if isinstance(given, list) else []
+    texts = [entry.get(name[:-1]) if isinstance(entry, Mapping) else entry for entry in entries]
+    valid = [valid_text(text) for text in texts if isinstance(text, str) and text.strip()]
+    if not valid or len(valid) < len(texts):
+        raise ValueError(f'"{name}" must be a list of non-empty strings, got {shorten(given)}')
+    if any(IMAGE_TOKEN in text for text in valid):
         raise ValueError(f'"{name}" must not contain {IMAGE_TOKEN}')
-    return tuple(valid_text(text) for text in given)
+    return tuple(valid)

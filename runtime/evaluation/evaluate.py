@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from owl2.runtime.arguments import checked
 from owl2.runtime.config import require
+from owl2.runtime.errors import Owl2Error
 from owl2.runtime.evaluation.data import read_items
 from owl2.runtime.evaluation.measure import ItemResult, measure
 from owl2.runtime.evaluation.reference import is_bundle, open_reference
@@ -52,6 +53,7 @@ class Evaluation:
         seconds: without loading.
         preprocess: how images were made square.
         reading: what was made of their orientation and transparency.
+        failure: what ended it early, other than Ctrl-C: an image that is gone by now, or a device that failed.
     """
 
     summary: Summary
@@ -61,6 +63,7 @@ class Evaluation:
     context: int
     preprocess: str
     reading: ImageReading
+    failure: Owl2Error | None = None
 
     @property
     def complete(self) -> bool:
@@ -73,6 +76,7 @@ class Evaluation:
             **asdict(self.reading),
             "context": self.context,
             "complete": self.complete,
+            "failure": None if self.failure is None else str(self.failure),
             "asked": self.total,
             "seconds": round(self.seconds, 3),
             **self.summary.to_json(),
@@ -97,15 +101,16 @@ def evaluate(  # noqa: PLR0913 - the arguments of Owl2.load and those of the eva
     check_memory: bool = True,
     progress: OnEvaluationProgress | None = None,
 ) -> Evaluation:
-    """Measure a bundle on JSON lines, which ``owl2 eval --help`` describes.
+    """Measure a bundle on records of JSON, which ``owl2 eval --help`` describes.
 
     Everything that can be checked is checked before a model is loaded. Answers are greedy, so results are reproducible.
-    Ctrl-C ends the evaluation early: what was measured until then is returned, and ``complete`` is False.
+    Ctrl-C ends the evaluation early, and so does an error after the first item: what was measured until then is
+    returned, ``complete`` is False, and ``failure`` is the error.
 
     Args:
         bundle: folder written by ``owl2-export``, or a loaded model, which keeps its device, threads, context and
             K/V cache.
-        data: file of JSON lines; images are named relative to it.
+        data: file of JSON lines, or of one JSON array; images are named relative to it.
         against: a checkpoint (needs the export extra) or another bundle to compare with; runs on the same device with
             the same context, and the K/V cache of its own activations.
         limit: measure at most this many items, spread evenly over the file.
@@ -165,11 +170,18 @@ def evaluate(  # noqa: PLR0913 - the arguments of Owl2.load and those of the eva
         )
         began = time.perf_counter()
         results: list[ItemResult] = []
-        with suppress(KeyboardInterrupt):
+        failure = None
+        try:
             for result in measuring:
                 results.append(result)
                 if progress is not None:
                     progress(EvaluationProgress(len(results), len(items)))
+        except KeyboardInterrupt:
+            pass  # what was measured is returned
+        except Owl2Error as error:
+            if not results:
+                raise
+            failure = error
         seconds = time.perf_counter() - began
     mode = preprocess or owl.config.preprocess.mode
-    return Evaluation(summarise(results), tuple(results), len(items), seconds, owl.context, mode, reading)
+    return Evaluation(summarise(results), tuple(results), len(items), seconds, owl.context, mode, reading, failure)

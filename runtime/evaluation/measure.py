@@ -6,13 +6,14 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 
 import numpy as np
 
 from owl2.runtime.engine import Ints
-from owl2.runtime.errors import ReferenceModelError
+from owl2.runtime.errors import DataError, ImageError, ReferenceModelError
+from owl2.runtime.evaluation.conversations import image_problems
 from owl2.runtime.evaluation.data import (
     Caption,
     Choice,
@@ -22,16 +23,16 @@ from owl2.runtime.evaluation.data import (
     Task,
     Text,
     messages,
+    placed_images,
     raise_problems,
 )
 from owl2.runtime.evaluation.divergence import Divergence, divergence, modality_of, token_logprobs
 from owl2.runtime.evaluation.item_run import ItemRun
 from owl2.runtime.families.mplug_owl2.positions import Prompt
 from owl2.runtime.families.mplug_owl2.template import Message, render
-from owl2.runtime.image_files import ReadImage
 from owl2.runtime.kv_cache import Key, KvCache
 from owl2.runtime.load import Loaded
-from owl2.runtime.preprocess import UPRIGHT, ImageReading, read_image
+from owl2.runtime.preprocess import UPRIGHT, ImageReading, check_image, read_image
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,16 +120,17 @@ def measure(
         reading: what to make of EXIF orientation and transparency.
 
     Raises:
-        DataError: before anything runs: items that do not fit the context; names all of them.
+        DataError: before anything runs: items that do not fit the context, or whose images the mode of preprocessing
+            cannot take; names all of them. While running: an image that can no longer be read.
         ReferenceModelError: the two models split a prompt into different tokens.
     """
-    raise_problems(model.name, context_problems(model, items))
     models = [model] if reference is None else [model, reference]
+    raise_problems(model.name, context_problems(model, items))
+    for each in models:
+        check = partial(check_image, config=each.config.preprocess, mode=preprocess)
+        raise_problems(each.name, image_problems(placed_images(items), check))
     caches = [each.new_cache() for each in models]
-    return (
-        _measure(item, models, caches, [read_image(path, reading) for path in item.images], max_new_tokens, preprocess)
-        for item in items
-    )
+    return (_measure(item, models, caches, max_new_tokens, preprocess, reading) for item in items)
 
 
 def context_problems(model: Loaded, items: Sequence[Item]) -> list[str]:
@@ -142,7 +144,7 @@ def context_problems(model: Loaded, items: Sequence[Item]) -> list[str]:
         # A placeholder's own id is one of the positions of its image.
         length = max(map(len, prompts)) + (model.config.rows_per_image - 1) * len(item.images)
         if length > model.context:
-            problems.append(f"line {item.line}: takes {length} positions, the context holds {model.context}")
+            problems.append(f"{item.where}: takes {length} positions, the context holds {model.context}")
     return problems
 
 
@@ -161,13 +163,17 @@ def _measure(
     item: Item,
     models: Sequence[Loaded],
     caches: Sequence[KvCache],
-    images: Sequence[ReadImage],
     max_new_tokens: int,
     preprocess: str | None,
+    reading: ImageReading,
 ) -> ItemResult:
     for cache in caches:
         cache.claim().truncate(0)  # an item's figures must not depend on the items before it
-    runs = [ItemRun(model, cache, model.prepare(images, preprocess)) for model, cache in zip(models, caches)]
+    try:
+        images = [read_image(path, reading) for path in item.images]
+        runs = [ItemRun(model, cache, model.prepare(images, preprocess)) for model, cache in zip(models, caches)]
+    except ImageError as error:
+        raise DataError(f"{item.where}: {error}") from error
     total = Divergence()
     outputs: Sequence[Output]
     match item.task:
@@ -245,7 +251,7 @@ def _likelihoods(
     tokens = [[key if isinstance(key, int) else None for key in prompt.keys] for prompt in prompts]
     if tokens.count(tokens[0]) != len(tokens):
         raise ReferenceModelError(
-            f"line {item.line}: {' and '.join(run.model.name for run in runs)} split the prompt into "
+            f"{item.where}: {' and '.join(run.model.name for run in runs)} split the prompt into "
             "different tokens; only models with the same tokenizer can be compared"
         )
     nats, total, modality = [0.0] * len(runs), Divergence(), modality_of(prompts[0])

@@ -1,14 +1,29 @@
-"""Rows of calibration prompts are bounded, whatever data the user gives."""
+"""What the quantizer sees and what is kept from it, whatever data the user gives."""
 
+import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+from torch import Tensor
 
 from owl2.export import prompts
 from owl2.export.checkpoint.checkpoint import Checkpoint
-from owl2.quant.calibration.samples import builtin_set
+from owl2.export.checks.sensitivity import VisionPart, measure_parts
+from owl2.export.config import ExportConfig
+from owl2.export.pipeline import export_bundle
+from owl2.export.prompts import Prompts, digests
+from owl2.export.report import Accuracy, CalibrationRecord
+from owl2.quant.calibration.samples import CalibrationSet, Sample, builtin_set
+from owl2.quant.config import Method
+from owl2.quant.models.mplug_owl2 import VisionModel, VisualAbstractor
+from owl2.runtime.errors import CalibrationError
+from owl2.runtime.evaluation.divergence import Divergence
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
+from owl2.runtime.preprocess import digest
 
 
 def test_calibration_is_cut_evenly_and_the_report_says_so(
@@ -36,3 +51,113 @@ def test_an_image_is_kept_however_small_the_room(sample_checkpoint: Path, monkey
         made = prompts.prepare(builtin_set(), checkpoint.config, Tokenizer.load(sample_checkpoint), calibrate=True)
     assert len(made.calibration) == 1
     assert made.images_of(made.calibration)
+
+
+def divided(checkpoint: Path, *samples: Sample, calibrate: bool = True) -> Prompts:
+    with Checkpoint(checkpoint) as opened:
+        data = CalibrationSet("mine", samples)
+        return prompts.prepare(data, opened.config, Tokenizer.load(checkpoint), calibrate=calibrate)
+
+
+def about(name: str, *images: Path) -> Sample:
+    return Sample("USER: " + "<|image|>" * len(images) + f"What about {name}? ASSISTANT: It is {name}.</s>", images)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> list[Path]:
+    """Sixty-four different images."""
+    rng = np.random.default_rng(0)
+    paths = [tmp_path / f"{i}.png" for i in range(64)]
+    for path in paths:
+        Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(path)
+    return paths
+
+
+class TestHeldOut:
+    def test_all_samples_of_an_image_are_on_one_side(self, sample_checkpoint: Path, images: list[Path]) -> None:
+        """Files of other names with the same pixels are the same image."""
+        copies = [Path(shutil.copy(path, path.with_name(f"copy of {path.name}"))) for path in images]
+        made = divided(
+            sample_checkpoint,
+            *(about(f"{i}", path) for i, path in enumerate(images)),
+            *(about(f"{i} again", path) for i, path in enumerate(copies)),
+        )
+        assert len(made.held_out) == 16
+        assert len(made.calibration) == 112
+        assert not set(digests(made.held_out)) & set(digests(made.calibration))
+
+    def test_what_is_linked_through_others_stays_together(self, sample_checkpoint: Path, images: list[Path]) -> None:
+        pairs = [about(f"{i}", *images[i : i + 2]) for i in range(0, 63, 4)]
+        links = [about(f"{i} again", images[i + 1], images[i + 2]) for i in range(0, 62, 4)]
+        made = divided(sample_checkpoint, *pairs, *links, *(about(f"{i}", images[i]) for i in range(3, 64, 4)))
+        assert made.held_out
+        assert not set(digests(made.held_out)) & set(digests(made.calibration))
+
+    def test_a_text_is_known_by_its_first_question(self, sample_checkpoint: Path, images: list[Path]) -> None:
+        asked = [Sample(f"USER: Why {i}? ASSISTANT: {j}.</s>") for j in range(2) for i in range(32)]
+        made = divided(sample_checkpoint, about("it", images[0]), *asked)
+        length = len(made.held_out[0].keys) - 4
+        beginnings = [{tuple(prompt.keys[:length]) for prompt in part} for part in (made.held_out, made.calibration)]
+        assert len(made.held_out) == 8
+        assert not beginnings[0] & beginnings[1]
+        assert any("none of the held-out samples has an image" in note for note in made.notes)
+
+    def test_exact_copies_are_dropped_and_counted(self, sample_checkpoint: Path, images: list[Path]) -> None:
+        samples = [about(f"{i}", path) for i, path in enumerate(images)]
+        copy = about("3", Path(shutil.copy(images[3], images[3].with_name("copy.png"))))
+        once, twice = divided(sample_checkpoint, *samples), divided(sample_checkpoint, *samples, *samples[:9], copy)
+        assert twice.notes[0] == "10 of 74 calibration samples are exact copies of others and were left out"
+        for part in ("calibration", "held_out"):
+            assert [prompt.keys for prompt in getattr(twice, part)] == [prompt.keys for prompt in getattr(once, part)]
+
+    def test_one_image_of_its_own_each_is_spread_as_ever(self, sample_checkpoint: Path, images: list[Path]) -> None:
+        samples = [about(f"{i}", path) for i, path in enumerate(images)]
+        made = divided(sample_checkpoint, *samples)
+        with Checkpoint(sample_checkpoint) as opened:
+            every = prompts.encode_samples(samples, opened.config, Tokenizer.load(sample_checkpoint))
+        assert [prompt.keys for prompt in made.held_out] == [prompt.keys for prompt in every[7::8]]
+
+    @pytest.mark.parametrize("method", ["gptq", "rtn"])
+    def test_no_held_out_image_decides_what_stays_in_fp16(
+        self, golden: Path, tmp_path: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch, method: Method
+    ) -> None:
+        looked_at: list[str] = []
+
+        def watched(tower: VisionModel, abstractor: VisualAbstractor, pixels: Tensor) -> Iterator[VisionPart]:
+            looked_at.extend(digest(image.numpy()) for image in pixels)
+            return measure_parts(tower, abstractor, pixels)
+
+        monkeypatch.setattr("owl2.export.vision.measure_parts", watched)
+        checkpoint = golden / "a1_base_bin" / "model"
+        config = ExportConfig(checkpoint, tmp_path / "b", group_size=32, calibration=images[0].parent, method=method)
+        export_bundle(config)
+        with Checkpoint(checkpoint) as opened:
+            made = prompts.load_prompts(config, opened)
+        assert digests(made.held_out)
+        assert looked_at
+        assert not set(looked_at) & set(digests(made.held_out))
+
+    def test_little_is_said(self, sample_checkpoint: Path, images: list[Path]) -> None:
+        made = divided(sample_checkpoint, *(about(f"{i}", path) for i, path in enumerate(images[:16])))
+        positions = sum(len(prompt.keys) for prompt in made.held_out)
+        assert made.notes == (
+            f"the accuracy is a rough figure: it is measured on 2 held-out samples with {positions} positions, and "
+            "takes 8 with 500 to be firm",
+        )
+
+    @pytest.mark.parametrize("calibrate", [True, False])
+    def test_where_nothing_unseen_is_left_the_probes_are_named(
+        self, sample_checkpoint: Path, images: list[Path], *, calibrate: bool
+    ) -> None:
+        samples = [about(f"{i}", images[0]) for i in range(64)]
+        made = divided(sample_checkpoint, *samples, calibrate=calibrate)
+        assert made.held_out == []
+        assert len(made.calibration) == (64 if calibrate else 0)
+        accuracy = Accuracy.of(made, Divergence())
+        assert (accuracy.measured_on, accuracy.samples) == ("built-in probes", 3)
+        (note,) = CalibrationRecord.of(made).notes
+        assert note.startswith("the accuracy is measured on 3 built-in probes and says little about your data: of 64 ")
+
+    def test_an_image_that_cannot_be_used_has_a_place(self, sample_checkpoint: Path, tmp_path: Path) -> None:
+        with pytest.raises(CalibrationError, match=r"line 3: .*gone\.png"):
+            divided(sample_checkpoint, replace(about("it", tmp_path / "gone.png"), where="line 3"))

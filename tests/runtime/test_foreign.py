@@ -19,8 +19,12 @@ from owl2.runtime.foreign import ForeignError
         (f'{{"a": {"9" * 400}}}', "400 digits"),
         ('{"a": 1e999}', "1e999 is too large"),
         ('{"a": NaN}', "NaN is not a number"),
-        ("{", "not JSON"),
         (r'["\ud83d\ude00", "\uD800"]', "half of a surrogate pair"),
+        ("{", "it is not JSON: .* at column 2$"),
+        ('{"a": 1,}', "a comma before a closing bracket at column 9"),
+        ("[1, [2, 3,\n ]]", "a comma before a closing bracket at line 2 column 2"),
+        ("[1,, 2]", "Expecting value at column 4"),
+        ('"a,', "Unterminated string starting at column 1"),
     ],
 )
 def test_json_is_refused_in_a_sentence(content: str, message: str) -> None:
@@ -33,6 +37,11 @@ def test_another_encoding_is_named(encoding: str) -> None:
     mark = "\ufeff" if encoding.endswith("-be") else ""
     with pytest.raises(ForeignError, match=encoding[:6].upper() if encoding != "latin-1" else "0xe9 in line 2"):
         foreign.decode_text(f"{mark}a\ncafé".encode(encoding))
+
+
+def test_what_is_no_text_is_not_read() -> None:
+    with pytest.raises(ForeignError, match="it has a byte 0 in line 2, as UTF-16 text and binary files have"):
+        foreign.decode_text(b"a\nb\0c")
 
 
 def test_marks_and_line_ends_go() -> None:

@@ -1,13 +1,14 @@
 """Where calibration data comes from, and what is refused."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from owl2.quant.calibration.samples import BUILT_IN, builtin_set, load_calibration, probe_samples
+from owl2.quant.calibration.samples import BUILT_IN, Sample, builtin_set, load_calibration, probe_samples
 from owl2.runtime.config import IMAGE_TOKEN
 from owl2.runtime.errors import CalibrationError, ConfigError
 
@@ -53,6 +54,14 @@ class TestBuiltIn:
     def test_probes_cover_no_one_and_several_images(self) -> None:
         assert sorted(len(sample.images) for sample in probe_samples()) == [0, 1, 2]
 
+    def test_the_probes_are_not_in_it(self) -> None:
+        def content(samples: tuple[Sample, ...]) -> set[object]:
+            images = {np.asarray(image).tobytes() for sample in samples for image in sample.images}
+            return images | {sample.prompt.partition(" ASSISTANT:")[0] for sample in samples if not sample.images}
+
+        assert len(content(builtin_set().samples)) == len(builtin_set().samples)
+        assert not content(builtin_set().samples) & content(probe_samples())
+
     def test_the_limit_is_spread_over_the_set(self) -> None:
         few = load_calibration(None, 12)
         assert len(few.samples) == 12
@@ -75,17 +84,62 @@ class TestFolder:
         assert data.notes == ()
 
     def test_no_images(self, tmp_path: Path) -> None:
-        with pytest.raises(CalibrationError, match=r"holds no images; expected files ending in \.bmp"):
+        with pytest.raises(CalibrationError, match=r"holds no images; expected files ending in \.avif"):
             load_calibration(tmp_path, 10)
 
     def test_all_broken_images_are_named(self, folder: Path) -> None:
         (folder / "x.png").write_bytes(b"no image")
-        (folder / "y.png").write_bytes(b"")
-        with pytest.raises(CalibrationError, match=r"(?s)2 problems:.*x\.png.*y\.png"):
+        (folder / "y.HEIC").write_bytes(b"")
+        (folder / "z.png").symlink_to("nowhere")
+        with pytest.raises(CalibrationError, match=r"(?s)3 problems:.*x\.png.*y\.HEIC.*z\.png"):
+            load_calibration(folder, 100)
+
+    def test_what_systems_leave_in_folders_is_skipped(self, folder: Path) -> None:
+        whole = load_calibration(folder, 100)
+        hidden = ("._a.jpg", ".DS_Store", "Thumbs.db", ".thumbnails/a.png", "__MACOSX/a.png", "deep/@eaDir/a.jpg")
+        for name in hidden:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(b"no image")
+        assert load_calibration(folder, 100) == whole
+
+    def test_links_are_followed_once(self, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+        elsewhere = tmp_path_factory.mktemp("elsewhere")
+        (elsewhere / "d.png").write_bytes((folder / "b.png").read_bytes())
+        (elsewhere / "back").symlink_to(folder)
+        (folder / "deep" / "loop").symlink_to(folder)
+        (folder / "link").symlink_to(elsewhere)
+        (folder / "link again").symlink_to(elsewhere)
+        paths = [sample.images[0] for sample in load_calibration(folder, 100).samples if sample.images]
+        names = ["a.jpg", "b.png", "deep/c.webp", "link/d.png"]
+        assert [str(Path(str(path)).relative_to(folder)) for path in paths] == names
+
+    def test_texts_as_editors_write_them(self, folder: Path) -> None:
+        (folder / "a.txt").write_bytes(b"\xef\xbb\xbfA red\r\nrectangle.\r\n")
+        assert load_calibration(folder, 100).samples[0].prompt.endswith("ASSISTANT: A red\nrectangle.</s>")
+
+    def test_all_texts_that_cannot_be_used_are_named(self, folder: Path) -> None:
+        (folder / "a.txt").write_bytes("Ein grünes Dreieck".encode("latin-1"))
+        (folder / "b.txt").write_bytes("A red rectangle.".encode("utf-16"))
+        (folder / "deep" / "c.txt").write_text(f"{IMAGE_TOKEN} is red.")
+        with pytest.raises(CalibrationError) as caught:
+            load_calibration(folder, 100)
+        assert str(caught.value).splitlines() == [
+            f"{folder}: 3 problems:",
+            "  a.txt: it is not UTF-8 text: byte 0xfc in line 1; save it as UTF-8",
+            "  b.txt: it is UTF-16 text; save it as UTF-8",
+            f"  deep/c.txt: it must not contain {IMAGE_TOKEN}",
+        ]
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every folder")
+    def test_a_folder_that_cannot_be_read_is_named(self, folder: Path) -> None:
+        (folder / "deep").chmod(0)
+        with pytest.raises(CalibrationError, match=r"cannot read the folder .*deep: Permission denied"):
             load_calibration(folder, 100)
 
     def test_missing(self, tmp_path: Path) -> None:
-        with pytest.raises(CalibrationError, match="nowhere does not exist; give a folder of images or a JSONL"):
+        with pytest.raises(
+            CalibrationError, match="nowhere does not exist or is no file; give a folder of images or a file"
+        ):
             load_calibration(tmp_path / "nowhere", 10)
 
 
@@ -125,33 +179,35 @@ class TestConversations:
         message = str(caught.value)
         assert "10 problems" in message
         for part in (
-            "line 2: is not JSON: Expecting property name",
+            "line 2: it is not JSON: Expecting property name",
             "line 3: expected a JSON object, got list",
             """line 4: "conversations" must be a list of turns, got 'text'""",
             "line 5: a turn must be",
             'line 6: "conversations" must be a list of turns, got []',
-            "line 7: a turn must be",
-            "line 8: the prompt has 2",
+            "line 7: it has a system message",
+            "line 8: <|image|> occurs 2 times, but there is 1 image",
             'line 9: "image" must be',
-            "line 10: is nested too deeply",
+            "line 10: it is nested too deeply",
             "line 11: '\\ud800' is not valid Unicode",
         ):
             assert part in message
 
     def test_images_that_cannot_be_read_are_named(self, folder: Path) -> None:
         path = write_lines(folder / "talks.jsonl", talk("q", "a", image="missing.png"), talk("q", "a", image="a.jpg"))
-        with pytest.raises(CalibrationError, match=r"(?s)1 problem:.*cannot read .*missing\.png"):
+        with pytest.raises(CalibrationError, match=r"(?s)1 problem:\n  line 1: cannot read .*missing\.png"):
             load_calibration(path, 10)
 
     def test_only_the_chosen_images_are_opened(self, folder: Path) -> None:
         lines = [talk("q", "a", image="a.jpg" if i % 4 == 0 else "missing.png") for i in range(12)]
         assert load_calibration(write_lines(folder / "talks.jsonl", *lines), 3).images == 3
 
-    def test_one_json_array_is_not_jsonl(self, folder: Path) -> None:
-        path = folder / "talks.json"
-        path.write_text(json.dumps([talk("q", "a")], indent=2))
-        with pytest.raises(CalibrationError, match="is one JSON array; give one JSON object per line"):
-            load_calibration(path, 10)
+    def test_one_json_array_gives_the_same(self, folder: Path) -> None:
+        talks = [talk("<image>\nWhat?", "Red.", image="b.png"), talk("Hello", "Hi")]
+        (folder / "talks.json").write_text(json.dumps(talks, indent=1))
+        array = load_calibration(folder / "talks.json", 10)
+        assert array.samples == load_calibration(write_lines(folder / "talks.jsonl", *talks), 10).samples
+        assert [sample.where for sample in array.samples] == ["record 1", "record 2"]
+        assert array.samples[0].prompt == f"USER: {IMAGE_TOKEN}\nWhat? ASSISTANT: Red.</s>"
 
     def test_unicode_line_separators_and_a_byte_order_mark_are_text(self, folder: Path) -> None:
         line = json.dumps(talk("one\u2028two\x85", "a", image="a.jpg"), ensure_ascii=False)
@@ -178,7 +234,7 @@ class TestConversations:
         with pytest.raises(CalibrationError, match=r"empty\.jsonl is empty; give one JSON object per line"):
             load_calibration(write_lines(tmp_path / "empty.jsonl", ""), 10)
         (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
-        with pytest.raises(CalibrationError, match="cannot be read"):
+        with pytest.raises(CalibrationError, match=r"cannot read .*binary\.jsonl: it is UTF-16 text; save it as UTF-8"):
             load_calibration(tmp_path / "binary.jsonl", 10)
 
 

@@ -3,15 +3,21 @@
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import RunCommand
 from evaluation_data import IMAGES, write_every_task, write_lines
+from PIL import Image
+
+from owl2.runtime.evaluation.measure import ItemResult, measure
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +44,28 @@ def test_errors_are_lines_and_come_before_the_model(run: RunCommand, tmp_path: P
     assert "--items adds to the JSON" in run("eval", "b", "--data", bad, "--items").stderr
     assert "max_new_tokens 0 must be at least 1" in run("eval", "b", "--data", bad, "--max-new-tokens", 0).stderr
     assert run("eval", "b").exit_code == 2
+
+
+def test_an_image_that_disappears_shows_the_results_so_far(
+    run: RunCommand, bundle_a1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    record: dict[str, object] = {"question": "What?", "answers": ["red"], "category": "\x1b[31mred"}
+    path = write_lines(tmp_path / "data.jsonl", record, record | {"image": "a.png"})
+
+    def removing(*given: Any, **options: Any) -> Iterator[ItemResult]:
+        for result in measure(*given, **options):
+            (tmp_path / "a.png").unlink()
+            yield result
+
+    monkeypatch.setattr("owl2.runtime.evaluation.evaluate.measure", removing)
+    result = run("eval", bundle_a1, "--data", path)
+    assert result.exit_code == 1
+    assert "\\x1b[31mred" in result.stdout
+    assert "1 item in" in result.stdout
+    assert re.fullmatch(
+        r"owl2: error: line 2: cannot read .*a\.png: .*; the results are those of 1 of 2 items\n", result.stderr
+    )
 
 
 def test_results_are_reproducible(run: RunCommand, bundle_a1: Path, data: Path) -> None:

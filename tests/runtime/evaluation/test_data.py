@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from owl2.runtime.errors import ConfigError, DataError
+from owl2.runtime.evaluation import conversations
 from owl2.runtime.evaluation.data import CAPTION_QUESTION, Caption, Choice, Conversation, Question, Text, read_items
 from owl2.runtime.families.mplug_owl2.template import Message
 
@@ -78,7 +79,7 @@ def test_a_limit_is_spread_over_the_file_and_opens_only_its_images(folder: Path)
         ({"question": "q", "answers": ["<|image|>"]}, "must not contain"),
         ({"answers": ["red"]}, "\"question\" must be a non-empty string, got ''"),
         ({"question": "q", "answers": ["a"], "image": 3}, '"image" must be a file name or a list'),
-        ({"question": "<|image|>q", "answers": ["a"]}, "has 1 .* but 0 images given"),
+        ({"question": "<|image|>q", "answers": ["a"]}, "occurs once, but there are 0 images"),
         ({"question": "q", "choices": ["a"], "answer": 0}, "at least two different strings"),
         ({"question": "q", "choices": ["a", "a"], "answer": 0}, "at least two different strings"),
         ({"question": "q", "choices": ["a", "b"], "answer": 2}, '"answer" must be one of the choices'),
@@ -87,7 +88,28 @@ def test_a_limit_is_spread_over_the_file_and_opens_only_its_images(folder: Path)
         ({"captions": ["a"]}, '"captions" needs an "image"'),
         ({"conversations": []}, "must be a list of turns"),
         ({"conversations": [{"from": "human", "value": "Hi"}]}, 'no turn from "gpt"'),
-        ({"conversations": [{"from": "system", "value": "Hi"}]}, 'a turn must be {"from"'),
+        ({"conversations": [{"from": "system", "value": "Hi"}]}, "it has a system message"),
+        ({"conversations": [{"from": "tool", "value": "Hi"}]}, 'a turn must be {"from"'),
+        ({"conversations": [{"from": "gpt", "value": "Hi"}]}, 'has no turn from "human"'),
+        ({"conversations": [{"from": "human", "value": "Hi"}] * 2}, "two turns in a row are from the user"),
+        ({"conversations": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]}, "a turn must be"),
+        ({"messages": [{"from": "human", "value": "Hi"}]}, '"messages" has no turn from "gpt"'),
+        ({"image": "a.png", "images": ["b.png"], "captions": ["x"]}, "both given; keep one"),
+        ({"image": ["a.png", ""], "captions": ["x"]}, '"image" must be a file name or a list'),
+        ({"image": "https://example.org/a.png", "captions": ["x"]}, "must name files, got the URL 'https:"),
+        ({"image": "data:image/png;base64,AAAA", "captions": ["x"]}, "must name files, got the URL 'data:"),
+        ({"image": "\udcff.png", "captions": ["x"]}, "is not valid Unicode"),
+        ({"image": "a\0.png", "captions": ["x"]}, r"cannot read .*a\\x00\.png"),
+        ({"image": "a.png", "question": "<image><|image|>", "answers": ["a"]}, r"both <\|image\|> and <image> occur"),
+        ({"image": "a.png", "question": "<image><image>", "answers": ["a"]}, "<image> occurs 2 times, .* is 1 image"),
+        ({"question": "What does <image> mean in HTML?", "answers": ["a"]}, "<image> occurs once, .* are 0 images"),
+        ({"question": "q", "answers": [{"answer": ""}]}, '"answers" must be a list of non-empty strings'),
+        ({"question": "q", "answers": [{"text": "red"}]}, '"answers" must be a list of non-empty strings'),
+        ({"text": "x", "category": "\ud800"}, "is not valid Unicode"),
+        ('{"text": "x", "text": "y"}', "the key 'text' occurs more than once"),
+        ('{"text": "x",}', "a comma before a closing bracket at column 14"),
+        ('{"text": "x", "id": ' + "9" * 5000 + "}", "a number of 5000 digits"),
+        ('{"text": "a\tb"}', "Invalid control character at column 12"),
         ({"text": ""}, '"text" must be a non-empty string'),
         ({"text": "\ud800"}, "is not valid Unicode"),
         ({"text": "x", "image": "a.png"}, '"text" cannot have an "image"'),
@@ -113,9 +135,138 @@ def test_all_problems_are_named(folder: Path) -> None:
 
 
 def test_files_without_data(folder: Path) -> None:
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match=r"gone\.jsonl: it is missing"):
         read_items(folder / "gone.jsonl")
+    with pytest.raises(DataError, match=r"(Is|it is) a (directory|folder); give UTF-8 text"):
+        read_items(folder)
     with pytest.raises(DataError, match=r"data\.jsonl is empty"):
         read_items(written(folder, ""))
-    with pytest.raises(DataError, match="one JSON array"):
-        read_items(written(folder, "[", "{}", "]"))
+    with pytest.raises(DataError, match=r"data\.jsonl is empty"):
+        read_items(written(folder, "[]"))
+
+
+VQA_V2 = {"question_id": 7, "answer_type": "number", "multiple_choice_answer": "two", "question": "How many?"}
+
+
+@pytest.mark.parametrize(
+    ("record", "task"),
+    [
+        (
+            VQA_V2 | {"answers": [{"answer": text, "answer_confidence": "yes"} for text in ("two", "2")]},
+            Question("<|image|>How many?", ("two", "2")),
+        ),
+        (
+            {"captions": [{"caption": "red", "id": 3}, "all red"]},
+            Caption("<|image|>" + CAPTION_QUESTION, ("red", "all red")),
+        ),
+        ({"question": "What?\n<image>", "answers": ["red"]}, Question("What?\n<|image|>", ("red",))),
+    ],
+)
+def test_data_as_its_authors_publish_it(folder: Path, record: dict[str, object], task: object) -> None:
+    (item,) = read_items(written(folder, {"image": "a.png"} | record))
+    assert item.task == task
+    assert item.id == record.get("question_id")
+
+
+LLAVA = [{"from": "human", "value": "<image>\nHi"}, {"from": "gpt", "value": "Hello"}]
+EXPECTED = Conversation((Message("USER", "<|image|>\nHi"), Message("ASSISTANT", "Hello")))
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"image": "a.png", "conversations": LLAVA},
+        {
+            "images": ["a.png"],
+            "messages": [{"role": "user", "content": "<image>\nHi"}, {"role": "assistant", "content": "Hello"}],
+        },
+        {"image": "a.png", "images": None, "conversations": [{"from": "gpt", "value": "Ask!"}, *LLAVA]},
+    ],
+)
+def test_conversations_as_trainers_read_them(folder: Path, record: dict[str, object]) -> None:
+    (item,) = read_items(written(folder, record))
+    assert item.task == EXPECTED
+    assert item.images == (folder / "a.png",)
+
+
+@pytest.mark.parametrize("none", ["", None, []])
+def test_no_image(folder: Path, none: object) -> None:
+    (item,) = read_items(written(folder, {"image": none, "question": "Why?", "answers": ["so"]}))
+    assert (item.task, item.images) == (Question("Why?", ("so",)), ())
+
+
+class TestArray:
+    def test_it_is_read_like_lines(self, folder: Path) -> None:
+        records = [{"image": "a.png", "captions": ["x"]}, {"text": "y", "id": 4}]
+        lines = read_items(written(folder, *records))
+        (folder / "data.json").write_text("\n " + json.dumps(records, indent=1))
+        array = read_items(folder / "data.json")
+        assert [item.task for item in array] == [item.task for item in lines]
+        assert [item.where for item in array] == ["record 1", "record 2"]
+        assert array[1].id == 4
+
+    def test_its_problems_are_named_by_record(self, folder: Path) -> None:
+        records = [{"text": "fine"}, "text", {"text": ""}, {"image": "gone.png", "captions": ["x"]}]
+        with pytest.raises(DataError, match=r"(?s)2 problems:\n  record 2: expected .* got str\n  record 3: \"text\""):
+            read_items(written(folder, json.dumps(records)))
+        with pytest.raises(DataError, match=r"record 2: cannot read .*gone\.png"):
+            read_items(written(folder, json.dumps([records[0], records[3]], indent=1)))
+
+    def test_a_fault_in_its_json_has_a_place(self, folder: Path) -> None:
+        with pytest.raises(DataError, match=r"data\.jsonl: it is not JSON: a comma before a closing bracket at line 3"):
+            read_items(written(folder, "[", '{"text": "x"},', "]"))
+
+
+class TestTextAsItComes:
+    def test_marks_and_line_ends(self, folder: Path) -> None:
+        (folder / "data.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "x"}\r\n  \r\n\t{"text": "\xc3\xa9"} \r\n')
+        assert [(item.line, item.task) for item in read_items(folder / "data.jsonl")] == [
+            (1, Text("x")),
+            (3, Text("é")),
+        ]
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ('{"text": "é"}'.encode("utf-16"), "it is UTF-16 text; save it as UTF-8"),
+            ('{"text": "x"}'.encode("utf-16-le"), "it has a byte 0 in line 1, as UTF-16"),
+            ('\n{"text": "é"}'.encode("latin-1"), "it is not UTF-8 text: byte 0xe9 in line 2"),
+        ],
+    )
+    def test_other_encodings_are_named(self, folder: Path, content: bytes, message: str) -> None:
+        (folder / "data.jsonl").write_bytes(content)
+        with pytest.raises(DataError, match=message):
+            read_items(folder / "data.jsonl")
+
+    def test_long_lines_and_files_are_refused_unread(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path = written(folder, {"text": "x" * 100}, {"text": "x"})
+        monkeypatch.setattr(conversations, "LINE_CHARACTERS", 50)
+        with pytest.raises(DataError, match="line 1: it has 112 characters, at most 50 are read"):
+            read_items(path)
+        monkeypatch.setattr(conversations, "DATA_BYTES", 50)
+        with pytest.raises(DataError, match="it has 126 bytes, at most 50 are read"):
+            read_items(path)
+
+
+def test_no_message_repeats_what_it_was_given(folder: Path) -> None:
+    long = "x" * 10_000
+    records: list[dict[str, object]] = [
+        {"question": long, "answers": [long, 3]},
+        {"question": "q", "choices": [long], "answer": 0},
+        {"question": "q", "choices": ["a", "b"], "answer": long},
+        {"conversations": [{"from": long, "value": long}]},
+        {"conversations": {long: long}},
+        {"image": {long: long}, "captions": ["x"]},
+        {"image": long, "captions": ["x"]},
+        {"text": "x", "category": [long]},
+        {"text": "x", "id": [long]},
+        {long: long},
+        {"text": long + "\ud800"},
+        {"text": "x", long: 1, "captions": [long]},
+        {"image": f"\x1b[31m{long}.png", "text": "x"},
+    ]
+    for record in records:
+        with pytest.raises(DataError) as caught:
+            read_items(written(folder, record))
+        assert len(str(caught.value)) < 700, record.keys()
+        assert "\x1b" not in str(caught.value)

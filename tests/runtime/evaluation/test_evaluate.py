@@ -1,6 +1,7 @@
 """``owl2.evaluate`` end to end: by itself and against another model."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from evaluation_data import write_lines
 from isolation import BLOCKED
+from PIL import Image
 
 from owl2 import EvaluationProgress, LoadProgress, Owl2, evaluate
 from owl2.export.config import ExportConfig
@@ -47,9 +49,33 @@ def test_an_interrupt_returns_what_was_measured(owl: Owl2, data: Path, results: 
     assert (evaluation.summary.items, evaluation.total) == (3, 8)
 
 
+@pytest.mark.parametrize("after", [0, 2])
+def test_an_image_that_disappears_ends_it_and_keeps_the_results(
+    sample_bundle: Path, tmp_path: Path, after: int
+) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    record: dict[str, object] = {"question": "What?", "answers": ["red"]}
+    path = write_lines(tmp_path / "data.jsonl", *[record] * after, record | {"image": "a.png"}, record)
+
+    def remove(progress: LoadProgress | EvaluationProgress) -> None:
+        if isinstance(progress, EvaluationProgress) or not after:
+            (tmp_path / "a.png").unlink(missing_ok=True)
+
+    message = rf"line {after + 1}: cannot read .*a\.png: "
+    if not after:
+        with pytest.raises(DataError, match=message):  # there is nothing to keep
+            evaluate(sample_bundle, path, progress=remove)
+        return
+    evaluation = evaluate(sample_bundle, path, progress=remove)
+    assert (len(evaluation.results), evaluation.total, evaluation.complete) == (2, 4, False)
+    assert isinstance(evaluation.failure, DataError)
+    assert re.match(message, str(evaluation.failure))
+    assert evaluation.to_json()["failure"] == str(evaluation.failure)
+
+
 def test_what_cannot_work_is_refused_before_a_model_is_loaded(tmp_path: Path, data: Path) -> None:
     missing = tmp_path / "missing"
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="it is missing"):
         evaluate(missing, tmp_path / "no.jsonl")
     with pytest.raises(BundleError, match="is neither a bundle"):
         evaluate(missing, data, against=tmp_path)
@@ -95,9 +121,11 @@ class TestAgainst:
     def test_a_checkpoint_as_the_export_reports_it(self, tmp_path: Path, golden: Path) -> None:
         """KL and agreement on the held-out prompts of an export are those in its report."""
         checkpoint = golden / "a1_base_bin" / "model"
+        for number in range(16):
+            Image.new("RGB", (97, 61), (15 * number, 90, 200)).save(tmp_path / f"{number}.png")
         talks: list[dict[str, object]] = [
             {
-                "image": str(golden / "images" / "00_rgb_landscape_97x61.png"),
+                "image": f"{number}.png",
                 "conversations": [
                     {"from": "human", "value": f"What about {number:02}?"},
                     {"from": "gpt", "value": f"Nothing is known about {number:02} in this picture."},

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from evaluation_data import CHOICES, IMAGES
+from evaluation_data import CHOICES, IMAGES, write_lines
+from PIL import Image
 
 from owl2 import Owl2
 from owl2.runtime.engine import Engine, Floats
@@ -136,6 +137,17 @@ def test_items_that_do_not_fit_are_named_before_anything_runs(sample_bundle: Pat
     owl = Owl2.load(sample_bundle, context=40)
     with pytest.raises(DataError, match=r"(?s)2 problems.*line 5: takes \d+ positions, the context holds 40\n  line 7"):
         measure(owl.model, read_items(data), max_new_tokens=64)
+
+
+def test_images_that_the_mode_cannot_take_are_named_before_anything_runs(owl: Owl2, tmp_path: Path) -> None:
+    for name, size in (("square.png", (8, 8)), ("wide.png", (40_000, 2)), ("tall.png", (2, 40_000))):
+        Image.new("RGB", size).save(tmp_path / name)
+    records: list[dict[str, object]] = [
+        {"image": f"{name}.png", "captions": ["x"]} for name in ("square", "wide", "square", "tall", "wide")
+    ]
+    items = read_items(write_lines(tmp_path / "data.jsonl", *records))
+    with pytest.raises(DataError, match=r"(?s)3 problems:\n  line 2: .*\n  line 4: .*\n  line 5: [^\n]*$"):
+        measure(owl.model, items, max_new_tokens=4, preprocess="resize")
 
 
 class TestLogits:
