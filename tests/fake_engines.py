@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from conftest import edit_manifest
 from fake_tensorrt import Copy, FakeEngineFile, FakeGpu, FakeTensorRt, Profile
 from numpy.typing import NDArray
 
@@ -19,7 +20,7 @@ from owl2.runtime.backends.ort.engine import OrtEngine
 from owl2.runtime.backends.tensorrt.engine import TensorRtEngine
 from owl2.runtime.backends.tensorrt.records import RECORD_FORMAT, EngineRecord, find_record
 from owl2.runtime.backends.tensorrt.rows import DeviceRows
-from owl2.runtime.bundle import Bundle
+from owl2.runtime.bundle import Bundle, read_manifest
 from owl2.runtime.engine import EngineOptions, Floats
 from owl2.runtime.load import Preparation
 from owl2.runtime.placement import EngineKind, Placement
@@ -76,11 +77,9 @@ def read_record(folder: Path) -> EngineRecord:
 
 def write_record(folder: Path, content: dict[str, Any]) -> Path:
     """Write ``engine.json`` and let the manifest name it."""
-    path, manifest = folder / "engine.json", folder.parents[1] / "owl2.json"
+    path, bundle = folder / "engine.json", folder.parents[1]
     path.write_text(json.dumps(content))
-    listed = json.loads(manifest.read_text())
-    listed["engines"][folder.name] = hash_file(path)
-    manifest.write_text(json.dumps(listed))
+    edit_manifest(bundle, engines={**read_manifest(bundle).engines, folder.name: hash_file(path)})
     return path
 
 
