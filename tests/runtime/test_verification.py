@@ -70,8 +70,8 @@ def test_another_expectation_is_not_met_by_memory(folder: Path, files: dict[str,
 
 
 def test_every_problem_is_told_each_time(folder: Path, files: dict[str, FileEntry]) -> None:
-    wrong = files | {"c": FileEntry(1, ""), "../a": FileEntry(1, ""), "a": FileEntry(1, "")}
-    expected = {"c is missing", "../a is outside the bundle", "a has 5000 bytes, expected 1 (truncated?)"}
+    wrong = files | {"c": FileEntry(1, ""), "a": FileEntry(1, "")}
+    expected = {"c is missing", "a has 5000 bytes, expected 1 (truncated?)"}
     assert set(verify_files(folder, wrong)) == expected
     assert set(verify_files(folder, wrong)) == expected
 

@@ -86,14 +86,14 @@ class TestHostileFiles:
         ("changes", "message"),
         [
             ({"0_logits": np.zeros((8, 3), np.float32)}, r"the logits of prompt 0 are \(8, 3\), not"),
-            ({"0_logits": np.zeros(8)}, "0.logits has type <f8, expected <f4"),
-            ({"0_logits": np.array([{}])}, "0.logits has type |O"),
+            ({"0_logits": np.zeros(8)}, "'0.logits' has type <f8, expected <f4"),
+            ({"0_logits": np.array([{}])}, "'0.logits' has type |O"),
             ({"0_positions": np.array([3, 2])}, "the positions of prompt 0 do not rise"),
             ({"0_positions": np.array([1 << 40])}, "the positions of prompt 0 do not rise"),
             ({"0_positions": np.zeros(0, np.int64)}, "the positions of prompt 0 do not rise"),
             ({"0_prompt": None}, "KeyError|0.prompt|2.prompt"),
             ({"1_ids": None}, "1.ids"),
-            ({"extra": np.zeros(3)}, "extra has type"),
+            ({"extra": np.zeros(3)}, "'extra' has type"),
             ({"0_prompt": np.array([255], np.uint8)}, "codec can't decode"),
         ],
     )
@@ -125,7 +125,7 @@ class TestHostileFiles:
     def test_not_a_zip(self, copy: Path) -> None:
         (copy / spec.GOLDENS).write_bytes(b"nothing")
         rehash(copy, spec.GOLDENS)
-        with pytest.raises(BundleCorruptError, match="cannot be read as golden prompts: File is not a zip file"):
+        with pytest.raises(BundleCorruptError, match="golden prompts: it does not end as a plain zip archive"):
             read_goldens(Bundle.open(copy))
 
     @pytest.mark.parametrize("goldens", [None, 3, [], [{"name": "text"}], [{"name": "text", "kl": "low"}]])

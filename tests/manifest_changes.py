@@ -28,6 +28,8 @@ def changes(manifest: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for path, value in leaves(manifest):
         name = ".".join(map(str, path))
         for other in others(path, value):
+            if other == value:
+                continue
             yield f"{name}: {value} -> {other}", _text(edited(manifest, path, other))
     for first, second in SWAPS:
         files = dict(manifest["files"])
