@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from conftest import edit_manifest
 from fake_tensorrt import Copy, FakeEngineFile, FakeGpu, FakeTensorRt, Profile
 from numpy.typing import NDArray
 
@@ -24,7 +23,7 @@ from owl2.runtime.bundle import Bundle, read_manifest
 from owl2.runtime.engine import EngineOptions, Floats
 from owl2.runtime.load import Preparation
 from owl2.runtime.placement import EngineKind, Placement
-from owl2.runtime.verification import FileEntry, hash_file
+from owl2.runtime.verification import FileEntry, hash_file, signatures_of
 
 VERSION = "10.3.0"
 CONTEXT = 640
@@ -79,7 +78,9 @@ def write_record(folder: Path, content: dict[str, Any]) -> Path:
     """Write ``engine.json`` and let the manifest name it."""
     path, bundle = folder / "engine.json", folder.parents[1]
     path.write_text(json.dumps(content))
-    edit_manifest(bundle, engines={**read_manifest(bundle).engines, folder.name: hash_file(path)})
+    manifest = read_manifest(bundle)
+    manifest = replace(manifest, engines={**manifest.engines, folder.name: hash_file(path)})
+    (bundle / spec.MANIFEST).write_text(json.dumps(manifest.sealed()))
     return path
 
 
@@ -114,7 +115,8 @@ class FakeModel:
         record = find_record(bundle.folder, bundle.manifest, kind, self.gpu.name, capability, version)
         self.engine = TensorRtEngine(bundle, record, self.trt, self.gpu)
         options = EngineOptions(Placement(kind), context=context)
-        loaded = Preparation(bundle.folder, bundle.manifest, options, lambda _: self.engine).open()
+        files = signatures_of(bundle.folder, bundle.manifest.files)
+        loaded = Preparation(bundle.folder, bundle.manifest, options, lambda _: self.engine, files).open()
         self.owl = Owl2(*loaded, options.device)
         self.prefilling, self.decoding, self.vision = self.trt.contexts
 

@@ -92,6 +92,27 @@ def test_a_damaged_memory_is_not_used(folder: Path, files: dict[str, FileEntry],
     assert len(hashed) == 4
 
 
+@pytest.mark.parametrize("content", ["[" * 5000, '{"files": ' + "9" * 400 + "}", '{"files": [[1, 2]]}', "3", ""])
+def test_a_hostile_memory_is_not_used(
+    folder: Path, files: dict[str, FileEntry], hashed: list[str], content: str
+) -> None:
+    verify_files(folder, files)
+    for path in Path(os.environ["XDG_CACHE_HOME"]).rglob("*.json"):
+        path.write_text(content)
+    assert verify_files(folder, files) == []
+    assert len(hashed) == 4
+
+
+def test_a_pipe_in_the_place_of_the_memory(folder: Path, files: dict[str, FileEntry], hashed: list[str]) -> None:
+    verify_files(folder, files)
+    paths = list(Path(os.environ["XDG_CACHE_HOME"]).rglob("*.json"))
+    for path in paths:
+        path.unlink()
+        os.mkfifo(path)
+    assert verify_files(folder, files) == []
+    assert len(hashed) == 4
+
+
 def test_a_user_without_a_home(
     folder: Path, files: dict[str, FileEntry], hashed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -152,7 +152,7 @@ def test_impossible_records(copy: Path, changes: dict[str, Any], message: str) -
 
 def test_a_record_that_is_not_json(copy: Path) -> None:
     (copy / ENGINES / "engine.json").write_text("{")
-    with pytest.raises(BundleCorruptError, match="cannot be used: Expecting"):
+    with pytest.raises(BundleCorruptError, match="engine.json: it is not JSON: Expecting"):
         load(copy)
 
 
@@ -163,7 +163,7 @@ def test_a_record_that_is_not_json(copy: Path) -> None:
         ("edit", "engine.json is not the one that owl2.json names"),
         ("graphs", "built from another decoder.onnx than the bundle has now"),
         ("gpu", "engine.json is of engines tensorrt-sm110, not tensorrt-sm87"),
-        ("remove", "engine.json cannot be used"),
+        ("remove", "engine.json: it is missing; run on this device"),
         ("rename", "engines: 'x-sm87' is not a name such as tensorrt-sm87"),
     ],
 )
