@@ -17,7 +17,6 @@ GRAPH_BYTES = 16 << 20
 """Largest graph file that is read; the decoder of a 7B model has about 0.3 MB, without its external data."""
 MAX_FIELDS = 1 << 20
 MAX_DEPTH = 32
-ONNX_EXTERNAL = 1
 SUBMESSAGES: dict[str, dict[int, str]] = {
     "model": {7: "graph", 20: "training", 25: "function"},
     "training": {1: "graph", 2: "graph"},
@@ -29,11 +28,11 @@ SUBMESSAGES: dict[str, dict[int, str]] = {
 }
 """By message, the fields that hold messages in which there may be tensors."""
 NODE_OPERATOR = 4
-LOADS_FILES = (b"EPContext",)
+LOADS_FILES = ("EPContext",)
 """Operators that load files by themselves."""
 TENSOR_DIMS, TENSOR_TYPE, TENSOR_NAME, TENSOR_EXTERNAL = 1, 2, 8, 13
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
-Field = tuple[int, int | bytes]
+Field = tuple[int, int | memoryview]
 """Number and value; those of fixed size are 0, which nothing here needs."""
 
 
@@ -96,11 +95,11 @@ def external_tensors(path: Path) -> list[ExternalTensor]:
         if kind == "tensor":
             found += _external(fields, initializer=depth == 2)
         for number, value in fields:
-            if kind == "node" and number == NODE_OPERATOR and value in LOADS_FILES:
-                raise ForeignError(f"it has the operator {bytes(value).decode()}, which loads other files")
+            if kind == "node" and number == NODE_OPERATOR and (name := _text(value)) in LOADS_FILES:
+                raise ForeignError(f"it has the operator {name}, which loads other files")
             inner = SUBMESSAGES.get(kind, {}).get(number)
             if inner is not None and not isinstance(value, int):
-                pending.append((inner, memoryview(value), depth + 1))
+                pending.append((inner, value, depth + 1))
     return found
 
 
@@ -109,7 +108,7 @@ def _external(fields: list[Field], *, initializer: bool) -> list[ExternalTensor]
     entries: dict[str, str] = {}
     for number, value in fields:
         if number == TENSOR_EXTERNAL and not isinstance(value, int):
-            pair = {key: _text(text) for key, text in _fields(memoryview(value), MAX_FIELDS)}
+            pair = {key: _text(text) for key, text in _fields(value, MAX_FIELDS)}
             key = pair.get(1, "")
             if key in entries:
                 raise ForeignError(f"a tensor has {shorten(key)} twice")
@@ -128,7 +127,7 @@ def _shape(fields: list[Field]) -> tuple[int, ...]:
     shape: list[int] = []
     for number, value in fields:
         if number == TENSOR_DIMS:
-            shape += [value] if isinstance(value, int) else _varints(memoryview(value))
+            shape += [value] if isinstance(value, int) else _varints(value)
     return tuple(shape)
 
 
@@ -140,7 +139,7 @@ def _varints(packed: memoryview) -> list[int]:
     return values
 
 
-def _text(value: int | bytes) -> str:
+def _text(value: int | memoryview) -> str:
     try:
         return "" if isinstance(value, int) else bytes(value).decode()
     except UnicodeDecodeError:
@@ -161,12 +160,12 @@ def _fields(content: memoryview, budget: int) -> Iterator[Field]:
             raise ForeignError(f"it has more than {MAX_FIELDS} fields")
         tag, place = _varint(content, place)
         number, wire = tag >> 3, tag & 7
-        value: int | bytes = 0
+        value: int | memoryview = 0
         if wire == VARINT:
             value, place = _varint(content, place)
         elif wire == BYTES:
             size, place = _varint(content, place)
-            value = content[place : place + size]  # type: ignore[assignment]
+            value = content[place : place + size]
             place += size
         elif wire in (FIXED32, FIXED64):
             place += 4 if wire == FIXED32 else 8

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -25,7 +26,7 @@ def external(location: str = DATA, **entries: object) -> TensorProto:
     return tensor
 
 
-def graph(*nodes: onnx.NodeProto, **parts: object) -> GraphProto:
+def graph(*nodes: onnx.NodeProto, **parts: Any) -> GraphProto:
     return GraphProto(name="g", node=nodes, **parts)
 
 

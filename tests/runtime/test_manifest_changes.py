@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import RunCommand, write_manifest
 from manifest_changes import changes
+from numpy.typing import NDArray
 
 from owl2 import Owl2, verify
 from owl2.runtime.errors import BundleError, Owl2Error
@@ -15,7 +16,7 @@ from owl2.runtime.errors import BundleError, Owl2Error
 IMAGES = [np.zeros((60, 200, 3), np.uint8), np.zeros((200, 60, 3), np.uint8)]
 IMAGES[0][10:40, 20:80] = (0, 0, 255)
 IMAGES[1][20:80, 10:40] = (255, 0, 0)
-QUESTIONS = (
+QUESTIONS: tuple[tuple[str, list[NDArray[np.uint8]]], ...] = (
     ("What is in the picture?", IMAGES[:1]),
     ("Describe the picture.", IMAGES[1:]),
     ("What is the capital of France?", []),

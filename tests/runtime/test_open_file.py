@@ -7,10 +7,12 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from conftest import edit_manifest
+from numpy.typing import NDArray
 
 from owl2 import Owl2
 from owl2.runtime import spec
@@ -103,7 +105,8 @@ def test_a_closed_file(path: Path) -> None:
 def test_reads_without_pread(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on Windows, from several threads."""
     monkeypatch.delattr(os, "pread")
-    file, wrong = opened(path), []
+    file = opened(path)
+    wrong: list[int] = []
 
     def read() -> None:
         wrong.extend(place for place in range(500) if file.read(place, 1)[0] != place % 256)
@@ -121,7 +124,9 @@ def test_rows_of_the_token_table(bundle: str, request: pytest.FixtureRequest) ->
     opened_bundle = Bundle.open(request.getfixturevalue(bundle))
     decoder, stored = opened_bundle.manifest.model.decoder, opened_bundle.manifest.weights.embeddings
     dtype = np.float16 if stored == "fp16" else np.float32
-    whole = np.fromfile(opened_bundle.path(spec.EMBEDDINGS), dtype).reshape(decoder.vocab_size, -1)
+    whole: NDArray[np.floating[Any]] = np.fromfile(opened_bundle.path(spec.EMBEDDINGS), dtype).reshape(
+        decoder.vocab_size, -1
+    )
     ids = [5, 0, decoder.vocab_size - 1, 5]
     for table in (opened_bundle.token_table(), ArrayTable(whole)):
         rows = table.rows(ids)

@@ -62,6 +62,7 @@ def test_a_changed_file_fails_before_anything_runs(copy: Path) -> None:
 
 def test_another_tokenizer_is_named(copy: Path) -> None:
     found, facts = read_goldens(Bundle.open(copy))
+    assert facts is not None
     goldens = list(found)
     goldens[0] = dataclasses.replace(goldens[0], ids=goldens[0].ids[::-1].copy())
     write_goldens(copy / spec.GOLDENS, goldens, facts)

@@ -152,7 +152,7 @@ def test_impossible_records(copy: Path, changes: dict[str, Any], message: str) -
 
 def test_a_record_that_is_not_json(copy: Path) -> None:
     (copy / ENGINES / "engine.json").write_text("{")
-    with pytest.raises(BundleCorruptError, match="engine.json: it is not JSON: Expecting"):
+    with pytest.raises(BundleCorruptError, match=r"engine\.json: it is not JSON: Expecting"):
         load(copy)
 
 
