@@ -218,6 +218,7 @@ def _read_arrays(archive: zipfile.ZipFile) -> dict[str, NDArray[Any]]:
     total = sum(member.file_size for member in members)
     require(total <= MAX_BYTES, f"its arrays take {total} bytes, at most {MAX_BYTES} are read")
     require(len(members) <= 32 * MAX_GOLDENS, f"it has {len(members)} arrays, at most {32 * MAX_GOLDENS} are read")
+    require(not any(member.flag_bits & 1 for member in members), "it is encrypted")
     arrays = {}
     for member in members:
         name = member.filename.removesuffix(".npy")

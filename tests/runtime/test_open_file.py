@@ -124,9 +124,7 @@ def test_rows_of_the_token_table(bundle: str, request: pytest.FixtureRequest) ->
     opened_bundle = Bundle.open(request.getfixturevalue(bundle))
     decoder, stored = opened_bundle.manifest.model.decoder, opened_bundle.manifest.weights.embeddings
     dtype = np.float16 if stored == "fp16" else np.float32
-    whole: NDArray[np.floating[Any]] = np.fromfile(opened_bundle.path(spec.EMBEDDINGS), dtype).reshape(
-        decoder.vocab_size, -1
-    )
+    whole: NDArray[Any] = np.fromfile(opened_bundle.path(spec.EMBEDDINGS), dtype).reshape(decoder.vocab_size, -1)
     ids = [5, 0, decoder.vocab_size - 1, 5]
     for table in (opened_bundle.token_table(), ArrayTable(whole)):
         rows = table.rows(ids)

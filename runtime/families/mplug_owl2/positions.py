@@ -83,11 +83,15 @@ def embed(keys: Sequence[Key], table: TokenTable, image_rows: Mapping[str, Float
     Returns:
         float32 [T, C], and int64 [T] that is 1 at image rows (the end-of-image row included).
     """
-    modality = np.array([isinstance(key, tuple) for key in keys], dtype=np.int64)
+    texts = table.rows([key for key in keys if isinstance(key, int)])
+    modality = np.zeros(len(keys), dtype=np.int64)
+    if len(texts) == len(keys):  # every step of an answer
+        return texts, modality
     embeds = np.empty((len(keys), table.width), dtype=np.float32)
-    embeds[modality == 0] = table.rows([key for key in keys if isinstance(key, int)])
     for position, key in enumerate(keys):
         if isinstance(key, tuple):
             digest, row = key
             embeds[position] = image_rows[digest][row]
+            modality[position] = 1
+    embeds[modality == 0] = texts
     return embeds, modality
