@@ -7,6 +7,7 @@ an error to it. Here all three are.
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 import warnings
@@ -160,8 +161,11 @@ def held_tensors(path: Path) -> tuple[list[str], list[ort.OrtValue]]:
         for tensor in external_tensors(path):
             dtype = HELD_TYPES.get(tensor.element)
             if tensor.initializer and dtype is not None and tensor.length <= HELD_BYTES:
-                content = np.fromfile(path.parent / tensor.location, np.uint8, tensor.length, offset=tensor.offset)
-                values.append(ort.OrtValue.ortvalue_from_numpy(content.view(dtype).reshape(tensor.shape)))
+                content = mmap.mmap(-1, tensor.length)  # what ONNX Runtime copies goes back to the system at once
+                with (path.parent / tensor.location).open("rb") as file:
+                    file.seek(tensor.offset)
+                    file.readinto(content)
+                values.append(ort.OrtValue.ortvalue_from_numpy(np.frombuffer(content, dtype).reshape(tensor.shape)))
                 names.append(tensor.name)
     except (OSError, ValueError) as error:
         raise BackendError(f"{path} cannot be loaded: {reason(error)}") from error
