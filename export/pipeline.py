@@ -66,7 +66,7 @@ def export_bundle(config: ExportConfig, reporter: Reporter | None = None) -> Rep
             bundle = WrittenBundle.of(job, kv_cache)
             checks = check_bundle(job, bundle, decoder, vision, probes, probe_images)
             report = job.write_report(checks, decoder.modules, vision.sensitivity)
-            write_json(job.folder / spec.MANIFEST, bundle.manifest().to_json())
+            write_json(job.folder / spec.MANIFEST, bundle.manifest().sealed())
             job.staging.publish()
     return report
 

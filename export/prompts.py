@@ -74,14 +74,9 @@ def load_prompts(config: ExportConfig, checkpoint: Checkpoint) -> Prompts:
     data = load_calibration(config.calibration, config.samples, need_images=calibrate)
     try:
         tokenizer = Tokenizer.load(checkpoint.folder)
+        tokenizer.require_fit(checkpoint.config.decoder, checkpoint.folder)
     except BundleError as error:
         raise CheckpointError(str(error)) from error
-    decoder = checkpoint.config.decoder
-    if tokenizer.vocab_size > decoder.vocab_size:
-        raise CheckpointError(
-            f"{checkpoint.folder}: tokenizer.model has {tokenizer.vocab_size} pieces, config.json a vocab_size of "
-            f"{decoder.vocab_size}; they do not belong together"
-        )
     return prepare(data, checkpoint.config, tokenizer, calibrate=calibrate)
 
 

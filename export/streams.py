@@ -15,6 +15,7 @@ from owl2.quant.models.mplug_owl2 import DecoderLayer
 from owl2.quant.stream import Calibration, HiddenStates, Stream
 from owl2.runtime.engine import Floats, Ints
 from owl2.runtime.families.mplug_owl2.positions import Prompt, embed
+from owl2.runtime.token_table import ArrayTable
 
 Embedded = tuple[Floats, Ints]
 """Rows [T, C] before the first layer, and int64 [T] that is 1 at image rows."""
@@ -74,8 +75,10 @@ def begin_streams(
         rows: the same for the calibration prompts.
     """
 
+    token_table = ArrayTable(table)
+
     def embedded(prompts: Sequence[Prompt], images: Mapping[str, Floats]) -> list[Embedded]:
-        return [embed(prompt.keys, table, images) for prompt in prompts]
+        return [embed(prompt.keys, token_table, images) for prompt in prompts]
 
     def begun(prompts: list[Embedded]) -> Stream:
         sequences = [HiddenStates.of(torch.from_numpy(rows), torch.from_numpy(kinds)) for rows, kinds in prompts]

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
 from owl2.runtime import spec
-from owl2.runtime.config import DecoderConfig, ModelConfig, from_json, require
+from owl2.runtime.config import ModelConfig, from_json, require
 from owl2.runtime.errors import BundleCorruptError, BundleError, BundleVersionError, ConfigError
-from owl2.runtime.foreign import shorten
+from owl2.runtime.foreign import cut, read_json, reading, shorten
+from owl2.runtime.graph_file import graph_problems
+from owl2.runtime.open_file import OpenFile
 from owl2.runtime.spec import DialectName, FloatType, KvType, VisionType, WeightType
-from owl2.runtime.verification import FileEntry, OnProgress, verify_files
+from owl2.runtime.token_table import FileTable
+from owl2.runtime.verification import FileEntry, OnProgress, require_file_names, verify_files
+
+MANIFEST_BYTES = 1 << 20
+READ_VERSIONS = (3, 4, spec.FORMAT_VERSION)
+FIRST_WITH_DIGEST = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +82,25 @@ class Manifest:
     def __post_init__(self) -> None:
         known = ", ".join(spec.DECODER_GRAPHS)
         for kv_type in self.kv_cache:
-            require(kv_type in spec.DECODER_GRAPHS, f"kv_cache: {kv_type!r} is not known; known: {known}")
+            require(kv_type in spec.DECODER_GRAPHS, f"kv_cache: {shorten(kv_type)} is not known; known: {known}")
         require(self.activations in self.kv_cache, f"kv_cache: {self.activations}, the type of activations, is missing")
+        require_file_names(self.files, "files")
+        require_file_names(self.engines, "engines")
+        require(spec.MANIFEST not in self.files, f"files: {spec.MANIFEST} cannot list itself")
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionaries; :meth:`from_json` is the inverse."""
         return asdict(self)
+
+    @property
+    def digest(self) -> str:
+        """See :func:`content_digest`."""
+        return content_digest(self.to_json())
+
+    def sealed(self) -> dict[str, Any]:
+        """What ``owl2.json`` holds: this content in the present format, with its digest."""
+        current = replace(self, format=spec.FORMAT_VERSION)
+        return current.to_json() | {"digest": current.digest}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Manifest:
@@ -157,16 +175,14 @@ class Bundle:
         """
         return self.path(spec.DECODER_GRAPHS[self.manifest.kv_type(kv_cache)])
 
-    def embeddings(self) -> NDArray[np.floating[Any]]:
-        """The token table, memory-mapped: float16 or float32 [V, C]; only rows in use become resident."""
-        return open_embeddings(self.folder, self.manifest.model.decoder, self.manifest.weights.embeddings)
+    def open_file(self, name: str) -> OpenFile:
+        """A listed file, held open; raises as :class:`OpenFile`."""
+        return OpenFile(self.path(name), self.manifest.files[name])
 
-
-def open_embeddings(folder: Path, decoder: DecoderConfig, stored: FloatType) -> NDArray[np.floating[Any]]:
-    """The token table of a bundle's folder, as :meth:`Bundle.embeddings`."""
-    dtype = np.float16 if stored == "fp16" else np.float32
-    shape = (decoder.vocab_size, decoder.hidden_size)
-    return np.memmap(folder / spec.EMBEDDINGS, dtype=dtype, mode="r", shape=shape)
+    def token_table(self) -> FileTable:
+        """The rows of ``embeddings.bin``."""
+        decoder, stored = self.manifest.model.decoder, self.manifest.weights.embeddings
+        return FileTable(self.open_file(spec.EMBEDDINGS), decoder, stored)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -176,31 +192,48 @@ def read_manifest(folder: Path) -> Manifest:
         BundleError, BundleVersionError, BundleCorruptError: as :meth:`Bundle.open`.
     """
     path = folder / spec.MANIFEST
-    if not folder.exists():
-        raise BundleError(f"{folder} does not exist; give a folder written by owl2-export")
-    if not folder.is_dir():
-        raise BundleError(f"{folder} is a file; give the folder that owl2-export wrote")
-    if not path.is_file():
-        is_checkpoint = (folder / "config.json").is_file()
-        converting = f"it is a PyTorch checkpoint: convert it with owl2-export {folder} BUNDLE"
-        hint = converting if is_checkpoint else "give a folder written by owl2-export"
-        raise BundleError(f"{folder} is not a bundle: {spec.MANIFEST} is missing; {hint}")
+    with reading(path, BundleCorruptError, "copy or export the bundle again"):
+        if not folder.exists():
+            raise BundleError(f"{folder} does not exist; give a folder written by owl2-export")
+        if not folder.is_dir():
+            raise BundleError(f"{folder} is a file; give the folder that owl2-export wrote")
+        if not path.exists():
+            is_checkpoint = (folder / "config.json").is_file()
+            converting = f"it is a PyTorch checkpoint: convert it with owl2-export {folder} BUNDLE"
+            hint = converting if is_checkpoint else "give a folder written by owl2-export"
+            raise BundleError(f"{folder} is not a bundle: {spec.MANIFEST} is missing; {hint}")
+        data = read_json(path, MANIFEST_BYTES)
+        version = data.get("format") if isinstance(data, dict) else None
+        if type(version) is not int or version not in READ_VERSIONS:
+            raise BundleVersionError(
+                f"{path} has format version {shorten(version)}, this owl2 reads versions "
+                f"{READ_VERSIONS[0]} to {READ_VERSIONS[-1]}; export the checkpoint again (owl2-export CHECKPOINT "
+                "BUNDLE --overwrite) or install the owl2 that wrote it"
+            )
+        if version >= FIRST_WITH_DIGEST and data.pop("digest", None) != content_digest(data):
+            raise BundleCorruptError(
+                f"{path} was changed: its digest is not that of its content; copy or export the bundle again"
+            )
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BundleCorruptError(f"{path} is not readable JSON: {error}; copy or export the bundle again") from error
-    version = data.get("format") if isinstance(data, Mapping) else None
-    if version == 3:  # called its family by the name of the template
-        data = {"family" if key == "template" else key: value for key, value in data.items()}
-    elif version != spec.FORMAT_VERSION:
-        raise BundleVersionError(
-            f"{path} has format version {version!r}, this owl2 reads versions 3 and {spec.FORMAT_VERSION}; export the "
-            "checkpoint again (owl2-export CHECKPOINT BUNDLE --overwrite) or install the owl2 that wrote it"
-        )
-    try:
-        return Manifest.from_json(data)
+        return Manifest.from_json(_migrated(data, version))
     except ConfigError as error:
-        raise BundleCorruptError(f"{path}: {error}; copy or export the bundle again") from error
+        raise BundleCorruptError(f"{path}: {cut(str(error), 500)}; copy or export the bundle again") from error
+
+
+def _migrated(data: dict[str, Any], version: int) -> dict[str, Any]:
+    """The content of a manifest of an older format, in the terms of the present one."""
+    if version <= 3:  # called its family by the name of the template
+        data = {"family" if key == "template" else key: value for key, value in data.items()}
+    return data
+
+
+def content_digest(content: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) of a manifest's content but for ``digest`` itself, written in one canonical way.
+
+    That is JSON in ASCII, keys sorted, no spaces, numbers as Python writes them; see docs/bundle.md.
+    """
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
 
 def check_files(
@@ -215,7 +248,12 @@ def check_files(
     expected = decoder.vocab_size * decoder.hidden_size * (2 if weights.embeddings == "fp16" else 4)
     if rows is not None and rows.size != expected:
         problems.append(f"{spec.EMBEDDINGS} has {rows.size} bytes, the model's token table takes {expected}")
-    return problems + verify_files(folder, manifest.files, force=force, on_progress=on_progress)
+    problems += verify_files(folder, manifest.files, force=force, on_progress=on_progress)
+    if not problems:
+        for name in (spec.VISION_GRAPH, *dict.fromkeys(graphs)):
+            data = (spec.VISION_GRAPH if name == spec.VISION_GRAPH else spec.DECODER_GRAPH) + ".data"
+            problems += graph_problems(folder / name, data, manifest.files[data].size)
+    return problems
 
 
 def require_whole(folder: Path, problems: Sequence[str]) -> None:

@@ -14,10 +14,35 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from owl2.runtime.errors import ConfigError
+from owl2.runtime.foreign import listed, shorten
 
 IMAGE_TOKEN = "<|image|>"
 LONGEST_CONTEXT = 1 << 20  # positions; tables of the whole context are kept in memory
 IMAGE_TOKEN_ID = -200
+
+LARGEST = {
+    "vocab_size": 1 << 20,
+    "hidden_size": 1 << 16,
+    "intermediate_size": 1 << 18,
+    "num_hidden_layers": 512,
+    "num_attention_heads": 1024,
+    "max_position_embeddings": LONGEST_CONTEXT,
+    "image_size": 4096,
+    "patch_size": 4096,
+    "grid_size": 512,
+    "num_learnable_queries": 1 << 14,
+    "size": 8192,
+    "crop_size": 4096,
+    "context": LONGEST_CONTEXT,
+    "prefill": LONGEST_CONTEXT,
+    "images": 1024,
+}
+"""Upper bounds of sizes and counts by name, far above any model of this family: what exceeds them is refused before
+memory or time is spent on it."""
+LARGEST_ROTARY_TABLE = 1 << 28  # angles of the whole context; 2048 positions of 128 take 1 << 18
+LARGEST_INTEGER = 1 << 53  # what every reader of JSON holds exactly
+LONGEST_TEXT = 256
+MOST_ENTRIES = 64  # files, engines
 
 T = TypeVar("T")
 
@@ -40,7 +65,7 @@ def require_known(name: str, known: Sequence[str], what: str) -> None:
 
 
 def require_positive(config: Any, part: str) -> None:  # noqa: ANN401 - any of the classes below
-    """Refuse sizes and counts that are not positive; token ids may be 0.
+    """Refuse sizes and counts that are not positive, or beyond :data:`LARGEST`; token ids may be 0.
 
     Raises:
         ConfigError: naming the field.
@@ -49,6 +74,8 @@ def require_positive(config: Any, part: str) -> None:  # noqa: ANN401 - any of t
         value = getattr(config, field.name)
         if isinstance(value, int) and not isinstance(value, bool) and not field.name.endswith("_token_id"):
             require(value > 0, f"{part} {field.name} must be positive, got {value}")
+            largest = LARGEST.get(field.name, value)
+            require(value <= largest, f"{part} {field.name} {value} is more than {largest}, the most that is supported")
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,15 +180,16 @@ class DecoderConfig:
             value = getattr(self, name)
             require(0 <= value < self.vocab_size, f"{name} {value} is outside the vocabulary of {self.vocab_size}")
         require(
-            self.max_position_embeddings <= LONGEST_CONTEXT,
-            f"max_position_embeddings {self.max_position_embeddings} is more than {LONGEST_CONTEXT}",
-        )
-        require(
             self.hidden_size % self.num_attention_heads == 0,
             f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}",
         )
         require(0.0 < self.rope_theta < math.inf, f"rope_theta {self.rope_theta} must be a positive number")
         require(self.head_dim % 2 == 0, f"head_dim {self.head_dim} must be even (rotary positions)")
+        require(
+            self.max_position_embeddings * self.head_dim <= LARGEST_ROTARY_TABLE,
+            f"max_position_embeddings {self.max_position_embeddings} with head_dim {self.head_dim}: the rotary table "
+            f"would have more than {LARGEST_ROTARY_TABLE} angles",
+        )
 
     @property
     def steady_limit(self) -> int | None:
@@ -211,7 +239,7 @@ class PreprocessConfig:
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
     def __post_init__(self) -> None:
-        require(self.size > 0 and self.crop_size > 0, "preprocess size and crop_size must be positive")
+        require_positive(self, "preprocess")
         require(all(value > 0 for value in self.std), f"preprocess std must be positive, got {list(self.std)}")
 
 
@@ -268,7 +296,7 @@ def from_json(cls: type[T], data: Mapping[str, Any], where: str) -> T:
     require(isinstance(data, Mapping), f"{where}: expected an object, got {type(data).__name__}")
     names = {field.name for field in fields(cls)}  # type: ignore[arg-type]
     unknown, missing = sorted(set(data) - names), sorted(names - set(data))
-    require(not unknown, f"{where}: unknown keys {', '.join(unknown)}; known: {', '.join(sorted(names))}")
+    require(not unknown, f"{where}: unknown keys {listed(unknown)}; known: {', '.join(sorted(names))}")
     require(not missing, f"{where}: missing keys {', '.join(missing)}")
     hints = get_type_hints(cls)
     return cls(**{name: _from_json_value(hints[name], data[name], f"{where}.{name}") for name in data})
@@ -283,18 +311,24 @@ def _from_json_value(hint: Any, value: Any, where: str) -> Any:  # noqa: ANN401 
     if hasattr(hint, "__dataclass_fields__"):
         return from_json(hint, value, where)
     if origin is Literal:
-        require(value in choices, f"{where}: expected one of {', '.join(map(str, choices))}, got {value!r}")
+        known = ", ".join(map(str, choices))
+        require(value in choices, f"{where}: expected one of {known}, got {shorten(value)}")
     if origin is Mapping:
-        require(isinstance(value, Mapping), f"{where}: expected an object, got {value!r}")
-        return {name: _from_json_value(choices[1], entry, f"{where}.{name}") for name, entry in value.items()}
+        require(isinstance(value, Mapping), f"{where}: expected an object, got {shorten(value)}")
+        require(len(value) <= MOST_ENTRIES, f"{where}: {len(value)} entries are more than {MOST_ENTRIES}")
+        return {name: _from_json_value(choices[1], entry, f"{where}.{listed([name])}") for name, entry in value.items()}
     if origin is tuple:
         fits = isinstance(value, list | tuple) and len(value) == len(choices)
-        require(fits, f"{where}: expected a list of {len(choices)}, got {value!r}")
+        require(fits, f"{where}: expected a list of {len(choices)}, got {shorten(value)}")
         return tuple(_from_json_value(choice, entry, where) for choice, entry in zip(choices, value))
+    if isinstance(value, int):
+        require(abs(value) <= LARGEST_INTEGER, f"{where}: {shorten(value)} is beyond {LARGEST_INTEGER}")
+    if isinstance(value, str):
+        require(len(value) <= LONGEST_TEXT, f"{where}: a text of {len(value)} characters is too long")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if isinstance(hint, type):
         right = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
-        require(right, f"{where}: expected {hint.__name__}, got {value!r}")
-        require(hint is not float or math.isfinite(value), f"{where}: expected a number, got {value!r}")
+        require(right, f"{where}: expected {hint.__name__}, got {shorten(value)}")
+        require(hint is not float or math.isfinite(value), f"{where}: expected a number, got {shorten(value)}")
     return value

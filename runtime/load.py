@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from owl2.runtime import spec
 from owl2.runtime.backends.choose import OpenEngine, find_backend
@@ -21,10 +18,12 @@ from owl2.runtime.errors import BundleCorruptError, ConfigError, ContextOverflow
 from owl2.runtime.families.mplug_owl2 import positions
 from owl2.runtime.families.mplug_owl2.positions import Prompt
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
+from owl2.runtime.foreign import listed
 from owl2.runtime.images import ImageEncoder, Images, PreparedImage, prepare_images
 from owl2.runtime.kv_cache import KvCache
 from owl2.runtime.preprocess import ImageReading, check_mode
-from owl2.runtime.verification import LoadProgress, OnProgress
+from owl2.runtime.token_table import TokenTable
+from owl2.runtime.verification import LoadProgress, OnProgress, Signature, signatures_of
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Loaded:
         config: architecture and image preprocessing.
         engine: runs the graphs.
         tokenizer: text to ids and back.
-        table: token embeddings [V, C], float16 or float32.
+        table: token embeddings [V, C].
         encoder: images to decoder rows.
         context: positions that a conversation may take.
     """
@@ -45,7 +44,7 @@ class Loaded:
     config: ModelConfig
     engine: Engine
     tokenizer: Tokenizer
-    table: NDArray[np.floating[Any]]
+    table: TokenTable
     encoder: ImageEncoder
     context: int
     _caches: weakref.WeakSet[KvCache] = field(default_factory=weakref.WeakSet)
@@ -80,6 +79,7 @@ class Loaded:
     def close(self) -> None:
         """Give all memory back, that of every KV cache included; later steps raise BackendError."""
         self.engine.close()
+        self.table.close()
         self.encoder.clear()
         with self._lock:
             for cache in self._caches:
@@ -93,12 +93,14 @@ class Preparation:
     Attributes:
         folder, manifest, options: what was asked for.
         open_engine: loads the graphs.
+        signatures: of the files, before they are verified.
     """
 
     folder: Path
     manifest: Manifest
     options: EngineOptions
     open_engine: OpenEngine
+    signatures: Mapping[str, Signature]
 
     @classmethod
     def of(cls, folder: Path, options: EngineOptions, *, check_memory: bool = True) -> Preparation:
@@ -122,7 +124,7 @@ class Preparation:
         open_engine = find_backend(options.device, manifest.dialect)(folder, manifest, options)
         if check_memory:
             check(manifest, options.context, kv_type, options.device)
-        return cls(folder, manifest, options, open_engine)
+        return cls(folder, manifest, options, open_engine, signatures_of(folder, manifest.files))
 
     def problems(self, *, force: bool = False, on_progress: OnProgress | None = None) -> list[str]:
         """Verify every file; one sentence per problem."""
@@ -133,24 +135,44 @@ class Preparation:
 
         Raises:
             BackendError: a graph cannot be loaded onto the device.
-            BundleError: the tokenizer's files cannot be used.
+            BundleError: the tokenizer's files cannot be used, or are another model's.
+            BundleCorruptError: a file was changed since :meth:`of`.
         """
         bundle, model = Bundle(self.folder, self.manifest), self.manifest.model
         if on_progress is not None:
             on_progress(LoadProgress("loading", 0, 1))
         tokenizer = Tokenizer.load(self.folder)
-        engine = self.open_engine(bundle)
-        context = resolve_context(model.decoder, self.options.context)
-        if engine.context is not None:
-            require(
-                self.options.context is None or context <= engine.context,
-                f"context {context} exceeds the {engine.context} positions that the engine holds; choose a smaller one",
-            )
-            context = min(context, engine.context)
+        tokenizer.require_fit(model.decoder, self.folder)
+        with contextlib.ExitStack() as on_error:
+            engine = self.open_engine(bundle)
+            on_error.callback(engine.close)
+            table = bundle.token_table()
+            on_error.callback(table.close)
+            self._require_unchanged()
+            context = self._context(engine)
+            on_error.pop_all()
         if on_progress is not None:
             on_progress(LoadProgress("loading", 1, 1))
-        encoder = ImageEncoder(engine)
-        return bundle, Loaded(str(self.folder), model, engine, tokenizer, bundle.embeddings(), encoder, context)
+        return bundle, Loaded(str(self.folder), model, engine, tokenizer, table, ImageEncoder(engine), context)
+
+    def _require_unchanged(self) -> None:
+        """Refuse files that another program changed between their verification and their opening."""
+        now = signatures_of(self.folder, self.manifest.files)
+        changed = [name for name, signature in self.signatures.items() if now[name] != signature]
+        if changed:
+            raise BundleCorruptError(
+                f"{self.folder}: {listed(changed)} changed while the bundle was loaded; load it again"
+            )
+
+    def _context(self, engine: Engine) -> int:
+        context = resolve_context(self.manifest.model.decoder, self.options.context)
+        if engine.context is None:
+            return context
+        require(
+            self.options.context is None or context <= engine.context,
+            f"context {context} exceeds the {engine.context} positions that the engine holds; choose a smaller one",
+        )
+        return min(context, engine.context)
 
 
 def open_bundle(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -26,15 +27,15 @@ def rotary_base(config: DecoderConfig, total: int) -> float:
     return float(config.rope_theta * stretch ** (dim / (dim - 2)))
 
 
-def rotary_angles(config: DecoderConfig, length: int, total: int) -> NDArray[np.float32]:
-    """Angles of positions 0..length-1 within a sequence of ``total``: -> float32 [length, D/2].
+def rotary_angles(config: DecoderConfig, places: Sequence[int], total: int) -> NDArray[np.float32]:
+    """Angles of T places within a sequence of ``total`` positions: -> float32 [T, D/2].
 
     Frequencies and angles are rounded to float32 where the original rounds them.
     """
     dim = config.head_dim
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     frequencies = (1.0 / np.float32(rotary_base(config, total)) ** exponents).astype(np.float32)
-    positions = np.arange(length, dtype=np.float32)
+    positions = np.asarray(places, dtype=np.float32)
     if config.rope_scaling is not None and config.rope_scaling.type == "linear":
         positions = positions / np.float32(config.rope_scaling.factor)
     return np.outer(positions, frequencies).astype(np.float32)
@@ -42,7 +43,7 @@ def rotary_angles(config: DecoderConfig, length: int, total: int) -> NDArray[np.
 
 @lru_cache(maxsize=8)
 def _tables(config: DecoderConfig, length: int, total: int, width: int, dtype: str) -> tuple[Table, Table]:
-    angles = rotary_angles(config, length, total)
+    angles = rotary_angles(config, range(length), total)
     angles = np.pad(angles, ((0, 0), (0, (width - config.head_dim) // 2)))
     tables = np.cos(angles).astype(dtype), np.sin(angles).astype(dtype)
     for table in tables:

@@ -12,9 +12,11 @@ import hashlib
 import json
 import logging
 import os
+import re
+import stat
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +24,18 @@ from typing import Literal
 
 from platformdirs import user_cache_path
 
+from owl2.runtime.config import require
+from owl2.runtime.foreign import read_json, shorten
+
 HASH_BLOCK = 1 << 22
 PROGRESS_SECONDS = 0.2
 
 OnBlock = Callable[[int], object]
 Signature = list[int | str]
 """Size, device, inode, modification and status change time (ns) of a file, and its SHA-256."""
+FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
+DEVICE_NAME = re.compile(r"(?i:con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")
+"""Names that Windows gives to devices, with any ending."""
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +68,17 @@ class LoadProgress:
 OnProgress = Callable[[LoadProgress], object]
 
 
+def require_file_names(names: Iterable[str], where: str) -> None:
+    """Refuse names that are not plain ones within a folder, on every system.
+
+    Raises:
+        ConfigError: naming the first.
+    """
+    for name in names:
+        plain = FILE_NAME.fullmatch(name) and not DEVICE_NAME.fullmatch(name) and not name.endswith(".")
+        require(bool(plain), f"{where}: {shorten(name)} is not a plain file name")
+
+
 def verify_files(
     folder: Path, files: Mapping[str, FileEntry], *, force: bool = False, on_progress: OnProgress | None = None
 ) -> list[str]:
@@ -72,7 +91,7 @@ def verify_files(
         on_progress: called a few times a second, from the calling thread.
     """
     remembered = {} if force else _remembered(folder)
-    signatures = {name: _signature(folder / name, entry.sha256) for name, entry in files.items()}
+    signatures = signatures_of(folder, files)
     changed = {
         name: entry for name, entry in files.items() if not signatures[name] or remembered.get(name) != signatures[name]
     }
@@ -109,18 +128,18 @@ def verify_files(
 def check_file(folder: Path, name: str, entry: FileEntry, on_block: OnBlock = int) -> str:
     """Compare size and hash of one file; returns what is wrong with it, or nothing."""
     path = folder / name
-    if Path(name).name != name:
-        return f"{name} is outside the bundle"
-    if not path.is_file():
-        return f"{name} is missing"
     try:
-        size = path.stat().st_size
-        if size != entry.size:
-            return f"{name} has {size} bytes, expected {entry.size} (truncated?)"
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would never end
+            return f"{name} is not a regular file"
+        if status.st_size != entry.size:
+            return f"{name} has {status.st_size} bytes, expected {entry.size} (truncated?)"
         if hash_file(path, on_block) != entry.sha256:
             return f"{name} was changed (its sha256 differs)"
     except InterruptedError:  # by the caller, not by the system
         raise
+    except FileNotFoundError:
+        return f"{name} is missing"
     except OSError as error:
         return f"{name} cannot be read: {error.strerror or error}"
     return ""
@@ -134,6 +153,11 @@ def hash_file(path: Path, on_block: OnBlock = int) -> str:
             digest.update(block)
             on_block(len(block))
     return digest.hexdigest()
+
+
+def signatures_of(folder: Path, files: Mapping[str, FileEntry]) -> dict[str, Signature]:
+    """By name, the signature of each file that is there, with the SHA-256 that it must have."""
+    return {name: _signature(folder / name, entry.sha256) for name, entry in files.items()}
 
 
 def _signature(path: Path, sha256: str) -> Signature:
@@ -151,8 +175,7 @@ def _record(folder: Path) -> Path:
 
 def _remembered(folder: Path) -> dict[str, Signature]:
     try:
-        record = json.loads(_record(folder).read_text(encoding="utf-8"))
-        return dict(record["files"])
+        return dict(read_json(_record(folder))["files"])
     except (OSError, RuntimeError, ValueError, LookupError, TypeError):  # RuntimeError: a user without a home
         return {}
 

@@ -42,6 +42,7 @@ from owl2.quant.stream import Calibration, HiddenStates, Stream
 from owl2.runtime.evaluation.divergence import IMAGE, TEXT, Divergence, divergence
 from owl2.runtime.families.mplug_owl2.positions import embed
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
+from owl2.runtime.token_table import ArrayTable
 
 CHECKPOINT = Path(__file__).parents[1] / "sample" / "checkpoint"
 CALIBRATION_SEEDS = (0, 1)
@@ -193,7 +194,7 @@ class Bench:
             self.config = checkpoint.config
             self.model = Owl2Model(checkpoint.config)
             checkpoint.load_into(self.model, "")
-            self.table = checkpoint.tensor("model.embed_tokens.weight").numpy()
+            self.table = ArrayTable(checkpoint.tensor("model.embed_tokens.weight").numpy())
         self.layers = [layer for layer in self.model.model.layers if isinstance(layer, DecoderLayer)]
         self.head = self.model.lm_head.weight.data.clone()
         self.original = {name: value.clone() for name, value in self.model.model.layers.state_dict().items()}

@@ -27,6 +27,7 @@ from owl2.runtime.engine import Floats
 from owl2.runtime.evaluation.divergence import IMAGE, TEXT, Divergence, divergence
 from owl2.runtime.families.mplug_owl2.positions import embed
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
+from owl2.runtime.token_table import ArrayTable
 
 FACTORS = (1.0, 1.1, 1.25, 1.5, 2.0)
 KEYS, VALUES, KEY_PAIRS = range(3)
@@ -93,7 +94,7 @@ class Model:
             digest: self.model.encode_images(torch.from_numpy(image.pixels)[None])[0].numpy()
             for digest, image in prompts.images_of(chosen).items()
         }
-        table = self.model.model.embed_tokens.weight.numpy()
+        table = ArrayTable(self.model.model.embed_tokens.weight.numpy())
         embedded = [embed(prompt.keys, table, rows) for prompt in chosen]
         return [HiddenStates.of(torch.from_numpy(embeds), torch.from_numpy(modality)) for embeds, modality in embedded]
 

@@ -45,7 +45,7 @@ class Case:
 
 def read_cases(bundle: Path, path: Path) -> list[Case]:
     """The bundle's golden prompts and those of a file."""
-    goldens = read_goldens(Bundle.open(bundle))
+    goldens, _ = read_goldens(Bundle.open(bundle))
     cases = [Case(f"golden: {golden.name}", golden.prompt, golden.images) for golden in goldens]
     return cases + [Case(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
 

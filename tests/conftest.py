@@ -17,6 +17,7 @@ from owl2.export.checkpoint.hf_config import model_config
 from owl2.export.config import ExportConfig
 from owl2.export.pipeline import export_bundle
 from owl2.quant.models.mplug_owl2 import Owl2Model
+from owl2.runtime.bundle import content_digest
 from owl2.runtime.cli.commands import cli
 from owl2.runtime.spec import MANIFEST, TOKENIZER_FILES
 from owl2.runtime.verification import OnBlock, hash_file
@@ -104,8 +105,14 @@ def edit_json(path: Path, **changes: object) -> None:
 
 
 def edit_manifest(bundle: Path, **changes: object) -> None:
-    """Replace keys of a bundle's manifest."""
-    edit_json(bundle / MANIFEST, **changes)
+    """Replace keys of a bundle's manifest, and let its digest agree."""
+    write_manifest(bundle, json.loads((bundle / MANIFEST).read_text()) | changes)
+
+
+def write_manifest(bundle: Path, content: dict[str, Any]) -> None:
+    """Write a manifest of any content, with the digest of it."""
+    content = {key: value for key, value in content.items() if key != "digest"}
+    (bundle / MANIFEST).write_text(json.dumps(content | {"digest": content_digest(content)}))
 
 
 def rehash(bundle: Path, name: str) -> None:

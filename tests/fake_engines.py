@@ -19,11 +19,11 @@ from owl2.runtime.backends.ort.engine import OrtEngine
 from owl2.runtime.backends.tensorrt.engine import TensorRtEngine
 from owl2.runtime.backends.tensorrt.records import RECORD_FORMAT, EngineRecord, find_record
 from owl2.runtime.backends.tensorrt.rows import DeviceRows
-from owl2.runtime.bundle import Bundle
+from owl2.runtime.bundle import Bundle, read_manifest
 from owl2.runtime.engine import EngineOptions, Floats
 from owl2.runtime.load import Preparation
 from owl2.runtime.placement import EngineKind, Placement
-from owl2.runtime.verification import FileEntry, hash_file
+from owl2.runtime.verification import FileEntry, hash_file, signatures_of
 
 VERSION = "10.3.0"
 CONTEXT = 640
@@ -76,11 +76,11 @@ def read_record(folder: Path) -> EngineRecord:
 
 def write_record(folder: Path, content: dict[str, Any]) -> Path:
     """Write ``engine.json`` and let the manifest name it."""
-    path, manifest = folder / "engine.json", folder.parents[1] / "owl2.json"
+    path, bundle = folder / "engine.json", folder.parents[1]
     path.write_text(json.dumps(content))
-    listed = json.loads(manifest.read_text())
-    listed["engines"][folder.name] = hash_file(path)
-    manifest.write_text(json.dumps(listed))
+    manifest = read_manifest(bundle)
+    manifest = replace(manifest, engines={**manifest.engines, folder.name: hash_file(path)})
+    (bundle / spec.MANIFEST).write_text(json.dumps(manifest.sealed()))
     return path
 
 
@@ -115,7 +115,8 @@ class FakeModel:
         record = find_record(bundle.folder, bundle.manifest, kind, self.gpu.name, capability, version)
         self.engine = TensorRtEngine(bundle, record, self.trt, self.gpu)
         options = EngineOptions(Placement(kind), context=context)
-        loaded = Preparation(bundle.folder, bundle.manifest, options, lambda _: self.engine).open()
+        files = signatures_of(bundle.folder, bundle.manifest.files)
+        loaded = Preparation(bundle.folder, bundle.manifest, options, lambda _: self.engine, files).open()
         self.owl = Owl2(*loaded, options.device)
         self.prefilling, self.decoding, self.vision = self.trt.contexts
 

@@ -22,6 +22,7 @@ from owl2.runtime.errors import BundleError, CheckpointError
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
 from owl2.runtime.images import ImageEncoder
 from owl2.runtime.load import Loaded
+from owl2.runtime.token_table import ArrayTable
 
 # Layers are kept in memory if all of them in float32 take at most this share of the machine's; otherwise each
 # step reads them from the mapped checkpoint again, which is slow but needs the memory of one.
@@ -111,7 +112,7 @@ def open_checkpoint(folder: Path) -> Loaded:
         raise CheckpointError(str(error)) from error
     config = checkpoint.config
     engine = TorchEngine(checkpoint)
-    table = checkpoint.tensor(TABLE).numpy()
+    table = ArrayTable(checkpoint.tensor(TABLE).numpy())
     context = config.decoder.max_position_embeddings
     return Loaded(str(folder), config, engine, tokenizer, table, ImageEncoder(engine), context)
 

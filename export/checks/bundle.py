@@ -84,7 +84,7 @@ def _measure(
     unrounded: FloatLogits,
 ) -> Accuracy:
     """Compare the whole bundle, its own vision rows and token table included, with torch on the checkpoint."""
-    table = bundle.embeddings()
+    table = bundle.token_table()
     first, _ = job.prompts.judged
     total = Divergence()
     for index, prompt in enumerate(job.prompts.measured):

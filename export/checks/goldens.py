@@ -12,10 +12,11 @@ from owl2.quant.calibration.samples import probe_samples
 from owl2.runtime import spec
 from owl2.runtime.bundle import WeightFormat
 from owl2.runtime.engine import DecoderEngine, Floats
-from owl2.runtime.evaluation.goldens import Baseline, Golden, golden_positions, write_goldens
+from owl2.runtime.evaluation.goldens import Baseline, Facts, Golden, golden_positions, write_goldens
 from owl2.runtime.evaluation.verify import distance, run_golden
 from owl2.runtime.families.mplug_owl2.positions import Prompt, embed
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
+from owl2.runtime.images import prepare_images
 from owl2.runtime.preprocess import load_image
 
 NAMES = ("text", "one picture", "two pictures")
@@ -51,7 +52,7 @@ def make_goldens(
         rows: of the prompts' images by digest, from the vision graph with float32 activations.
         decoder: with float32 activations.
     """
-    table = bundle.embeddings()
+    table = bundle.token_table()
     tokenizer = Tokenizer.load(bundle.folder)
     goldens = []
     for name, sample, prompt in zip(NAMES, probe_samples(), probe_prompts, strict=True):
@@ -64,13 +65,14 @@ def make_goldens(
                 prompt=sample.prompt,
                 ids=np.array(tokenizer.encode_prompt(sample.prompt), dtype=np.int64),
                 images=tuple(np.asarray(load_image(image)) for image in sample.images),
+                pixels=tuple(image.digest for image in prepare_images(sample.images, bundle.model.preprocess, None)),
                 positions=positions,
                 # In one pass: a device replays the last positions from its K/V cache.
                 logits=decoder.prefill(embeds, modality, 0, buffers, positions),
             )
         )
         reporter.advance()
-    write_goldens(bundle.path(spec.GOLDENS), goldens)
+    write_goldens(bundle.path(spec.GOLDENS), goldens, Facts.of(bundle.model))
     return goldens
 
 
@@ -89,7 +91,7 @@ def measure_baselines(
     """
     baselines = []
     for golden, prompt in zip(goldens, probe_prompts, strict=True):
-        logits = run_golden(decoder, bundle.embeddings(), prompt, rows, golden.positions)
+        logits = run_golden(decoder, bundle.token_table(), prompt, rows, golden.positions)
         kl, agreement = distance(golden.logits, logits)
         baselines.append(Baseline(golden.name, len(golden.positions), kl, agreement, limit(kl, bundle.weights)))
     return tuple(baselines)

@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from owl2.export.checkpoint.source import GPTQ_CHECKPOINT
 from owl2.export.graph.dialect import DIALECTS
 from owl2.export.graph.kv_int8 import MINIMUM_ONNXRUNTIME as KV_INT8_ONNXRUNTIME
 from owl2.export.job.job import ExportJob
 from owl2.runtime import spec
-from owl2.runtime.bundle import Manifest, WeightFormat, open_embeddings
+from owl2.runtime.bundle import Manifest, WeightFormat
 from owl2.runtime.config import ModelConfig
 from owl2.runtime.spec import DialectName, FloatType, KvType
+from owl2.runtime.token_table import ArrayTable
 from owl2.runtime.verification import FileEntry, hash_file
 from owl2.runtime.version import __version__
 
@@ -57,9 +56,11 @@ class WrittenBundle:
     def path(self, name: str) -> Path:
         return self.folder / name
 
-    def embeddings(self) -> NDArray[np.floating[Any]]:
-        """The token table, memory-mapped: float16 or float32 [V, C]."""
-        return open_embeddings(self.folder, self.model.decoder, self.weights.embeddings)
+    def token_table(self) -> ArrayTable:
+        """The token table, memory-mapped: nothing else writes to this folder."""
+        decoder, dtype = self.model.decoder, np.float16 if self.weights.embeddings == "fp16" else np.float32
+        shape = (decoder.vocab_size, decoder.hidden_size)
+        return ArrayTable(np.memmap(self.path(spec.EMBEDDINGS), dtype=dtype, mode="r", shape=shape))
 
     def manifest(self) -> Manifest:
         files = sorted(path for path in self.folder.iterdir() if path.is_file())

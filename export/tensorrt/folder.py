@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from owl2.export.job.progress import Reporter
@@ -17,7 +16,7 @@ from owl2.export.tensorrt.target import BuildTarget
 from owl2.runtime import spec
 from owl2.runtime.backends.tensorrt import records
 from owl2.runtime.backends.tensorrt.records import DECODER_ENGINE, VISION_ENGINE, EngineRecord
-from owl2.runtime.bundle import Bundle, Manifest
+from owl2.runtime.bundle import Bundle, Manifest, read_manifest
 from owl2.runtime.errors import ExportError
 from owl2.runtime.fit.machine import driver_version
 from owl2.runtime.verification import FileEntry, hash_file
@@ -100,9 +99,9 @@ def _appearing(bundle: Path, folder: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         yield work
-        content = json.loads((bundle / spec.MANIFEST).read_text(encoding="utf-8"))
-        engines = content["engines"] | {folder.name: hash_file(work / records.RECORD)}
-        write_json(manifest, content | {"engines": engines})
+        content = read_manifest(bundle)
+        engines = {**content.engines, folder.name: hash_file(work / records.RECORD)}
+        write_json(manifest, replace(content, engines=engines).sealed())
         sync(manifest)
         if folder.exists():
             folder.rename(former)

@@ -130,8 +130,14 @@ def builtin_set() -> CalibrationSet:
 
 
 def probe_samples() -> tuple[Sample, ...]:
-    """Prompts on which every exported graph is compared with torch: with no image, with one, with two amid text."""
+    """Prompts on which every exported graph is compared with torch: with no image, with one, with two amid text.
+
+    A wide image, a tall one and a square: the modes of preprocessing differ in the first two only.
+    """
     first, second, third = (drawing.image for drawing in builtin.drawings(3, 1))
+    half, quarter = builtin.IMAGE_SIDE // 2, builtin.IMAGE_SIDE // 4
+    first = first.crop((0, quarter, first.width, quarter + half))
+    second = second.crop((quarter, 0, quarter + half, second.height))
     return (
         Sample("USER: What is the capital of Portugal? ASSISTANT: The capital of Portugal is Lisbon.</s>"),
         Sample(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from owl2.runtime.cli.console import load_progress, notice, reports_errors, say,
 from owl2.runtime.cli.options import bundle_argument, verify_option
 from owl2.runtime.cli.table import section, table
 from owl2.runtime.errors import BackendUnavailableError
-from owl2.runtime.foreign import harmless
+from owl2.runtime.foreign import cut, harmless, read_json
 
 Row = tuple[str, str]
 
@@ -84,7 +83,7 @@ def _inspect(folder: Path, force: bool) -> Inspection:
         if installed is not None or not manifest.engines:  # engines run without it
             problems.append(str(error))
     try:
-        report = json.loads((folder / spec.REPORT).read_text(encoding="utf-8"))
+        report = read_json(folder / spec.REPORT)
     except (OSError, ValueError):
         report = {}  # the hashes report the damage
     engines, engine_problems = check_all(folder, manifest)
@@ -97,7 +96,8 @@ def _inspect(folder: Path, force: bool) -> Inspection:
 
 def _plain(entry: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
     items = entry.items() if isinstance(entry, dict) else ()
-    return {name: value for name, value in items if isinstance(value, str | int | float)}
+    plain = [(cut(harmless(name)), value) for name, value in items if isinstance(value, str | int | float)]
+    return {name: cut(harmless(value)) if isinstance(value, str) else value for name, value in plain}
 
 
 def _kv_caches(found: Inspection) -> dict[str, dict[str, Any]]:
@@ -132,6 +132,7 @@ def _record(found: Inspection) -> dict[str, Any]:
         "calibration": found.figures["calibration"],
         "goldens": found.goldens,
         "engines": {name: record.to_json() for name, record in found.engines.items()},
+        "digest": manifest.digest,
         "manifest": manifest.to_json(),
     }
 
@@ -141,7 +142,7 @@ def _sections(folder: Path, found: Inspection) -> list[str]:
     needs = f"{manifest.minimum_onnxruntime} or newer needed, {found.onnxruntime or 'none'} installed"
     head = [
         ("bundle", str(folder)),
-        ("format", f"version {manifest.format}, written by {manifest.producer}"),
+        ("format", f"version {manifest.format}, written by {harmless(manifest.producer)}"),
         ("graphs", f"{manifest.dialect} operators"),
         ("onnxruntime", needs),
         ("family", manifest.family),

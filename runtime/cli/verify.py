@@ -45,8 +45,8 @@ def verify_command(bundle: Path, device: str, threads: int | None, check_memory:
             asdict(replay) | {"kl": None if math.isnan(replay.kl) else replay.kl, "passed": replay.passed}
             for replay in verdict.replays
         ]
-        record = {"passed": verdict.passed, "problems": verdict.problems, "goldens": goldens, **times}
-        say_json(record)
+        told = {"problems": verdict.problems, "differences": verdict.differences, "notes": verdict.notes}
+        say_json({"passed": verdict.passed, **told, "goldens": goldens, **times})
     else:
         say(_table(bundle, verdict))
     sys.exit(0 if verdict.passed else 1)
@@ -64,4 +64,5 @@ def _table(folder: Path, verdict: Verdict) -> str:
     problems = [harmless(f"{replay.name}: {replay.problem}") for replay in verdict.replays if replay.problem]
     times = f"loaded in {duration(verdict.load_seconds)}, replayed in {duration(verdict.replay_seconds)}"
     result = "pass" if verdict.passed else "FAIL"
-    return "\n".join([table(rows, "<>>>>"), *problems, "", f"all files verified; {times}", result])
+    told = [*problems, *verdict.differences, *(f"note: {note}" for note in verdict.notes)]
+    return "\n".join([table(rows, "<>>>>"), *told, "", f"all files verified; {times}", result])

@@ -9,10 +9,8 @@ from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from owl2.runtime.arguments import checked
 from owl2.runtime.backends.tensorrt.records import check_all
@@ -23,10 +21,15 @@ from owl2.runtime.evaluation.goldens import Baseline, Golden, read_baselines, re
 from owl2.runtime.families.mplug_owl2.positions import Prompt, embed
 from owl2.runtime.load import Loaded, Preparation
 from owl2.runtime.placement import CPU, Placement
+from owl2.runtime.token_table import TokenTable
 from owl2.runtime.verification import OnProgress
 
 DECODED_STEPS = 4
 """Text positions at the end of a prompt that are decoded one by one, so that the cached step is replayed too."""
+NOT_RECORDED = (
+    "preprocessing, end tokens and rotary angles were not compared: an older owl2 exported this bundle and did not "
+    "record them; export it again to have them compared"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +64,22 @@ class Verdict:
         problems: of files, a sentence each; with any, nothing was replayed.
         replays: one per golden.
         load_seconds, replay_seconds: without the time that hashing took.
+        differences: of what the runtime makes of the manifest, from what the export recorded; a sentence each.
+        notes: on what could not be compared.
     """
 
     problems: tuple[str, ...]
     replays: tuple[Replay, ...]
     load_seconds: float
     replay_seconds: float
+    differences: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
-        """Whether every file is intact and every golden is within its limit."""
-        return not self.problems and bool(self.replays) and all(replay.passed for replay in self.replays)
+        """Whether every file is intact, nothing differs and every golden is within its limit."""
+        whole = not self.problems and not self.differences and bool(self.replays)
+        return whole and all(replay.passed for replay in self.replays)
 
 
 @checked
@@ -104,14 +112,16 @@ def verify(
     if problems:
         return Verdict(tuple(problems), (), 0.0, 0.0)
     intact = Bundle(folder, prepared.manifest)
-    goldens = read_goldens(intact)
+    goldens, facts = read_goldens(intact)
     baselines = read_baselines(intact, goldens)
     began = time.perf_counter()
     _, model = prepared.open(on_progress=progress)
     loaded = time.perf_counter()
     with closing(model):
         replays = tuple(replay(model, golden, baselines[golden.name]) for golden in goldens)
-    return Verdict((), replays, loaded - began, time.perf_counter() - loaded)
+        differences = () if facts is None else tuple(facts.differences(model.config))
+    notes = (NOT_RECORDED,) if facts is None else ()
+    return Verdict((), replays, loaded - began, time.perf_counter() - loaded, differences, notes)
 
 
 def replay(model: Loaded, golden: Golden, baseline: Baseline) -> Replay:
@@ -119,7 +129,11 @@ def replay(model: Loaded, golden: Golden, baseline: Baseline) -> Replay:
     if model.tokenizer.encode_prompt(golden.prompt) != golden.ids.tolist():
         problem = "the tokenizer splits the prompt differently than on the exporting machine"
         return Replay(golden.name, 0, math.nan, 0.0, baseline.limit, baseline.kl, problem)
-    prompt = model.encode(golden.prompt, model.prepare(list(golden.images)))
+    images = model.prepare(list(golden.images))
+    if golden.pixels and golden.pixels != tuple(image.digest for image in images):
+        problem = "preprocessing makes other pixels of its images than on the exporting machine"
+        return Replay(golden.name, 0, math.nan, 0.0, baseline.limit, baseline.kl, problem)
+    prompt = model.encode(golden.prompt, images)
     prompt = Prompt(prompt.keys[: model.config.decoder.max_position_embeddings], prompt.images)
     rows, _ = model.encoder.rows(list(prompt.images.values()))
     logits = run_golden(model.engine, model.table, prompt, rows, golden.positions)
@@ -129,7 +143,7 @@ def replay(model: Loaded, golden: Golden, baseline: Baseline) -> Replay:
 
 def run_golden(
     decoder: DecoderEngine,
-    table: NDArray[np.floating[Any]],
+    table: TokenTable,
     prompt: Prompt,
     rows: Mapping[str, Floats],
     positions: Ints,

@@ -1,14 +1,16 @@
 """A bundle is used when every file is what the manifest says, and refused with the reason otherwise."""
 
+import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from conftest import edit_manifest, flip_byte, rehash
 
-from owl2 import Owl2
+from owl2 import Owl2, verify
+from owl2.runtime import spec
 from owl2.runtime.bundle import Bundle, Manifest, read_manifest
 from owl2.runtime.errors import (
     BackendError,
@@ -31,13 +33,6 @@ def test_the_manifest_survives_json(bundle_a1: Path) -> None:
     assert Manifest.from_json(json.loads(json.dumps(manifest.to_json()))) == manifest
 
 
-def test_the_token_table_is_mapped_and_not_read(bundle_a1: Path) -> None:
-    table = Bundle.open(bundle_a1).embeddings()
-    assert isinstance(table, np.memmap)
-    assert table.shape == (800, 64)
-    assert not table.flags.writeable
-
-
 @pytest.mark.parametrize("name", ["decoder.onnx", "decoder.onnx.data", "vision.onnx.data", "embeddings.bin"])
 def test_one_changed_byte(copy: Path, name: str) -> None:
     flip_byte(copy / name)
@@ -58,23 +53,71 @@ def test_everything_wrong_is_named_at_once(copy: Path) -> None:
 
 def test_a_bundle_of_the_version_before(copy: Path) -> None:
     """It called the family by the name of its template."""
-    path = copy / "owl2.json"
-    data = json.loads(path.read_text())
+    data = json.loads((copy / "owl2.json").read_text())
     data["template"] = data.pop("family")
     expected = Owl2.load(copy).chat().ask("Hi", max_new_tokens=5)
-    path.write_text(json.dumps(data | {"format": 3}))
+    write_old_manifest(copy, data, 3)
     assert read_manifest(copy).family == "mplug_owl2"
     assert Owl2.load(copy).chat().ask("Hi", max_new_tokens=5).ids == expected.ids
 
 
-@pytest.mark.parametrize("version", [0, 2, 5, "4", None, [4]])
+def write_old_manifest(bundle: Path, content: dict[str, Any], version: int) -> None:
+    """Write a manifest of a format that has no digest."""
+    content = {key: value for key, value in content.items() if key != "digest"}
+    (bundle / "owl2.json").write_text(json.dumps(content | {"format": version}))
+
+
+@pytest.mark.parametrize("version", [0, 2, 6, "4", None, [4], True, 4.0, 10**60])
 def test_unknown_format_version(copy: Path, version: object) -> None:
     edit_manifest(copy, format=version)
     with pytest.raises(
         BundleVersionError,
-        match=r"this owl2 reads versions 3 and 4; export the checkpoint again \(owl2-export CHECKPOINT BUNDLE --over",
+        match=r"this owl2 reads versions 3 to 5; export the checkpoint again \(owl2-export CHECKPOINT BUNDLE --over",
     ):
         Owl2.load(copy)
+
+
+class TestDigest:
+    def test_as_the_page_computes_it(self, bundle_a1: Path) -> None:
+        """docs/bundle.md: what any other tool does."""
+        content = json.loads((bundle_a1 / "owl2.json").read_text())
+        digest = content.pop("digest")
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        assert digest == hashlib.sha256(text.encode()).hexdigest() == read_manifest(bundle_a1).digest
+
+    @pytest.mark.parametrize("digest", ["0" * 64, None, 3, "missing"])
+    def test_another_one(self, copy: Path, digest: object) -> None:
+        path = copy / "owl2.json"
+        content = json.loads(path.read_text()) | {"digest": digest}
+        if digest == "missing":
+            del content["digest"]
+        path.write_text(json.dumps(content))
+        with pytest.raises(
+            BundleCorruptError, match=r"its digest is not that of its content; copy or export the bundle again"
+        ):
+            read_manifest(copy)
+
+    def test_a_key_twice(self, copy: Path) -> None:
+        path = copy / "owl2.json"
+        path.write_text(path.read_text().replace('"eos_token_id": 2', '"eos_token_id": 13, "eos_token_id": 2'))
+        with pytest.raises(BundleCorruptError, match="the key 'eos_token_id' occurs more than once"):
+            read_manifest(copy)
+
+    def test_the_formats_before_have_none(self, copy: Path) -> None:
+        path = copy / "owl2.json"
+        content = json.loads(path.read_text())
+        write_old_manifest(copy, content, 4)
+        verdict = verify(copy)
+        assert verdict.passed
+        assert "were not compared: an older owl2 exported this bundle" in verdict.notes[0]
+        path.write_text(json.dumps(content | {"format": 4}))
+        with pytest.raises(BundleCorruptError, match="unknown keys digest"):
+            read_manifest(copy)
+
+    def test_writing_an_old_manifest_again_renews_it(self, copy: Path) -> None:
+        content = json.loads((copy / "owl2.json").read_text())
+        write_old_manifest(copy, content, 4)
+        assert json.loads(json.dumps(read_manifest(copy).sealed())) == content
 
 
 @pytest.mark.parametrize(
@@ -88,6 +131,13 @@ def test_unknown_format_version(copy: Path, version: object) -> None:
         ({"weights": {"decoder": "int4"}}, "weights: missing keys"),
         ({"files": []}, "files: expected an object"),
         ({"files": {"decoder.onnx": {"size": "big", "sha256": "x"}}}, "size: expected int, got 'big'"),
+        ({"files": {"decoder.onnx": {"size": 10**50, "sha256": "x"}}}, "size: 10+ is beyond 9007199254740992"),
+        ({"files": {f"f{i}": {"size": 1, "sha256": "x"} for i in range(65)}}, "files: 65 entries are more than 64"),
+        ({"engines": {"tensorrt-sm87": "0" * 300}}, "engines.tensorrt-sm87: a text of 300 characters is too long"),
+        ({"producer": "x" * 10_000}, "producer: a text of 10000 characters is too long"),
+        ({"kv_cache": {"fp32": "1.22", "x" * 10_000: "1.22"}}, "kv_cache: 'x+… is not known"),
+        ({"\x1b[31m" * 500: 1}, r"unknown keys \\x1b\[31m.*…; known"),
+        ({"engines": {"../x": "0"}}, r"engines: '../x' is not a plain file name"),
     ],
 )
 def test_a_manifest_that_was_edited(copy: Path, changes: dict[str, object], message: str) -> None:
@@ -107,15 +157,45 @@ def test_weights_of_an_unknown_type(copy: Path) -> None:
 
 def test_a_manifest_that_is_not_json(copy: Path) -> None:
     (copy / "owl2.json").write_text('{"format": 3')
-    with pytest.raises(BundleCorruptError, match=r"owl2\.json is not readable JSON"):
+    with pytest.raises(BundleCorruptError, match=r"cannot read .*owl2\.json: it is not JSON: .*; copy or export"):
         Owl2.load(copy)
 
 
-def test_files_outside_the_bundle_are_not_followed(copy: Path, tmp_path: Path) -> None:
-    (tmp_path / "outside").write_bytes(b"secret")
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[" * 5000, "it is nested too deeply"),
+        ('{"format": ' + "9" * 400 + "}", "it has a number of 400 digits"),
+        (" " * (2 << 20), "it has 2097152 bytes, at most 1048576 are read"),
+        ("3", "it has format version None"),
+        ('{"format": 5, "a": ' + "[" * 800 + "]" * 800 + "}", "nested too deeply|its digest is not that"),
+    ],
+)
+def test_a_hostile_manifest(copy: Path, content: str, message: str) -> None:
+    (copy / "owl2.json").write_text(content)
+    with pytest.raises(BundleError, match=message.replace("it has format", "has format")):
+        Owl2.load(copy)
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside", "a/b", "..", ".hidden", "a\\b", "", "nul.txt", "COM1", "end.", "a\nb", "é", "x" * 101]
+)
+def test_names_of_files_are_plain(copy: Path, name: str) -> None:
     files = json.loads((copy / "owl2.json").read_text())["files"]
-    edit_manifest(copy, files=files | {"../outside": {"size": 6, "sha256": "0" * 64}})
-    with pytest.raises(BundleCorruptError, match=r"\.\./outside is outside the bundle"):
+    edit_manifest(copy, files=files | {name: {"size": 6, "sha256": "0" * 64}})
+    with pytest.raises(BundleCorruptError, match="is not a plain file name"):
+        Owl2.load(copy)
+
+
+@pytest.mark.parametrize("name", [*spec.BUNDLE_FILES, spec.MANIFEST])
+def test_a_pipe_or_a_folder_in_the_place_of_a_file(copy: Path, name: str) -> None:
+    (copy / name).unlink()
+    os.mkfifo(copy / name)
+    with pytest.raises(BundleCorruptError, match=rf"{name}(: it)? is not a regular file"):
+        Owl2.load(copy)
+    (copy / name).unlink()
+    (copy / name).mkdir()
+    with pytest.raises(BundleCorruptError, match=rf"{name}(:| is) (not a regular file|it is a folder)"):
         Owl2.load(copy)
 
 
@@ -141,7 +221,7 @@ def test_a_file_that_is_not_listed_is_not_used(copy: Path) -> None:
 
 def test_a_graph_that_onnxruntime_refuses(copy: Path) -> None:
     """The hashes hold; its own first line is passed on."""
-    (copy / "vision.onnx").write_bytes(b"no graph")
+    (copy / "vision.onnx").write_bytes(b"")  # a message of Protocol Buffers without fields
     rehash(copy, "vision.onnx")
     with pytest.raises(BackendError, match=r"vision\.onnx cannot be loaded: "):
         Owl2.load(copy)
@@ -154,7 +234,17 @@ def test_a_graph_that_onnxruntime_refuses(copy: Path) -> None:
         ("decoder", {"num_attention_heads": 0}, BundleCorruptError, "num_attention_heads must be positive, got 0"),
         ("decoder", {"num_attention_heads": 8}, BackendError, "does not fit the manifest: past_key_values.0.key"),
         ("decoder", {"num_hidden_layers": 4}, BackendError, "does not fit the manifest: past_key_values.3.key"),
+        ("decoder", {"num_hidden_layers": 10**6}, BundleCorruptError, "num_hidden_layers 1000000 is more than 512"),
+        ("decoder", {"vocab_size": 10**7}, BundleCorruptError, "vocab_size 10000000 is more than"),
+        ("decoder", {"hidden_size": 10**9}, BundleCorruptError, "hidden_size 1000000000 is more than"),
+        ("decoder", {"hidden_size": 1 << 16, "max_position_embeddings": 1 << 20}, BundleCorruptError, "rotary table"),
+        ("vision", {"num_hidden_layers": 10**6}, BundleCorruptError, "num_hidden_layers 1000000 is more than 512"),
+        ("vision", {"image_size": 14 * 10**6}, BundleCorruptError, "image_size 14000000 is more than 4096"),
+        ("abstractor", {"num_learnable_queries": 10**9}, BundleCorruptError, "num_learnable_queries .* is more than"),
+        ("preprocess", {"size": 10**9}, BundleCorruptError, "size 1000000000 is more than 8192"),
         ("decoder", {"eos_token_id": 5000}, BundleCorruptError, "eos_token_id 5000 is outside the vocabulary of 800"),
+        ("decoder", {"eos_token_id": 3}, BundleError, "its eos_token has the id 2, the model's eos_token_id is 3"),
+        ("decoder", {"bos_token_id": 3}, BundleError, "its bos_token has the id 1, the model's bos_token_id is 3"),
         ("decoder", {"max_position_embeddings": 10**9}, BundleCorruptError, "max_position_embeddings .* is more than"),
         ("vision", {"patch_size": 0}, BundleCorruptError, "patch_size must be positive"),
         ("abstractor", {"num_learnable_queries": 3}, BackendError, "does not fit the manifest: image_rows has shape"),

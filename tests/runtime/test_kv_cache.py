@@ -13,6 +13,7 @@ from owl2.runtime.config import IMAGE_TOKEN_ID
 from owl2.runtime.engine import own
 from owl2.runtime.families.mplug_owl2.positions import digests_of, embed, merge
 from owl2.runtime.kv_cache import GROWTH, Key, KvCache
+from owl2.runtime.token_table import ArrayTable
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,7 @@ def test_placeholders_become_rows_of_their_images_in_order() -> None:
 
 
 def test_embedding_takes_rows_from_the_table_and_from_images() -> None:
-    table = np.arange(12, dtype=np.float16).reshape(6, 2)
+    table = ArrayTable(np.arange(12, dtype=np.float16).reshape(6, 2))
     rows = {"a": np.full((2, 2), -1, np.float32), "b": np.full((2, 2), -2, np.float32)}
     embeds, modality = embed([5, ("b", 1), ("a", 0), 0], table, rows)
     assert embeds.dtype == np.float32

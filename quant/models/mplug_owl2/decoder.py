@@ -45,7 +45,7 @@ class Routing:
 
 def rotary_tables(config: DecoderConfig, length: int, total: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines of positions 0..length-1 in a sequence of ``total``: each float32 [length, D/2]."""
-    angles = torch.from_numpy(rotary_angles(config, length, total))
+    angles = torch.from_numpy(rotary_angles(config, range(length), total))
     return angles.cos(), angles.sin()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 from weakref import WeakKeyDictionary
@@ -17,7 +17,6 @@ from owl2.runtime.backends.ort.memory import Array, Buffer, Memory, StepFeeds
 from owl2.runtime.backends.ort.onnx_decoder import OnnxDecoder
 from owl2.runtime.backends.ort.session import (
     DEFAULT_OPTIONS,
-    ELEMENTS,
     OrtOptions,
     check_tensors,
     element_of,
@@ -73,12 +72,19 @@ class OrtEngine:
             ConfigError: the bundle does not offer the type of K/V cache.
         """
         graph, manifest = bundle.decoder_graph(options.kv_cache), bundle.manifest
+        kv_cache = manifest.kv_type(options.kv_cache)
+        options = replace(options, kv_cache=kv_cache, activations=manifest.activations)
+        # On the CPU, ONNX Runtime may go on using what it has mapped of the external data.
+        names = (spec.VISION_GRAPH, spec.DECODER_GRAPH) if options.device.on_host else ()
+        self._data = {name: bundle.open_file(f"{name}.data") for name in names}
         vision = OrtVision(bundle.path(spec.VISION_GRAPH), manifest.model, options)
         self._graphs: tuple[OrtVision, DecoderEngine] | None = vision, open_decoder(graph, manifest, options)
 
-    def _open(self) -> tuple[OrtVision, DecoderEngine]:
+    def _open(self, graph: str) -> tuple[OrtVision, DecoderEngine]:
         if self._graphs is None:
             raise BackendError(CLOSED)
+        if graph in self._data:
+            self._data[graph].check()
         return self._graphs
 
     @property
@@ -92,13 +98,15 @@ class OrtEngine:
     def close(self) -> None:
         """Give the sessions back, at once or when a step that is running has ended."""
         self._graphs = None
+        for file in self._data.values():
+            file.close()
 
     def encode_images(self, pixels: Floats, cancellation: Cancellation = NEVER) -> Floats:
-        vision, _ = self._open()
+        vision, _ = self._open(spec.VISION_GRAPH)
         return vision.encode_images(pixels, cancellation)
 
     def allocate(self, capacity: int, previous: KvBuffers | None) -> KvBuffers:
-        _, decoder = self._open()
+        _, decoder = self._open(spec.DECODER_GRAPH)
         return decoder.allocate(capacity, previous)
 
     def prefill(
@@ -110,11 +118,11 @@ class OrtEngine:
         logit_rows: Ints,
         cancellation: Cancellation = NEVER,
     ) -> Floats:
-        _, decoder = self._open()
+        _, decoder = self._open(spec.DECODER_GRAPH)
         return decoder.prefill(embeds, modality, past, buffers, logit_rows, cancellation)
 
     def decode(self, embeds: Floats, past: int, buffers: KvBuffers, cancellation: Cancellation = NEVER) -> Floats:
-        _, decoder = self._open()
+        _, decoder = self._open(spec.DECODER_GRAPH)
         return decoder.decode(embeds, past, buffers, cancellation)
 
 
@@ -126,7 +134,8 @@ class OrtVision:
         self._session = open_session(path, options)
         size = model.vision.image_size
         rows = (None, model.rows_per_image, model.decoder.hidden_size)
-        expected = {spec.PIXELS: ((None, 3, size, size), None), spec.IMAGE_ROWS: (rows, None)}
+        floats = "tensor(float)"
+        expected = {spec.PIXELS: ((None, 3, size, size), floats), spec.IMAGE_ROWS: (rows, floats)}
         check_tensors(path, self._session, expected)
 
     def encode_images(self, pixels: Floats, cancellation: Cancellation = NEVER) -> Floats:
@@ -183,15 +192,13 @@ class OrtDecoder:
         self._config = config
         self._session = open_session(path, options)
         self._names = cache_names(config)
-        self._dtype, _ = element_of(path, self._session, spec.EMBEDS)
-        self._kv_dtype, element = element_of(path, self._session, self._names[0][0])
-        if options.kv_cache is not None:
-            element = ELEMENTS[options.kv_cache][1]
+        self._dtype, _ = element_of(path, self._session, spec.EMBEDS, options.activations)
+        self._kv_dtype, element = element_of(path, self._session, self._names[0][0], options.kv_cache)
         self._width = spec.padded_head_dim(config)
         buffer = ((None, config.num_attention_heads, None, self._width), element)
         expected = {
             spec.EMBEDS: ((None, None, config.hidden_size), None),
-            spec.LOGITS: ((None, config.vocab_size), None),
+            spec.LOGITS: ((None, config.vocab_size), "tensor(float)"),
             **{name: buffer for pair in self._names for name in pair},
         }
         check_tensors(path, self._session, expected)

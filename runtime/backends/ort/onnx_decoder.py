@@ -41,13 +41,13 @@ class OnnxDecoder:
     def __init__(self, path: Path, config: DecoderConfig, options: OrtOptions) -> None:
         self._config = config
         self._session = open_session(path, options)
-        self._dtype, element = element_of(path, self._session, spec.EMBEDS)
+        self._dtype, element = element_of(path, self._session, spec.EMBEDS, options.activations)
         self._width = spec.kv_row_width(config)
         self._names = cache_names(config)
         rows = ((None, self._width), element)
         expected = {
             spec.EMBEDS: ((None, None, config.hidden_size), element),
-            spec.LOGITS: ((None, config.vocab_size), None),
+            spec.LOGITS: ((None, config.vocab_size), "tensor(float)"),
             spec.ATTENTION_MASK: ((None, None), element),
             **{name: rows for pair in self._names for name in pair},
         }

@@ -7,6 +7,7 @@ an error to it. Here all three are.
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 import warnings
@@ -28,8 +29,10 @@ from owl2.runtime.cancellation import Cancellation
 from owl2.runtime.config import require
 from owl2.runtime.engine import Floats
 from owl2.runtime.errors import BackendError, BackendUnavailableError, Owl2Warning
+from owl2.runtime.foreign import reason
+from owl2.runtime.graph_file import external_tensors
 from owl2.runtime.placement import HOST, Placement
-from owl2.runtime.spec import KvType
+from owl2.runtime.spec import FloatType, KvType
 
 Element = type[np.float32 | np.float16 | np.int8]
 ELEMENTS: dict[KvType, tuple[Element, str]] = {
@@ -45,6 +48,11 @@ SHAPE_OPERATORS = frozenset({"Cast", "Concat", "Gather", "Shape", "Size", "Slice
 
 ``session.disable_cpu_ep_fallback`` would refuse these too, and with them every graph that has a ``Shape``.
 """
+HELD_TYPES = {1: np.float32, 10: np.float16}
+"""Element types of tensors that are held in memory, by ONNX's number. Integers are the codes of matrices, which ONNX
+Runtime copies anyway."""
+HELD_BYTES = 8 << 20
+"""Largest such tensor; the scales and position embeddings of a 7B model have up to 4 MB each, 0.3 GB together."""
 MAX_LISTED_OPERATORS = 4
 MAX_THREADS_PER_CORE = 4
 T = TypeVar("T")
@@ -59,7 +67,7 @@ class OrtOptions:
     Attributes:
         device: where graphs run.
         threads: of one operator; None lets ONNX Runtime choose the physical cores.
-        kv_cache: type of the K/V cache, one that the bundle offers; None for that of the activations.
+        kv_cache, activations: types of the K/V cache and of the activations that a graph must have; None for any.
         frugal: keep weights as they are in the file instead of a faster copy in memory. Slow; for checks.
         exact: do not quantize activations where a graph leaves that to ONNX Runtime. Slow; for checks.
     """
@@ -67,6 +75,7 @@ class OrtOptions:
     device: Placement = HOST
     threads: int | None = None
     kv_cache: KvType | None = None
+    activations: FloatType | None = None
     frugal: bool = False
     exact: bool = False
 
@@ -117,7 +126,10 @@ def open_session(path: Path, options: OrtOptions) -> ort.InferenceSession:
         skipped = ["ConstantFolding"]
     if options.exact:
         settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
-    if not device.on_host:
+    if device.on_host:
+        names, values = held_tensors(path)
+        settings.add_external_initializers(names, values)
+    else:
         settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if device.kind == "tensorrt-rtx":
         settings.add_provider_for_devices([rtx_devices()[device.index]], {})
@@ -133,6 +145,31 @@ def open_session(path: Path, options: OrtOptions) -> ort.InferenceSession:
     if not device.on_host:
         check_assignments(path, device, session.get_providers(), assignments(session))
     return session
+
+
+def held_tensors(path: Path) -> tuple[list[str], list[ort.OrtValue]]:
+    """Names and values of the tensors of a graph that are read into memory.
+
+    ONNX Runtime maps the file of external data, copies the matrices into the layout of its kernels, and goes on using
+    the mapping for the rest: scales, biases and norms. A program that truncated the file would then kill the process.
+
+    Raises:
+        BackendError: the graph or its external data cannot be read.
+    """
+    names, values = [], []
+    try:
+        for tensor in external_tensors(path):
+            dtype = HELD_TYPES.get(tensor.element)
+            if tensor.initializer and dtype is not None and tensor.length <= HELD_BYTES:
+                content = mmap.mmap(-1, tensor.length)  # what ONNX Runtime copies goes back to the system at once
+                with (path.parent / tensor.location).open("rb") as file:
+                    file.seek(tensor.offset)
+                    file.readinto(content)
+                values.append(ort.OrtValue.ortvalue_from_numpy(np.frombuffer(content, dtype).reshape(tensor.shape)))
+                names.append(tensor.name)
+    except (OSError, ValueError) as error:
+        raise BackendError(f"{path} cannot be loaded: {reason(error)}") from error
+    return names, values
 
 
 def assignments(session: ort.InferenceSession) -> list[tuple[str, str]]:
@@ -185,13 +222,20 @@ def check_tensors(path: Path, session: ort.InferenceSession, expected: Mapping[s
             raise BackendError(f"{path} does not fit the manifest: {name} {problem}; export the bundle again")
 
 
-def element_of(path: Path, session: ort.InferenceSession, name: str) -> tuple[Element, str]:
-    """The element type of an input, one of :data:`ELEMENTS`, as numpy and ONNX Runtime name it."""
+def element_of(
+    path: Path, session: ort.InferenceSession, name: str, expected: KvType | None = None
+) -> tuple[Element, str]:
+    """The element type of an input, one of :data:`ELEMENTS`, as numpy and ONNX Runtime name it.
+
+    Raises:
+        BackendError: it is none of these, or not the ``expected`` one.
+    """
     found = next((value.type for value in session.get_inputs() if value.name == name), None)
-    for dtype, element in ELEMENTS.values():
-        if element == found:
+    for kind, (dtype, element) in ELEMENTS.items():
+        if element == found and expected in (None, kind):
             return dtype, element
-    raise BackendError(f"{path} is not a graph of this version: {name} is {found}; export the bundle again")
+    needed = f", {expected} is needed" if expected else ""
+    raise BackendError(f"{path} does not fit the manifest: {name} is {found}{needed}; export the bundle again")
 
 
 def run_stoppable(what: str, cancellation: Cancellation, run: Callable[[ort.RunOptions], T]) -> T:

@@ -36,8 +36,9 @@ from owl2.runtime.bundle import Bundle, Manifest
 from owl2.runtime.cancellation import NEVER, Cancellation
 from owl2.runtime.config import require
 from owl2.runtime.engine import CLOSED, PREFILL_BLOCK, EngineOptions, Floats, Ints, KvBuffers, own
-from owl2.runtime.errors import BackendError
+from owl2.runtime.errors import BackendError, BundleCorruptError
 from owl2.runtime.placement import EngineKind
+from owl2.runtime.verification import signatures_of
 
 
 def prepare(folder: Path, manifest: Manifest, options: EngineOptions) -> Callable[[Bundle], TensorRtEngine]:
@@ -72,6 +73,8 @@ class TensorRtEngine:
             BackendError: TensorRT refuses them, or they do not fit the manifest, or the GPU's memory.
         """
         model, activations = bundle.manifest.model, bundle.manifest.activations
+        folder = record.folder_in(bundle.folder)
+        signatures = signatures_of(folder, record.files)
         check_files(bundle.folder, record)
         gpu.use()
         self._record, self._model, self._gpu = record, model, gpu
@@ -86,8 +89,10 @@ class TensorRtEngine:
             stream, messages = resources.stream, resources.messages
             logger = messages.logger(trt)
             runtime = trt.Runtime(logger)
-            paths = [record.folder_in(bundle.folder) / name for name in (DECODER_ENGINE, VISION_ENGINE)]
+            paths = [folder / name for name in (DECODER_ENGINE, VISION_ENGINE)]
             decoder, vision = (load_engine(runtime, path, messages) for path in paths)
+            if signatures_of(folder, record.files) != signatures:
+                raise BundleCorruptError(f"{folder} changed while its engines were loaded; load the bundle again")
             check_engine(trt, decoder, paths[0], decoder_tensors(trt, model, activations), profiles=2)
             check_engine(trt, vision, paths[1], vision_tensors(trt, model), profiles=1)
             self._prefill = Context(trt, decoder, PREFILL_PROFILE, stream, messages)

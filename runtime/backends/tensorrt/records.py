@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -11,10 +10,11 @@ from typing import Any, get_args
 
 from owl2.runtime import spec
 from owl2.runtime.bundle import Manifest
-from owl2.runtime.config import from_json, require
-from owl2.runtime.errors import BackendUnavailableError, BundleCorruptError, BundleError
+from owl2.runtime.config import from_json, require, require_positive
+from owl2.runtime.errors import BackendUnavailableError, BundleCorruptError, BundleError, ConfigError
+from owl2.runtime.foreign import read_json, reading, shorten
 from owl2.runtime.placement import EngineKind
-from owl2.runtime.verification import FileEntry, hash_file, verify_files
+from owl2.runtime.verification import FileEntry, hash_file, require_file_names, verify_files
 
 FOLDER = "engines"
 RECORD = "engine.json"
@@ -65,9 +65,9 @@ class EngineRecord:
     def __post_init__(self) -> None:
         known = self.format == RECORD_FORMAT
         require(known, f"{RECORD}: format {self.format} is not known; this owl2 reads {RECORD_FORMAT}")
-        for name in ("context", "prefill", "images"):
-            value = getattr(self, name)
-            require(value > 0, f"{RECORD}: {name} must be positive, got {value}")
+        require_positive(self, f"{RECORD}:")
+        require_file_names(self.files, f"{RECORD}: files")
+        require_file_names(self.source, f"{RECORD}: source")
         for name in (DECODER_ENGINE, VISION_ENGINE):
             require(name in self.files, f"{RECORD}: files: {name} is missing")
         for name in (spec.DECODER_GRAPH, spec.VISION_GRAPH):
@@ -98,7 +98,7 @@ def build_hint(bundle: Path, name: str) -> str:
     """
     found = re.fullmatch(f"({'|'.join(get_args(EngineKind))})-sm([0-9]+)", name)
     if found is None:
-        raise BundleCorruptError(f"{spec.MANIFEST}: engines: {name!r} is not a name such as tensorrt-sm87")
+        raise BundleCorruptError(f"{spec.MANIFEST}: engines: {shorten(name)} is not a name such as tensorrt-sm87")
     command = f"owl2-export engine {bundle} --kind {found[1]}"
     if found[1] == "tensorrt-rtx" and int(found[2]) in BUILT_ANYWHERE:
         return f"run on any machine: {command} --gpu sm{found[2]}"
@@ -114,8 +114,9 @@ def read_record(bundle: Path, manifest: Manifest, name: str) -> EngineRecord:
     """
     hint, path = build_hint(bundle, name), bundle / FOLDER / name / RECORD
     try:
-        record = EngineRecord.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:  # ConfigError is a ValueError
+        with reading(path, BundleCorruptError, hint):
+            record = EngineRecord.from_json(read_json(path))
+    except ConfigError as error:
         raise BundleCorruptError(f"{path} cannot be used: {error}; {hint}") from error
     if hash_file(path) != manifest.engines[name]:
         raise BundleCorruptError(f"{path} is not the one that {spec.MANIFEST} names; {hint}")

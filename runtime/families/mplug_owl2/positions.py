@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from owl2.runtime.config import IMAGE_TOKEN_ID
 from owl2.runtime.engine import Floats, Ints
@@ -20,6 +18,7 @@ from owl2.runtime.families.mplug_owl2.template import check_placeholders
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
 from owl2.runtime.images import PreparedImage
 from owl2.runtime.kv_cache import Key
+from owl2.runtime.token_table import TokenTable
 
 
 @dataclass(frozen=True)
@@ -73,26 +72,26 @@ def digests_of(keys: Sequence[Key]) -> list[str]:
     return list(dict.fromkeys(key[0] for key in keys if isinstance(key, tuple)))
 
 
-def embed(
-    keys: Sequence[Key], table: NDArray[np.floating[Any]], image_rows: Mapping[str, Floats]
-) -> tuple[Floats, Ints]:
+def embed(keys: Sequence[Key], table: TokenTable, image_rows: Mapping[str, Floats]) -> tuple[Floats, Ints]:
     """Embeddings and modality of positions.
 
     Args:
         keys: T positions.
-        table: token embeddings [V, C], any float type; only the rows in use are read.
+        table: token embeddings [V, C].
         image_rows: per digest, float32 [rows_per_image, C].
 
     Returns:
         float32 [T, C], and int64 [T] that is 1 at image rows (the end-of-image row included).
     """
-    embeds = np.empty((len(keys), table.shape[1]), dtype=np.float32)
+    texts = table.rows([key for key in keys if isinstance(key, int)])
     modality = np.zeros(len(keys), dtype=np.int64)
+    if len(texts) == len(keys):  # every step of an answer
+        return texts, modality
+    embeds = np.empty((len(keys), table.width), dtype=np.float32)
     for position, key in enumerate(keys):
         if isinstance(key, tuple):
             digest, row = key
             embeds[position] = image_rows[digest][row]
             modality[position] = 1
-        else:
-            embeds[position] = table[key]
+    embeds[modality == 0] = texts
     return embeds, modality

@@ -11,7 +11,7 @@ from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
-from owl2.runtime.config import IMAGE_TOKEN, IMAGE_TOKEN_ID
+from owl2.runtime.config import IMAGE_TOKEN, IMAGE_TOKEN_ID, DecoderConfig
 from owl2.runtime.errors import BundleCorruptError, BundleError, PromptError
 from owl2.runtime.foreign import read_bytes, read_json, reading, shorten
 
@@ -187,6 +187,25 @@ class Tokenizer:
                     f"token id {token} is outside the tokenizer's vocabulary 0..{self.vocab_size - 1}; "
                     "the tokenizer and the model of this bundle do not belong together"
                 )
+
+    def require_fit(self, decoder: DecoderConfig, folder: Path) -> None:
+        """Refuse a tokenizer of another model than the one in ``folder``.
+
+        Raises:
+            BundleError: it has more ids than the token table has rows, or its first or last token is another.
+        """
+        problem = ""
+        if self.vocab_size > decoder.vocab_size:
+            problem = f"it has {self.vocab_size} tokens, the model's token table has {decoder.vocab_size} rows"
+        elif self.bos_id != decoder.bos_token_id:
+            problem = f"its bos_token has the id {self.bos_id}, the model's bos_token_id is {decoder.bos_token_id}"
+        elif self.eos_id != decoder.eos_token_id:
+            problem = f"its eos_token has the id {self.eos_id}, the model's eos_token_id is {decoder.eos_token_id}"
+        if problem:
+            raise BundleError(
+                f"{folder}: the tokenizer and the model do not belong together: {problem}; use the tokenizer files of "
+                "the original checkpoint"
+            )
 
     def _split_specials(self, text: str) -> list[str]:
         """Ordinary text at even places, special strings at odd ones, blanks stripped as they ask."""

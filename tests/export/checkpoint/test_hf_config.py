@@ -302,7 +302,7 @@ def test_eos_must_be_one_id(files: list[Json], eos: object) -> None:
         ({"size": "56"}, "size must be an integer or hold 'shortest_edge', got '56'"),
         ({"size": {"height": 56, "width": 56}}, "size must be an integer or hold 'shortest_edge', got {'height'"),
         ({"size": True}, "size must be an integer or hold 'shortest_edge', got True"),
-        ({"size": 0}, "preprocess size and crop_size must be positive"),
+        ({"size": 0}, "preprocess size must be positive, got 0"),
         ({"crop_size": {"height": 56, "width": 70}}, "crop_size must be square, got {'height': 56, 'width': 70}"),
         ({"crop_size": {"shortest_edge": 56}}, "crop_size must be an integer or hold 'height', got {'shortest_edge'"),
         ({"crop_size": 70}, "preprocessor crop_size 70 must equal vision image_size 56"),

@@ -53,6 +53,8 @@ class TestBuiltIn:
 
     def test_probes_cover_no_one_and_several_images(self) -> None:
         assert sorted(len(sample.images) for sample in probe_samples()) == [0, 1, 2]
+        sizes = [np.asarray(image).shape[:2] for sample in probe_samples() for image in sample.images]
+        assert sizes == [(112, 224), (224, 112), (224, 224)], "the modes of preprocessing differ on all but a square"
 
     def test_the_probes_are_not_in_it(self) -> None:
         def content(samples: tuple[Sample, ...]) -> set[object]:

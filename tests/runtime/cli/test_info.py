@@ -5,16 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import RunCommand, flip_byte
+from conftest import RunCommand, edit_manifest, flip_byte
 
 from owl2 import Owl2
 from owl2.runtime.kv_cache import GROWTH
 from owl2.runtime.verification import hash_file
-
-
-def edit_manifest(bundle: Path, **changes: object) -> None:
-    path = bundle / "owl2.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def replace_file(bundle: Path, name: str, content: str) -> None:
@@ -31,7 +26,7 @@ def test_table(run: RunCommand, bundle_a1: Path, owl: Owl2) -> None:
     assert result.exit_code == 0
     decoder = owl.config.decoder
     for text in (
-        "format       version 4, written by ",
+        "format       version 5, written by ",
         f"{decoder.num_hidden_layers} layers, width {decoder.hidden_size}",
         f"vocabulary {decoder.vocab_size}",
         "context     2048 positions",
@@ -45,7 +40,8 @@ def test_table(run: RunCommand, bundle_a1: Path, owl: Owl2) -> None:
 
 def test_json(run: RunCommand, bundle_a1: Path, owl: Owl2) -> None:
     record = json.loads(run("info", bundle_a1, "--json").stdout)
-    assert record["manifest"] == json.loads((bundle_a1 / "owl2.json").read_text())
+    written = json.loads((bundle_a1 / "owl2.json").read_text())
+    assert record["manifest"] | {"digest": record["digest"]} == written
     assert record["usable"] is True
     assert record["problems"] == []
     assert record["size"] == sum((bundle_a1 / name).stat().st_size for name in owl.manifest.files)

@@ -15,14 +15,14 @@ from owl2.runtime.fit.products import PRODUCTS
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A bundle of 7B shapes that is nothing but its manifest."""
-    (tmp_path / spec.MANIFEST).write_text(json.dumps(manifest().to_json()))
+    (tmp_path / spec.MANIFEST).write_text(json.dumps(manifest().sealed()))
     return tmp_path
 
 
 @pytest.fixture
 def gpu_folder(tmp_path: Path) -> Path:
     """The same for ONNX Runtime on a GPU."""
-    (tmp_path / spec.MANIFEST).write_text(json.dumps(manifest("int4", "ort", "fp16").to_json()))
+    (tmp_path / spec.MANIFEST).write_text(json.dumps(manifest("int4", "ort", "fp16").sealed()))
     return tmp_path
 
 
@@ -70,7 +70,7 @@ def test_json_and_its_suggestions_as_options(run: RunCommand, gpu_folder: Path) 
 
 
 def test_building_an_engine(run: RunCommand, tmp_path: Path) -> None:
-    (tmp_path / spec.MANIFEST).write_text(json.dumps(manifest("int4", "onnx", "fp16").to_json()))
+    (tmp_path / spec.MANIFEST).write_text(json.dumps(manifest("int4", "onnx", "fp16").sealed()))
     large = run("plan", tmp_path, "--device", "agx-orin-32gb").stdout
     assert "building the engine\n  takes about 16.2 GiB of the CPU's memory, 30.1 GiB are available\n" in large
     small = run("plan", tmp_path, "--device", "orin-nx-16gb").stdout

@@ -48,9 +48,11 @@ def test_a_changed_file_is_named(run: RunCommand, copy: Path) -> None:
 
 
 def test_a_golden_that_was_not_compared_has_no_divergence(run: RunCommand, copy: Path) -> None:
-    goldens = list(read_goldens(Bundle.open(copy)))
+    found, facts = read_goldens(Bundle.open(copy))
+    assert facts is not None
+    goldens = list(found)
     goldens[0] = dataclasses.replace(goldens[0], ids=goldens[0].ids[::-1].copy())
-    write_goldens(copy / spec.GOLDENS, goldens)
+    write_goldens(copy / spec.GOLDENS, goldens, facts)
     rehash(copy, spec.GOLDENS)
     result = run("verify", copy)
     assert result.exit_code == 1

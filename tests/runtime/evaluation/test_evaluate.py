@@ -1,5 +1,6 @@
 """``owl2.evaluate`` end to end: by itself and against another model."""
 
+import json
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import edit_manifest
 from evaluation_data import write_lines
 from isolation import BLOCKED
 from PIL import Image
@@ -153,10 +155,8 @@ class TestAgainst:
         with pytest.raises(BundleError, match=r"is neither a bundle \(owl2.json\) nor an official checkpoint"):
             open_reference(tmp_path, owl.model)
         shorter = Path(shutil.copytree(sample_bundle, tmp_path / "shorter"))
-        manifest = shorter / "owl2.json"
-        context = owl.config.decoder.max_position_embeddings
-        text = manifest.read_text()
-        manifest.write_text(text.replace(f'"max_position_embeddings": {context}', '"max_position_embeddings": 200'))
+        model = json.loads((shorter / "owl2.json").read_text())["model"]
+        edit_manifest(shorter, model=model | {"decoder": model["decoder"] | {"max_position_embeddings": 200}})
         with pytest.raises(ConfigError, match="exceeds the 200 positions"):
             open_reference(shorter, owl.model)
 

@@ -115,7 +115,7 @@ def test_perplexity_of_text_longer_than_the_context(sample_bundle: Path, data: P
     nats = 0.0
     for start in range(0, len(ids), 99):
         window = [model.tokenizer.bos_id, *ids[start : start + 99]]
-        embeds = model.table[window].astype(np.float32)
+        embeds = model.table.rows(window)
         modality, rows = np.zeros(len(window), dtype=np.int64), np.arange(len(window))
         logits = model.engine.prefill(embeds, modality, 0, model.engine.allocate(len(window), None), rows)
         nats -= log_softmax_rows(logits)[rows[:-1], window[1:]].sum()

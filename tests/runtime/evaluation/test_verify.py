@@ -1,17 +1,18 @@
 """Verifying a bundle: an intact one passes on this machine, and wrong weights fail whatever the hashes say."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import flip_byte, rehash
+from conftest import RunCommand, edit_manifest, flip_byte, rehash
 
 from owl2 import LoadProgress, Owl2, verify
 from owl2.runtime import spec
-from owl2.runtime.bundle import Bundle
-from owl2.runtime.evaluation.goldens import golden_positions, read_goldens, write_goldens
+from owl2.runtime.bundle import Bundle, read_manifest
+from owl2.runtime.evaluation.goldens import Facts, golden_positions, read_goldens, write_goldens
 from owl2.runtime.evaluation.verify import run_golden, stepwise_logits
 from owl2.runtime.families.mplug_owl2.positions import embed
 
@@ -60,9 +61,11 @@ def test_a_changed_file_fails_before_anything_runs(copy: Path) -> None:
 
 
 def test_another_tokenizer_is_named(copy: Path) -> None:
-    goldens = list(read_goldens(Bundle.open(copy)))
+    found, facts = read_goldens(Bundle.open(copy))
+    assert facts is not None
+    goldens = list(found)
     goldens[0] = dataclasses.replace(goldens[0], ids=goldens[0].ids[::-1].copy())
-    write_goldens(copy / spec.GOLDENS, goldens)
+    write_goldens(copy / spec.GOLDENS, goldens, facts)
     rehash(copy, spec.GOLDENS)
     first, *others = verify(copy).replays
     assert not first.passed
@@ -70,10 +73,41 @@ def test_another_tokenizer_is_named(copy: Path) -> None:
     assert all(replay.passed for replay in others)
 
 
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [
+        ("preprocess", {"mode": "crop"}, "preprocessing makes other pixels"),
+        ("preprocess", {"mode": "pad"}, "preprocessing makes other pixels"),
+        ("preprocess", {"mean": [0.48145466, 0.4578275, 0.4082108]}, "preprocessing makes other pixels"),
+        ("decoder", {"rope_theta": 10001.0}, "the rotary angles are not those of the exporting machine"),
+        ("decoder", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "the rotary angles are not those"),
+        ("decoder", {"rope_scaling": {"type": "linear", "factor": 1.1}}, "the rotary angles are not those"),
+        ("decoder", {"max_position_embeddings": 2047}, "the context is 2047 positions, on the exporting machine 2048"),
+    ],
+)
+def test_what_logits_may_not_show_is_compared_too(
+    copy: Path, run: RunCommand, part: str, changes: dict[str, object], message: str
+) -> None:
+    model = json.loads((copy / spec.MANIFEST).read_text())["model"]
+    edit_manifest(copy, model=model | {part: model[part] | changes})
+    verdict = verify(copy)
+    assert not verdict.passed
+    assert any(message in told for told in (*verdict.differences, *(replay.problem for replay in verdict.replays)))
+    result = run("verify", copy)
+    assert (result.exit_code, message in result.stdout, result.stdout.endswith("FAIL\n")) == (1, True, True)
+
+
+def test_other_end_tokens_are_told(bundle_a1: Path) -> None:
+    model = read_manifest(bundle_a1).model
+    other = dataclasses.replace(model, decoder=dataclasses.replace(model.decoder, eos_token_id=7))
+    assert Facts.of(model).differences(other) == ["answers end at the tokens 7, on the exporting machine at 2"]
+    assert Facts.of(model).differences(model) == []
+
+
 def test_a_prompt_step_by_step_has_the_logits_of_one_pass(bundle_a1: Path) -> None:
     with Owl2.load(bundle_a1) as owl:
         model = owl.model
-        for golden in read_goldens(Bundle.open(bundle_a1)):
+        for golden in read_goldens(Bundle.open(bundle_a1))[0]:
             prompt = model.encode(golden.prompt, model.prepare(list(golden.images)))
             rows, _ = model.encoder.rows(list(prompt.images.values()))
             expected = owl.logits(golden.prompt, images=list(golden.images))
@@ -87,7 +121,6 @@ def test_a_prompt_step_by_step_has_the_logits_of_one_pass(bundle_a1: Path) -> No
 
 
 def test_missing_engines_are_a_problem(copy: Path) -> None:
-    manifest = copy / spec.MANIFEST
-    manifest.write_text(manifest.read_text().replace('"engines": {}', '"engines": {"tensorrt-sm87": "0"}'))
+    edit_manifest(copy, engines={"tensorrt-sm87": "0"})
     (problem,) = verify(copy).problems
-    assert "engine.json cannot be used" in problem
+    assert "engine.json: it is missing; run on this device: owl2-export engine" in problem

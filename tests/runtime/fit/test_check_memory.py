@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from conftest import RunCommand
+from conftest import RunCommand, edit_manifest
 from planning import cpu, machine, manifest, nvidia_smi, write
 
 from owl2 import BackendError, BundleCorruptError, InsufficientMemoryError, Owl2, Plan
@@ -127,9 +127,9 @@ def test_a_system_whose_memory_is_not_known(tmp_path: Path) -> None:
 
 def test_a_load_is_refused_before_files_are_read(copy: Path, run: RunCommand) -> None:
     """A manifest that claims a decoder larger than any machine; what is wrong with it is found out later."""
-    content = json.loads((copy / spec.MANIFEST).read_text())
-    content["files"]["decoder.onnx.data"]["size"] = 1 << 60
-    (copy / spec.MANIFEST).write_text(json.dumps(content))
+    files = json.loads((copy / spec.MANIFEST).read_text())["files"]
+    files["decoder.onnx.data"]["size"] = 1 << 52
+    edit_manifest(copy, files=files)
     with pytest.raises(InsufficientMemoryError):
         Owl2.load(copy)
     with pytest.raises(BundleCorruptError):

@@ -119,7 +119,7 @@ class TestFunction:
         monkeypatch.setenv("PATH", str(tmp_path))
 
         def make(content: Manifest) -> Path:
-            (tmp_path / spec.MANIFEST).write_text(json.dumps(content.to_json()))
+            (tmp_path / spec.MANIFEST).write_text(json.dumps(content.sealed()))
             return tmp_path
 
         return make

@@ -1,0 +1,186 @@
+"""What an ONNX graph says about other files, read before any backend sees the graph.
+
+A graph names the files that hold its larger tensors, and a backend opens whatever it names. So the few messages that
+can hold a tensor are walked here, by the wire format of Protocol Buffers and with the field numbers of onnx.proto;
+everything else is skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from owl2.runtime.foreign import ForeignError, read_bytes, reason, shorten
+
+GRAPH_BYTES = 16 << 20
+"""Largest graph file that is read; the decoder of a 7B model has about 0.3 MB, without its external data."""
+MAX_FIELDS = 1 << 20
+MAX_DEPTH = 32
+SUBMESSAGES: dict[str, dict[int, str]] = {
+    "model": {7: "graph", 20: "training", 25: "function"},
+    "training": {1: "graph", 2: "graph"},
+    "function": {7: "node", 11: "attribute"},
+    "graph": {1: "node", 5: "tensor", 15: "sparse"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
+}
+"""By message, the fields that hold messages in which there may be tensors."""
+NODE_OPERATOR = 4
+LOADS_FILES = ("EPContext",)
+"""Operators that load files by themselves."""
+TENSOR_DIMS, TENSOR_TYPE, TENSOR_NAME, TENSOR_EXTERNAL = 1, 2, 8, 13
+VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
+Field = tuple[int, int | memoryview]
+"""Number and value; those of fixed size are 0, which nothing here needs."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExternalTensor:
+    """A tensor whose values are in another file.
+
+    Attributes:
+        name: in its graph.
+        initializer: whether it is one of the main graph.
+        element: ONNX's number of its type.
+        shape: its dimensions.
+        location: name of the file.
+        offset, length: bytes in it.
+    """
+
+    name: str
+    initializer: bool
+    element: int
+    shape: tuple[int, ...]
+    location: str
+    offset: int
+    length: int
+
+
+def graph_problems(path: Path, data: str, size: int) -> list[str]:
+    """Compare the references of a graph with the file it may use; returns one sentence for the first problem.
+
+    Args:
+        path: of the graph.
+        data: name of the only file that it may take tensors from, in the same folder.
+        size: bytes of that file.
+    """
+    try:
+        for tensor in external_tensors(path):
+            if tensor.location != data:
+                return [f"{path.name} takes {shorten(tensor.name)} from {shorten(tensor.location)} instead of {data}"]
+            if tensor.offset + tensor.length > size:
+                return [f"{path.name} takes {shorten(tensor.name)} from beyond the {size} bytes of {data}"]
+    except (ForeignError, OSError) as error:
+        return [f"{path.name} cannot be read as a graph: {reason(error)}"]
+    return []
+
+
+def external_tensors(path: Path) -> list[ExternalTensor]:
+    """Every tensor of a graph, its subgraphs, attributes and functions that is in another file.
+
+    Raises:
+        ForeignError: the file is no ONNX model, is too large, or has an operator that loads files by itself.
+        OSError: it cannot be read.
+    """
+    found: list[ExternalTensor] = []
+    pending, budget = [("model", memoryview(read_bytes(path, GRAPH_BYTES)), 0)], MAX_FIELDS
+    while pending:
+        kind, content, depth = pending.pop()
+        if depth > MAX_DEPTH:
+            raise ForeignError("it is nested too deeply")
+        fields = list(_fields(content, budget))
+        budget -= len(fields)
+        if kind == "tensor":
+            found += _external(fields, initializer=depth == 2)
+        for number, value in fields:
+            if kind == "node" and number == NODE_OPERATOR and (name := _text(value)) in LOADS_FILES:
+                raise ForeignError(f"it has the operator {name}, which loads other files")
+            inner = SUBMESSAGES.get(kind, {}).get(number)
+            if inner is not None and not isinstance(value, int):
+                pending.append((inner, value, depth + 1))
+    return found
+
+
+def _external(fields: list[Field], *, initializer: bool) -> list[ExternalTensor]:
+    """The tensor of these fields, if it is in another file."""
+    entries: dict[str, str] = {}
+    for number, value in fields:
+        if number == TENSOR_EXTERNAL and not isinstance(value, int):
+            pair = {key: _text(text) for key, text in _fields(value, MAX_FIELDS)}
+            key = pair.get(1, "")
+            if key in entries:
+                raise ForeignError(f"a tensor has {shorten(key)} twice")
+            entries[key] = pair.get(2, "")
+    if not entries:
+        return []
+    if not {"location", "offset", "length"} <= set(entries) <= {"location", "offset", "length", "checksum"}:
+        raise ForeignError(f"a tensor in another file has the keys {shorten(sorted(entries))}")
+    name = next((_text(value) for number, value in fields if number == TENSOR_NAME), "")
+    element = next((value for number, value in fields if number == TENSOR_TYPE and isinstance(value, int)), 0)
+    offset, length = _count(entries["offset"]), _count(entries["length"])
+    return [ExternalTensor(name, initializer, element, _shape(fields), entries["location"], offset, length)]
+
+
+def _shape(fields: list[Field]) -> tuple[int, ...]:
+    shape: list[int] = []
+    for number, value in fields:
+        if number == TENSOR_DIMS:
+            shape += [value] if isinstance(value, int) else _varints(value)
+    return tuple(shape)
+
+
+def _varints(packed: memoryview) -> list[int]:
+    values, place = [], 0
+    while place < len(packed):
+        value, place = _varint(packed, place)
+        values.append(value)
+    return values
+
+
+def _text(value: int | memoryview) -> str:
+    try:
+        return "" if isinstance(value, int) else bytes(value).decode()
+    except UnicodeDecodeError:
+        raise ForeignError("it has a name that is not UTF-8") from None
+
+
+def _count(digits: str) -> int:
+    if not (digits.isascii() and digits.isdigit() and len(digits) <= 16):
+        raise ForeignError(f"a tensor in another file has the offset or length {shorten(digits)}")
+    return int(digits)
+
+
+def _fields(content: memoryview, budget: int) -> Iterator[Field]:
+    place, count = 0, 0
+    while place < len(content):
+        count += 1
+        if count > budget:
+            raise ForeignError(f"it has more than {MAX_FIELDS} fields")
+        tag, place = _varint(content, place)
+        number, wire = tag >> 3, tag & 7
+        value: int | memoryview = 0
+        if wire == VARINT:
+            value, place = _varint(content, place)
+        elif wire == BYTES:
+            size, place = _varint(content, place)
+            value = content[place : place + size]
+            place += size
+        elif wire in (FIXED32, FIXED64):
+            place += 4 if wire == FIXED32 else 8
+        if number == 0 or wire not in (VARINT, FIXED64, BYTES, FIXED32) or place > len(content):
+            raise ForeignError("it is not a complete ONNX model")
+        yield number, value
+
+
+def _varint(content: memoryview, place: int) -> tuple[int, int]:
+    value = shift = 0
+    while place < len(content) and shift < 64:
+        byte = content[place]
+        place += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, place
+        shift += 7
+    raise ForeignError("it is not a complete ONNX model")
