@@ -190,17 +190,26 @@ def read_manifest(folder: Path) -> Manifest:
     except (OSError, ValueError) as error:
         raise BundleCorruptError(f"{path} is not readable JSON: {error}; copy or export the bundle again") from error
     version = data.get("format") if isinstance(data, Mapping) else None
-    if version == 3:  # called its family by the name of the template
-        data = {"family" if key == "template" else key: value for key, value in data.items()}
-    elif version != spec.FORMAT_VERSION:
+    if version not in (3, 4, spec.FORMAT_VERSION):
         raise BundleVersionError(
-            f"{path} has format version {version!r}, this owl2 reads versions 3 and {spec.FORMAT_VERSION}; export the "
+            f"{path} has format version {version!r}, this owl2 reads versions 3 to {spec.FORMAT_VERSION}; export the "
             "checkpoint again (owl2-export CHECKPOINT BUNDLE --overwrite) or install the owl2 that wrote it"
         )
     try:
-        return Manifest.from_json(data)
+        return Manifest.from_json(_renewed(data))
     except ConfigError as error:
         raise BundleCorruptError(f"{path}: {error}; copy or export the bundle again") from error
+
+
+def _renewed(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A manifest of format 3 or 4 with the keys of this one; others as they are."""
+    if data["format"] == 3:  # called its family by the name of the template
+        data = {"family" if key == "template" else key: value for key, value in data.items()}
+    match data:
+        case {"format": 3 | 4, "model": {"decoder": {"eos_token_id": end, **decoder}, **model}, **rest}:
+            model = {**model, "decoder": {**decoder, "eos_token_ids": [end]}}
+            return {**rest, "format": data["format"], "model": model}
+    return data
 
 
 def check_files(

@@ -11,9 +11,11 @@ import math
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import repeat
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from owl2.runtime.errors import ConfigError
+from owl2.runtime.foreign import shorten
 
 IMAGE_TOKEN = "<|image|>"
 LONGEST_CONTEXT = 1 << 20  # positions; tables of the whole context are kept in memory
@@ -131,7 +133,10 @@ class RopeScaling:
 
 @dataclass(frozen=True, slots=True)
 class DecoderConfig:
-    """LLaMA decoder with two k/v projections and two of each RMSNorm per layer (0 text, 1 image)."""
+    """LLaMA decoder with two k/v projections and two of each RMSNorm per layer (0 text, 1 image).
+
+    An answer ends at any of ``eos_token_ids``.
+    """
 
     vocab_size: int = 32000
     hidden_size: int = 4096
@@ -145,13 +150,14 @@ class DecoderConfig:
     attention_bias: bool = False
     tie_word_embeddings: bool = False
     bos_token_id: int = 1
-    eos_token_id: int = 2
+    eos_token_ids: tuple[int, ...] = (2,)
 
     def __post_init__(self) -> None:
         require_positive(self, "decoder")
-        for name in ("bos_token_id", "eos_token_id"):
-            value = getattr(self, name)
-            require(0 <= value < self.vocab_size, f"{name} {value} is outside the vocabulary of {self.vocab_size}")
+        ends = self.eos_token_ids
+        require(0 < len(set(ends)) == len(ends), f"eos_token_ids must be different ids, got {shorten(ends)}")
+        for name, token in (("bos_token_id", self.bos_token_id), *(("eos_token_ids", token) for token in ends)):
+            require(0 <= token < self.vocab_size, f"{name} {token} is outside the vocabulary of {self.vocab_size}")
         require(
             self.max_position_embeddings <= LONGEST_CONTEXT,
             f"max_position_embeddings {self.max_position_embeddings} is more than {LONGEST_CONTEXT}",
@@ -283,18 +289,20 @@ def _from_json_value(hint: Any, value: Any, where: str) -> Any:  # noqa: ANN401 
     if hasattr(hint, "__dataclass_fields__"):
         return from_json(hint, value, where)
     if origin is Literal:
-        require(value in choices, f"{where}: expected one of {', '.join(map(str, choices))}, got {value!r}")
+        require(value in choices, f"{where}: expected one of {', '.join(map(str, choices))}, got {shorten(value)}")
     if origin is Mapping:
-        require(isinstance(value, Mapping), f"{where}: expected an object, got {value!r}")
+        require(isinstance(value, Mapping), f"{where}: expected an object, got {shorten(value)}")
         return {name: _from_json_value(choices[1], entry, f"{where}.{name}") for name, entry in value.items()}
     if origin is tuple:
-        fits = isinstance(value, list | tuple) and len(value) == len(choices)
-        require(fits, f"{where}: expected a list of {len(choices)}, got {value!r}")
-        return tuple(_from_json_value(choice, entry, where) for choice, entry in zip(choices, value))
+        any_length = choices[1:] == (...,)
+        fits = isinstance(value, list | tuple) and (any_length or len(value) == len(choices))
+        require(fits, f"{where}: expected a list{'' if any_length else f' of {len(choices)}'}, got {shorten(value)}")
+        entries = zip(repeat(choices[0]) if any_length else choices, value)
+        return tuple(_from_json_value(choice, entry, where) for choice, entry in entries)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if isinstance(hint, type):
         right = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
-        require(right, f"{where}: expected {hint.__name__}, got {value!r}")
-        require(hint is not float or math.isfinite(value), f"{where}: expected a number, got {value!r}")
+        require(right, f"{where}: expected {hint.__name__}, got {shorten(value)}")
+        require(hint is not float or math.isfinite(value), f"{where}: expected a number, got {shorten(value)}")
     return value

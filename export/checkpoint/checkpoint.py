@@ -17,7 +17,7 @@ from torch import Tensor
 
 from owl2.export.checkpoint.gptq_format import read_format
 from owl2.export.checkpoint.gptq_layout import GptqTensors, unpack
-from owl2.export.checkpoint.hf_config import model_config
+from owl2.export.checkpoint.hf_config import config_notes, model_config
 from owl2.export.checkpoint.shard import Shard
 from owl2.quant.grid import QuantizedWeight
 from owl2.quant.models.mplug_owl2 import Owl2Model
@@ -54,6 +54,7 @@ class Checkpoint:
         folder: of the files.
         config: the model that its JSON files describe.
         gptq: how quantized layers are stored; None for a checkpoint that is not quantized.
+        notes: what its JSON files say that has no effect here, a sentence each.
         quantized: names of the quantized linear layers, as in ``model.layers.0.mlp.up_proj``.
     """
 
@@ -69,11 +70,10 @@ class Checkpoint:
         weights = self._check_files()
         config = self._json("config.json")
         self.gptq = read_format(folder, config)
-        self.config: ModelConfig = model_config(
-            config,
-            self._json("preprocessor_config.json"),
-            self._json("generation_config.json") if (folder / "generation_config.json").exists() else {},
-        )
+        preprocessor = self._json("preprocessor_config.json")
+        generation = self._json("generation_config.json") if (folder / "generation_config.json").exists() else None
+        self.config: ModelConfig = model_config(config, preprocessor, generation or {})
+        self.notes = tuple(config_notes(config, preprocessor, generation))
         self._shards: OrderedDict[str, Shard] = OrderedDict()
         self._weight_map = self._read_weight_map(weights)
         # AutoGPTQ wrote a bias of zeros where a layer has none.

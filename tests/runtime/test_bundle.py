@@ -56,23 +56,32 @@ def test_everything_wrong_is_named_at_once(copy: Path) -> None:
     assert "tokenizer.model is missing" in str(caught.value)
 
 
-def test_a_bundle_of_the_version_before(copy: Path) -> None:
-    """It called the family by the name of its template."""
+def test_a_bundle_of_format_3(copy: Path) -> None:
+    """It called the family by the name of its template, and knew one end token."""
     path = copy / "owl2.json"
     data = json.loads(path.read_text())
     data["template"] = data.pop("family")
+    data["model"]["decoder"]["eos_token_id"] = data["model"]["decoder"].pop("eos_token_ids")[0]
     expected = Owl2.load(copy).chat().ask("Hi", max_new_tokens=5)
     path.write_text(json.dumps(data | {"format": 3}))
     assert read_manifest(copy).family == "mplug_owl2"
     assert Owl2.load(copy).chat().ask("Hi", max_new_tokens=5).ids == expected.ids
 
 
-@pytest.mark.parametrize("version", [0, 2, 5, "4", None, [4]])
+def test_a_bundle_of_format_4(copy: Path) -> None:
+    """It knew one end token."""
+    model = json.loads((copy / "owl2.json").read_text())["model"]
+    del model["decoder"]["eos_token_ids"]
+    edit_manifest(copy, format=4, model=model | {"decoder": model["decoder"] | {"eos_token_id": 7}})
+    assert read_manifest(copy).model.decoder.eos_token_ids == (7,)
+
+
+@pytest.mark.parametrize("version", [0, 2, 6, "4", None, [4]])
 def test_unknown_format_version(copy: Path, version: object) -> None:
     edit_manifest(copy, format=version)
     with pytest.raises(
         BundleVersionError,
-        match=r"this owl2 reads versions 3 and 4; export the checkpoint again \(owl2-export CHECKPOINT BUNDLE --over",
+        match=r"this owl2 reads versions 3 to 5; export the checkpoint again \(owl2-export CHECKPOINT BUNDLE --over",
     ):
         Owl2.load(copy)
 
@@ -154,7 +163,11 @@ def test_a_graph_that_onnxruntime_refuses(copy: Path) -> None:
         ("decoder", {"num_attention_heads": 0}, BundleCorruptError, "num_attention_heads must be positive, got 0"),
         ("decoder", {"num_attention_heads": 8}, BackendError, "does not fit the manifest: past_key_values.0.key"),
         ("decoder", {"num_hidden_layers": 4}, BackendError, "does not fit the manifest: past_key_values.3.key"),
-        ("decoder", {"eos_token_id": 5000}, BundleCorruptError, "eos_token_id 5000 is outside the vocabulary of 800"),
+        ("decoder", {"eos_token_ids": [2, 5000]}, BundleCorruptError, "eos_token_ids 5000 is outside the vocabulary"),
+        ("decoder", {"eos_token_ids": [2, 2]}, BundleCorruptError, r"must be different ids, got \(2, 2\)"),
+        ("decoder", {"eos_token_ids": []}, BundleCorruptError, r"must be different ids, got \(\)"),
+        ("decoder", {"eos_token_ids": 2}, BundleCorruptError, "eos_token_ids: expected a list, got 2"),
+        ("decoder", {"eos_token_ids": [2, True]}, BundleCorruptError, "eos_token_ids: expected int, got True"),
         ("decoder", {"max_position_embeddings": 10**9}, BundleCorruptError, "max_position_embeddings .* is more than"),
         ("vision", {"patch_size": 0}, BundleCorruptError, "patch_size must be positive"),
         ("abstractor", {"num_learnable_queries": 3}, BackendError, "does not fit the manifest: image_rows has shape"),
