@@ -43,8 +43,12 @@ def export_bundle(config: ExportConfig, reporter: Reporter | None = None) -> Rep
             journal = Journal(job)
             journal.resume()
             job.check_space(needed)
+            changed = job.checkpoint.tokenizer.changed
             for name in spec.TOKENIZER_FILES:
-                shutil.copyfile(job.checkpoint.folder / name, job.folder / name)
+                if name in changed:
+                    write_json(job.folder / name, changed[name])
+                else:
+                    shutil.copyfile(job.checkpoint.folder / name, job.folder / name)
             vision = journal.vision()
             if vision is None:
                 vision = export_vision(job)

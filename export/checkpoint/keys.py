@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from owl2.runtime.config import require
-from owl2.runtime.families.mplug_owl2.tokenizer import FIXED_SETTINGS, SPECIAL_ROLES
+from owl2.runtime.families.mplug_owl2.tokenizer_files import FIXED_SETTINGS, SPECIAL_ROLES
 from owl2.runtime.foreign import listed, shorten
 
 Json = Mapping[str, Any]
@@ -55,7 +55,7 @@ def check_keys(name: str, content: Json, keys: Keys) -> list[str]:
             f"{name}: {key} is {shorten(value)}, but only {shorten(allowed[0])} can be converted; if the model works "
             "without it, remove the key",
         )
-    asked = {key: content.get(key) for key in keys.defaults}
+    asked = {key: content.get(key) for key in sorted(keys.defaults)}
     unlike = {key: value for key, value in asked.items() if not any(_same(value, v) for v in keys.defaults[key])}
     notes = []
     if unlike:

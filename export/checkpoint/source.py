@@ -82,9 +82,10 @@ def source_record(checkpoint: Checkpoint) -> dict[str, Any]:
     """The checkpoint's part of the report."""
     form = checkpoint.gptq
     if form is None:
-        return {"kind": "checkpoint"}
+        return {"kind": "checkpoint", "notes": checkpoint.notes}
     return {
         "kind": GPTQ_CHECKPOINT,
+        "notes": checkpoint.notes,
         "quantizer": form.producer,
         "bits": form.bits,
         "group_size": form.group_size,

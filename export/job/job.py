@@ -149,4 +149,6 @@ def open_job(config: ExportConfig, reporter: Reporter) -> Iterator[ExportJob]:
     check_device(config.device)
     with Usage() as usage, Checkpoint(config.checkpoint) as checkpoint:
         check_settings(config, checkpoint)
+        for note in checkpoint.notes:
+            reporter.note(note)
         yield ExportJob(config, checkpoint, load_prompts(config, checkpoint), staging, usage, reporter)

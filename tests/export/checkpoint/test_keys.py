@@ -65,7 +65,7 @@ def test_defaults_of_a_generation_are_told(files: list[Json]) -> None:
     config, preprocessor, generation = files
     told = generation | {"do_sample": True, "temperature": 0.6, "top_p": 1.0, "repetition_penalty": 1.1}
     assert config_notes(config, preprocessor, told) == [
-        "generation_config.json asks for do_sample True, temperature 0.6, repetition_penalty 1.1; a bundle holds no "
+        "generation_config.json asks for do_sample True, repetition_penalty 1.1, temperature 0.6; a bundle holds no "
         "such defaults, give them with each question"
     ]
     assert config_notes(config | {"temperature": 0.6}, preprocessor, generation) == []
