@@ -78,7 +78,7 @@ def export_bundle(config: ExportConfig, reporter: Reporter | None = None) -> Rep
 def _embed(job: ExportJob, vision: ExportedVision) -> tuple[Streams, list[Embedded]]:
     """Write the token table, and begin with all prompts before the first layer."""
     table = job.checkpoint.tensor(TABLE).numpy()
-    dtype = np.float16 if job.config.types.embeddings == "fp16" else np.float32
+    dtype = np.float16 if job.embeddings == "fp16" else np.float32
     with (job.folder / spec.EMBEDDINGS).open("wb") as file:
         for block in np.array_split(table, max(1, len(table) // 4096)):
             file.write(block.astype(dtype).tobytes())

@@ -66,7 +66,8 @@ def read_tokenizer(folder: Path, rows: int) -> TokenizerSource:
             f"{CONFIG}: legacy is false, which is followed as in transformers 4.31, the original's version; later ones "
             "tokenize text after a special token in another way"
         )
-    for role in DEFAULT_SPECIALS:
+    # transformers 4.31 left an old name in tokenizer_config.json; later versions, which list the added tokens, do not.
+    for role in DEFAULT_SPECIALS if config.get(ADDED) else ():
         names = {text for part in given if (text := _content(part.get(role))) is not None}
         require(
             len(names) < 2,

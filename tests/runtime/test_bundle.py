@@ -76,6 +76,20 @@ def test_a_bundle_of_format_4(copy: Path) -> None:
     assert read_manifest(copy).model.decoder.eos_token_ids == (7,)
 
 
+def test_every_end_token_ends_an_answer(copy: Path) -> None:
+    """Those that the manifest lists, and the separator of the conversation in any case."""
+    ids = Owl2.load(copy).chat().ask("Hi", max_new_tokens=6).ids
+    end = ids[3]
+    model = json.loads((copy / "owl2.json").read_text())["model"]
+    for listed in ([2, end], [end]):
+        edit_manifest(copy, model=model | {"decoder": model["decoder"] | {"eos_token_ids": listed}})
+        owl = Owl2.load(copy)
+        answer = owl.chat().ask("Hi", max_new_tokens=6)
+        assert (answer.ids, answer.finish_reason) == (ids[: ids.index(end) + 1], "stop")
+        assert answer.text == owl.model.tokenizer.decode(answer.ids[:-1])
+        assert owl.model.end_ids == {2, end}
+
+
 @pytest.mark.parametrize("version", [0, 2, 6, "4", None, [4]])
 def test_unknown_format_version(copy: Path, version: object) -> None:
     edit_manifest(copy, format=version)

@@ -182,6 +182,6 @@ def test_settings_that_change_ids_or_texts_are_refused(folder: Path, change: Jso
 
 
 def test_files_must_agree_on_the_special_tokens(folder: Path) -> None:
-    edit_json(folder / "tokenizer_config.json", eos_token="<s>")
+    edit_json(folder / "tokenizer_config.json", eos_token="<s>", added_tokens_decoder={"1": {"content": "<s>"}})
     with pytest.raises(ConfigError, match=r"special_tokens_map.json and .* call the eos_token </s>, <s>; keep the one"):
         read_tokenizer(folder, rows=800)
