@@ -97,7 +97,7 @@ def _write(
     floating = {module for part in kept for module in part.modules}
 
     networks = {"vision_model": tower, "visual_abstractor": abstractor}
-    names = {module: f"{part}.{name}" for part, whole in networks.items() for name, module in whole.named_modules()}
+    names = {module: f"{prefix}.{name}" for prefix, whole in networks.items() for name, module in whole.named_modules()}
 
     def make_weight(module: nn.Module, weight: Tensor) -> LinearWeight:
         stored = "fp16" if module in floating else types.vision
@@ -110,9 +110,9 @@ def _write(
             # From here on torch has the weights that the graph stores.
             module.weight.copy_(make_weight(module, module.weight).dequantize())
     if types.activations == "fp16":
-        for part, network in networks.items():
+        for prefix, network in networks.items():
             for name, tensor in (*network.named_parameters(), *network.named_buffers()):
-                check_float16(f"{part}.{name}", tensor)
+                check_float16(f"{prefix}.{name}", tensor)
                 tensor.copy_(tensor.half().to(tensor.dtype))
     quantized = _torch_rows(tower, abstractor, measured, reporter)
     with GraphBuilder(job.folder / spec.VISION_GRAPH, types.activations) as graph:

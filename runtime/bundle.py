@@ -206,9 +206,8 @@ def _renewed(data: Mapping[str, Any]) -> Mapping[str, Any]:
     if data["format"] == 3:  # called its family by the name of the template
         data = {"family" if key == "template" else key: value for key, value in data.items()}
     match data:
-        case {"format": 3 | 4, "model": {"decoder": {"eos_token_id": end, **decoder}, **model}, **rest}:
-            model = {**model, "decoder": {**decoder, "eos_token_ids": [end]}}
-            return {**rest, "format": data["format"], "model": model}
+        case {"format": 3 | 4, "model": {"decoder": {"eos_token_id": end, **decoder}, **model}}:
+            return {**data, "model": {**model, "decoder": {**decoder, "eos_token_ids": [end]}}}
     return data
 
 

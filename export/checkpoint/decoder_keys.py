@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from owl2.export.checkpoint.keys import CONFIG, NESTED, Json
 from owl2.runtime.config import DecoderConfig, RopeScaling, require
@@ -88,7 +89,7 @@ def _scaling(name: str, given: Json, positions: object) -> RopeScaling | None:
         f"config.json: {name} has type {shorten(old)} and rope_type {shorten(new)}; keep the one that the model was "
         "trained with",
     )
-    kind = new if old is None else old
+    kind: Any = new if old is None else old
     if kind is None and "factor" not in given:
         kind = "default"
     require(
@@ -102,7 +103,7 @@ def _scaling(name: str, given: Json, positions: object) -> RopeScaling | None:
             value is None or (key in neutral and value == neutral[key]),
             f"config.json: {name} has {shorten(key)} {shorten(value)}, which cannot be converted",
         )
-    factor = given.get("factor")
+    factor: Any = given.get("factor")
     if kind == "default":
         require(factor in (None, 1), f"config.json: {name} has type default and factor {shorten(factor)}; give one")
         return None

@@ -118,8 +118,8 @@ def _checked(settings: Mapping[str, Any], where: str) -> GptqFormat:
     method, form = str(settings.get("method", "gptq")).lower(), str(settings.get("format", "gptq")).lower()
     require(
         method == "gptq" and form in FORMATS and not settings.get("is_marlin_format"),
-        f"the weights are quantized as {listed([method])}, format {listed([form])}; of quantized checkpoints only gptq in "
-        f"the formats {' and '.join(FORMATS)} can be read. Export the original checkpoint instead",
+        f"the weights are quantized as {listed([method])}, format {listed([form])}; of quantized checkpoints only gptq "
+        f"in the formats {' and '.join(FORMATS)} can be read. Export the original checkpoint instead",
     )
     for key in ("bits", "group_size"):
         value = settings.get(key)

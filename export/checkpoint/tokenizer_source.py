@@ -55,6 +55,8 @@ def read_tokenizer(folder: Path, rows: int) -> TokenizerSource:
         CheckpointError: files contradict each other, or a token has no row in the table.
         ConfigError: a setting would change ids or texts in a way that cannot be converted.
     """
+    config: Json
+    special_map: Json
     given = config, special_map = load_json(folder / CONFIG), load_json(folder / SPECIAL_MAP)
     notes = [*check_keys(CONFIG, config, keys.TOKENIZER), *check_keys(SPECIAL_MAP, special_map, keys.SPECIAL_MAP)]
     legacy = config.get("legacy")
@@ -158,7 +160,7 @@ def _without_idle_padding(
     """Leave out the padding token if it has no row in the token table, as it has no place in a prompt then."""
     beyond = {token: entries[token]["content"] for token in sorted(entries) if token >= rows}
     roles = {role: token[0] for role, token in named_tokens(config, special_map).items()}
-    padding = roles.get("pad_token")
+    padding = roles.get("pad_token", "")
     needed = [content for content in beyond.values() if content != padding or list(roles.values()).count(padding) > 1]
     if needed:
         raise CheckpointError(

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def folder(golden: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def written(folder: Path, changed: dict[str, Json]) -> Path:
+def written(folder: Path, changed: Mapping[str, Mapping[str, Any]]) -> Path:
     """The tokenizer's files as a bundle has them."""
     for name, content in changed.items():
         (folder / name).write_text(json.dumps(content))
@@ -43,7 +44,7 @@ def test_added_tokens_as_recorded(folder: Path, case: Json) -> None:
     source = read_tokenizer(folder, rows=900)
     for name in ("added_tokens.json", "tokenizer.json"):
         (folder / name).unlink(missing_ok=True)  # a bundle does not have them
-    for tokenizer in (source.tokenizer, Tokenizer.load(written(folder, dict(source.changed)))):
+    for tokenizer in (source.tokenizer, Tokenizer.load(written(folder, source.changed))):
         for text, ids in case["texts"]:
             assert tokenizer.encode(text, bos=True) == ids, text
         for ids, without_special, text in case["decoded"]:
@@ -86,7 +87,7 @@ def test_a_padding_token_without_a_row_is_left_out(folder: Path) -> None:
     (folder / "added_tokens.json").write_text('{"[PAD]": 800}')
     source = read_tokenizer(folder, rows=800)
     assert source.notes == ("the padding token '[PAD]' has id 800, beyond the token table; it is left out",)
-    assert Tokenizer.load(written(folder, dict(source.changed))).vocab_size == 800
+    assert Tokenizer.load(written(folder, source.changed)).vocab_size == 800
 
 
 def test_a_padding_token_with_a_row_is_kept(folder: Path) -> None:
