@@ -11,7 +11,6 @@ import math
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from itertools import repeat
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from owl2.runtime.errors import ConfigError
@@ -133,10 +132,7 @@ class RopeScaling:
 
 @dataclass(frozen=True, slots=True)
 class DecoderConfig:
-    """LLaMA decoder with two k/v projections and two of each RMSNorm per layer (0 text, 1 image).
-
-    An answer ends at any of ``eos_token_ids``.
-    """
+    """LLaMA decoder with two k/v projections and two of each RMSNorm per layer (0 text, 1 image)."""
 
     vocab_size: int = 32000
     hidden_size: int = 4096
@@ -158,14 +154,9 @@ class DecoderConfig:
         require(0 < len(set(ends)) == len(ends), f"eos_token_ids must be different ids, got {shorten(ends)}")
         for name, token in (("bos_token_id", self.bos_token_id), *(("eos_token_ids", token) for token in ends)):
             require(0 <= token < self.vocab_size, f"{name} {token} is outside the vocabulary of {self.vocab_size}")
-        require(
-            self.max_position_embeddings <= LONGEST_CONTEXT,
-            f"max_position_embeddings {self.max_position_embeddings} is more than {LONGEST_CONTEXT}",
-        )
-        require(
-            self.hidden_size % self.num_attention_heads == 0,
-            f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}",
-        )
+        positions, width, heads = self.max_position_embeddings, self.hidden_size, self.num_attention_heads
+        require(positions <= LONGEST_CONTEXT, f"max_position_embeddings {positions} is more than {LONGEST_CONTEXT}")
+        require(width % heads == 0, f"hidden_size {width} is not a multiple of num_attention_heads {heads}")
         require(0.0 < self.rope_theta < math.inf, f"rope_theta {self.rope_theta} must be a positive number")
         require(self.head_dim % 2 == 0, f"head_dim {self.head_dim} must be even (rotary positions)")
 
@@ -294,11 +285,11 @@ def _from_json_value(hint: Any, value: Any, where: str) -> Any:  # noqa: ANN401 
         require(isinstance(value, Mapping), f"{where}: expected an object, got {shorten(value)}")
         return {name: _from_json_value(choices[1], entry, f"{where}.{name}") for name, entry in value.items()}
     if origin is tuple:
-        any_length = choices[1:] == (...,)
-        fits = isinstance(value, list | tuple) and (any_length or len(value) == len(choices))
-        require(fits, f"{where}: expected a list{'' if any_length else f' of {len(choices)}'}, got {shorten(value)}")
-        entries = zip(repeat(choices[0]) if any_length else choices, value)
-        return tuple(_from_json_value(choice, entry, where) for choice, entry in entries)
+        require(isinstance(value, list | tuple), f"{where}: expected a list, got {shorten(value)}")
+        if choices[1:] == (...,):
+            choices = choices[:1] * len(value)
+        require(len(value) == len(choices), f"{where}: expected a list of {len(choices)}, got {shorten(value)}")
+        return tuple(_from_json_value(choice, entry, where) for choice, entry in zip(choices, value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if isinstance(hint, type):
