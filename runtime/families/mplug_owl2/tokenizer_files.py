@@ -15,6 +15,7 @@ from owl2.runtime.foreign import read_bytes, read_json, reading, shorten
 
 SPACE = "▁"
 COPY_IT = "copy it from the original checkpoint"
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 # The strings LlamaTokenizer uses where the files name none.
 DEFAULT_SPECIALS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -24,6 +25,8 @@ ADDED = "added_tokens_decoder"
 """Key of tokenizer_config.json with the tokens that were added to those of tokenizer.model."""
 # Only these values are implemented; models of this family use no others.
 FIXED_SETTINGS: dict[str, tuple[object, ...]] = {"add_bos_token": (True,), "add_eos_token": (False,)}
+MOST_ADDED = 10_000
+"""Added tokens, at most: a text is searched for all of them."""
 MODEL_BYTES = 64 << 20
 """Largest tokenizer.model that is read; that of LLaMA has 500 kB."""
 
@@ -79,11 +82,19 @@ def load_json(path: Path) -> dict[str, Any]:
 
 
 def named_tokens(config: Json, special_map: Json) -> dict[str, tuple[str, bool, bool]]:
-    """Special tokens by role, or by their own string: the string, and whether it strips blanks left and right."""
+    """Special tokens by role, or by their own string: the string, and whether it strips blanks left and right.
+
+    Raises:
+        BundleError: they are not named by strings or objects.
+    """
     named = {role: token for role in SPECIAL_ROLES if (token := _named(role, config, special_map))}
     listed = special_map.get(MORE_SPECIALS) or config.get(MORE_SPECIALS) or []
     newer = config.get(NEWER_SPECIALS) or []
-    for entry in (*listed, *(newer.values() if isinstance(newer, dict) else newer)):
+    newer = list(newer.values()) if isinstance(newer, dict) else newer
+    for name, value in ((MORE_SPECIALS, listed), (NEWER_SPECIALS, newer)):
+        if not isinstance(value, list) or not all(isinstance(entry, str | dict) for entry in value):
+            raise BundleError(f"the tokenizer's {name} must be a list of tokens, got {shorten(value)}")
+    for entry in (*listed, *newer):
         if isinstance(entry, dict):
             content, left, right = str(entry.get("content")), bool(entry.get("lstrip")), bool(entry.get("rstrip"))
         else:
@@ -107,12 +118,13 @@ def _named(role: str, config: Json, special_map: Json) -> tuple[str, bool, bool]
 def added_tokens(folder: Path, entries: object, pieces: Sequence[str]) -> dict[str, AddedToken]:
     """Tokens of ``added_tokens_decoder``, by their strings."""
     where = f"{folder}: {ADDED} of tokenizer_config.json"
-    if not isinstance(entries, dict):
-        raise BundleError(f"{where} must be an object, got {shorten(entries)}")
+    if not isinstance(entries, dict) or len(entries) > MOST_ADDED:
+        raise BundleError(f"{where} must be an object of at most {MOST_ADDED} tokens, got {shorten(entries)}")
     added: dict[str, AddedToken] = {}
     for key, entry in entries.items():
         content = entry.get("content") if isinstance(entry, dict) else None
-        if not re.fullmatch("[0-9]{1,9}", key) or not isinstance(content, str) or not content or content in added:
+        right = isinstance(content, str) and content and content not in added and not SURROGATE.search(content)
+        if not right or not re.fullmatch("[0-9]{1,9}", key):
             raise BundleError(f"{where} must give each id a text of its own, got {shorten({key: entry})}")
         token = int(key)
         if entry.get("single_word"):

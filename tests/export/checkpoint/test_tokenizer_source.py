@@ -150,6 +150,8 @@ def test_files_that_contradict_each_other_are_refused(
         ),
         ({"7": {"content": "<a>"}}, BundleError, "calls token 7 '<a>', tokenizer.model calls it '<0x04>'"),
         ({"800": {"content": ""}}, BundleError, "must give each id a text of its own"),
+        ({"800": {"content": "\ud800"}}, BundleError, "must give each id a text of its own"),
+        ({str(token): {} for token in range(10_001)}, BundleError, "of at most 10000 tokens, got dict of 10001"),
         ({"800": "<a>"}, BundleError, "must give each id a text of its own"),
         ({"-1": {"content": "<a>"}}, BundleError, "must give each id a text of its own"),
         ({"801": {"content": "<a>"}}, BundleError, r"leaves out ids: .* got \[801\]"),
@@ -185,4 +187,18 @@ def test_settings_that_change_ids_or_texts_are_refused(folder: Path, change: Jso
 def test_files_must_agree_on_the_special_tokens(folder: Path) -> None:
     edit_json(folder / "tokenizer_config.json", eos_token="<s>", added_tokens_decoder={"1": {"content": "<s>"}})
     with pytest.raises(ConfigError, match=r"special_tokens_map.json and .* call the eos_token </s>, <s>; keep the one"):
+        read_tokenizer(folder, rows=800)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("special_tokens_map.json", {"additional_special_tokens": 5}),
+        ("special_tokens_map.json", {"additional_special_tokens": [["<a>"]]}),
+        ("tokenizer_config.json", {"extra_special_tokens": {"image_token": 1}}),
+    ],
+)
+def test_special_tokens_of_a_wrong_type_are_refused(folder: Path, name: str, change: Json) -> None:
+    edit_json(folder / name, **change)
+    with pytest.raises(BundleError, match="special_tokens must be a list of tokens, got"):
         read_tokenizer(folder, rows=800)
