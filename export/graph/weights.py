@@ -33,8 +33,8 @@ def check_float16(name: str, values: Tensor) -> None:
     largest = float(values.detach().abs().max()) if values.numel() else 0.0
     if not math.isfinite(float(torch.tensor(largest).half())):
         raise ExportError(
-            f"{name} holds values up to {largest:.3g}, and fp16, in which it would be stored, ends at 65504; export "
-            "this part in fp32 (--weights, --vision, --activations)"
+            f"{name} holds values up to {largest:.3g}, and fp16, in which it would be stored, ends at 65504; store it "
+            "as fp32 in a bundle (--weights, --vision, --activations)"
         )
 
 

@@ -123,8 +123,13 @@ def added_tokens(folder: Path, entries: object, pieces: Sequence[str]) -> dict[s
     added: dict[str, AddedToken] = {}
     for key, entry in entries.items():
         content = entry.get("content") if isinstance(entry, dict) else None
-        right = isinstance(content, str) and content and content not in added and not SURROGATE.search(content)
-        if not right or not re.fullmatch("[0-9]{1,9}", key):
+        if (
+            not isinstance(content, str)
+            or not content
+            or content in added
+            or SURROGATE.search(content)
+            or not re.fullmatch("[0-9]{1,9}", key)
+        ):
             raise BundleError(f"{where} must give each id a text of its own, got {shorten({key: entry})}")
         token = int(key)
         if entry.get("single_word"):
