@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from owl2.export.checkpoint.modules import head_name, load_layer, load_norm
 from owl2.export.checkpoint.source import remaining
 from owl2.export.config import ExportConfig
-from owl2.export.graph.weights import DenseWeight, IntegerWeight, Linear, LinearWeight, dequantized_blocks
+from owl2.export.graph.weights import (
+    DenseWeight,
+    IntegerWeight,
+    Linear,
+    LinearWeight,
+    check_float16,
+    dequantized_blocks,
+)
 from owl2.export.job.device import device_memory_errors
 from owl2.export.job.job import ExportJob
 from owl2.export.streams import Streams
@@ -110,7 +117,7 @@ def export_layers(
             keep()
         reporter.advance()
     checkpoint, norm = job.checkpoint, load_norm(job.checkpoint)
-    _round_floats(norm, config)
+    _round_floats(norm, config, "norm.")
     head = _store_head(checkpoint.tensor(head_name(checkpoint)), config)
     writer.finish(norm.weight.detach(), head)
     reporter.advance()
@@ -138,7 +145,7 @@ def export_layer(job: ExportJob, writer: LayerWriter, streams: Streams, index: i
             _parameter(layer, f"{linear}.weight").copy_(kept[linear].dequantize())
     reports = {}
     if config.quant is None:
-        weights: dict[str, LinearWeight] = _store_dense(layer, "fp32" if config.weights == "fp32" else "fp16")
+        weights: dict[str, LinearWeight] = _store_dense(layer, name, "fp32" if config.weights == "fp32" else "fp16")
     else:
         quantized = quantize_layer(layer, original, streams.calibration, config.quant, name, kept)
         for linear, entry in quantized.items():
@@ -147,7 +154,7 @@ def export_layer(job: ExportJob, writer: LayerWriter, streams: Streams, index: i
             if entry.report is not None:
                 reports[f"{name}.{linear}"] = entry.report
         weights = {linear: IntegerWeight(weight) for linear, weight in kept.items()}
-    _round_floats(layer, config)
+    _round_floats(layer, config, f"{name}.")
     streams.advance(layer, original)
     biases = {key: value.detach().cpu() for key, value in layer.named_parameters() if key.endswith(".bias")}
     linears = {key: Linear(f"{name}.{key}", weight, biases.get(f"{key}.bias")) for key, weight in weights.items()}
@@ -164,22 +171,23 @@ def _with_half_scales(weight: QuantizedWeight, name: str) -> QuantizedWeight:
     return replace(weight, scales=scales)
 
 
-def _store_dense(layer: DecoderLayer, dtype: Literal["fp32", "fp16"]) -> dict[str, LinearWeight]:
+def _store_dense(layer: DecoderLayer, name: str, dtype: Literal["fp32", "fp16"]) -> dict[str, LinearWeight]:
     """The weights of linear layers in floating point; ``layer`` computes with these from now on."""
     weights: dict[str, LinearWeight] = {}
     for linear in LINEARS:
         weight = _parameter(layer, f"{linear}.weight")
-        weights[linear] = stored = DenseWeight(weight.clone().cpu(), dtype)
+        weights[linear] = stored = DenseWeight.of(f"{name}.{linear}", weight.clone().cpu(), dtype)
         weight.copy_(stored.dequantize())
     return weights
 
 
 @torch.no_grad()
-def _round_floats(module: nn.Module, config: ExportConfig) -> None:
+def _round_floats(module: nn.Module, config: ExportConfig, prefix: str) -> None:
     """Let ``module`` compute with norms and biases as a graph with this type of activations stores them."""
     if config.types.activations == "fp16":
         for name, parameter in module.named_parameters():
             if name.removesuffix(".weight") not in LINEARS:
+                check_float16(f"{prefix}{name}", parameter)
                 parameter.copy_(parameter.half().float())
 
 
@@ -193,4 +201,4 @@ def _store_head(weight: Tensor, config: ExportConfig) -> LinearWeight:
         # Eight bits leave rounding nothing to gain from a Hessian.
         settings = QuantConfig(bits=8, group_size=config.group_size, method="rtn", scale_dtype=types.activations)
         return IntegerWeight(rtn(weight, settings))
-    return DenseWeight(weight, "fp32" if types.head == "fp32" else "fp16")
+    return DenseWeight.of("the head", weight, "fp32" if types.head == "fp32" else "fp16")

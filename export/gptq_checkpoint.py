@@ -17,7 +17,7 @@ from owl2.export.checkpoint.gptq_layout import pack
 from owl2.export.checkpoint.modules import TABLE
 from owl2.export.config import ExportConfig
 from owl2.export.decoder import export_layers
-from owl2.export.graph.weights import IntegerWeight, Linear, LinearWeight
+from owl2.export.graph.weights import IntegerWeight, Linear, LinearWeight, check_float16
 from owl2.export.job.job import ExportJob, open_job
 from owl2.export.job.progress import Reporter, Silent
 from owl2.export.job.staging import write_json
@@ -25,7 +25,7 @@ from owl2.export.report import Accuracy, Checks, Report
 from owl2.export.streams import begin_streams
 from owl2.export.vision import original_rows
 from owl2.quant.models.mplug_owl2 import Owl2Model
-from owl2.runtime.errors import ConfigError, ExportError
+from owl2.runtime.errors import ConfigError
 from owl2.runtime.evaluation.divergence import Divergence, divergence, modality_of
 from owl2.runtime.version import __version__
 
@@ -121,12 +121,8 @@ def _half(name: str, tensor: Tensor) -> Tensor:
     """The tensor as it is stored: integers as they are, floating-point numbers in fp16."""
     if not tensor.is_floating_point():
         return tensor
-    half = tensor.detach().half().contiguous()
-    if not bool(half.isfinite().all()):
-        raise ExportError(
-            f"{name} holds values up to {float(tensor.abs().max()):.3g}; fp16, which is stored, ends at 65504"
-        )
-    return half
+    check_float16(name, tensor)
+    return tensor.detach().half().contiguous()
 
 
 def _write_settings(source: Path, folder: Path, form: GptqFormat) -> None:

@@ -43,8 +43,12 @@ def export_bundle(config: ExportConfig, reporter: Reporter | None = None) -> Rep
             journal = Journal(job)
             journal.resume()
             job.check_space(needed)
+            changed = job.checkpoint.tokenizer.changed
             for name in spec.TOKENIZER_FILES:
-                shutil.copyfile(job.checkpoint.folder / name, job.folder / name)
+                if name in changed:
+                    write_json(job.folder / name, changed[name])
+                else:
+                    shutil.copyfile(job.checkpoint.folder / name, job.folder / name)
             vision = journal.vision()
             if vision is None:
                 vision = export_vision(job)
@@ -74,7 +78,7 @@ def export_bundle(config: ExportConfig, reporter: Reporter | None = None) -> Rep
 def _embed(job: ExportJob, vision: ExportedVision) -> tuple[Streams, list[Embedded]]:
     """Write the token table, and begin with all prompts before the first layer."""
     table = job.checkpoint.tensor(TABLE).numpy()
-    dtype = np.float16 if job.config.types.embeddings == "fp16" else np.float32
+    dtype = np.float16 if job.embeddings == "fp16" else np.float32
     with (job.folder / spec.EMBEDDINGS).open("wb") as file:
         for block in np.array_split(table, max(1, len(table) // 4096)):
             file.write(block.astype(dtype).tobytes())

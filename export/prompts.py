@@ -11,7 +11,7 @@ from owl2.export.checkpoint.source import needs_calibration
 from owl2.export.config import ExportConfig
 from owl2.quant.calibration.samples import CalibrationSet, Sample, load_calibration, probe_samples
 from owl2.runtime.config import ModelConfig
-from owl2.runtime.errors import BundleError, CalibrationError, CheckpointError, ImageError
+from owl2.runtime.errors import CalibrationError, ImageError
 from owl2.runtime.evaluation.conversations import evenly
 from owl2.runtime.families.mplug_owl2.positions import Prompt, digests_of, encode_prompt
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
@@ -72,12 +72,7 @@ def load_prompts(config: ExportConfig, checkpoint: Checkpoint) -> Prompts:
     """Load the calibration data and encode it, the probes too."""
     calibrate = needs_calibration(config, checkpoint)
     data = load_calibration(config.calibration, config.samples, need_images=calibrate)
-    try:
-        tokenizer = Tokenizer.load(checkpoint.folder)
-        tokenizer.require_fit(checkpoint.config.decoder, checkpoint.folder)
-    except BundleError as error:
-        raise CheckpointError(str(error)) from error
-    return prepare(data, checkpoint.config, tokenizer, calibrate=calibrate)
+    return prepare(data, checkpoint.config, checkpoint.tokenizer.tokenizer, calibrate=calibrate)
 
 
 def prepare(data: CalibrationSet, config: ModelConfig, tokenizer: Tokenizer, *, calibrate: bool) -> Prompts:

@@ -16,7 +16,7 @@ from owl2.export.checks.sensitivity import choose_kept, measure_parts
 from owl2.export.graph.builder import GraphBuilder
 from owl2.export.graph.dialect import DIALECTS
 from owl2.export.graph.vision import VisionGraph
-from owl2.export.graph.weights import ChannelInt8Weight, DenseWeight, LinearWeight
+from owl2.export.graph.weights import ChannelInt8Weight, DenseWeight, LinearWeight, check_float16
 from owl2.export.job.job import ExportJob
 from owl2.export.job.progress import Reporter
 from owl2.export.prompts import digests
@@ -96,9 +96,12 @@ def _write(
     kept = choose_kept(parts)
     floating = {module for part in kept for module in part.modules}
 
+    networks = {"vision_model": tower, "visual_abstractor": abstractor}
+    names = {module: f"{prefix}.{name}" for prefix, whole in networks.items() for name, module in whole.named_modules()}
+
     def make_weight(module: nn.Module, weight: Tensor) -> LinearWeight:
         stored = "fp16" if module in floating else types.vision
-        return ChannelInt8Weight.quantize(weight) if stored == "int8" else DenseWeight(weight, stored)
+        return ChannelInt8Weight.quantize(weight) if stored == "int8" else DenseWeight.of(names[module], weight, stored)
 
     reporter.stage("vision tower and abstractor", 2 * len(measured) + len(job.prompts.images))
     original = _torch_rows(tower, abstractor, measured, reporter)
@@ -107,8 +110,9 @@ def _write(
             # From here on torch has the weights that the graph stores.
             module.weight.copy_(make_weight(module, module.weight).dequantize())
     if types.activations == "fp16":
-        for network in (tower, abstractor):
-            for tensor in (*network.parameters(), *network.buffers()):
+        for prefix, network in networks.items():
+            for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+                check_float16(f"{prefix}.{name}", tensor)
                 tensor.copy_(tensor.half().to(tensor.dtype))
     quantized = _torch_rows(tower, abstractor, measured, reporter)
     with GraphBuilder(job.folder / spec.VISION_GRAPH, types.activations) as graph:

@@ -172,17 +172,16 @@ class DecoderConfig:
     attention_bias: bool = False
     tie_word_embeddings: bool = False
     bos_token_id: int = 1
-    eos_token_id: int = 2
+    eos_token_ids: tuple[int, ...] = (2,)
 
     def __post_init__(self) -> None:
         require_positive(self, "decoder")
-        for name in ("bos_token_id", "eos_token_id"):
-            value = getattr(self, name)
-            require(0 <= value < self.vocab_size, f"{name} {value} is outside the vocabulary of {self.vocab_size}")
-        require(
-            self.hidden_size % self.num_attention_heads == 0,
-            f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}",
-        )
+        ends = self.eos_token_ids
+        require(0 < len(set(ends)) == len(ends), f"eos_token_ids must be different ids, got {shorten(ends)}")
+        for name, token in (("bos_token_id", self.bos_token_id), *(("eos_token_ids", token) for token in ends)):
+            require(0 <= token < self.vocab_size, f"{name} {token} is outside the vocabulary of {self.vocab_size}")
+        width, heads = self.hidden_size, self.num_attention_heads
+        require(width % heads == 0, f"hidden_size {width} is not a multiple of num_attention_heads {heads}")
         require(0.0 < self.rope_theta < math.inf, f"rope_theta {self.rope_theta} must be a positive number")
         require(self.head_dim % 2 == 0, f"head_dim {self.head_dim} must be even (rotary positions)")
         require(
@@ -318,8 +317,10 @@ def _from_json_value(hint: Any, value: Any, where: str) -> Any:  # noqa: ANN401 
         require(len(value) <= MOST_ENTRIES, f"{where}: {len(value)} entries are more than {MOST_ENTRIES}")
         return {name: _from_json_value(choices[1], entry, f"{where}.{listed([name])}") for name, entry in value.items()}
     if origin is tuple:
-        fits = isinstance(value, list | tuple) and len(value) == len(choices)
-        require(fits, f"{where}: expected a list of {len(choices)}, got {shorten(value)}")
+        require(isinstance(value, list | tuple), f"{where}: expected a list, got {shorten(value)}")
+        if choices[1:] == (...,):
+            choices = choices[:1] * len(value)
+        require(len(value) == len(choices), f"{where}: expected a list of {len(choices)}, got {shorten(value)}")
         return tuple(_from_json_value(choice, entry, where) for choice, entry in zip(choices, value))
     if isinstance(value, int):
         require(abs(value) <= LARGEST_INTEGER, f"{where}: {shorten(value)} is beyond {LARGEST_INTEGER}")

@@ -133,13 +133,13 @@ def decode_text(content: bytes, first_line: int = 1) -> str:
         first_line: number of its first line, for messages.
 
     Raises:
-        ForeignError: it is in another encoding, which is named where it can be told, or has NUL bytes.
+        ForeignError: it is in another encoding, which is named where it can be told, or has a byte 0.
     """
     for mark, name in ENCODINGS:
         if content.startswith(mark):
             raise ForeignError(f"it is {name} text; save it as UTF-8")
     if b"\0" in content:
-        line = content.count(b"\n", 0, content.index(b"\0")) + 1
+        line = content.count(b"\n", 0, content.index(b"\0")) + first_line
         raise ForeignError(
             f"it has a byte 0 in line {line}, as UTF-16 text and binary files have; save it as UTF-8 text"
         )
@@ -150,8 +150,6 @@ def decode_text(content: bytes, first_line: int = 1) -> str:
         raise ForeignError(
             f"it is not UTF-8 text: byte 0x{content[error.start]:02x} in line {line}; save it as UTF-8"
         ) from error
-    if "\0" in text:
-        raise ForeignError("it has NUL bytes, as binary files and UTF-16 text have; save it as UTF-8")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

@@ -218,7 +218,7 @@ def generate(
             logits = made[0] if len(made) else None
         decoding = now = time.perf_counter()
 
-    rng = np.random.default_rng(config.seed)
+    rng, ends = np.random.default_rng(config.seed), model.end_ids
     decoder, stop = StreamDecoder(model.tokenizer), StopFilter(config.stop)
     history = [key for key in prompt.keys if isinstance(key, int)]
     texts: list[str] = []
@@ -233,7 +233,7 @@ def generate(
         ids.append(token)
         logprobs.append(float(log_softmax(logits)[token]))
         text = ""
-        if token == model.config.decoder.eos_token_id:
+        if token in ends:
             reason = "stop"
         else:
             history.append(token)

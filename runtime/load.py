@@ -50,6 +50,11 @@ class Loaded:
     _caches: weakref.WeakSet[KvCache] = field(default_factory=weakref.WeakSet)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Tokens that end an answer: those that the checkpoint lists, and the separator of the conversation."""
+        return frozenset((*self.config.decoder.eos_token_ids, self.tokenizer.eos_id))
+
     def prepare(
         self, images: Images, mode: str | None = None, reading: ImageReading | None = None
     ) -> list[PreparedImage]:

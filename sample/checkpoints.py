@@ -22,7 +22,7 @@ def config_json(config: ModelConfig) -> dict[str, Any]:
         "model_type": "mplug_owl2",
         "attention_bias": decoder.attention_bias,
         "bos_token_id": decoder.bos_token_id,
-        "eos_token_id": decoder.eos_token_id,
+        "eos_token_id": decoder.eos_token_ids[0],
         "hidden_act": "silu",
         "hidden_size": decoder.hidden_size,
         "intermediate_size": decoder.intermediate_size,

@@ -54,10 +54,16 @@ def changes(manifest: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 SWAPS = (("vision.onnx", "decoder.onnx"), ("tokenizer_config.json", "special_tokens_map.json"))
 DROPPED = (
-    ("producer",), ("kv_cache", "int8"), ("model", "decoder", "eos_token_id"), ("model", "preprocess", "mode"),
+    ("producer",), ("kv_cache", "int8"), ("model", "decoder", "eos_token_ids"), ("model", "preprocess", "mode"),
     ("files", "report.json"), ("files", "decoder.kv_int8.onnx"), ("engines",),
 )  # fmt: skip
-TWICE = (("eos_token_id", 13), ("mode", '"crop"'), ("rope_theta", 5000.0), ("rms_norm_eps", 0.01), ("bos_token_id", 2))
+TWICE = (
+    ("eos_token_ids", [13]),
+    ("mode", '"crop"'),
+    ("rope_theta", 5000.0),
+    ("rms_norm_eps", 0.01),
+    ("bos_token_id", 2),
+)
 
 
 def leaves(value: Any, path: Path_ = ()) -> Iterator[tuple[Path_, Any]]:
@@ -95,7 +101,10 @@ def edited(manifest: dict[str, Any], path: Path_, value: Any) -> dict[str, Any]:
 
 
 def _find(value: Any, key: str) -> Any:
-    return next(leaf for path, leaf in leaves(value) if path[-1] == key)
+    """The value of a key, wherever it is."""
+    if not isinstance(value, dict):
+        return None
+    return value[key] if key in value else next(filter(None, (_find(part, key) for part in value.values())), None)
 
 
 def _text(manifest: dict[str, Any]) -> str:

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from owl2.export.checkpoint.gptq_format import read_format
 from owl2.export.checkpoint.gptq_layout import GptqTensors, unpack
-from owl2.export.checkpoint.hf_config import model_config
+from owl2.export.checkpoint.hf_config import config_notes, model_config
 from owl2.export.checkpoint.shard import Shard
+from owl2.export.checkpoint.tokenizer_source import read_tokenizer
 from owl2.quant.grid import QuantizedWeight
 from owl2.quant.models.mplug_owl2 import Owl2Model
 from owl2.runtime.config import ModelConfig
-from owl2.runtime.errors import CheckpointError
+from owl2.runtime.errors import BundleError, CheckpointError
 from owl2.runtime.spec import TOKENIZER_FILES
 
 REQUIRED_FILES = ("config.json", "preprocessor_config.json", *TOKENIZER_FILES)
@@ -54,6 +55,8 @@ class Checkpoint:
         folder: of the files.
         config: the model that its JSON files describe.
         gptq: how quantized layers are stored; None for a checkpoint that is not quantized.
+        notes: what its JSON files say that has no effect here, a sentence each.
+        tokenizer: its tokenizer, and what a bundle needs of it.
         quantized: names of the quantized linear layers, as in ``model.layers.0.mlp.up_proj``.
     """
 
@@ -69,11 +72,15 @@ class Checkpoint:
         weights = self._check_files()
         config = self._json("config.json")
         self.gptq = read_format(folder, config)
-        self.config: ModelConfig = model_config(
-            config,
-            self._json("preprocessor_config.json"),
-            self._json("generation_config.json") if (folder / "generation_config.json").exists() else {},
-        )
+        preprocessor = self._json("preprocessor_config.json")
+        generation = self._json("generation_config.json") if (folder / "generation_config.json").exists() else None
+        self.config: ModelConfig = model_config(config, preprocessor, generation or {})
+        try:
+            self.tokenizer = read_tokenizer(folder, self.config.decoder.vocab_size)
+            self.tokenizer.tokenizer.require_fit(self.config.decoder, folder)
+        except BundleError as error:
+            raise CheckpointError(str(error)) from error
+        self.notes = (*config_notes(config, preprocessor, generation), *self.tokenizer.notes)
         self._shards: OrderedDict[str, Shard] = OrderedDict()
         self._weight_map = self._read_weight_map(weights)
         # AutoGPTQ wrote a bias of zeros where a layer has none.

@@ -7,9 +7,15 @@ import torch
 from owl2.export.checkpoint.checkpoint import DECODER_LAYERS, Checkpoint
 from owl2.quant.grid import QuantizedWeight
 from owl2.quant.models.mplug_owl2 import DecoderLayer, RmsNorm, VisionModel, VisualAbstractor
+from owl2.runtime.errors import CheckpointError
 
 TABLE = "model.embed_tokens.weight"
 """Name of the token table [V, C]."""
+HEAD = "lm_head.weight"
+TABLE_BLOCK = 4096
+TABLE_ERROR = 2.0**-10
+"""Largest error of a row of the token table, as a part of what the first norm divides the row by; rounding to a float16
+that is not too small makes half of it at most."""
 
 
 def load_vision(checkpoint: Checkpoint) -> tuple[VisionModel, VisualAbstractor]:
@@ -38,4 +44,32 @@ def load_norm(checkpoint: Checkpoint) -> RmsNorm:
 
 def head_name(checkpoint: Checkpoint) -> str:
     """Name of the output head's weight [V, C], which may be the token table."""
-    return TABLE if checkpoint.config.decoder.tie_word_embeddings else "lm_head.weight"
+    return TABLE if checkpoint.config.decoder.tie_word_embeddings else HEAD
+
+
+def check_head(checkpoint: Checkpoint) -> None:
+    """Refuse a head that the token table is to replace, but that holds other values.
+
+    Raises:
+        CheckpointError: with what to do.
+    """
+    doubled = head_name(checkpoint) == TABLE and HEAD in checkpoint
+    if doubled and not torch.equal(checkpoint.stored(HEAD), checkpoint.stored(TABLE)):
+        raise CheckpointError(
+            f"{checkpoint.folder}: tie_word_embeddings makes the token table the head, but {HEAD} holds other values; "
+            "set tie_word_embeddings to false in config.json, or remove the tensor"
+        )
+
+
+def fits_float16(checkpoint: Checkpoint) -> bool:
+    """Whether float16 holds the token table: every value is in its range, and no row is lost to rounding."""
+    table = checkpoint.stored(TABLE)
+    if table.dtype == torch.float16:
+        return True
+    for start in range(0, len(table), TABLE_BLOCK):
+        rows = table[start : start + TABLE_BLOCK].float()
+        error = (rows.half().float() - rows).square().mean(dim=1)
+        size = rows.square().mean(dim=1) + checkpoint.config.decoder.rms_norm_eps
+        if not bool((error <= TABLE_ERROR**2 * size).all()):  # false for NaN too
+            return False
+    return True

@@ -18,8 +18,6 @@ from owl2.quant.models.mplug_owl2 import DecoderLayer, Routing
 from owl2.quant.models.mplug_owl2.decoder import KeyValue, rotary_slice
 from owl2.runtime.cancellation import NEVER, Cancellation
 from owl2.runtime.engine import PREFILL_BLOCK, Floats, Ints, KvBuffers, own
-from owl2.runtime.errors import BundleError, CheckpointError
-from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
 from owl2.runtime.images import ImageEncoder
 from owl2.runtime.load import Loaded
 from owl2.runtime.token_table import ArrayTable
@@ -106,11 +104,7 @@ def open_checkpoint(folder: Path) -> Loaded:
         CheckpointError, ConfigError: the checkpoint cannot be used.
     """
     checkpoint = Checkpoint(folder)
-    try:
-        tokenizer = Tokenizer.load(folder)
-    except BundleError as error:
-        raise CheckpointError(str(error)) from error
-    config = checkpoint.config
+    config, tokenizer = checkpoint.config, checkpoint.tokenizer.tokenizer
     engine = TorchEngine(checkpoint)
     table = ArrayTable(checkpoint.tensor(TABLE).numpy())
     context = config.decoder.max_position_embeddings

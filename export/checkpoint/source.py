@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from owl2.export.checkpoint.gptq_layout import WORD_BITS
 from owl2.export.config import ExportConfig
 from owl2.quant.layer import LINEARS
 from owl2.runtime.config import require
+from owl2.runtime.foreign import ForeignError, read_json
 
 GPTQ_CHECKPOINT = "gptq checkpoint"
 """The method in the manifest if the checkpoint's own integers were kept."""
@@ -24,8 +24,8 @@ def default_settings(folder: Path) -> dict[str, Any]:
         CheckpointError: the checkpoint is quantized in an unsupported way.
     """
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = read_json(folder / "config.json")
+    except (OSError, ForeignError):
         return {}  # opening the checkpoint says what is wrong with it
     form = read_format(folder, config) if isinstance(config, dict) else None
     return {} if form is None else {"weights": f"int{form.bits}", "group_size": form.block}
@@ -82,9 +82,10 @@ def source_record(checkpoint: Checkpoint) -> dict[str, Any]:
     """The checkpoint's part of the report."""
     form = checkpoint.gptq
     if form is None:
-        return {"kind": "checkpoint"}
+        return {"kind": "checkpoint", "notes": checkpoint.notes}
     return {
         "kind": GPTQ_CHECKPOINT,
+        "notes": checkpoint.notes,
         "quantizer": form.producer,
         "bits": form.bits,
         "group_size": form.group_size,

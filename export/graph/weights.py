@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -14,12 +15,27 @@ from torch import Tensor
 from owl2.export.graph.builder import DTYPES, GraphBuilder
 from owl2.export.graph.dialect import Dialect
 from owl2.quant.grid import QuantizedWeight
+from owl2.runtime.errors import ExportError
 from owl2.runtime.spec import FloatType
 
 # x86 processors with AVX2 but no VNNI add two products of uint8 activations and int8 weights in 16 bits, which
 # saturate: with codes up to 127 the image rows were off by many times what int8 costs elsewhere (emulated
 # Haswell); with codes up to 63, which cannot overflow, they are what they are on other processors.
 MAX_CHANNEL_CODE = 63
+
+
+def check_float16(name: str, values: Tensor) -> None:
+    """Refuse finite numbers that float16 would store as infinite ones.
+
+    Raises:
+        ExportError: with the name and the largest number.
+    """
+    largest = float(values.detach().abs().max()) if values.numel() else 0.0
+    if not math.isfinite(float(torch.tensor(largest).half())):
+        raise ExportError(
+            f"{name} holds values up to {largest:.3g}, and fp16, in which it would be stored, ends at 65504; store it "
+            "as fp32 in a bundle (--weights, --vision, --activations)"
+        )
 
 
 class LinearWeight(Protocol):
@@ -73,6 +89,13 @@ class DenseWeight:
 
     values: Tensor
     dtype: FloatType
+
+    @classmethod
+    def of(cls, name: str, values: Tensor, dtype: FloatType) -> DenseWeight:
+        """The weight called ``name``; raises as :func:`check_float16` where that is its type."""
+        if dtype == "fp16":
+            check_float16(name, values)
+        return cls(values, dtype)
 
     @property
     def rows(self) -> int:

@@ -7,12 +7,14 @@ import errno
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from owl2.export.checkpoint.checkpoint import Checkpoint
+from owl2.export.checkpoint.modules import check_head, fits_float16
 from owl2.export.checkpoint.source import check_settings, remaining, source_record
 from owl2.export.config import ExportConfig
 from owl2.export.job.device import check_device
@@ -24,9 +26,9 @@ from owl2.export.report import CalibrationRecord, Checks, PartReport, Report
 from owl2.quant.layer import ModuleReport
 from owl2.quant.models.mplug_owl2 import Owl2Model
 from owl2.runtime import spec
-from owl2.runtime.config import ModelConfig
+from owl2.runtime.config import ModelConfig, require
 from owl2.runtime.errors import ExportError
-from owl2.runtime.spec import BYTES_PER_VALUE
+from owl2.runtime.spec import BYTES_PER_VALUE, FloatType
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -55,13 +57,19 @@ class ExportJob:
     def layers(self) -> int:
         return self.model.decoder.num_hidden_layers
 
+    @cached_property
+    def embeddings(self) -> FloatType:
+        """Type of the token table in a bundle: that of the settings, or fp32 where float16 does not hold it."""
+        wanted = self.config.types.embeddings
+        return wanted if wanted == "fp32" or fits_float16(self.checkpoint) else "fp32"
+
     @property
     def size(self) -> int:
         """Bytes of the result, within a few percent."""
         types = self.config.types
         with torch.device("meta"):
             shapes = {name: tuple(parameter.shape) for name, parameter in Owl2Model(self.model).named_parameters()}
-        stored = {"model.embed_tokens.": types.embeddings, "lm_head.": types.head, "model.layers.": types.decoder}
+        stored = {"model.embed_tokens.": self.embeddings, "lm_head.": types.head, "model.layers.": types.decoder}
         total = 0.0
         for name, shape in shapes.items():
             count = float(np.prod(shape))
@@ -115,7 +123,7 @@ class ExportJob:
                 "vision": types.vision,
                 "dialect": config.dialect,
                 "activations": types.activations,
-                "embeddings": types.embeddings,
+                "embeddings": self.embeddings,
                 "quant": None if quant is None else asdict(quant),
                 "samples": config.samples,
                 "device": config.device,
@@ -149,4 +157,23 @@ def open_job(config: ExportConfig, reporter: Reporter) -> Iterator[ExportJob]:
     check_device(config.device)
     with Usage() as usage, Checkpoint(config.checkpoint) as checkpoint:
         check_settings(config, checkpoint)
-        yield ExportJob(config, checkpoint, load_prompts(config, checkpoint), staging, usage, reporter)
+        check_head(checkpoint)
+        job = ExportJob(config, checkpoint, load_prompts(config, checkpoint), staging, usage, reporter)
+        _tell(job)
+        yield job
+
+
+def _tell(job: ExportJob) -> None:
+    """What the user should know before the work begins.
+
+    Raises:
+        ConfigError: the token table does not fit the activations.
+    """
+    for note in job.checkpoint.notes:
+        job.reporter.note(note)
+    if job.config.layout == "bundle" and job.embeddings != job.config.types.embeddings:
+        require(
+            job.config.types.activations == "fp32",
+            "the token table holds values that float16 does not; export with --activations fp32",
+        )
+        job.reporter.note("the token table holds values that float16 does not, and is stored as fp32")

@@ -45,7 +45,7 @@ class WrittenBundle:
             decoder=types.decoder,
             head=types.head,
             vision=types.vision,
-            embeddings=types.embeddings,
+            embeddings=job.embeddings,
             method=GPTQ_CHECKPOINT if job.checkpoint.quantized else method,
             group_size=0 if quant is None else quant.group_size,
         )

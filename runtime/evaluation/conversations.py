@@ -89,7 +89,7 @@ def image_names(record: Record) -> list[str]:
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise ValueError(f'"{found[0]}" must be a file name or a list of them, got {shorten(given)}')
     for name in names:
-        if URL.match(valid_text(name)):
+        if URL.match(name):
             raise ValueError(f'"{found[0]}" must name files, got the URL {shorten(name)}; save the image as a file')
     return names
 
@@ -128,7 +128,7 @@ def _turn(turn: object) -> tuple[Role, str]:
         raise ValueError("it has a system message, which this model does not know; leave it out")
     if not isinstance(role, str) or role not in ROLES or not isinstance(text, str):
         raise ValueError(f'a turn must be {{"from": "human" or "gpt", "value": text}}, got {shorten(turn)}')
-    return ROLES[role], valid_text(text)
+    return ROLES[role], text
 
 
 def with_placeholders(texts: Sequence[str], images: int) -> list[str]:
@@ -157,15 +157,6 @@ def with_placeholders(texts: Sequence[str], images: int) -> list[str]:
 
 def _times(count: int) -> str:
     return "once" if count == 1 else f"{count} times"
-
-
-def valid_text(text: str) -> str:
-    """The same text; raises ValueError if it holds half a surrogate pair, which JSON allows and Unicode does not."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{shorten(text)} is not valid Unicode") from error
-    return text
 
 
 def evenly(items: Sequence[T], limit: int | None) -> list[T]:

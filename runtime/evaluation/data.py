@@ -16,7 +16,6 @@ from owl2.runtime.evaluation.conversations import (
     image_problems,
     list_problems,
     read_records,
-    valid_text,
     with_placeholders,
 )
 from owl2.runtime.families.mplug_owl2.template import Message
@@ -150,7 +149,7 @@ def _item(unit: str, line: int, record: Record, folder: Path) -> Item:
         raise ValueError(f'"category" must be a string, got {shorten(category)}')
     if name is not None and (not isinstance(name, str | int) or isinstance(name, bool)):
         raise ValueError(f'"id" must be a string or a whole number, got {shorten(name)}')
-    return Item(line, task, tuple(folder / image for image in images), valid_text(category), name, unit)
+    return Item(line, task, tuple(folder / image for image in images), category, name, unit)
 
 
 def _task(name: str, record: Record, images: int) -> Task:
@@ -174,7 +173,7 @@ def _task(name: str, record: Record, images: int) -> Task:
                 raise ValueError(f'"text" must be a non-empty string, got {shorten(text)}')
             if images:
                 raise ValueError('"text" cannot have an "image"; use "conversations" for both')
-            return Text(valid_text(text))
+            return Text(text)
 
 
 def _choice(record: Record, images: int) -> Choice:
@@ -192,7 +191,7 @@ def _asked(record: Record, images: int, default: str = "") -> str:
     question = record.get("question", default)
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f'"question" must be a non-empty string, got {shorten(question)}')
-    return with_placeholders([valid_text(question)], images)[0]
+    return with_placeholders([question], images)[0]
 
 
 def _texts(record: Record, name: str) -> tuple[str, ...]:
@@ -200,7 +199,7 @@ def _texts(record: Record, name: str) -> tuple[str, ...]:
     given = record[name]
     entries = given if isinstance(given, list) else []
     texts = [entry.get(name[:-1]) if isinstance(entry, Mapping) else entry for entry in entries]
-    valid = [valid_text(text) for text in texts if isinstance(text, str) and text.strip()]
+    valid = [text for text in texts if isinstance(text, str) and text.strip()]
     if not valid or len(valid) < len(texts):
         raise ValueError(f'"{name}" must be a list of non-empty strings, got {shorten(given)}')
     if any(IMAGE_TOKEN in text for text in valid):

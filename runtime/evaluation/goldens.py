@@ -96,7 +96,8 @@ class Facts:
         """Those of a model, at lengths near and far; scaling shows beyond the trained length."""
         context = model.decoder.max_position_embeddings
         lengths = np.array([2, context // 2 + 1, context, 2 * context], np.int64)
-        return cls(np.array([model.decoder.eos_token_id]), context, lengths, _last_angles(model, lengths))
+        end_ids = np.array(model.decoder.eos_token_ids, np.int64)
+        return cls(end_ids, context, lengths, _last_angles(model, lengths))
 
     def differences(self, model: ModelConfig) -> list[str]:
         """Compare with what this runtime makes of a manifest; a sentence for each difference."""

@@ -201,7 +201,7 @@ def _choice_likelihoods(run: ItemRun, task: Choice, prompt: Prompt) -> ChoiceLik
     sums, counts = [], []
     for choice in task.choices:
         keys = run.encode(messages(task, choice)).keys
-        if keys[-1] == run.model.config.decoder.eos_token_id:
+        if keys[-1] == run.model.tokenizer.eos_id:
             keys = keys[:-1]
         start = _shared_length(prompt.keys, keys)
         ids = _ids(keys[start:])

@@ -11,6 +11,7 @@ import reference
 import torch
 from conftest import MakeCheckpoint
 from folders import names
+from safetensors.torch import load_file, save_file
 
 from owl2 import Owl2
 from owl2.export.checkpoint.checkpoint import Checkpoint
@@ -22,7 +23,7 @@ from owl2.quant.config import Method
 from owl2.quant.layer import LINEARS
 from owl2.quant.models.mplug_owl2 import Owl2Model
 from owl2.runtime.bundle import Bundle
-from owl2.runtime.errors import CalibrationError
+from owl2.runtime.errors import CalibrationError, CheckpointError, ConfigError, ExportError
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
 from owl2.runtime.preprocess import load_image, preprocess
 from owl2.runtime.spec import VisionType, WeightType
@@ -154,3 +155,84 @@ def test_calibration_without_images(a1: Path, tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match=r"none of its 1 samples has an image.*image rows"):
         export_bundle(ExportConfig(a1, tmp_path / "bundle", calibration=talks))
     assert names(tmp_path) == ["talks.jsonl"]
+
+
+class Notes(Silent):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def rewritten(folder: Path, **tensors: torch.Tensor) -> Path:
+    """The checkpoint with some tensors replaced or added; "__" stands for a dot in their names."""
+    weights = load_file(folder / "model.safetensors")
+    new = {name.replace("__", "."): tensor for name, tensor in tensors.items()}
+    save_file(weights | new, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+class TestFloat16:
+    @pytest.mark.parametrize(("row", "eps"), [(torch.full((64,), 1e6), 1e-5), (torch.full((64,), 1e-9), 1e-20)])
+    def test_a_token_table_beyond_float16_is_stored_as_fp32(
+        self, make_checkpoint: MakeCheckpoint, tmp_path: Path, row: torch.Tensor, eps: float
+    ) -> None:
+        folder, reporter = make_checkpoint({"rms_norm_eps": eps}), Notes()
+        table = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+        table[799] = row
+        rewritten(folder, model__embed_tokens__weight=table)
+        export_bundle(ExportConfig(folder, tmp_path / "bundle", method="rtn"), reporter)
+        assert reporter.notes == ["the token table holds values that float16 does not, and is stored as fp32"]
+        bundle = Bundle.open(tmp_path / "bundle")
+        assert bundle.manifest.weights.embeddings == "fp32"
+        assert np.array_equal(bundle.embeddings(), table.numpy())
+        with pytest.raises(ConfigError, match="holds values that float16 does not; export with --activations fp32"):
+            export_bundle(ExportConfig(folder, tmp_path / "half", method="rtn", activations="fp16"))
+
+    @pytest.mark.parametrize(
+        ("name", "settings"),
+        [
+            ("model.layers.1.mlp.up_proj.weight", {"weights": "fp16"}),
+            ("lm_head.weight", {"weights": "fp16"}),
+            ("model.norm.weight", {"method": "rtn", "activations": "fp16"}),
+            ("model.vision_model.encoder.layers.0.mlp.fc1.weight", {"method": "rtn", "vision": "fp16"}),
+            ("model.visual_abstractor.vit_eos", {"method": "rtn", "activations": "fp16"}),
+        ],
+    )
+    def test_other_weights_beyond_float16_are_refused(
+        self, make_checkpoint: MakeCheckpoint, tmp_path: Path, name: str, settings: dict[str, Any]
+    ) -> None:
+        folder = make_checkpoint()
+        tensor = load_file(folder / "model.safetensors")[name]
+        tensor.view(-1)[3] = -70000.0
+        rewritten(folder, **{name: tensor})
+        with pytest.raises(
+            ExportError, match=r"holds values up to 7e\+04, and fp16, in which it would be stored, ends"
+        ):
+            export_bundle(ExportConfig(folder, tmp_path / "bundle", **settings))
+
+
+def test_a_tied_head_must_not_hold_other_values(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """Which of the two counts differs between versions of transformers."""
+    folder = make_checkpoint({"tie_word_embeddings": True})
+    table = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    rewritten(folder, lm_head__weight=table + 1)
+    with pytest.raises(CheckpointError, match="tie_word_embeddings makes the token table the head, but lm_head"):
+        export_bundle(ExportConfig(folder, tmp_path / "bundle", method="rtn"))
+    rewritten(folder, lm_head__weight=table.clone())
+    export_bundle(ExportConfig(folder, tmp_path / "bundle", method="rtn"))
+
+
+def test_added_tokens_and_end_tokens_reach_the_runtime(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    folder = make_checkpoint({"vocab_size": 803})
+    (folder / "added_tokens.json").write_text(json.dumps({"<box>": 800, "<end>": 801}))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 801]}))
+    export_bundle(ExportConfig(folder, tmp_path / "bundle", weights="fp32"))
+    owl = Owl2.load(tmp_path / "bundle")
+    assert owl.config.decoder.eos_token_ids == (2, 801)
+    assert not (tmp_path / "bundle" / "added_tokens.json").exists()
+    tokenizer = Tokenizer.load(tmp_path / "bundle")
+    assert tokenizer.encode("<box> a <end>") == [800, *Tokenizer.load(folder).encode("a"), 801]

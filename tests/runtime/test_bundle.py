@@ -51,10 +51,11 @@ def test_everything_wrong_is_named_at_once(copy: Path) -> None:
     assert "tokenizer.model is missing" in str(caught.value)
 
 
-def test_a_bundle_of_the_version_before(copy: Path) -> None:
-    """It called the family by the name of its template."""
+def test_a_bundle_of_format_3(copy: Path) -> None:
+    """It called the family by the name of its template, and knew one end token."""
     data = json.loads((copy / "owl2.json").read_text())
     data["template"] = data.pop("family")
+    data["model"]["decoder"]["eos_token_id"] = data["model"]["decoder"].pop("eos_token_ids")[0]
     expected = Owl2.load(copy).chat().ask("Hi", max_new_tokens=5)
     write_old_manifest(copy, data, 3)
     assert read_manifest(copy).family == "mplug_owl2"
@@ -65,6 +66,30 @@ def write_old_manifest(bundle: Path, content: dict[str, Any], version: int) -> N
     """Write a manifest of a format that has no digest."""
     content = {key: value for key, value in content.items() if key != "digest"}
     (bundle / "owl2.json").write_text(json.dumps(content | {"format": version}))
+
+
+def test_a_bundle_of_format_4(copy: Path) -> None:
+    """It knew one end token."""
+    data = json.loads((copy / "owl2.json").read_text())
+    decoder = data["model"]["decoder"]
+    del decoder["eos_token_ids"]
+    decoder["eos_token_id"] = 7
+    write_old_manifest(copy, data, 4)
+    assert read_manifest(copy).model.decoder.eos_token_ids == (7,)
+
+
+def test_every_end_token_ends_an_answer(copy: Path) -> None:
+    """Those that the manifest lists, and the separator of the conversation in any case."""
+    ids = Owl2.load(copy).chat().ask("Hi", max_new_tokens=6).ids
+    end = ids[3]
+    model = json.loads((copy / "owl2.json").read_text())["model"]
+    for listed in ([2, end], [end]):
+        edit_manifest(copy, model=model | {"decoder": model["decoder"] | {"eos_token_ids": listed}})
+        owl = Owl2.load(copy)
+        answer = owl.chat().ask("Hi", max_new_tokens=6)
+        assert (answer.ids, answer.finish_reason) == (ids[: ids.index(end) + 1], "stop")
+        assert answer.text == owl.model.tokenizer.decode(answer.ids[:-1])
+        assert owl.model.end_ids == {2, end}
 
 
 @pytest.mark.parametrize("version", [0, 2, 6, "4", None, [4], True, 4.0, 10**60])
@@ -99,8 +124,8 @@ class TestDigest:
 
     def test_a_key_twice(self, copy: Path) -> None:
         path = copy / "owl2.json"
-        path.write_text(path.read_text().replace('"eos_token_id": 2', '"eos_token_id": 13, "eos_token_id": 2'))
-        with pytest.raises(BundleCorruptError, match="the key 'eos_token_id' occurs more than once"):
+        path.write_text(path.read_text().replace('"bos_token_id": 1', '"bos_token_id": 13, "bos_token_id": 1'))
+        with pytest.raises(BundleCorruptError, match="the key 'bos_token_id' occurs more than once"):
             read_manifest(copy)
 
     def test_the_formats_before_have_none(self, copy: Path) -> None:
@@ -242,9 +267,12 @@ def test_a_graph_that_onnxruntime_refuses(copy: Path) -> None:
         ("vision", {"image_size": 14 * 10**6}, BundleCorruptError, "image_size 14000000 is more than 4096"),
         ("abstractor", {"num_learnable_queries": 10**9}, BundleCorruptError, "num_learnable_queries .* is more than"),
         ("preprocess", {"size": 10**9}, BundleCorruptError, "size 1000000000 is more than 8192"),
-        ("decoder", {"eos_token_id": 5000}, BundleCorruptError, "eos_token_id 5000 is outside the vocabulary of 800"),
-        ("decoder", {"eos_token_id": 3}, BundleError, "its eos_token has the id 2, the model's eos_token_id is 3"),
         ("decoder", {"bos_token_id": 3}, BundleError, "its bos_token has the id 1, the model's bos_token_id is 3"),
+        ("decoder", {"eos_token_ids": [2, 5000]}, BundleCorruptError, "eos_token_ids 5000 is outside the vocabulary"),
+        ("decoder", {"eos_token_ids": [2, 2]}, BundleCorruptError, r"must be different ids, got \(2, 2\)"),
+        ("decoder", {"eos_token_ids": []}, BundleCorruptError, r"must be different ids, got \(\)"),
+        ("decoder", {"eos_token_ids": 2}, BundleCorruptError, "eos_token_ids: expected a list, got 2"),
+        ("decoder", {"eos_token_ids": [2, True]}, BundleCorruptError, "eos_token_ids: expected int, got True"),
         ("decoder", {"max_position_embeddings": 10**9}, BundleCorruptError, "max_position_embeddings .* is more than"),
         ("vision", {"patch_size": 0}, BundleCorruptError, "patch_size must be positive"),
         ("abstractor", {"num_learnable_queries": 3}, BackendError, "does not fit the manifest: image_rows has shape"),

@@ -49,7 +49,7 @@ def test_marks_and_line_ends_go() -> None:
 
 
 def test_text_with_nul_bytes_is_refused() -> None:
-    with pytest.raises(ForeignError, match="NUL bytes, as binary files and UTF-16 text have"):
+    with pytest.raises(ForeignError, match="a byte 0 in line 1, as UTF-16 text and binary files have"):
         foreign.decode_text("caf".encode("utf-16-le"))
 
 

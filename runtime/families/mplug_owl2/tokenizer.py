@@ -4,35 +4,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
 from owl2.runtime.config import IMAGE_TOKEN, IMAGE_TOKEN_ID, DecoderConfig
 from owl2.runtime.errors import BundleCorruptError, BundleError, PromptError
-from owl2.runtime.foreign import read_bytes, read_json, reading, shorten
-
-SPACE = "▁"
-MODEL_BYTES = 64 << 20
-"""Largest tokenizer.model that is read; that of LLaMA 2 has 500 kB."""
-
-# The strings LlamaTokenizer uses where the files name none.
-DEFAULT_SPECIALS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-SPECIAL_ROLES = (*DEFAULT_SPECIALS, "pad_token", "sep_token", "cls_token", "mask_token")
-# Only these values are implemented; models of this family use no others.
-FIXED_SETTINGS = {"add_bos_token": True, "add_eos_token": False, "additional_special_tokens": []}
-
-
-@dataclass(frozen=True, slots=True)
-class SpecialToken:
-    """A string that stands for one id wherever it occurs, and whether it swallows the blanks next to it."""
-
-    id: int
-    strip_left: bool
-    strip_right: bool
+from owl2.runtime.families.mplug_owl2.tokenizer_files import (
+    ADDED,
+    COPY_IT,
+    SPACE,
+    AddedToken,
+    Json,
+    added_tokens,
+    check_settings,
+    load_json,
+    load_model,
+    named_tokens,
+)
+from owl2.runtime.foreign import reading, shorten
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +32,16 @@ class Tokenizer:
 
     Attributes:
         model: the sentencepiece model.
-        specials: special strings, as the tokenizer's files name them.
+        added: special strings and added tokens, as the tokenizer's files name them.
+        special_ids: those of ``added`` that decoding leaves out.
         surfaces: text of every id, with spaces as "▁"; one ``bytes`` for a byte piece.
         bos_id, eos_id, unk_id: ids of the three roles every LLaMA tokenizer has.
         legacy: whether text after a special string gets a leading space, as in mPLUG-Owl2.
     """
 
     model: SentencePieceProcessor
-    specials: Mapping[str, SpecialToken]
+    added: Mapping[str, AddedToken]
+    special_ids: frozenset[int]
     surfaces: Sequence[str | bytes]
     bos_id: int
     eos_id: int
@@ -63,37 +56,42 @@ class Tokenizer:
             BundleCorruptError: a file is missing or unreadable.
             BundleError: the files ask for something that LLaMA tokenizers do not do.
         """
-        model = _load_model(folder / "tokenizer.model")
-        config = _load_json(folder / "tokenizer_config.json")
-        special_map = _load_json(folder / "special_tokens_map.json")
-        for key, expected in FIXED_SETTINGS.items():
-            given = special_map.get(key) or config.get(key)
-            if given not in (None, expected):
-                raise BundleError(
-                    f"{folder}: the tokenizer's {key} is {shorten(given)}, only {expected!r} is supported; "
-                    "use the tokenizer files of the original checkpoint"
-                )
-        named = {role: name for role in SPECIAL_ROLES if (name := _named(role, config, special_map))}
-        specials: dict[str, SpecialToken] = {}
+        return cls.of(
+            folder, load_json(folder / "tokenizer_config.json"), load_json(folder / "special_tokens_map.json")
+        )
+
+    @classmethod
+    def of(cls, folder: Path, config: Json, special_map: Json) -> Tokenizer:
+        """The tokenizer.model in ``folder`` with what the two other files hold; raises as :meth:`load`."""
+        model, pieces = load_model(folder / "tokenizer.model")
+        check_settings(folder, config, special_map)
+        more = added_tokens(folder, config.get(ADDED) or {}, pieces)
+        named = named_tokens(config, special_map)
+        added, special_ids = dict[str, AddedToken](), set[int]()
         # Where two roles share a string, the one that strips less wins.
         for content, left, right in sorted(named.values(), key=lambda name: name[1:], reverse=True):
             token = model.piece_to_id(content)
-            if model.id_to_piece(token) != content:
+            if content not in more and pieces[token] != content:
                 raise BundleError(
-                    f"{folder}: the special token {shorten(content)} is not in tokenizer.model; "
-                    "tokens added to its vocabulary are not supported"
+                    f"{folder}: the special token {shorten(content)} is neither in tokenizer.model nor in the {ADDED} "
+                    "of tokenizer_config.json; use the tokenizer files of the original checkpoint"
                 )
-            specials[content] = SpecialToken(token, left, right)
-        with _reading(folder / "tokenizer.model"):  # a piece may be no text, or one of a byte no number
-            pieces: list[str] = model.id_to_piece(list(range(model.vocab_size())))
-            surfaces = tuple(_surface(model, token, piece) for token, piece in enumerate(pieces))
+            # Files that describe a token by itself say whether it strips, and then that counts.
+            added[content] = more[content] if content in more else AddedToken(token, left, right)
+            special_ids.add(added[content].id)
+        added = {**more, **added}
+        beyond = sorted((token.id, content) for content, token in more.items() if token.id >= len(pieces))
+        with reading(folder / "tokenizer.model", BundleCorruptError, COPY_IT):  # a byte piece may hold no number
+            surfaces = [_surface(model, token, piece) for token, piece in enumerate(pieces)]
+        surfaces += [content for _, content in beyond]
         return cls(
             model=model,
-            specials=specials,
-            surfaces=surfaces,
-            bos_id=specials[named["bos_token"][0]].id,
-            eos_id=specials[named["eos_token"][0]].id,
-            unk_id=specials[named["unk_token"][0]].id,
+            added=added,
+            special_ids=frozenset(special_ids),
+            surfaces=tuple(surfaces),
+            bos_id=added[named["bos_token"][0]].id,
+            eos_id=added[named["eos_token"][0]].id,
+            unk_id=added[named["unk_token"][0]].id,
             legacy=config.get("legacy") is not False,
         )
 
@@ -105,12 +103,17 @@ class Tokenizer:
     @property
     def longest(self) -> int:
         """Characters that one position stands for, at most, unless a special string swallows blanks."""
-        return max(len(text) for text in (*self.surfaces, *self.specials, IMAGE_TOKEN))
+        return max(len(text) for text in (*self.surfaces, *self.added, IMAGE_TOKEN))
 
     @property
-    def special_ids(self) -> frozenset[int]:
-        """Ids of all special strings."""
-        return frozenset(special.id for special in self.specials.values())
+    def apart(self) -> Mapping[int, str]:
+        """Text of the ids that are decoded by themselves, with a space to what is next to them."""
+        pieces = self.model.vocab_size()
+        return {
+            token.id: content
+            for content, token in self.added.items()
+            if token.id >= pieces or token.id not in self.special_ids
+        }
 
     def encode_prompt(self, prompt: str, *, parse_special: bool = True) -> list[int]:
         """Ids of a prompt, with -200 for every image placeholder.
@@ -152,9 +155,9 @@ class Tokenizer:
             return ids + list(self.model.encode(text))
         if not self.legacy:
             text = text.replace(SPACE, " ")
-        for position, part in enumerate(self._split_specials(text)):
-            if part in self.specials:
-                ids.append(self.specials[part].id)
+        for position, part in enumerate(self._split_added(text)):
+            if part in self.added:
+                ids.append(self.added[part].id)
             elif part:
                 ids.extend(self._encode_part(part, is_first=position == 0))
         return ids
@@ -162,22 +165,26 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Text of ids; invalid UTF-8 gives one U+FFFD per byte.
 
-        With ``skip_special`` off, special ids are written out and each run between them is decoded separately.
-        transformers 4.31 puts a space in front of a run that a special id closes, and so does this.
+        Added tokens stand by themselves, with a space to what is next to them. With ``skip_special`` off, special ids
+        are written out and each run between them is decoded separately; transformers 4.31 puts a space in front of a
+        run that a special id closes, and so does this.
 
         Raises:
             BundleError: an id is not in the vocabulary.
         """
         self.check_ids(ids)
-        special_ids = self.special_ids
-        text, run = "", list[int]()
+        special_ids, apart = self.special_ids, self.apart
+        texts, run = list[str](), list[int]()
         for token in ids:
-            if token not in special_ids:
+            if token in special_ids and skip_special:
+                continue
+            if token not in apart:
                 run.append(token)
-            elif not skip_special:
-                text += (" " if run else "") + self.model.decode(run) + self.model.id_to_piece(token)
-                run = []
-        return text + str(self.model.decode(run))
+                continue
+            texts += [self._decode_run(run)] if run else []
+            texts.append(apart[token])
+            run = []
+        return " ".join([*texts, self._decode_run(run)] if run else texts)
 
     def check_ids(self, ids: Sequence[int]) -> None:
         """Raise :class:`BundleError` for the first id outside the vocabulary."""
@@ -192,30 +199,42 @@ class Tokenizer:
         """Refuse a tokenizer of another model than the one in ``folder``.
 
         Raises:
-            BundleError: it has more ids than the token table has rows, or its first or last token is another.
+            BundleError: it has more ids than the token table has rows, or another first token.
         """
         problem = ""
         if self.vocab_size > decoder.vocab_size:
             problem = f"it has {self.vocab_size} tokens, the model's token table has {decoder.vocab_size} rows"
         elif self.bos_id != decoder.bos_token_id:
             problem = f"its bos_token has the id {self.bos_id}, the model's bos_token_id is {decoder.bos_token_id}"
-        elif self.eos_id != decoder.eos_token_id:
-            problem = f"its eos_token has the id {self.eos_id}, the model's eos_token_id is {decoder.eos_token_id}"
         if problem:
             raise BundleError(
                 f"{folder}: the tokenizer and the model do not belong together: {problem}; use the tokenizer files of "
                 "the original checkpoint"
             )
 
-    def _split_specials(self, text: str) -> list[str]:
-        """Ordinary text at even places, special strings at odd ones, blanks stripped as they ask."""
-        by_length = sorted(self.specials, key=len, reverse=True)
-        parts = re.split(f"({'|'.join(map(re.escape, by_length))})", text)
-        for i in range(1, len(parts), 2):
-            special = self.specials[parts[i]]
-            parts[i - 1] = parts[i - 1].rstrip() if special.strip_left else parts[i - 1]
-            parts[i + 1] = parts[i + 1].lstrip() if special.strip_right else parts[i + 1]
+    def _split_added(self, text: str) -> list[str]:
+        """Ordinary text, which comes first, and the added tokens in it; blanks stripped as they ask."""
+        by_length = sorted(self.added, key=len, reverse=True)
+        first, *rest = re.split(f"({'|'.join(map(re.escape, by_length))})", text)
+        parts = [first, *filter(None, rest)]
+        for i, part in enumerate(parts):
+            token = self.added.get(part)
+            if token is not None and token.strip_right and i + 1 < len(parts):
+                parts[i + 1] = parts[i + 1].lstrip()
+            if token is not None and token.strip_left and i > 0:
+                parts[i - 1] = parts[i - 1].rstrip()
         return parts
+
+    def _decode_run(self, ids: Sequence[int]) -> str:
+        special_ids = self.special_ids
+        text, run = "", list[int]()
+        for token in ids:
+            if token not in special_ids:
+                run.append(token)
+                continue
+            text += (" " if run else "") + self.model.decode(run) + self.model.id_to_piece(token)
+            run = []
+        return text + str(self.model.decode(run))
 
     def _encode_part(self, text: str, is_first: bool) -> list[int]:
         ids: list[int] = self.model.encode(text)
@@ -236,8 +255,11 @@ class StreamDecoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._special_ids = tokenizer.special_ids
+        self._apart = tokenizer.apart
         self._bytes = b""
-        self._at_start = True
+        self._at_start = True  # of a run of ordinary ids
+        self._begun = False
+        self._after_apart = False
 
     def feed(self, token: int) -> str:
         """Text that ``token`` completes, possibly none.
@@ -248,11 +270,17 @@ class StreamDecoder:
         self._tokenizer.check_ids([token])
         if token in self._special_ids:
             return ""
+        if token in self._apart:
+            text = self._take(final=True) + (" " if self._begun else "") + self._apart[token]
+            self._begun = self._after_apart = self._at_start = True
+            return text
+        gap = " " if self._after_apart else ""
+        self._begun, self._after_apart = True, False
         surface = self._tokenizer.surfaces[token]
         if isinstance(surface, bytes):
             self._bytes += surface
-            return self._take(final=False)
-        text = self._take(final=True)
+            return gap + self._take(final=False)
+        text = gap + self._take(final=True)
         # The one space that tokenizing put in front of the text is not part of it.
         if self._at_start and surface:
             self._at_start = False
@@ -282,44 +310,6 @@ class StreamDecoder:
 def _utf8_length(lead: int) -> int:
     """Bytes of the UTF-8 character that ``lead`` would start."""
     return 1 + (lead >= 0xC0) + (lead >= 0xE0) + (lead >= 0xF0)
-
-
-def _load_model(path: Path) -> SentencePieceProcessor:
-    probe = "  a \u00bd"
-    with _reading(path):
-        model = SentencePieceProcessor(model_proto=read_bytes(path, MODEL_BYTES))
-        adds_space = model.encode("a", out_type=str)[0].startswith(SPACE)
-        keeps_text = adds_space and model.decode(model.encode(probe)) == probe
-    if not keeps_text:
-        raise BundleError(
-            f"{path} is not a LLaMA tokenizer: it must keep text as it is, with byte fallback; copy it from the "
-            "original checkpoint"
-        )
-    return model
-
-
-def _load_json(path: Path) -> dict[str, Any]:
-    with _reading(path):
-        data = read_json(path)
-    if not isinstance(data, dict):
-        raise BundleCorruptError(f"{path} must hold a JSON object, got {type(data).__name__}")
-    return data
-
-
-def _reading(path: Path) -> AbstractContextManager[None]:
-    return reading(path, BundleCorruptError, "copy it from the original checkpoint")
-
-
-def _named(role: str, config: dict[str, Any], special_map: dict[str, Any]) -> tuple[str, bool, bool] | None:
-    """String of a special token and whether it strips blanks left and right; None if the files name none."""
-    entry = special_map.get(role)
-    if isinstance(entry, str):
-        # As in transformers, only this way of naming a token makes it swallow the blanks next to it.
-        return entry, True, True
-    entry = entry or config.get(role) or DEFAULT_SPECIALS.get(role)
-    if isinstance(entry, dict):
-        return str(entry.get("content")), bool(entry.get("lstrip")), bool(entry.get("rstrip"))
-    return (str(entry), False, False) if entry else None
 
 
 def _surface(model: SentencePieceProcessor, token: int, piece: str) -> str | bytes:

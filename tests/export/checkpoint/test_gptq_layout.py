@@ -273,10 +273,15 @@ class TestSettings:
     def test_files_that_disagree(self, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="group_size is 128 in one place and 64 in quantize_config"):
             self.read(tmp_path, {"bits": 4, "group_size": 128}, {"bits": 4, "group_size": 64})
+        with pytest.raises(CheckpointError, match="bits is 4 in one place and 8 in config"):
+            self.read(tmp_path, {"bits": 4, "w_bit": 8, "group_size": 128})
+        good = {"bits": 4, "group_size": 128}
+        with pytest.raises(CheckpointError, match="desc_act is True in one place and False in quantize_config"):
+            self.read(tmp_path, good | {"desc_act": True}, good | {"desc_act": False})
 
     def test_damaged_files(self, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="must be a JSON object"):
             read_format(tmp_path, {"quantization_config": [4]})
         (tmp_path / "quantize_config.json").write_text("{")
-        with pytest.raises(CheckpointError, match="is not readable JSON"):
+        with pytest.raises(CheckpointError, match=r"it is not JSON: .*; copy it from the source"):
             read_format(tmp_path, {})

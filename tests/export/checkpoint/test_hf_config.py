@@ -121,7 +121,7 @@ def test_every_key_that_is_read() -> None:
             attention_bias=True,
             tie_word_embeddings=True,
             bos_token_id=5,
-            eos_token_id=8,
+            eos_token_ids=(8,),
         ),
         preprocess=PreprocessConfig("pad", 40, 36, (0.1, 0.2, 0.3), (1.0, 2.0, 3.0)),
     )
@@ -145,7 +145,7 @@ def test_absent_keys_take_the_official_codes_defaults(visual: Json) -> None:
     assert decoder.rope_scaling is None
     assert not decoder.attention_bias
     assert not decoder.tie_word_embeddings
-    assert (decoder.bos_token_id, decoder.eos_token_id) == (1, 2)
+    assert (decoder.bos_token_id, decoder.eos_token_ids) == (1, (2,))
     assert config.preprocess == PreprocessConfig(
         "resize", 448, 448, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     )
@@ -182,8 +182,8 @@ def test_a_grid_size_of_nothing_means_32(files: list[Json], grid_size: int | Non
 def test_eos_comes_from_the_generation_config_first(files: list[Json]) -> None:
     config, preprocessor, _ = files
     config |= {"eos_token_id": 6}
-    assert model_config(config, preprocessor, {"eos_token_id": 0}).decoder.eos_token_id == 0
-    assert model_config(config, preprocessor, {}).decoder.eos_token_id == 6
+    assert model_config(config, preprocessor, {"eos_token_id": 0}).decoder.eos_token_ids == (0,)
+    assert model_config(config, preprocessor, {}).decoder.eos_token_ids == (6,)
 
 
 @pytest.mark.parametrize(
@@ -240,14 +240,14 @@ def test_the_recorded_checkpoints_differ_where_they_should(files: list[Json], go
         (f"{VISION}.image_size", 57, "vision image_size 57 is not a multiple of patch_size 14"),
         (f"{VISION}.image_size", 70, "abstractor grid_size 4 must equal the vision tower's 5"),
         (f"{VISION}.hidden_act", "relu", "vision hidden_act 'relu' is not supported; known: quick_gelu, gelu"),
-        ("rope_scaling", {"type": "yarn", "factor": 2.0}, "rope_scaling type 'yarn': linear or dynamic only"),
-        ("rope_scaling", {"factor": 2.0}, "rope_scaling type None: linear or dynamic only"),
-        ("rope_scaling", {"type": "linear", "factor": 1.0}, "rope_scaling factor 1.0 must be greater than 1"),
         (
             "rope_scaling",
-            {"type": "linear"},
-            r"rope_scaling must be {\"type\": …, \"factor\": …}, got {'type': 'linear'}",
+            {"type": "yarn", "factor": 2.0},
+            "rope_scaling has type 'yarn'; default, linear and dynamic can be",
         ),
+        ("rope_scaling", {"factor": 2.0}, "rope_scaling has type None; default, linear and dynamic can be"),
+        ("rope_scaling", {"type": "linear", "factor": 1.0}, "rope_scaling factor 1.0 must be greater than 1"),
+        ("rope_scaling", {"type": "linear"}, "rope_scaling of type linear needs a factor, a number, got None"),
         ("rope_scaling", "linear", "rope_scaling must be .*, got 'linear'"),
     ],
 )
@@ -283,11 +283,30 @@ def test_values_of_a_wrong_type_are_refused(files: list[Json], path: str, value:
         model_config(changed(config, path, value), preprocessor, generation)
 
 
-@pytest.mark.parametrize("eos", [None, "2", [2, 3], True, -1])
-def test_eos_must_be_one_id(files: list[Json], eos: object) -> None:
+def test_every_listed_id_ends_an_answer(files: list[Json]) -> None:
     config, preprocessor, _ = files
-    with pytest.raises(ConfigError, match=f"eos_token_id must be one integer, got {re.escape(repr(eos))}$"):
+    assert model_config(config, preprocessor, {"eos_token_id": [2, 7, 2, 5]}).decoder.eos_token_ids == (2, 7, 5)
+    assert model_config(config | {"eos_token_id": [3, 4]}, preprocessor, {}).decoder.eos_token_ids == (3, 4)
+
+
+@pytest.mark.parametrize("eos", [None, "2", [], [2, "3"], True, -1, {"id": 2}])
+def test_eos_must_be_ids(files: list[Json], eos: object) -> None:
+    config, preprocessor, _ = files
+    message = f"^generation_config.json: eos_token_id must be an id or a list of ids, got {re.escape(repr(eos))}$"
+    with pytest.raises(ConfigError, match=message):
         model_config(config, preprocessor, {"eos_token_id": eos})
+
+
+def test_eos_of_a_generation_config_made_from_the_models(files: list[Json]) -> None:
+    """transformers 4.31 reads config.json again then, later versions do not."""
+    config, preprocessor, generation = files
+    assert generation["_from_model_config"]
+    with pytest.raises(ConfigError, match=r"eos_token_id is \[2, 5\], but 2 in config.json, from which the file was"):
+        model_config(config, preprocessor, generation | {"eos_token_id": [2, 5]})
+    decoder = model_config(
+        config | {"eos_token_id": [5, 2]}, preprocessor, generation | {"eos_token_id": [2, 5]}
+    ).decoder
+    assert decoder.eos_token_ids == (2, 5)
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,7 @@ class TestConversations:
             "line 8: <|image|> occurs 2 times, but there is 1 image",
             'line 9: "image" must be',
             "line 10: it is nested too deeply",
-            "line 11: '\\ud800' is not valid Unicode",
+            "line 11: it has half of a surrogate pair",
         ):
             assert part in message
 

@@ -99,7 +99,7 @@ def test_what_logits_may_not_show_is_compared_too(
 
 def test_other_end_tokens_are_told(bundle_a1: Path) -> None:
     model = read_manifest(bundle_a1).model
-    other = dataclasses.replace(model, decoder=dataclasses.replace(model.decoder, eos_token_id=7))
+    other = dataclasses.replace(model, decoder=dataclasses.replace(model.decoder, eos_token_ids=(7,)))
     assert Facts.of(model).differences(other) == ["answers end at the tokens 7, on the exporting machine at 2"]
     assert Facts.of(model).differences(model) == []
 

@@ -217,12 +217,12 @@ def test_files_of_another_kind_are_refused(folder: Path) -> None:
         (
             "special_tokens_map.json",
             {"additional_special_tokens": ["<x>"]},
-            r"is \['<x>'\], only \[\] is supported",
+            r"special token '<x>' is neither in tokenizer\.model nor in the added_tokens_decoder",
         ),
         (
             "special_tokens_map.json",
             {"pad_token": "[PAD]"},
-            r"'\[PAD\]' is not in tokenizer\.model; tokens added",
+            r"special token '\[PAD\]' is neither in tokenizer\.model nor in",
         ),
     ],
 )
