@@ -150,7 +150,6 @@ def test_files_that_contradict_each_other_are_refused(
         ),
         ({"7": {"content": "<a>"}}, BundleError, "calls token 7 '<a>', tokenizer.model calls it '<0x04>'"),
         ({"800": {"content": ""}}, BundleError, "must give each id a text of its own"),
-        ({"800": {"content": "\ud800"}}, BundleError, "must give each id a text of its own"),
         ({str(token): {} for token in range(10_001)}, BundleError, "of at most 10000 tokens, got dict of 10001"),
         ({"800": "<a>"}, BundleError, "must give each id a text of its own"),
         ({"-1": {"content": "<a>"}}, BundleError, "must give each id a text of its own"),
