@@ -11,16 +11,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from owl2.export.checkpoint.checkpoint import DECODER_LAYERS, REQUIRED_FILES, Checkpoint
+from owl2.export.checkpoint.checkpoint import DECODER_LAYERS, Checkpoint
+from owl2.export.checkpoint.files import COPIED_FILES, GPTQ_INDEX
 from owl2.export.checkpoint.gptq_format import CONFIG_FILE, CONFIG_KEY, GptqFormat
 from owl2.export.checkpoint.gptq_layout import pack
 from owl2.export.checkpoint.modules import TABLE
 from owl2.export.config import ExportConfig
 from owl2.export.decoder import export_layers
 from owl2.export.graph.weights import IntegerWeight, Linear, LinearWeight
+from owl2.export.job.disk import write_json
 from owl2.export.job.job import ExportJob, open_job
 from owl2.export.job.progress import Reporter, Silent
-from owl2.export.job.staging import write_json
 from owl2.export.report import Accuracy, Checks, Report
 from owl2.export.streams import begin_streams
 from owl2.export.vision import original_rows
@@ -28,15 +29,6 @@ from owl2.quant.models.mplug_owl2 import Owl2Model
 from owl2.runtime.errors import ConfigError, ExportError
 from owl2.runtime.evaluation.divergence import Divergence, divergence, modality_of
 from owl2.runtime.version import __version__
-
-# Copied as they are; the first ones must exist.
-COPIED_FILES = (
-    *(name for name in REQUIRED_FILES if name != "config.json"),
-    "generation_config.json",
-    "added_tokens.json",
-    "tokenizer.json",
-)
-INDEX_FILE = "model.safetensors.index.json"
 
 
 def export_gptq(config: ExportConfig, reporter: Reporter | None = None) -> Report:
@@ -104,7 +96,7 @@ class GptqWriter:
         rest = [name for name in names if not name.startswith(DECODER_LAYERS) and name in checkpoint]
         self._write((name, checkpoint.tensor(name)) for name in rest)
         index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(self._files.items()))}
-        write_json(folder / INDEX_FILE, index)
+        write_json(folder / GPTQ_INDEX, index)
         with Checkpoint(folder):
             pass  # it has every tensor, in the right shape
 

@@ -16,10 +16,10 @@ from owl2.export.graph.builder import GraphBuilder
 from owl2.export.graph.decoder import DecoderGraph
 from owl2.export.graph.dialect import DIALECTS
 from owl2.export.graph.kv_int8 import write_int8_kv_graph
+from owl2.export.job.disk import write_json
 from owl2.export.job.job import ExportJob, open_job
 from owl2.export.job.journal import Journal, journal_size
 from owl2.export.job.progress import Reporter, Silent
-from owl2.export.job.staging import write_json
 from owl2.export.job.written_bundle import WrittenBundle
 from owl2.export.prompts import digests
 from owl2.export.report import Report

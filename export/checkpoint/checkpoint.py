@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from owl2.export.checkpoint.files import REQUIRED_FILES, WEIGHT_FILES
 from owl2.export.checkpoint.gptq_format import read_format
 from owl2.export.checkpoint.gptq_layout import GptqTensors, unpack
 from owl2.export.checkpoint.hf_config import model_config
@@ -23,17 +24,7 @@ from owl2.quant.grid import QuantizedWeight
 from owl2.quant.models.mplug_owl2 import Owl2Model
 from owl2.runtime.config import ModelConfig
 from owl2.runtime.errors import CheckpointError
-from owl2.runtime.spec import TOKENIZER_FILES
 
-REQUIRED_FILES = ("config.json", "preprocessor_config.json", *TOKENIZER_FILES)
-
-# Weight files in the order transformers prefers them: index or single file.
-WEIGHT_FILES = (
-    "model.safetensors.index.json",
-    "model.safetensors",
-    "pytorch_model.bin.index.json",
-    "pytorch_model.bin",
-)
 # AutoGPTQ's name for its one file.
 GPTQ_FILES = "gptq_model-*bit-*g.safetensors"
 FLOAT_TYPES = ("float32", "float16", "bfloat16")

@@ -6,7 +6,7 @@ import importlib.util
 import re
 from pathlib import Path
 
-from owl2.export.checkpoint.checkpoint import REQUIRED_FILES
+from owl2.export.checkpoint.files import REQUIRED_FILES
 from owl2.export.checkpoint.gptq_format import CONFIG_FILE
 from owl2.runtime.errors import CheckpointError
 

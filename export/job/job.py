@@ -16,8 +16,9 @@ from owl2.export.checkpoint.checkpoint import Checkpoint
 from owl2.export.checkpoint.source import check_settings, remaining, source_record
 from owl2.export.config import ExportConfig
 from owl2.export.job.device import check_device
+from owl2.export.job.disk import write_json
 from owl2.export.job.progress import Reporter
-from owl2.export.job.staging import Staging, write_json
+from owl2.export.job.staging import Staging
 from owl2.export.job.usage import Usage
 from owl2.export.prompts import Prompts, load_prompts
 from owl2.export.report import CalibrationRecord, Checks, PartReport, Report

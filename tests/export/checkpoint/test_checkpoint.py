@@ -14,7 +14,8 @@ from conftest import edit_json
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from owl2.export.checkpoint.checkpoint import MAX_LISTED_PROBLEMS, MAX_OPEN_SHARDS, REQUIRED_FILES, Checkpoint
+from owl2.export.checkpoint.checkpoint import MAX_LISTED_PROBLEMS, MAX_OPEN_SHARDS, Checkpoint
+from owl2.export.checkpoint.files import REQUIRED_FILES
 from owl2.quant.models.mplug_owl2 import Owl2Model
 from owl2.runtime.errors import CheckpointError, ConfigError
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from owl2 import Owl2
+from owl2.export.job.contents import mark
 from owl2.export.job.progress import Silent
 from owl2.export.tensorrt.build import BuildStats, build_engine
 from owl2.export.tensorrt.folder import build_engines
@@ -110,12 +111,15 @@ def test_a_full_disk_at_the_last_moment_brings_the_former_engines_back(
 def test_engines_that_a_kill_left_aside_come_back(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = target_of("sm89")
     made = build_engines(Bundle.open(folder), target, Limits(512, 128, 1), None, Silent()).folder
-    made.rename(made.with_name(f".{made.name}.former"))
+    work = made.with_name(f".{made.name}.partial")
+    work.mkdir()
+    mark(work)
+    made.rename(work / "replaced")
     monkeypatch.setattr("owl2.export.tensorrt.folder.build_engine", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         build_engines(Bundle.open(folder), target, Limits(512, 128, 1), None, Silent())
     assert (made / records.DECODER_ENGINE).is_file()
-    assert not made.with_name(f".{made.name}.former").exists()
+    assert not work.exists()
 
 
 def test_ctrl_c_leaves_nothing(folder: Path) -> None:
