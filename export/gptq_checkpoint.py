@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from owl2.export.checkpoint.checkpoint import DECODER_LAYERS, Checkpoint
-from owl2.export.checkpoint.files import COPIED_FILES, GPTQ_INDEX
+from owl2.export.checkpoint.files import GPTQ_INDEX, OPTIONAL_FILES, PREPROCESSOR, copy_tokenizer, json_object
 from owl2.export.checkpoint.gptq_format import CONFIG_FILE, CONFIG_KEY, GptqFormat
 from owl2.export.checkpoint.gptq_layout import pack
 from owl2.export.checkpoint.modules import TABLE
@@ -52,7 +51,7 @@ def export_gptq(config: ExportConfig, reporter: Reporter | None = None) -> Repor
     with open_job(config, reporter or Silent()) as job, job.writing(job.size):
         job.staging.clear()
         job.check_space(job.size)
-        _write_settings(job.checkpoint.folder, job.folder, form)
+        _write_settings(job.checkpoint, job.folder, form)
         rows = original_rows(job)
         streams, _ = begin_streams(job, job.checkpoint.tensor(TABLE).numpy(), rows, rows)
         del rows
@@ -121,10 +120,14 @@ def _half(name: str, tensor: Tensor) -> Tensor:
     return half
 
 
-def _write_settings(source: Path, folder: Path, form: GptqFormat) -> None:
-    for name in COPIED_FILES:
+def _write_settings(checkpoint: Checkpoint, folder: Path, form: GptqFormat) -> None:
+    source = checkpoint.folder
+    copy_tokenizer(source, folder)
+    if not (source / PREPROCESSOR).exists():
+        write_json(folder / PREPROCESSOR, checkpoint.preprocessor)
+    for name in (PREPROCESSOR, *OPTIONAL_FILES):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config = json_object(source / "config.json")
     write_json(folder / "config.json", config | {"torch_dtype": "float16", CONFIG_KEY: form.to_json()})
     write_json(folder / CONFIG_FILE, form.to_json())

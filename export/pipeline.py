@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 
 import numpy as np
 
+from owl2.export.checkpoint.files import copy_tokenizer
 from owl2.export.checkpoint.modules import TABLE
 from owl2.export.checks.bundle import check_bundle
 from owl2.export.checks.kv_int8 import can_be_checked
@@ -43,8 +43,7 @@ def export_bundle(config: ExportConfig, reporter: Reporter | None = None) -> Rep
             journal = Journal(job)
             journal.resume()
             job.check_space(needed)
-            for name in spec.TOKENIZER_FILES:
-                shutil.copyfile(job.checkpoint.folder / name, job.folder / name)
+            copy_tokenizer(job.checkpoint.folder, job.folder)
             vision = journal.vision()
             if vision is None:
                 vision = export_vision(job)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from owl2.export.checkpoint.checkpoint import Checkpoint
+from owl2.export.checkpoint.files import TOKENIZER_DEFAULTS
 from owl2.export.checkpoint.source import needs_calibration
 from owl2.export.config import ExportConfig
 from owl2.quant.calibration.samples import CalibrationSet, Sample, load_calibration, probe_samples
@@ -70,7 +71,7 @@ def load_prompts(config: ExportConfig, checkpoint: Checkpoint) -> Prompts:
     calibrate = needs_calibration(config, checkpoint)
     data = load_calibration(config.calibration, config.samples, need_images=calibrate)
     try:
-        tokenizer = Tokenizer.load(checkpoint.folder)
+        tokenizer = Tokenizer.load(checkpoint.folder, TOKENIZER_DEFAULTS)
     except BundleError as error:
         raise CheckpointError(str(error)) from error
     decoder = checkpoint.config.decoder

@@ -5,6 +5,7 @@ The runtime, which never imports torch itself, finds it through the entry point 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,12 +14,13 @@ import psutil
 import torch
 
 from owl2.export.checkpoint.checkpoint import Checkpoint
+from owl2.export.checkpoint.files import TOKENIZER_DEFAULTS
 from owl2.export.checkpoint.modules import TABLE, head_name, load_layer, load_norm, load_vision
 from owl2.quant.models.mplug_owl2 import DecoderLayer, Routing
 from owl2.quant.models.mplug_owl2.decoder import KeyValue, rotary_slice
 from owl2.runtime.cancellation import NEVER, Cancellation
 from owl2.runtime.engine import PREFILL_BLOCK, Floats, Ints, KvBuffers, own
-from owl2.runtime.errors import BundleError, CheckpointError
+from owl2.runtime.errors import BundleError, CheckpointError, Owl2Warning
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
 from owl2.runtime.images import ImageEncoder
 from owl2.runtime.load import Loaded
@@ -105,8 +107,10 @@ def open_checkpoint(folder: Path) -> Loaded:
         CheckpointError, ConfigError: the checkpoint cannot be used.
     """
     checkpoint = Checkpoint(folder)
+    for note in checkpoint.notes:
+        warnings.warn(f"{folder}: {note}", Owl2Warning, stacklevel=2)
     try:
-        tokenizer = Tokenizer.load(folder)
+        tokenizer = Tokenizer.load(folder, TOKENIZER_DEFAULTS)
     except BundleError as error:
         raise CheckpointError(str(error)) from error
     config = checkpoint.config

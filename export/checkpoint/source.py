@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from owl2.export.checkpoint.gptq_layout import WORD_BITS
 from owl2.export.config import ExportConfig
 from owl2.quant.layer import LINEARS
 from owl2.runtime.config import require
+from owl2.runtime.foreign import read_json
 
 GPTQ_CHECKPOINT = "gptq checkpoint"
 """The method in the manifest if the checkpoint's own integers were kept."""
@@ -24,7 +24,7 @@ def default_settings(folder: Path) -> dict[str, Any]:
         CheckpointError: the checkpoint is quantized in an unsupported way.
     """
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "config.json")
     except (OSError, ValueError):
         return {}  # opening the checkpoint says what is wrong with it
     form = read_format(folder, config) if isinstance(config, dict) else None
@@ -81,10 +81,12 @@ def needs_calibration(config: ExportConfig, checkpoint: Checkpoint) -> bool:
 def source_record(checkpoint: Checkpoint) -> dict[str, Any]:
     """The checkpoint's part of the report."""
     form = checkpoint.gptq
+    noted = {"notes": checkpoint.notes} if checkpoint.notes else {}
     if form is None:
-        return {"kind": "checkpoint"}
+        return {"kind": "checkpoint", **noted}
     return {
         "kind": GPTQ_CHECKPOINT,
+        **noted,
         "quantizer": form.producer,
         "bits": form.bits,
         "group_size": form.group_size,

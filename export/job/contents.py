@@ -6,13 +6,14 @@ Names are relative to a folder, with slashes; those of folders end with one. Lin
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from owl2.export.checkpoint.files import COPIED_FILES, GPTQ_INDEX
+from owl2.export.checkpoint.files import GPTQ_INDEX, OPTIONAL_FILES, PREPROCESSOR
 from owl2.export.checkpoint.gptq_format import CONFIG_FILE
 from owl2.export.job.disk import write_text
 from owl2.runtime import spec
@@ -33,7 +34,9 @@ INDEX_BYTES = 1 << 30
 ENGINE_FILES = frozenset({DECODER_ENGINE, VISION_ENGINE, RECORD, spec.MANIFEST})
 """In a folder of engines; the manifest, which is renamed into place, for a moment only."""
 
-GPTQ_FILES = frozenset({*COPIED_FILES, "config.json", CONFIG_FILE, GPTQ_INDEX, spec.REPORT})
+GPTQ_FILES = frozenset(
+    {*spec.TOKENIZER_FILES, *OPTIONAL_FILES, PREPROCESSOR, "config.json", CONFIG_FILE, GPTQ_INDEX, spec.REPORT}
+)
 GPTQ_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 LISTS = (GPTQ_INDEX, CONFIG_FILE, spec.REPORT, spec.MANIFEST)
 """Files that tell what else is an export's: removed last, so that a kill in between leaves nothing unknown."""
@@ -109,14 +112,19 @@ def is_marked(work: Path) -> bool:
     """Whether an export has made the hidden folder ``work``.
 
     Its mark or a journal says so; a kill right after it was made may have left neither, but then nothing else is there.
+
+    Raises:
+        FileNotFoundError: another process is just removing it.
     """
-    names = {entry.name for entry, _ in _entries(work, "")}  # first: another process may be making or removing it
+    names = {entry.name for entry, _ in _entries(work, "")}
     if (work / LOCK).is_symlink():
         return False
-    if _text(work / MARK) == MARK_TEXT or _is_journal(work / "journal" / INDEX):
+    text, lock = _text(work / MARK), _text(work / LOCK) or ""
+    if text == MARK_TEXT or _is_journal(work / "journal" / INDEX):
         return True
-    lock = _text(work / LOCK) or ""
-    return names <= {MARK, LOCK} and not _text(work / MARK) and re.fullmatch(r"\d*", lock) is not None
+    if MARK in names and not os.path.lexists(work / MARK):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(work / MARK))
+    return names <= {MARK, LOCK} and not text and re.fullmatch(r"\d*", lock) is not None
 
 
 def _entries(folder: Path, prefix: str) -> Iterable[tuple[os.DirEntry[str], str]]:

@@ -148,6 +148,9 @@ def open_job(config: ExportConfig, reporter: Reporter) -> Iterator[ExportJob]:
             "command, choose another folder, or give --fresh to remove it"
         )
     check_device(config.device)
-    with Usage() as usage, Checkpoint(config.checkpoint) as checkpoint:
+    opened = Checkpoint(config.checkpoint, base_preprocessor=config.base_preprocessor)
+    with Usage() as usage, opened as checkpoint:
         check_settings(config, checkpoint)
+        for note in checkpoint.notes:
+            reporter.note(f"{config.checkpoint}: {note}")
         yield ExportJob(config, checkpoint, load_prompts(config, checkpoint), staging, usage, reporter)

@@ -80,7 +80,7 @@ class Staging:
         self.target = target = Path(os.path.realpath(target))
         if source is not None and target == Path(os.path.realpath(source)):
             raise ExportError(f"{target} is the checkpoint itself; choose another folder")
-        self.work = target.with_name(f".{target.name}.partial")
+        self.work = target.parent / f".{target.name}.partial"
         self.folder, self.journal = self.work / "bundle", self.work / "journal"
         self._replaced = self.work / "replaced"
         self._lock = FileLock(self.work / LOCK, timeout=LOCK_SECONDS)
@@ -267,9 +267,8 @@ class Staging:
             self._acquire(attempts - 1)  # another process has just removed the folder
 
     def _make_work(self) -> None:
-        self.work.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self.work.mkdir()
+            self.work.mkdir(parents=True)
         except FileExistsError:
             self._check_mark()
         mark(self.work)

@@ -56,16 +56,24 @@ class Tokenizer:
     legacy: bool
 
     @classmethod
-    def load(cls, folder: Path) -> Tokenizer:
+    def load(cls, folder: Path, defaults: Mapping[str, Mapping[str, Any]] | None = None) -> Tokenizer:
         """Read tokenizer.model, tokenizer_config.json and special_tokens_map.json.
+
+        Args:
+            folder: of the files.
+            defaults: contents of JSON files that may be missing, by name; a bundle has all of them.
 
         Raises:
             BundleCorruptError: a file is missing or unreadable.
             BundleError: the files ask for something that LLaMA tokenizers do not do.
         """
         model = _load_model(folder / "tokenizer.model")
-        config = _load_json(folder / "tokenizer_config.json")
-        special_map = _load_json(folder / "special_tokens_map.json")
+        config, special_map = (
+            dict((defaults or {})[name])
+            if name in (defaults or {}) and not (folder / name).exists()
+            else _load_json(folder / name)
+            for name in ("tokenizer_config.json", "special_tokens_map.json")
+        )
         for key, expected in FIXED_SETTINGS.items():
             given = special_map.get(key) or config.get(key)
             if given not in (None, expected):

@@ -278,5 +278,5 @@ class TestSettings:
         with pytest.raises(CheckpointError, match="must be a JSON object"):
             read_format(tmp_path, {"quantization_config": [4]})
         (tmp_path / "quantize_config.json").write_text("{")
-        with pytest.raises(CheckpointError, match="is not readable JSON"):
+        with pytest.raises(CheckpointError, match="it is not JSON"):
             read_format(tmp_path, {})
