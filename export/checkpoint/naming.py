@@ -52,7 +52,7 @@ def official_names(names: Iterable[str], where: str) -> Names:
     Raises:
         CheckpointError: more than one conversion could be meant.
     """
-    names = list(names)
+    names = sorted(names)
     anchors = [name for name in names if name == ANCHOR or name.endswith(f".{ANCHOR}")]
     if BODY + ANCHOR in anchors or not anchors:
         body, head = BODY, ""

@@ -40,6 +40,7 @@ class Shard:
         self._bin: Mapping[str, Tensor] | None = None
         self._path = path
         try:
+            path.open("rb").close()  # safetensors calls a file missing that it may not read
             if path.suffix == ".safetensors":
                 self._safe = self._stack.enter_context(safe_open(path, framework="pt"))
                 self.names = set(self._safe.keys())
@@ -113,7 +114,7 @@ def _storage(value: Tensor) -> str:
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    if isinstance(error, OSError) and error.strerror:
+    if isinstance(error, OSError) and error.errno:
         return CheckpointError(f"{path} cannot be read: {error.strerror}; make it readable, or copy it again")
     why = reason(error)
     if "mmap can only be used" in why:
