@@ -72,9 +72,9 @@ def of_exported(folder: Path) -> Known:
     if (folder / spec.MANIFEST).exists():
         names = _listed_by_manifest(read_json(folder / spec.MANIFEST))
         return lambda name: name in names or _ENGINE_WORK.fullmatch(name)
-    if (folder / CONFIG_FILE).exists() and (folder / spec.REPORT).exists():
+    if all((folder / name).exists() for name in (CONFIG_FILE, spec.REPORT, GPTQ_INDEX)):
         return _listed_by_index(read_json(folder / CONFIG_FILE), read_json(folder / GPTQ_INDEX)).__contains__
-    raise ForeignError(f"{spec.MANIFEST} is missing")
+    raise ForeignError(f"it has neither {spec.MANIFEST} nor the files of a checkpoint that owl2-export wrote")
 
 
 def foreign(folder: Path, known: Known, prefix: str = "") -> list[str]:
@@ -90,7 +90,9 @@ def foreign(folder: Path, known: Known, prefix: str = "") -> list[str]:
 
 
 def remove(folder: Path, known: Known, prefix: str = "") -> None:
-    """Remove what is known in a folder, and the folder itself if nothing is left in it."""
+    """Remove what is known in a folder, and the folder itself if nothing is left in it; a link stays as it is."""
+    if folder.is_symlink():
+        return
     with contextlib.suppress(OSError):  # what cannot be removed stays, with the folders that hold it
         for entry, name in _entries(folder, prefix):
             if not known(name):

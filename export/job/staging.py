@@ -169,7 +169,7 @@ class Staging:
             return
         try:
             known = self._contents(target)
-        except ForeignError as error:
+        except (ForeignError, OSError) as error:
             raise ExportError(
                 f"{target} exists and is not a bundle; it is left alone: choose another folder ({reason(error)})"
             ) from error

@@ -272,6 +272,21 @@ def test_a_checkpoint_that_another_program_quantized_is_not_replaced(tmp_path: P
     refused(tmp_path, "is not a bundle; it is left alone", overwrite=True)
 
 
+def test_a_checkpoint_without_its_index_is_not_replaced(tmp_path: Path) -> None:
+    (gptq(tmp_path / "bundle") / "model.safetensors.index.json").unlink()
+    refused(tmp_path, "is not a bundle; it is left alone: choose another folder (it has neither", overwrite=True)
+
+
+def test_a_folder_that_became_a_link_is_not_emptied(tmp_path: Path, work: Path) -> None:
+    (photos(tmp_path / "photos") / spec.DECODER_GRAPH).write_bytes(b"precious")
+    staging = Staging(tmp_path / "bundle", overwrite=False).__enter__()
+    staging.folder.rmdir()
+    staging.folder.symlink_to(tmp_path / "photos")
+    with pytest.warns(Owl2Warning, match="stays, since it holds bundle;"):
+        staging.__exit__(None, None, None)
+    assert names(tmp_path / "photos") == [spec.DECODER_GRAPH, "wedding.jpg"]
+
+
 def test_a_file_that_comes_while_the_export_runs_is_kept(tmp_path: Path, work: Path) -> None:
     bundle(tmp_path / "bundle")
     with Staging(tmp_path / "bundle", overwrite=True) as staging:
