@@ -37,6 +37,8 @@ class ExportConfig:
         activations: type in which the graphs compute; for None see :func:`storage_types`.
         device: where layers are computed and quantized: ``cpu``, ``cuda`` or ``cuda:N``.
         fresh: start over where an interrupted export could be continued.
+        base_preprocessor: take the image preprocessing of mPLUG-Owl2 itself for a checkpoint that has no
+            preprocessor_config.json.
 
     Raises:
         ConfigError: a value outside its set, or one that the layout does not have.
@@ -56,6 +58,7 @@ class ExportConfig:
     activations: FloatType | None = None
     device: str = "cpu"
     fresh: bool = False
+    base_preprocessor: bool = False
 
     def __post_init__(self) -> None:
         from owl2.export.graph.dialect import DIALECTS  # only an export needs torch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,16 +10,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from owl2.export.checkpoint.checkpoint import DECODER_LAYERS, REQUIRED_FILES, Checkpoint
+from owl2.export.checkpoint.checkpoint import DECODER_LAYERS, Checkpoint
+from owl2.export.checkpoint.files import GPTQ_INDEX, OPTIONAL_FILES, PREPROCESSOR, json_object
 from owl2.export.checkpoint.gptq_format import CONFIG_FILE, CONFIG_KEY, GptqFormat
 from owl2.export.checkpoint.gptq_layout import pack
 from owl2.export.checkpoint.modules import TABLE
 from owl2.export.config import ExportConfig
 from owl2.export.decoder import export_layers
 from owl2.export.graph.weights import IntegerWeight, Linear, LinearWeight, check_float16
+from owl2.export.job.disk import write_json
 from owl2.export.job.job import ExportJob, open_job
 from owl2.export.job.progress import Reporter, Silent
-from owl2.export.job.staging import write_json
 from owl2.export.report import Accuracy, Checks, Report
 from owl2.export.streams import begin_streams
 from owl2.export.vision import original_rows
@@ -28,15 +28,6 @@ from owl2.quant.models.mplug_owl2 import Owl2Model
 from owl2.runtime.errors import ConfigError
 from owl2.runtime.evaluation.divergence import Divergence, divergence, modality_of
 from owl2.runtime.version import __version__
-
-# Copied as they are; the first ones must exist.
-COPIED_FILES = (
-    *(name for name in REQUIRED_FILES if name != "config.json"),
-    "generation_config.json",
-    "added_tokens.json",
-    "tokenizer.json",
-)
-INDEX_FILE = "model.safetensors.index.json"
 
 
 def export_gptq(config: ExportConfig, reporter: Reporter | None = None) -> Report:
@@ -60,7 +51,7 @@ def export_gptq(config: ExportConfig, reporter: Reporter | None = None) -> Repor
     with open_job(config, reporter or Silent()) as job, job.writing(job.size):
         job.staging.clear()
         job.check_space(job.size)
-        _write_settings(job.checkpoint.folder, job.folder, form)
+        _write_settings(job.checkpoint, job.folder, form)
         rows = original_rows(job)
         streams, _ = begin_streams(job, job.checkpoint.tensor(TABLE).numpy(), rows, rows)
         del rows
@@ -104,7 +95,7 @@ class GptqWriter:
         rest = [name for name in names if not name.startswith(DECODER_LAYERS) and name in checkpoint]
         self._write((name, checkpoint.tensor(name)) for name in rest)
         index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(self._files.items()))}
-        write_json(folder / INDEX_FILE, index)
+        write_json(folder / GPTQ_INDEX, index)
         with Checkpoint(folder):
             pass  # it has every tensor, in the right shape
 
@@ -125,10 +116,14 @@ def _half(name: str, tensor: Tensor) -> Tensor:
     return tensor.detach().half().contiguous()
 
 
-def _write_settings(source: Path, folder: Path, form: GptqFormat) -> None:
-    for name in COPIED_FILES:
+def _write_settings(checkpoint: Checkpoint, folder: Path, form: GptqFormat) -> None:
+    source = checkpoint.folder
+    checkpoint.tokenizer.write(source, folder)
+    if not (source / PREPROCESSOR).exists():
+        write_json(folder / PREPROCESSOR, checkpoint.preprocessor)
+    for name in (PREPROCESSOR, *OPTIONAL_FILES):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config = json_object(source / "config.json")
     write_json(folder / "config.json", config | {"torch_dtype": "float16", CONFIG_KEY: form.to_json()})
     write_json(folder / CONFIG_FILE, form.to_json())

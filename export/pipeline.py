@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -16,10 +15,10 @@ from owl2.export.graph.builder import GraphBuilder
 from owl2.export.graph.decoder import DecoderGraph
 from owl2.export.graph.dialect import DIALECTS
 from owl2.export.graph.kv_int8 import write_int8_kv_graph
+from owl2.export.job.disk import write_json
 from owl2.export.job.job import ExportJob, open_job
 from owl2.export.job.journal import Journal, journal_size
 from owl2.export.job.progress import Reporter, Silent
-from owl2.export.job.staging import write_json
 from owl2.export.job.written_bundle import WrittenBundle
 from owl2.export.prompts import digests
 from owl2.export.report import Report
@@ -43,12 +42,7 @@ def export_bundle(config: ExportConfig, reporter: Reporter | None = None) -> Rep
             journal = Journal(job)
             journal.resume()
             job.check_space(needed)
-            changed = job.checkpoint.tokenizer.changed
-            for name in spec.TOKENIZER_FILES:
-                if name in changed:
-                    write_json(job.folder / name, changed[name])
-                else:
-                    shutil.copyfile(job.checkpoint.folder / name, job.folder / name)
+            job.checkpoint.tokenizer.write(job.checkpoint.folder, job.folder)
             vision = journal.vision()
             if vision is None:
                 vision = export_vision(job)

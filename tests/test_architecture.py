@@ -48,7 +48,7 @@ ROOMS = {
     "export.checks": (
         "quant runtime runtime.families runtime.backends.ort runtime.evaluation export export.graph export.job"
     ),
-    "export.job": "quant runtime runtime.cli export export.checkpoint export.graph",
+    "export.job": "quant runtime runtime.backends.tensorrt runtime.cli export export.checkpoint export.graph",
     "export.tensorrt": "runtime runtime.backends runtime.backends.tensorrt runtime.fit runtime.cli export.job",
     "export.cli": "quant runtime runtime.cli export export.checkpoint export.job export.tensorrt",
     "export.optimum": "export.cli",

@@ -6,41 +6,39 @@ safetensors shards are read by slice.
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from owl2.export.checkpoint.files import (
+    GENERATION,
+    PREPROCESSOR,
+    check_pointers,
+    find_weights,
+    json_object,
+    preprocessor_of_base,
+)
 from owl2.export.checkpoint.gptq_format import read_format
 from owl2.export.checkpoint.gptq_layout import GptqTensors, unpack
 from owl2.export.checkpoint.hf_config import config_notes, model_config
+from owl2.export.checkpoint.naming import ADAPTER_EFFECT, USUAL_BUFFER, official_names
+from owl2.export.checkpoint.remarks import find_cause, notes
 from owl2.export.checkpoint.shard import Shard
 from owl2.export.checkpoint.tokenizer_source import read_tokenizer
 from owl2.quant.grid import QuantizedWeight
 from owl2.quant.models.mplug_owl2 import Owl2Model
-from owl2.runtime.config import ModelConfig
+from owl2.runtime.config import ModelConfig, require
 from owl2.runtime.errors import BundleError, CheckpointError
-from owl2.runtime.spec import TOKENIZER_FILES
+from owl2.runtime.foreign import cut, harmless, listed
 
-REQUIRED_FILES = ("config.json", "preprocessor_config.json", *TOKENIZER_FILES)
-
-# Weight files in the order transformers prefers them: index or single file.
-WEIGHT_FILES = (
-    "model.safetensors.index.json",
-    "model.safetensors",
-    "pytorch_model.bin.index.json",
-    "pytorch_model.bin",
-)
-# AutoGPTQ's name for its one file.
-GPTQ_FILES = "gptq_model-*bit-*g.safetensors"
 FLOAT_TYPES = ("float32", "float16", "bfloat16")
 DECODER_LAYERS = "model.layers."
 OPTIONAL_SUFFIXES = (".q_pos_embed", ".k_pos_embed")
-IGNORED_SUFFIX = ".rotary_emb.inv_freq"
+VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
+"""Tensors with a row for every token id."""
 MAX_OPEN_SHARDS = 2
 MAX_LISTED_PROBLEMS = 40
 
@@ -55,13 +53,19 @@ class Checkpoint:
         folder: of the files.
         config: the model that its JSON files describe.
         gptq: how quantized layers are stored; None for a checkpoint that is not quantized.
-        notes: what its JSON files say that has no effect here, a sentence each.
         tokenizer: its tokenizer, and what a bundle needs of it.
         quantized: names of the quantized linear layers, as in ``model.layers.0.mlp.up_proj``.
+        preprocessor: content of preprocessor_config.json, or what stands for it.
+        notes: what was converted, taken for granted or left out, and what its JSON files say that has no effect here, a
+            sentence each.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, base_preprocessor: bool = False) -> None:
         """Open ``folder`` and check everything but the numbers.
+
+        Args:
+            folder: in the official layout, or in one whose meaning is certain.
+            base_preprocessor: take the values of mPLUG-Owl2 itself instead of preprocessor_config.json.
 
         Raises:
             CheckpointError: files are missing or unreadable, or tensors are missing, unexpected or misshaped;
@@ -69,20 +73,26 @@ class Checkpoint:
             ConfigError: config.json describes an unsupported model.
         """
         self.folder = folder
-        weights = self._check_files()
-        config = self._json("config.json")
+        self._shards: OrderedDict[str, Shard] = OrderedDict()
+        weights = find_weights(folder, base_preprocessor=base_preprocessor)
+        config = json_object(folder / "config.json")
+        require(
+            not (base_preprocessor and (folder / PREPROCESSOR).exists()),
+            f"{folder} has a {PREPROCESSOR}; leave --base-preprocessor (base_preprocessor) out",
+        )
         self.gptq = read_format(folder, config)
-        preprocessor = self._json("preprocessor_config.json")
-        generation = self._json("generation_config.json") if (folder / "generation_config.json").exists() else None
-        self.config: ModelConfig = model_config(config, preprocessor, generation or {})
+        self.preprocessor = preprocessor_of_base(config) if base_preprocessor else json_object(folder / PREPROCESSOR)
+        generation = json_object(folder / GENERATION) if (folder / GENERATION).exists() else None
+        self.config: ModelConfig = model_config(config, self.preprocessor, generation or {})
         try:
             self.tokenizer = read_tokenizer(folder, self.config.decoder.vocab_size)
             self.tokenizer.tokenizer.require_fit(self.config.decoder, folder)
         except BundleError as error:
             raise CheckpointError(str(error)) from error
-        self.notes = (*config_notes(config, preprocessor, generation), *self.tokenizer.notes)
-        self._shards: OrderedDict[str, Shard] = OrderedDict()
-        self._weight_map = self._read_weight_map(weights)
+        files = self._read_weight_map(weights)
+        names = official_names(files, str(folder))
+        self._stored = names.stored
+        self._weight_map = {name: files[stored] for name, stored in names.stored.items()}
         # AutoGPTQ wrote a bias of zeros where a layer has none.
         self._idle_biases: set[str] = set()
         self.quantized = frozenset(
@@ -90,7 +100,10 @@ class Checkpoint:
             for name in self._weight_map
             if name.startswith(DECODER_LAYERS) and name.endswith(".qweight")
         )
-        self._check_tensors()
+        self._check_adapter({name: files[name] for name in names.adapter})
+        rows = self._check_tensors()
+        said = config_notes(config, self.preprocessor, generation), self.tokenizer.notes
+        self.notes = (*said[0], *said[1], *notes(folder, names, rows, self.config))
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -111,7 +124,8 @@ class Checkpoint:
 
     def stored(self, name: str) -> Tensor:
         """One tensor in the type of its file, unchecked; it stays mapped, so it takes no memory of the process."""
-        return self._shard(self._weight_map[name]).tensor(name)
+        tensor = self._shard(self._weight_map[name]).tensor(self._stored[name])
+        return tensor[: self.config.decoder.vocab_size] if name in VOCABULARY else tensor
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor as float32.
@@ -154,78 +168,81 @@ class Checkpoint:
                 target.copy_(self.tensor(prefix + name))
         return integers
 
-    def _check_files(self) -> str:
-        """Name of the index or of the one file with the weights."""
-        if not self.folder.is_dir():
-            raise CheckpointError(
-                f"{self.folder} is not a folder; expected a checkpoint in the official layout (config.json, weights, "
-                "tokenizer.model, …)"
-            )
-        missing = [name for name in REQUIRED_FILES if not (self.folder / name).is_file()]
-        weights = [name for name in WEIGHT_FILES if (self.folder / name).is_file()]
-        weights += [path.name for path in self.folder.glob(GPTQ_FILES)]
-        if not weights:
-            missing.append(f"weights (one of {', '.join(WEIGHT_FILES)})")
-        if missing:
-            raise CheckpointError(
-                f"{self.folder} is not an official mPLUG-Owl2 checkpoint; missing: {', '.join(missing)}"
-            )
-        return weights[0]
-
-    def _json(self, name: str) -> dict[str, Any]:
-        path = self.folder / name
-        try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} is not readable JSON: {error}") from error
-        if not isinstance(value, dict):
-            raise CheckpointError(f"{path} must hold a JSON object, got {type(value).__name__}")
-        return value
-
     def _read_weight_map(self, name: str) -> dict[str, str]:
+        """File of every tensor, by its name there."""
         if not name.endswith(".index.json"):
             return dict.fromkeys(self._shard(name).names, name)
-        weight_map = self._json(name).get("weight_map")
+        weight_map = json_object(self.folder / name).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
             raise CheckpointError(f"{self.folder / name}: weight_map must map tensor names to file names")
         shards = sorted(set(weight_map.values()))
         outside = [shard for shard in shards if Path(shard).name != shard]
         if outside:
-            raise CheckpointError(f"{self.folder / name}: shards must be next to it, not at {', '.join(outside)}")
+            raise CheckpointError(f"{self.folder / name}: shards must be next to it, not at {listed(outside)}")
         missing = [shard for shard in shards if not (self.folder / shard).is_file()]
         if missing:
             raise CheckpointError(
                 f"{self.folder}: {len(missing)} of {len(shards)} shards named by {name} are missing: "
-                f"{', '.join(missing)}; copy or download them"
+                f"{listed(missing)}; copy or download them"
             )
+        check_pointers(self.folder, shards)
         return weight_map
 
-    def _check_tensors(self) -> None:
+    def _check_adapter(self, files: Mapping[str, str]) -> None:
+        """Refuse tensors of a LoRA adapter that changes something."""
+        apart = [name for name in self._stored.values() if ".base_layer." in name]
+        working = [
+            name
+            for name, file in files.items()
+            if ADAPTER_EFFECT.fullmatch(name)
+            and (tensor := self._shard(file).tensor(name)).any() | tensor.isnan().any()
+        ]
+        if apart or working:
+            raise CheckpointError(
+                f"{self.folder} holds a LoRA adapter beside the weights ({listed(working or apart)}): merge it first "
+                "(PEFT: merge_and_unload, then save_pretrained), and export the result"
+            )
+
+    def _is_zero(self, file: str, name: str) -> bool:
+        found = self._shard(file).describe(name)
+        return found is not None and found[1] in FLOAT_TYPES and not self._shard(file).tensor(name).any()
+
+    def _check_tensors(self) -> int:
+        """Check names, shapes and types; returns the rows of the token table."""
         with torch.device("meta"):
             state = Owl2Model(self.config).state_dict()
         expected: Expected = {name: (tuple(value.shape), FLOAT_TYPES) for name, value in state.items()}
+        rows = self._expect_rows(expected)
         optional = {name for name in expected if name.endswith(OPTIONAL_SUFFIXES)}
         if self.config.decoder.tie_word_embeddings:
             optional.add("lm_head.weight")
         optional |= self._expect_quantized(expected)
-        problems = [
-            f"missing {name} {list(expected[name][0])}"
-            for name in expected
-            if name not in self and name not in optional
-        ]
-        problems += [
-            f"unexpected {name}"
-            for name in self._weight_map
-            if name not in expected and not name.endswith(IGNORED_SUFFIX)
-        ]
+        missing = [name for name in expected if name not in self and name not in optional]
+        unexpected = [name for name in self._weight_map if name not in expected and not name.endswith(USUAL_BUFFER)]
+        problems = [f"missing {name} {list(expected[name][0])}" for name in missing]
+        problems += [f"unexpected {harmless(cut(self._stored[name], 200))}" for name in unexpected]
         problems += self._misshaped(expected)
         if problems:
             shown = problems[:MAX_LISTED_PROBLEMS]
             if len(problems) > len(shown):
                 shown.append(f"… and {len(problems) - len(shown)} more")
+            cause = find_cause(missing, unexpected, self.config, rows)
             raise CheckpointError(
-                f"{self.folder}: {len(problems)} tensors do not fit its config.json:\n  " + "\n  ".join(shown)
+                f"{self.folder}: {len(problems)} tensors do not fit its config.json{cause}:\n  " + "\n  ".join(shown)
             )
+        return rows
+
+    def _expect_rows(self, expected: Expected) -> int:
+        """Expect more rows of token table and head where both have them: config.json's size tells which are in use."""
+        rows, own = [], self.config.decoder.vocab_size
+        for name in VOCABULARY:
+            if name in self and (found := self._shard(self._weight_map[name]).describe(self._stored[name])):
+                rows.append(found[0][0] if found[0] else 0)
+        if len(set(rows)) == 1 and rows[0] > own:
+            for name in VOCABULARY:
+                shape, dtypes = expected[name]
+                expected[name] = (rows[0], *shape[1:]), dtypes
+        return rows[0] if rows else own
 
     def _expect_quantized(self, expected: Expected) -> set[str]:
         """Expect the tensors of quantized layers instead of their weights; returns the names of optional ones."""
@@ -257,7 +274,7 @@ class Checkpoint:
         # Shard by shard, so that each is opened once.
         for name in sorted(set(expected) & set(self._weight_map), key=lambda n: (self._weight_map[n], n)):
             file = self._weight_map[name]
-            found = self._shard(file).describe(name)
+            found = self._shard(file).describe(self._stored[name])
             if found is None:
                 yield f"missing {name}: the index says {file}, which does not hold it"
                 continue

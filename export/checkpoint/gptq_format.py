@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from owl2.quant.config import BITS, GROUP_SIZES
 from owl2.runtime.errors import CheckpointError
-from owl2.runtime.foreign import listed, read_json, reading, shorten
+from owl2.runtime.foreign import cut, harmless, listed, read_json, reading, shorten
 
 CONFIG_FILE = "quantize_config.json"
 CONFIG_KEY = "quantization_config"
@@ -93,7 +93,7 @@ def read_format(folder: Path, config: Mapping[str, Any]) -> GptqFormat | None:
         sources[f"config.json, {CONFIG_KEY}"] = config[CONFIG_KEY]
     path = folder / CONFIG_FILE
     if path.is_file():
-        with reading(path, CheckpointError, "copy it from the source of the checkpoint"):
+        with reading(path, CheckpointError, "copy or download it again from the source of the checkpoint"):
             sources[CONFIG_FILE] = read_json(path)
     if not sources:
         return None
@@ -115,7 +115,10 @@ def _checked(settings: Mapping[str, Any], where: str) -> GptqFormat:
         if not condition:
             raise CheckpointError(f"{where}: {message}")
 
-    method, form = str(settings.get("method", "gptq")).lower(), str(settings.get("format", "gptq")).lower()
+    method, form, pack = (
+        cut(harmless(str(settings.get(key, default)).lower()))
+        for key, default in (("method", "gptq"), ("format", "gptq"), ("pack_dtype", "int32"))
+    )
     require(
         method == "gptq" and form in FORMATS and not settings.get("is_marlin_format"),
         f"the weights are quantized as {listed([method])}, format {listed([form])}; of quantized checkpoints only gptq "
@@ -126,15 +129,17 @@ def _checked(settings: Mapping[str, Any], where: str) -> GptqFormat:
         require(type(value) is int, f"{key} must be an integer, got {shorten(value)}")
     bits, size = settings["bits"], settings["group_size"]
     require(bits in BITS, f"bits is {bits}; only {BITS} can be read")
-    require(size == -1 or (size > 0 and size % 16 == 0), f"group_size is {size}; -1 and multiples of 16 can be read")
+    require(
+        size == -1 or (size > 0 and size % 16 == 0),
+        f"group_size is {size}; -1 and multiples of 16 can be read",
+    )
     for key in ("desc_act", "sym", "lm_head"):
         value = settings.get(key)
         require(value is None or isinstance(value, bool), f"{key} must be true or false, got {shorten(value)}")
     require(not settings.get("lm_head"), "the output head is quantized too; only decoder layers can be")
     for key in REFUSED:
         require(not settings.get(key), f"{key} is used, which cannot be read")
-    pack = str(settings.get("pack_dtype", "int32")).removeprefix("torch.")
-    require(pack == "int32", f"numbers are packed in {listed([pack])}; only int32 can be read")
+    require(pack.removeprefix("torch.") == "int32", f"numbers are packed in {pack}; only int32 can be read")
     dynamic = settings.get("dynamic") or {}
     require(isinstance(dynamic, Mapping), f"dynamic must be an object, got {shorten(dynamic)}")
     changed = [pattern for pattern in dynamic if not str(pattern).startswith("-:")]

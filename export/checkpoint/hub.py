@@ -6,12 +6,14 @@ import importlib.util
 import re
 from pathlib import Path
 
-from owl2.export.checkpoint.checkpoint import REQUIRED_FILES
+from owl2.export.checkpoint.files import ADAPTER_FILES, OPTIONAL_FILES, REQUIRED_FILES
 from owl2.export.checkpoint.gptq_format import CONFIG_FILE
 from owl2.runtime.errors import CheckpointError
+from owl2.runtime.foreign import shorten
+from owl2.runtime.spec import TOKENIZER_FILES
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-JSON_FILES = (*REQUIRED_FILES, "generation_config.json", CONFIG_FILE, "*.index.json")
+JSON_FILES = (*REQUIRED_FILES, *TOKENIZER_FILES, *OPTIONAL_FILES, ADAPTER_FILES[0], CONFIG_FILE, "*.index.json")
 
 
 def local_checkpoint(name: str, *, download: bool) -> Path:
@@ -26,7 +28,9 @@ def local_checkpoint(name: str, *, download: bool) -> Path:
             raise CheckpointError(f"folder {name} does not exist; if it is a hub id, add --download")
         return folder
     if not HUB_ID.fullmatch(name):
-        raise CheckpointError(f"{name!r} is not a hub id; expected OWNER/MODEL, as in MAGAer13/mplug-owl2-llama2-7b")
+        raise CheckpointError(
+            f"{shorten(name)} is not a hub id; expected OWNER/MODEL, as in MAGAer13/mplug-owl2-llama2-7b"
+        )
     if importlib.util.find_spec("huggingface_hub") is None:
         raise CheckpointError("downloading needs huggingface_hub: pip install 'owl2[hub]'")
     from huggingface_hub import HfApi, snapshot_download

@@ -5,6 +5,7 @@ The runtime, which never imports torch itself, finds it through the entry point 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from owl2.quant.models.mplug_owl2 import DecoderLayer, Routing
 from owl2.quant.models.mplug_owl2.decoder import KeyValue, rotary_slice
 from owl2.runtime.cancellation import NEVER, Cancellation
 from owl2.runtime.engine import PREFILL_BLOCK, Floats, Ints, KvBuffers, own
+from owl2.runtime.errors import Owl2Warning
 from owl2.runtime.images import ImageEncoder
 from owl2.runtime.load import Loaded
 from owl2.runtime.token_table import ArrayTable
@@ -104,6 +106,8 @@ def open_checkpoint(folder: Path) -> Loaded:
         CheckpointError, ConfigError: the checkpoint cannot be used.
     """
     checkpoint = Checkpoint(folder)
+    for note in checkpoint.notes:
+        warnings.warn(f"{folder}: {note}", Owl2Warning, stacklevel=2)
     config, tokenizer = checkpoint.config, checkpoint.tokenizer.tokenizer
     engine = TorchEngine(checkpoint)
     table = ArrayTable(checkpoint.tensor(TABLE).numpy())

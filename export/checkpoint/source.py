@@ -81,11 +81,12 @@ def needs_calibration(config: ExportConfig, checkpoint: Checkpoint) -> bool:
 def source_record(checkpoint: Checkpoint) -> dict[str, Any]:
     """The checkpoint's part of the report."""
     form = checkpoint.gptq
+    noted = {"notes": checkpoint.notes} if checkpoint.notes else {}
     if form is None:
-        return {"kind": "checkpoint", "notes": checkpoint.notes}
+        return {"kind": "checkpoint", **noted}
     return {
         "kind": GPTQ_CHECKPOINT,
-        "notes": checkpoint.notes,
+        **noted,
         "quantizer": form.producer,
         "bits": form.bits,
         "group_size": form.group_size,

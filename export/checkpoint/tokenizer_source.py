@@ -5,12 +5,15 @@ A bundle has one place for them, ``added_tokens_decoder`` in tokenizer_config.js
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from owl2.export.checkpoint import keys
+from owl2.export.checkpoint.files import TOKENIZER_DEFAULTS
 from owl2.export.checkpoint.keys import Json, check_keys
 from owl2.runtime.config import require
 from owl2.runtime.errors import CheckpointError
@@ -24,6 +27,7 @@ from owl2.runtime.families.mplug_owl2.tokenizer_files import (
     named_tokens,
 )
 from owl2.runtime.foreign import listed, shorten
+from owl2.runtime.spec import TOKENIZER_FILES
 
 CONFIG, SPECIAL_MAP = "tokenizer_config.json", "special_tokens_map.json"
 TOKENS, FAST = "added_tokens.json", "tokenizer.json"
@@ -38,13 +42,22 @@ class TokenizerSource:
 
     Attributes:
         tokenizer: as a bundle has it.
-        changed: content of the files that a bundle has in another form, by name.
+        changed: content of the files that a bundle has in another form, or that are missing, by name.
         notes: what the files say that has no effect here, a sentence each.
     """
 
     tokenizer: Tokenizer
     changed: Mapping[str, Json]
     notes: tuple[str, ...]
+
+    def write(self, source: Path, target: Path) -> None:
+        """Copy the files from the checkpoint's folder, but for those that a bundle has in another form."""
+        for name in TOKENIZER_FILES:
+            if name in self.changed:
+                text = json.dumps(self.changed[name], indent=2) + "\n"
+                (target / name).write_text(text, encoding="utf-8")
+            else:
+                shutil.copyfile(source / name, target / name)
 
 
 def read_tokenizer(folder: Path, rows: int) -> TokenizerSource:
@@ -57,7 +70,10 @@ def read_tokenizer(folder: Path, rows: int) -> TokenizerSource:
     """
     config: Json
     special_map: Json
-    given = config, special_map = load_json(folder / CONFIG), load_json(folder / SPECIAL_MAP)
+    given = [load_json(folder / name) if (folder / name).exists() else None for name in (CONFIG, SPECIAL_MAP)]
+    config, special_map = (
+        TOKENIZER_DEFAULTS[name] if content is None else content for name, content in zip((CONFIG, SPECIAL_MAP), given)
+    )
     notes = [*check_keys(CONFIG, config, keys.TOKENIZER), *check_keys(SPECIAL_MAP, special_map, keys.SPECIAL_MAP)]
     legacy = config.get("legacy")
     require(
@@ -70,7 +86,7 @@ def read_tokenizer(folder: Path, rows: int) -> TokenizerSource:
         )
     # transformers 4.31 left an old name in tokenizer_config.json; later versions, which list the added tokens, do not.
     for role in DEFAULT_SPECIALS if config.get(ADDED) else ():
-        names = {text for part in given if (text := _content(part.get(role))) is not None}
+        names = {text for part in (config, special_map) if (text := _content(part.get(role))) is not None}
         require(
             len(names) < 2,
             f"{SPECIAL_MAP} and {CONFIG} call the {role} {listed(sorted(names))}; keep the one that the model was "

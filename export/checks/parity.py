@@ -15,6 +15,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from owl2.export.graph.builder import CONTRIB
+from owl2.export.job.contents import FLOAT_SUFFIX
 from owl2.export.report import Parity
 from owl2.runtime.engine import Floats
 from owl2.runtime.errors import ParityError
@@ -94,7 +95,7 @@ def with_float_activations(path: Path) -> Iterator[Path]:
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     _widen(model.graph)
-    variant = path.with_suffix(".float.onnx")
+    variant = path.with_suffix(FLOAT_SUFFIX)
     variant.write_bytes(model.SerializeToString())
     try:
         yield variant

@@ -101,6 +101,11 @@ DEFAULTS = {
     "machine; tensorrt for the GPU of this machine.",
 )
 @gpu_option
+@click.option(
+    "--base-preprocessor",
+    is_flag=True,
+    help="Prepare images as mPLUG-Owl2 itself does, where CHECKPOINT has no preprocessor_config.json.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing bundle.")
 @click.option("--fresh", is_flag=True, help="Start over where an interrupted export could be continued.")
 @click.option("--download", is_flag=True, help="CHECKPOINT is a hub id: download it first.")

@@ -18,8 +18,9 @@ from owl2.export.checkpoint.modules import check_head, fits_float16
 from owl2.export.checkpoint.source import check_settings, remaining, source_record
 from owl2.export.config import ExportConfig
 from owl2.export.job.device import check_device
+from owl2.export.job.disk import write_json
 from owl2.export.job.progress import Reporter
-from owl2.export.job.staging import Staging, write_json
+from owl2.export.job.staging import Staging
 from owl2.export.job.usage import Usage
 from owl2.export.prompts import Prompts, load_prompts
 from owl2.export.report import CalibrationRecord, Checks, PartReport, Report
@@ -155,7 +156,8 @@ def open_job(config: ExportConfig, reporter: Reporter) -> Iterator[ExportJob]:
             "command, choose another folder, or give --fresh to remove it"
         )
     check_device(config.device)
-    with Usage() as usage, Checkpoint(config.checkpoint) as checkpoint:
+    opened = Checkpoint(config.checkpoint, base_preprocessor=config.base_preprocessor)
+    with Usage() as usage, opened as checkpoint:
         check_settings(config, checkpoint)
         check_head(checkpoint)
         job = ExportJob(config, checkpoint, load_prompts(config, checkpoint), staging, usage, reporter)
@@ -170,7 +172,7 @@ def _tell(job: ExportJob) -> None:
         ConfigError: the token table does not fit the activations.
     """
     for note in job.checkpoint.notes:
-        job.reporter.note(note)
+        job.reporter.note(f"{job.config.checkpoint}: {note}")
     if job.config.layout == "bundle" and job.embeddings != job.config.types.embeddings:
         require(
             job.config.types.activations == "fp32",

@@ -30,20 +30,21 @@ from numpy.typing import NDArray
 
 from owl2.export.graph.builder import BuilderState, data_path
 from owl2.export.graph.decoder import DecoderGraph, DecoderState
+from owl2.export.job.contents import INDEX, INDEX_BYTES, in_work
+from owl2.export.job.disk import sync
 from owl2.export.job.job import ExportJob
-from owl2.export.job.staging import sync
 from owl2.export.prompts import fingerprint
 from owl2.export.report import Parity, PartReport
 from owl2.export.vision import ExportedVision
 from owl2.quant.layer import ModuleReport
 from owl2.runtime import spec
 from owl2.runtime.config import from_json
+from owl2.runtime.foreign import parse_json, read_json
 from owl2.runtime.verification import HASH_BLOCK, hash_file
 from owl2.runtime.version import __version__
 
 Array = NDArray[Any]
 FORMAT = 1
-INDEX = "journal.json"
 VISION_ROWS = "vision.rows"
 # These name files, which are in the key by their content or times, or say what to do with earlier ones.
 UNKEYED_SETTINGS = ("checkpoint", "bundle", "calibration", "overwrite", "fresh")
@@ -185,14 +186,14 @@ class Journal:
     def _read(self) -> dict[str, Any]:
         """The content of the journal, once everything that it relies on has proved unchanged."""
         try:
-            complete = json.loads((self._staging.journal / INDEX).read_text(encoding="utf-8"))
+            complete = read_json(self._staging.journal / INDEX, INDEX_BYTES)
             text = complete["content"]
             whole = hashlib.sha256(text.encode()).hexdigest() == complete["sha256"]
+            content: dict[str, Any] = parse_json(text) if whole else {}
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            whole, text = False, ""
+            whole = False
         if not whole:
             raise _UnusableError(f"{INDEX} is damaged")
-        content: dict[str, Any] = json.loads(text)
         if content.get("format") != FORMAT:
             raise _UnusableError(f"it is of format {content.get('format')}, this version writes {FORMAT}")
         different = _differences(content["key"], self._key)
@@ -275,7 +276,7 @@ def _differences(old: Mapping[str, str], new: Mapping[str, str]) -> str:
 
 def _remove_all_but(names: Collection[str], folder: Path) -> None:
     for path in folder.iterdir():
-        if path.name not in names:
+        if path.name not in names and in_work(f"{folder.name}/{path.name}"):
             path.unlink()
 
 

@@ -3,40 +3,44 @@
 Everything is in one hidden folder next to the target until it is complete::
 
     .NAME.partial/
+        made-by-owl2-export    its mark
         lock       held while an export runs; names its process
         bundle/    the files
         journal/   what is finished, see owl2.export.job.journal
         replaced/  the former bundle, for the moment between two renames
+
+A folder of this name without the mark, or with anything else in it, is somebody else's: it is refused and left as it
+is. What is removed is removed name by name (:mod:`owl2.export.job.contents`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
 from filelock import FileLock, Timeout
 
-from owl2.runtime import spec
+from owl2.export.job.contents import LISTS, LOCK, MARK, Known, foreign, in_work, is_marked, mark, of_exported, remove
+from owl2.export.job.disk import sync, write_text
 from owl2.runtime.errors import (
     CalibrationError,
     CheckpointError,
     ConfigError,
     ExportError,
+    Owl2Warning,
     ParityError,
     QuantizationError,
 )
+from owl2.runtime.foreign import ForeignError, listed, reason
 
-# Files that tell an export's folder from what users have of their own: those of a bundle, or of a GPTQ checkpoint.
-MARKS_OF_AN_EXPORT = ((spec.MANIFEST,), ("quantize_config.json", spec.REPORT))
 # The same command would meet these again: what led to them is not worth keeping.
 LASTING_ERRORS = (CalibrationError, CheckpointError, ConfigError, ParityError, QuantizationError)
-LOCK = "lock"
 LOCK_SECONDS = 0.5  # a process that is just ending removes its lock
+ATTEMPTS = 10  # where such processes remove the hidden folder at the same moment
 
 
 class Staging:
@@ -51,42 +55,55 @@ class Staging:
         kept: says what is finished, once the next export can continue there if this one is interrupted; empty before.
     """
 
-    def __init__(self, target: Path, *, source: Path | None = None, overwrite: bool) -> None:
-        """Check the target; nothing is written yet, but a publication that a kill interrupted is put right.
+    def __init__(
+        self,
+        target: Path,
+        *,
+        source: Path | None = None,
+        overwrite: bool,
+        contents: Callable[[Path], Known] = of_exported,
+    ) -> None:
+        """Check the target and the hidden folder; nothing is written, made or removed yet.
+
+        Only a bundle that a kill left aside, between the two renames of a publication, is put back.
+
+        Args:
+            target: folder to write.
+            source: folder that must not be the target.
+            overwrite: replace what is there.
+            contents: tells what an export wrote in an existing target; raises ForeignError if it wrote none of it.
 
         Raises:
-            ExportError: the target exists and may not be replaced, or another process is writing to it.
+            ExportError: the target exists and may not be replaced, the hidden folder is not an export's, or another
+                process is writing to it.
         """
         self.target = target = Path(os.path.realpath(target))
         if source is not None and target == Path(os.path.realpath(source)):
             raise ExportError(f"{target} is the checkpoint itself; choose another folder")
-        if target.exists() and not _replaceable(target):
-            raise ExportError(f"{target} exists and is not a bundle; it is left alone: choose another folder")
-        self.work = target.with_name(f".{target.name}.partial")
+        self.work = target.parent / f".{target.name}.partial"
         self.folder, self.journal = self.work / "bundle", self.work / "journal"
         self._replaced = self.work / "replaced"
         self._lock = FileLock(self.work / LOCK, timeout=LOCK_SECONDS)
+        self._contents, self._overwrite = contents, overwrite
         self.kept = ""
-        if self.work.exists():
-            self._acquire()
-            try:
-                # After a kill: put back a bundle that was to be replaced, remove what is left of one just published.
-                if self._replaced.exists() and not target.exists():
-                    self._replaced.rename(target)
-                if not self.folder.exists():
-                    self._remove()
-            finally:
-                self._lock.release()
-        if not overwrite and target.exists() and any(target.iterdir()):
-            raise ExportError(f"{target} exists; give --overwrite to replace it or choose another folder")
+        with _writing(target):
+            with contextlib.suppress(FileNotFoundError):  # another process has just removed it
+                if os.path.lexists(self.work):
+                    self._look_at_work()
+            if os.path.lexists(target):
+                self._check_target()
 
     def __enter__(self) -> Staging:
         self._acquire()
         try:
-            self._make_folders()
-        except OSError as error:
+            with _writing(self.target):
+                self._check_work()
+                if not self.folder.exists():  # a kill came right after a publication
+                    self._remove_parts()
+                self._make_folders()
+        except BaseException:
             self._lock.release()
-            raise _unwritable(self.target, error) from error
+            raise
         return self
 
     def __exit__(
@@ -102,8 +119,7 @@ class Staging:
 
     def clear(self) -> None:
         self.kept = ""
-        for folder in (self.journal, self.folder):
-            shutil.rmtree(folder, ignore_errors=True)
+        self._remove_parts()
         self._make_folders()
 
     @property
@@ -125,75 +141,154 @@ class Staging:
             "with --fresh it starts over"
         )
 
-    def publish(self) -> None:
-        """Put the files in the target's place."""
+    def publish(self, finish: Callable[[], object] = lambda: None) -> None:
+        """Put the files in the target's place, then call ``finish``; if that fails, everything is as before."""
         for path in self.folder.iterdir():
             sync(path)
         sync(self.folder)
-        if self.target.exists():
+        if os.path.lexists(self.target):
+            self._check_target()  # it may have changed since
             self.target.rename(self._replaced)
-            try:
-                self.folder.rename(self.target)
-            except BaseException:
-                self._replaced.rename(self.target)
-                raise
-        else:
+        try:
             self.folder.rename(self.target)
+            finish()
+        except BaseException:
+            if self.target.exists():
+                self.target.rename(self.folder)
+            if self._replaced.exists():
+                self._replaced.rename(self.target)
+            raise
         self.kept = ""
         sync(self.target.parent)
+
+    def _check_target(self) -> None:
+        target = self.target
+        if target.is_symlink() or not target.is_dir():
+            raise ExportError(f"{target} exists and is not a bundle; it is left alone: choose another folder")
+        if not any(target.iterdir()):
+            return
+        try:
+            known = self._contents(target)
+        except (ForeignError, OSError) as error:
+            raise ExportError(
+                f"{target} exists and is not a bundle; it is left alone: choose another folder ({reason(error)})"
+            ) from error
+        if not self._overwrite:
+            done = self.work.exists() and not self.folder.exists()  # a kill came right after its publication
+            raise ExportError(
+                f"{target} exists; give --overwrite to replace it or choose another folder"
+                f"{f'. It is complete: {self.work} can be deleted' if done else ''}"
+            )
+        others = foreign(target, known)
+        if others:
+            raise ExportError(
+                f"{target} holds {listed(others)}, which no export wrote and which would be lost; move it away, or "
+                "choose another folder"
+            )
+
+    def _look_at_work(self) -> None:
+        self._check_mark()
+        if os.path.lexists(self.work / LOCK):
+            self._lock_or_refuse()
+        try:
+            self._check_work()
+        finally:
+            self._lock.release()
+
+    def _check_mark(self) -> None:
+        """Raise ExportError for a hidden folder that no export has made."""
+        linked = self.work.is_symlink()
+        if linked or not self.work.is_dir() or not is_marked(self.work):
+            raise ExportError(
+                f"{self.work} {'is a link' if linked else 'was not made by owl2-export'} and is left alone; an export "
+                f"to {self.target} keeps its unfinished files under this name: move it away, or choose another folder"
+            )
+
+    def _check_work(self) -> None:
+        """Put back what a kill left aside; raise ExportError for anything in the hidden folder that is not known."""
+        if self._replaced.is_dir() and not self._replaced.is_symlink():
+            if not os.path.lexists(self.target):
+                self._replaced.rename(self.target)
+            elif self.folder.exists():
+                raise ExportError(
+                    f"{self._replaced} was {self.target} until an interrupted export began to replace it, and "
+                    "something else is there now; move one of them away"
+                )
+        replaced = self._known_replaced()
+        others = foreign(self.work, lambda name: in_work(name) or replaced(name.removeprefix("replaced/")))
+        if others:
+            raise ExportError(
+                f"{self.work} holds {listed(others)}, which no export wrote and which would be lost; move it away"
+            )
+
+    def _known_replaced(self) -> Known:
+        """What is known in ``replaced``; while it is removed, the files that list the others go last."""
+        try:
+            known = self._contents(self._replaced)
+        except (ForeignError, OSError):
+            return LISTS.__contains__
+        return lambda name: known(name) or name in LISTS
 
     def _make_folders(self) -> None:
         for folder in (self.folder, self.journal):
             folder.mkdir(exist_ok=True)
 
+    def _remove_parts(self) -> None:
+        for folder in (self.journal, self.folder):
+            remove(folder, in_work, f"{folder.name}/")
+        remove(self._replaced, self._known_replaced())
+
     def _remove(self) -> None:
         """Remove the hidden folder; the lock goes last, since it holds off others."""
-        for path in self.work.iterdir():
-            if path.name != LOCK:
-                shutil.rmtree(path, ignore_errors=True)
+        self._remove_parts()
         with contextlib.suppress(OSError):
+            others = foreign(self.work, {MARK, LOCK}.__contains__)
+            if others:
+                warnings.warn(
+                    f"{self.work} stays, since it holds {listed(others)}; move what is yours away, and delete the rest",
+                    Owl2Warning,
+                    stacklevel=2,
+                )
+                return
+            (self.work / MARK).unlink()
             (self.work / LOCK).unlink()
             self.work.rmdir()
 
-    def _acquire(self, attempts: int = 3) -> None:
+    def _acquire(self, attempts: int = ATTEMPTS) -> None:
+        try:
+            with _writing(self.target):
+                self._make_work()
+                self._lock_or_refuse()
+                write_text(self.work / LOCK, str(os.getpid()))
+        except ExportError as error:
+            self._lock.release()
+            if attempts == 1 or not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            self._acquire(attempts - 1)  # another process has just removed the folder
+
+    def _make_work(self) -> None:
+        try:
+            self.work.mkdir(parents=True)
+        except FileExistsError:
+            self._check_mark()
+        mark(self.work)
+
+    def _lock_or_refuse(self) -> None:
         path = self.work / LOCK
         try:
-            self.work.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
-            path.write_text(str(os.getpid()), encoding="ascii")
         except Timeout as error:
             holder = path.read_text(encoding="utf-8", errors="replace") if path.exists() else "which just ended"
             raise ExportError(
                 f"another owl2-export (process {holder}) is writing to {self.target}; wait for it, or choose "
                 "another folder"
             ) from error
-        except OSError as error:
-            self._lock.release()
-            if attempts > 1 and isinstance(error, FileNotFoundError):  # another process has just removed the folder
-                return self._acquire(attempts - 1)
-            raise _unwritable(self.target, error) from error
 
 
-def sync(path: Path) -> None:
-    """Flush a file, or a folder's list of names, to the disk before anything that relies on it is written."""
-    handle = os.open(path, os.O_RDONLY)
+@contextlib.contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """Turn errors of the system into those of an export to ``target``."""
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _replaceable(target: Path) -> bool:
-    """Whether it is an empty folder or one that an export has written: a bundle, or a checkpoint with a report."""
-    if not target.is_dir():
-        return False
-    exported = any(all((target / name).is_file() for name in names) for names in MARKS_OF_AN_EXPORT)
-    return exported or not any(target.iterdir())
-
-
-def _unwritable(target: Path, error: OSError) -> ExportError:
-    return ExportError(f"cannot write to {target.parent}: {error.strerror or error}")
-
-
-def write_json(path: Path, content: Mapping[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        yield
+    except OSError as error:
+        raise ExportError(f"cannot write to {target.parent}: {error.strerror or error}") from error

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from owl2.export.job.contents import ENGINE_FILES
+from owl2.export.job.disk import sync, write_json
 from owl2.export.job.progress import Reporter
-from owl2.export.job.staging import sync, write_json
+from owl2.export.job.staging import Staging
 from owl2.export.tensorrt.build import BuildStats, build_engine
 from owl2.export.tensorrt.profiles import Limits, decoder_profiles, vision_profile
 from owl2.export.tensorrt.target import BuildTarget
@@ -88,40 +89,21 @@ def _record(manifest: Manifest, target: BuildTarget, limits: Limits, work: Path)
 
 @contextlib.contextmanager
 def _appearing(bundle: Path, folder: Path) -> Iterator[Path]:
-    """A folder next to ``folder`` that replaces it, and is entered in the manifest, if all goes well.
+    """A folder that takes the place of ``folder``, and is entered in the manifest, if all goes well.
 
     If not, it is removed and everything is as before; after a kill, by the next build.
     """
-    work, former = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "former"))
-    manifest = bundle / (spec.MANIFEST + ".new")
+    for path in (folder.parent, folder):
+        if path.is_symlink():
+            raise ExportError(f"{path} is a link and is left alone; engines are kept in the bundle itself: remove it")
     try:
-        _recover(folder, former)
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        yield work
-        content = read_manifest(bundle)
-        engines = {**content.engines, folder.name: hash_file(work / records.RECORD)}
-        write_json(manifest, replace(content, engines=engines).sealed())
-        sync(manifest)
-        if folder.exists():
-            folder.rename(former)
-        try:
-            work.rename(folder)
-            manifest.rename(bundle / spec.MANIFEST)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            _recover(folder, former)
-            raise
-        shutil.rmtree(former, ignore_errors=True)
+        with Staging(folder, overwrite=True, contents=lambda _: ENGINE_FILES.__contains__) as staging:
+            staging.clear()
+            yield staging.folder
+            content = read_manifest(bundle)
+            engines = {**content.engines, folder.name: hash_file(staging.folder / records.RECORD)}
+            # In the folder first, so that it takes nothing but a rename to enter it.
+            write_json(staging.folder / spec.MANIFEST, replace(content, engines=engines).sealed())
+            staging.publish(lambda: (folder / spec.MANIFEST).rename(bundle / spec.MANIFEST))
     except OSError as error:
         raise ExportError(f"{folder} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        manifest.unlink(missing_ok=True)
-
-
-def _recover(folder: Path, former: Path) -> None:
-    """Put engines back that a kill between two renames left aside, or remove them where they were replaced."""
-    if former.exists() and not folder.exists():
-        former.rename(folder)
-    shutil.rmtree(former, ignore_errors=True)

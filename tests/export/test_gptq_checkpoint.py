@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from conftest import MakeCheckpoint
+from conftest import MakeCheckpoint, edit_json
 from gptq_files import bundle_weight, tensors_of
 from safetensors.torch import load_file, save_file
 
@@ -17,6 +17,7 @@ from owl2.export.checkpoint.checkpoint import Checkpoint
 from owl2.export.cli.commands import cli
 from owl2.export.config import ExportConfig
 from owl2.export.gptq_checkpoint import GptqWriter, export_gptq
+from owl2.export.job.contents import mark
 from owl2.export.pipeline import export_bundle
 from owl2.export.report import Report
 from owl2.quant.config import QuantConfig
@@ -110,8 +111,12 @@ class TestWriting:
         with pytest.raises(ExportError, match="give --overwrite"):
             export_gptq(config)
         (folder / "model.safetensors").write_bytes(b"")
+        with pytest.raises(ExportError, match=r"holds model\.safetensors, which no export wrote"):
+            export_gptq(replace(config, overwrite=True))
+        (folder / "model.safetensors").unlink()
+        edit_json(folder / "model.safetensors.index.json", metadata={})
         export_gptq(replace(config, overwrite=True))
-        assert not (folder / "model.safetensors").exists()
+        assert json.loads((folder / "model.safetensors.index.json").read_text())["metadata"]
         (folder / "report.json").unlink()
         with pytest.raises(ExportError, match="left alone"):
             export_gptq(replace(config, overwrite=True))
@@ -163,6 +168,7 @@ class TestCommand:
         journal.mkdir(parents=True)
         (journal.parent / "bundle").mkdir()
         (journal / "journal.json").write_text("{}")
+        mark(journal.parent)
         options = ("--layout", "gptq", "--group-size", "32", "--method", "rtn")
         result = self.run(a1, tmp_path / "target", *options)
         assert result.exit_code == 1

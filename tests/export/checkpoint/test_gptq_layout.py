@@ -283,5 +283,5 @@ class TestSettings:
         with pytest.raises(CheckpointError, match="must be a JSON object"):
             read_format(tmp_path, {"quantization_config": [4]})
         (tmp_path / "quantize_config.json").write_text("{")
-        with pytest.raises(CheckpointError, match=r"it is not JSON: .*; copy it from the source"):
+        with pytest.raises(CheckpointError, match="it is not JSON"):
             read_format(tmp_path, {})

@@ -20,6 +20,7 @@ from owl2.export import decoder
 from owl2.export.checkpoint.checkpoint import Checkpoint
 from owl2.export.checkpoint.modules import load_layer
 from owl2.export.config import ExportConfig
+from owl2.export.job.contents import MARK
 from owl2.export.job.progress import Silent
 from owl2.export.job.staging import Staging
 from owl2.export.pipeline import export_bundle
@@ -272,5 +273,5 @@ class TestWhatIsKept:
 
     def test_the_journal_keeps_one_layer(self, stopped: Path) -> None:
         work = stopped / ".bundle.partial"
-        assert names(work) == ["bundle", "journal", "lock"]
+        assert names(work) == ["bundle", "journal", "lock", MARK]
         assert names(work / "journal") == ["journal.json", "layer-2.graph", "layer-2.rows", "vision.rows"]

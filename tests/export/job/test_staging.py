@@ -11,6 +11,7 @@ from folders import names
 
 from owl2.export.config import ExportConfig
 from owl2.export.graph.ort_dialect import OrtDialect
+from owl2.export.job.contents import MARK, mark
 from owl2.export.job.job import open_job
 from owl2.export.job.progress import Silent
 from owl2.export.job.staging import Staging
@@ -44,6 +45,7 @@ class TestTarget:
         target = tmp_path / "b[1]"  # brackets mean nothing here
         export_bundle(ExportConfig(a1, target, weights="fp32"))
         (tmp_path / ".b[1].partial" / "bundle").mkdir(parents=True)
+        mark(tmp_path / ".b[1].partial")
         target.rename(tmp_path / ".b[1].partial" / "replaced")
         with pytest.raises(ExportError, match="exists; give --overwrite"):
             export_bundle(ExportConfig(a1, target, weights="fp16"))
@@ -123,7 +125,7 @@ class TestOneAtATime:
                 with pytest.raises(ExportError, match=rf"another owl2-export \(process {other.pid}\) is writing to"):
                     Staging(target, overwrite=False)
             other.kill()
-        assert names(tmp_path / ".bundle.partial") == ["bundle", "journal", "lock"]
+        assert names(tmp_path / ".bundle.partial") == ["bundle", "journal", "lock", MARK]
         with Staging(target, overwrite=False) as staging:
             staging.publish()
         assert names(tmp_path) == ["bundle"]

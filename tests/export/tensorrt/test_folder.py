@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from owl2 import Owl2
+from owl2.export.job.contents import mark
 from owl2.export.job.progress import Silent
 from owl2.export.tensorrt.build import BuildStats, build_engine
 from owl2.export.tensorrt.folder import build_engines
@@ -110,12 +112,45 @@ def test_a_full_disk_at_the_last_moment_brings_the_former_engines_back(
 def test_engines_that_a_kill_left_aside_come_back(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = target_of("sm89")
     made = build_engines(Bundle.open(folder), target, Limits(512, 128, 1), None, Silent()).folder
-    made.rename(made.with_name(f".{made.name}.former"))
+    work = made.with_name(f".{made.name}.partial")
+    work.mkdir()
+    mark(work)
+    made.rename(work / "replaced")
     monkeypatch.setattr("owl2.export.tensorrt.folder.build_engine", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         build_engines(Bundle.open(folder), target, Limits(512, 128, 1), None, Silent())
     assert (made / records.DECODER_ENGINE).is_file()
-    assert not made.with_name(f".{made.name}.former").exists()
+    assert not work.exists()
+
+
+@pytest.mark.parametrize("place", ["{}/notes.txt", ".{}.partial/notes.txt", ".{}.partial/bundle/notes.txt"])
+def test_what_no_build_wrote_is_named_and_kept(folder: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    target = target_of("sm80")
+    path = folder / "engines" / place.format("tensorrt-rtx-sm80")
+    path.parent.mkdir(parents=True)
+    if "bundle" in place:
+        mark(path.parent.parent)
+    path.write_text("precious")
+    monkeypatch.setattr("owl2.export.tensorrt.folder.build_engine", lambda *_, **__: 1 / 0)
+    with pytest.raises(ExportError, match=r"notes\.txt, which no export wrote|was not made by owl2-export"):
+        build_engines(Bundle.open(folder), target, Limits(512, 128, 1), None, Silent())
+    assert path.read_text() == "precious"
+    shutil.rmtree(folder / "engines" / place.format("tensorrt-rtx-sm80").split("/")[0])
+
+
+@pytest.mark.parametrize("linked", ["engines", "engines/tensorrt-rtx-sm80", "engines/.tensorrt-rtx-sm80.partial"])
+def test_links_are_not_followed(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, linked: str) -> None:
+    target = target_of("sm80")
+    bundle = Path(shutil.copytree(folder, tmp_path / "bundle", ignore=shutil.ignore_patterns("engines")))
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "1.jpg").write_text("precious")
+    (bundle / linked).parent.mkdir(exist_ok=True)
+    (bundle / linked).symlink_to(tmp_path / "photos")
+    monkeypatch.setattr("owl2.export.tensorrt.folder.build_engine", lambda *_, **__: 1 / 0)
+    opened = Bundle(bundle, Bundle.open(folder).manifest)
+    with pytest.raises(ExportError, match="is a link and is left alone"):
+        build_engines(opened, target, Limits(512, 128, 1), None, Silent())
+    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["1.jpg"]
 
 
 def test_ctrl_c_leaves_nothing(folder: Path) -> None:
