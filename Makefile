@@ -6,13 +6,15 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 FOLDERS := package export runtime quant sample scripts tests
 
-.PHONY: help demo test lint types unit wheel bench full full-size aarch64 clean
+.PHONY: help demo test lint types unit wheel bench fuzz soak full full-size aarch64 clean
 
 help:
 	@echo "make demo   set up, convert the sample model, ask about an image"
 	@echo "make test   set up, lint, check types, run all tests, try the installed wheel"
 	@echo "make unit   the fast tests: all but those that export with GPTQ, build engines, kill and resume"
 	@echo "make bench  speed of a conversation with the sample model"
+	@echo "make fuzz   100,000 hostile inputs, under 20 minutes; MINUTES=5, INPUTS=1000, SURFACES=images,data, SEED=1, REPEAT=FILE"
+	@echo "make soak   20 minutes of chats that stop, fork and fail, watched for memory and wrong answers; MINUTES=5"
 	@echo "make full   what takes long: accuracy of every kind of bundle, each choice of the quantizer, full-size layers"
 	@echo "make full-size   a whole model of 7B shapes: 25 GB in build/, about an hour"
 	@echo "make aarch64   the wheel on an emulated aarch64 machine: 1.1 GB in build/, ten minutes; needs Debian's apt"
@@ -58,6 +60,13 @@ wheel: $(VENV)/.dev bundles/sample/owl2.json
 
 bench: $(VENV)/.dev bundles/sample/owl2.json
 	$(BIN)/python scripts/bench_turns.py bundles/sample sample/pictures
+
+FUZZ := $(if $(REPEAT),--repeat $(REPEAT),$(if $(MINUTES),--minutes $(MINUTES),--inputs $(or $(INPUTS),100000)))
+fuzz: $(VENV)/.dev
+	PYTHONPATH=tests $(BIN)/python -m fuzz $(FUZZ) $(if $(SURFACES),--surfaces $(SURFACES)) $(if $(SEED),--seed $(SEED))
+
+soak: $(VENV)/.dev bundles/sample/owl2.json
+	$(BIN)/python scripts/soak.py bundles/sample sample/pictures --minutes $(or $(MINUTES),20)
 
 full: $(VENV)/.dev
 	PYTHON=$(BIN)/python scripts/measure-sample build/measure

@@ -1,0 +1,1 @@
+"""The ways in; every module has ``open_surface(folder, scratch)``."""
