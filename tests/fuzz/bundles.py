@@ -63,7 +63,7 @@ def command(*arguments: object) -> None:
     result = CliRunner().invoke(cli, [str(argument) for argument in arguments], prog_name="owl2")
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
-    if any(not character.isprintable() and character != "\n" for character in result.output):
+    if CONTROL.search(result.output):
         raise ControlCharacterError(repr(result.output[:500]))
 
 

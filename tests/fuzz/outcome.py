@@ -25,7 +25,7 @@ OUR_FOLDERS = tuple(
     f"{Path(folder)}/" for package in (owl2.runtime, owl2.export, owl2.quant) for folder in package.__path__
 )
 # A list has its entries in lines of their own.
-_CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class TooLongError(BaseException):
@@ -94,7 +94,7 @@ def message_problem(text: str) -> str:
         return "empty"
     if longest > LONGEST_LINE or len(text) > LONGEST_MESSAGE:
         return "too long"
-    if _CONTROL.search(text):
+    if CONTROL.search(text):
         return "control characters"
     # A list is indented, anything else is somebody else's text.
     if any(not line.startswith("  ") for line in text.split("\n")[1:]):

@@ -14,8 +14,8 @@ from PIL import Image
 from fuzz import binary, mutate
 from fuzz.surface import Input, Surface
 from owl2.runtime.config import PreprocessConfig
+from owl2.runtime.image_files import FORMATS
 from owl2.runtime.images import prepare_images
-from owl2.runtime.preprocess import FORMATS
 
 MODES = ("resize", "pad", "crop")
 WAYS = ("path",) * 9 + ("bytes", "file", "uri")

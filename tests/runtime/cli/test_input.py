@@ -44,7 +44,10 @@ def test_a_conversation(bundle_a1: Path, owl: Owl2) -> None:
     [
         ("What?\n".encode("utf-16"), "it is UTF-16 text; save it as UTF-8"),
         ("What?\n".encode("utf-32"), "it is UTF-32 text; save it as UTF-8"),
-        ("What?\n".encode("utf-16-be"), "it has NUL bytes, as binary files and UTF-16 text have; save it as UTF-8"),
+        (
+            "What?\n".encode("utf-16-be"),
+            "it has a byte 0 in line 1, as UTF-16 text and binary files have; save it as UTF-8 text",
+        ),
         ("What?\nWo ist der Bär?\n".encode("latin-1"), "it is not UTF-8 text: byte 0xe4 in line 2; save it as UTF-8"),
         (b"x" * (16 << 20) + b"y", "it has more than 16 MiB"),
     ],
