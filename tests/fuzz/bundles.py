@@ -10,7 +10,7 @@ from typing import Any
 
 from click.testing import CliRunner
 
-from fuzz.outcome import ROOT
+from fuzz.outcome import CONTROL, ROOT
 from owl2.runtime.cli.commands import cli
 from owl2.runtime.spec import MANIFEST
 from owl2.runtime.verification import hash_file
