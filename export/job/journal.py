@@ -18,6 +18,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ from owl2.export.vision import ExportedVision
 from owl2.quant.layer import ModuleReport
 from owl2.runtime import spec
 from owl2.runtime.config import from_json
-from owl2.runtime.foreign import parse_json, read_json
+from owl2.runtime.errors import ConfigError, ExportError
+from owl2.runtime.foreign import parse_json, read_json, reading
 from owl2.runtime.verification import HASH_BLOCK, hash_file
 from owl2.runtime.version import __version__
 
@@ -76,14 +78,14 @@ class Journal:
         elif left:
             try:
                 content = self._read()
-            except _UnusableError as error:
+                self._job.usage.restore(content["usage"])
+            except (_UnusableError, ConfigError) as error:
                 note(f"starting over; the interrupted export cannot be continued: {error}")
         if content is None:
             self._staging.clear()
             return
         vision = content["vision"]  # the first that is committed
         self._vision, self._decoder = vision, content["decoder"]
-        self._job.usage.restore(content["usage"])
         self._remove_others()
         # What came after the last commit is made again; temporary files must not stay.
         weights = data_path(Path(spec.DECODER_GRAPH)).name
@@ -118,11 +120,12 @@ class Journal:
         """The vision side as an earlier run left it; None if it is still to be exported."""
         if self._vision is None:
             return None
-        arrays = self._read_arrays(self._vision["rows"])
-        named, first = list(zip(self._vision["digests"], arrays)), self._vision["references"]
-        parity = from_json(Parity, self._vision["parity"], INDEX)
-        parts = tuple(from_json(PartReport, part, INDEX) for part in self._vision["sensitivity"])
-        return ExportedVision(dict(named[:first]), dict(named[first:]), parity, parts)
+        with self._reading():
+            arrays = self._read_arrays(self._vision["rows"])
+            named, first = list(zip(self._vision["digests"], arrays)), self._vision["references"]
+            parity = from_json(Parity, self._vision["parity"], INDEX)
+            parts = tuple(from_json(PartReport, part, INDEX) for part in self._vision["sensitivity"])
+            return ExportedVision(dict(named[:first]), dict(named[first:]), parity, parts)
 
     def keep_layer(self, writer: DecoderGraph, arrays: Sequence[Array], modules: Mapping[str, ModuleReport]) -> None:
         """Note that the next layer is finished; ``arrays`` is everything outside the graph that later layers need."""
@@ -152,11 +155,16 @@ class Journal:
         """
         record = self._decoder
         assert record is not None
-        nodes = (self._staging.journal / record["graph"]["file"]).read_bytes()
-        builder = BuilderState(nodes, record["names"], *record["segments"][-1])
-        writer.restore(DecoderState(builder, record["residual"], record["pending"], record["layers"]))
-        restore(self._read_arrays(record["rows"]))
-        return {name: from_json(ModuleReport, report, INDEX) for name, report in record["modules"].items()}
+        with self._reading():
+            nodes = (self._staging.journal / record["graph"]["file"]).read_bytes()
+            builder = BuilderState(nodes, record["names"], *record["segments"][-1])
+            writer.restore(DecoderState(builder, record["residual"], record["pending"], record["layers"]))
+            restore(self._read_arrays(record["rows"]))
+            return {name: from_json(ModuleReport, report, INDEX) for name, report in record["modules"].items()}
+
+    def _reading(self) -> AbstractContextManager[None]:
+        """Turn what a record of another shape raises into an error that says how to go on without it."""
+        return reading(self._staging.journal, ExportError, "give --fresh to start over")
 
     def _keep(self) -> None:
         self._staging.kept = f"{self.layers} of {self._job.layers} decoder layers"

@@ -6,10 +6,12 @@ import gc
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import psutil
 
+from owl2.runtime.config import from_json
 from owl2.runtime.memory import peak_memory
 
 SAMPLING_SECONDS = 0.1
@@ -20,6 +22,16 @@ def return_memory() -> None:
     gc.collect()
     if hasattr(psutil, "heap_trim"):  # not with every C library
         psutil.heap_trim()
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a run has used, for the next one: seconds, and bytes."""
+
+    seconds: float
+    layer_seconds: tuple[float, ...]
+    peak: int
+    own_peak: int | None
 
 
 class Usage:
@@ -69,14 +81,15 @@ class Usage:
 
     def to_json(self) -> dict[str, Any]:
         """The figures that a later run needs; :meth:`restore` takes them."""
-        names = ("seconds", "layer_seconds", "peak", "own_peak")
-        return {name: getattr(self, name) for name in names}
+        return asdict(Figures(self.seconds, tuple(self.layer_seconds), self.peak, self.own_peak))
 
     def restore(self, earlier: Mapping[str, Any]) -> None:
-        self._earlier_seconds = earlier["seconds"]
-        self.layer_seconds = list(earlier["layer_seconds"])
-        self._peak = earlier["peak"]
-        self._note(earlier["own_peak"])
+        """Go on from what :meth:`to_json` gave; raises ConfigError if it is something else."""
+        figures = from_json(Figures, earlier, "usage")
+        self._earlier_seconds = figures.seconds
+        self.layer_seconds = list(figures.layer_seconds)
+        self._peak = figures.peak
+        self._note(figures.own_peak)
 
     def _sample(self) -> None:
         while True:

@@ -37,7 +37,7 @@ def surfaces(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Surfaces:
 def check(name: str, surface: Surface, given: Input, folder: Path) -> None:
     """Accepted, or refused in a sentence."""
     with (folder / "written").open("w+") as written:
-        outcome = run_input(surface, given, PLANS[name].memory, written.fileno(), (10, 8))
+        outcome = run_input(surface, given, PLANS[name], written.fileno(), (10, 8))
     assert outcome.finding is None, outcome.finding
 
 

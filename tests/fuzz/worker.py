@@ -25,8 +25,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
-from fuzz.outcome import CPU_SECONDS, WALL_SECONDS, Finding, Outcome, TooLongError, as_json, judge
-from fuzz.surface import PLANS, Input, Surface, numbers
+from fuzz.outcome import CONTROL, CPU_SECONDS, WALL_SECONDS, Finding, Outcome, TooLongError, as_json, judge
+from fuzz.surface import PLANS, Input, Plan, Surface, numbers
 
 ADDRESS_SPACE = 6 << 30
 """Bytes that a process may map beyond what it has mapped before its first input."""
@@ -84,7 +84,7 @@ def main() -> None:
                 # For what the alarm does not interrupt.
                 faulthandler.dump_traceback_later(work.wall_seconds + 5, exit=True, file=dump)
                 began, limits = time.perf_counter(), (work.wall_seconds, work.cpu_seconds)
-                outcome = run_input(surface, given, PLANS[work.surface].memory, written, limits)
+                outcome = run_input(surface, given, PLANS[work.surface], written, limits)
                 faulthandler.cancel_dump_traceback_later()
                 _tell(answers, work, index, given, outcome, time.perf_counter() - began)
             answers.write('{"done": true}\n')
@@ -107,14 +107,14 @@ def _inputs(work: Work, surface: Surface, answers: TextIO) -> Iterator[tuple[int
 def run_input(
     surface: Surface,
     given: Input,
-    memory: int,
+    plan: Plan,
     written: int,
     limits: tuple[float, float] = (WALL_SECONDS, CPU_SECONDS),
 ) -> Outcome:
     """Give an input to a surface in this process, and judge what becomes of it.
 
     Args:
-        memory: bytes that it may take.
+        plan: what it may take, and whether libraries may write.
         written: handle of the file that stdout and stderr go to.
         limits: seconds that it may take, by the clock and of the CPU.
     """
@@ -141,9 +141,10 @@ def run_input(
         return outcome
     if seconds > limits[1]:
         return _limit("cpu", f"{outcome.verdict} {outcome.error}", f"took {seconds:.1f} s of the CPU")
-    if grown > memory:
-        return _limit("memory", f"{outcome.verdict} {outcome.error}", f"took {grown >> 20} MiB, bound {memory >> 20}")
-    if text:
+    if grown > plan.memory:
+        detail = f"took {grown >> 20} MiB, bound {plan.memory >> 20}"
+        return _limit("memory", f"{outcome.verdict} {outcome.error}", detail)
+    if text and not (plan.remarks and not CONTROL.search(text)):
         words = re.sub(r"\x1b\[[\d;]*m|[-\d.:]+", "", text).split()
         return _limit("stderr", f"{outcome.verdict} {' '.join(words[:6])!r}", text)
     return outcome

@@ -118,7 +118,8 @@ def open_session(path: Path, options: OrtOptions) -> ort.InferenceSession:
     device, skipped, providers = options.device, [], None
     prepare_device(device)
     settings = ort.SessionOptions()
-    settings.log_severity_level = LOG_ERRORS
+    # Failures come back as exceptions; of a GPU's provider, the log may say more.
+    settings.log_severity_level = LOG_FATAL if device.on_host else LOG_ERRORS
     if options.threads is not None:
         settings.intra_op_num_threads = options.threads
     if options.frugal:
