@@ -188,7 +188,7 @@ class TestFloat16:
         assert reporter.notes == ["the token table holds values that float16 does not, and is stored as fp32"]
         bundle = Bundle.open(tmp_path / "bundle")
         assert bundle.manifest.weights.embeddings == "fp32"
-        assert np.array_equal(bundle.embeddings(), table.numpy())
+        assert np.array_equal(bundle.token_table().rows(range(800)), table.numpy())
         with pytest.raises(ConfigError, match="holds values that float16 does not; export with --activations fp32"):
             export_bundle(ExportConfig(folder, tmp_path / "half", method="rtn", activations="fp16"))
 

@@ -26,6 +26,7 @@ from owl2.runtime.backends.ort.engine import open_decoder
 from owl2.runtime.backends.ort.session import OrtOptions
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.evaluation.divergence import divergence
+from owl2.runtime.preprocess import AS_ORIGINAL
 
 MODELS = {"a1": "a1_base_bin", "a2": "a2_fp16_safetensors"}
 
@@ -63,7 +64,7 @@ def golden_logits(owl: Owl2, case: Path, images: Path) -> tuple[NDArray[Any], ND
     recorded, made, expected = np.load(case / "forward.npz"), [], []
     for entry in json.loads((case / "forward_index.json").read_text()):
         chosen = [images / name for name in entry["images"]]
-        made.append(owl.logits(prompts[entry["prompt_id"]], images=chosen, preprocess="resize"))
+        made.append(owl.logits(prompts[entry["prompt_id"]], images=chosen, preprocess="resize", reading=AS_ORIGINAL))
         expected.append(recorded[f"{entry['name']}/logits"])
     return np.concatenate(made), np.concatenate(expected)
 
