@@ -56,6 +56,8 @@ class Streams:
         """Bring streams before the first layer to where :meth:`arrays` was called."""
         sequences = self._sequences()
         for sequence, rows in zip(sequences, arrays):
+            if rows.shape != tuple(sequence.rows.shape):
+                raise ValueError(f"rows of shape {list(rows.shape)} were kept for {list(sequence.rows.shape)}")
             sequence.rows = torch.from_numpy(rows)
         self.kv_int8.restore(arrays[len(sequences) :])
 

@@ -32,9 +32,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from owl2.runtime.harmless import harmless_message
+
 
 class Owl2Error(Exception):
-    """Base of all errors that a user can act on; the commands print it as one line."""
+    """Base of all errors that a user can act on; the commands print it as one line.
+
+    Its text has no control characters, whatever the file or the argument that it quotes.
+    """
+
+    def __str__(self) -> str:
+        return harmless_message(super().__str__())
 
 
 class Owl2Warning(UserWarning):

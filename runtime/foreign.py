@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from owl2.runtime.errors import Owl2Error
+from owl2.runtime.harmless import harmless
 
 JSON_BYTES = 16 << 20
 """Largest JSON file that is read, unless a caller needs a larger one; the manifest of a 7B bundle has 4 kB."""
@@ -35,9 +36,6 @@ ENCODINGS = (
     (codecs.BOM_UTF16_LE, "UTF-16"),
     (codecs.BOM_UTF16_BE, "UTF-16"),
 )
-# Control characters, and those that change the direction of writing (Unicode Standard Annex #9): on a terminal they
-# move the cursor, change colours, or show a name as another one.
-_UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 REASONS: dict[type[Exception], str] = {
@@ -213,11 +211,6 @@ def _real(digits: str) -> float:
 
 def _not_a_number(name: str) -> float:
     raise ForeignError(f"{name} is not a number of JSON")
-
-
-def harmless(text: str) -> str:
-    """``text`` with control characters and changes of writing direction as escapes, for a message or a terminal."""
-    return _UNSHOWN.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode("ascii"), text)
 
 
 def cut(text: str, limit: int = QUOTED) -> str:

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from owl2.runtime.errors import ImageError
-from owl2.runtime.foreign import ForeignError, cut, harmless, open_file, reading
+from owl2.runtime.foreign import ForeignError, cut, open_file, reading
+from owl2.runtime.harmless import harmless
 from owl2.runtime.image_cost import check_cost, check_size
 
 

@@ -32,7 +32,8 @@ from owl2.quant.grid import QuantizedWeight
 from owl2.quant.models.mplug_owl2 import Owl2Model
 from owl2.runtime.config import ModelConfig, require
 from owl2.runtime.errors import BundleError, CheckpointError
-from owl2.runtime.foreign import cut, harmless, listed
+from owl2.runtime.foreign import cut, listed, reading
+from owl2.runtime.harmless import harmless
 
 FLOAT_TYPES = ("float32", "float16", "bfloat16")
 DECODER_LAYERS = "model.layers."
@@ -179,7 +180,8 @@ class Checkpoint:
         outside = [shard for shard in shards if Path(shard).name != shard]
         if outside:
             raise CheckpointError(f"{self.folder / name}: shards must be next to it, not at {listed(outside)}")
-        missing = [shard for shard in shards if not (self.folder / shard).is_file()]
+        with reading(self.folder / name, CheckpointError, "copy or download it again"):
+            missing = [shard for shard in shards if not (self.folder / shard).is_file()]
         if missing:
             raise CheckpointError(
                 f"{self.folder}: {len(missing)} of {len(shards)} shards named by {name} are missing: "

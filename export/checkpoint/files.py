@@ -9,7 +9,8 @@ from typing import Any
 
 from owl2.runtime.config import PreprocessConfig, VisionConfig
 from owl2.runtime.errors import CheckpointError
-from owl2.runtime.foreign import harmless, listed, read_json, reading, shorten
+from owl2.runtime.foreign import listed, read_json, reading, shorten
+from owl2.runtime.harmless import harmless
 from owl2.runtime.spec import TOKENIZER_FILES
 
 PREPROCESSOR = "preprocessor_config.json"

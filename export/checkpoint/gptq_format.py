@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from owl2.quant.config import BITS, GROUP_SIZES
 from owl2.runtime.errors import CheckpointError
-from owl2.runtime.foreign import cut, harmless, listed, read_json, reading, shorten
+from owl2.runtime.foreign import cut, listed, read_json, reading, shorten
+from owl2.runtime.harmless import harmless
 
 CONFIG_FILE = "quantize_config.json"
 CONFIG_KEY = "quantization_config"

@@ -9,7 +9,8 @@ from pathlib import Path
 from owl2.export.checkpoint.files import PREPROCESSOR, TOKENIZER_DEFAULTS
 from owl2.export.checkpoint.naming import Names
 from owl2.runtime.config import ModelConfig
-from owl2.runtime.foreign import cut, harmless, listed
+from owl2.runtime.foreign import cut, listed
+from owl2.runtime.harmless import harmless
 
 LAYER = re.compile(r"model\.layers\.(\d+)\..*")
 BITSANDBYTES = re.compile(r"\.(absmax|quant_state|SCB)\b")

@@ -34,12 +34,12 @@ from owl2.export.graph.decoder import DecoderGraph, DecoderState
 from owl2.export.job.contents import INDEX, INDEX_BYTES, in_work
 from owl2.export.job.disk import sync
 from owl2.export.job.job import ExportJob
-from owl2.export.prompts import fingerprint
+from owl2.export.prompts import digests, fingerprint
 from owl2.export.report import Parity, PartReport
 from owl2.export.vision import ExportedVision
 from owl2.quant.layer import ModuleReport
 from owl2.runtime import spec
-from owl2.runtime.config import from_json
+from owl2.runtime.config import from_json, require
 from owl2.runtime.errors import ConfigError, ExportError
 from owl2.runtime.foreign import parse_json, read_json, reading
 from owl2.runtime.verification import HASH_BLOCK, hash_file
@@ -52,7 +52,7 @@ VISION_ROWS = "vision.rows"
 UNKEYED_SETTINGS = ("checkpoint", "bundle", "calibration", "overwrite", "fresh")
 
 
-class _UnusableError(Exception):
+class _UnusableError(ExportError):
     """The journal cannot be continued; the message says why."""
 
 
@@ -125,7 +125,11 @@ class Journal:
             named, first = list(zip(self._vision["digests"], arrays)), self._vision["references"]
             parity = from_json(Parity, self._vision["parity"], INDEX)
             parts = tuple(from_json(PartReport, part, INDEX) for part in self._vision["sensitivity"])
-            return ExportedVision(dict(named[:first]), dict(named[first:]), parity, parts)
+            vision = ExportedVision(dict(named[:first]), dict(named[first:]), parity, parts)
+            prompts, shape = self._job.prompts, (self._job.model.rows_per_image, self._job.model.decoder.hidden_size)
+            whole = set(vision.original) == set(digests(prompts.measured)) and set(vision.rows) == set(prompts.images)
+            require(whole and all(rows.shape == shape for rows in arrays), "the rows are not those of the images")
+            return vision
 
     def keep_layer(self, writer: DecoderGraph, arrays: Sequence[Array], modules: Mapping[str, ModuleReport]) -> None:
         """Note that the next layer is finished; ``arrays`` is everything outside the graph that later layers need."""
@@ -193,15 +197,14 @@ class Journal:
 
     def _read(self) -> dict[str, Any]:
         """The content of the journal, once everything that it relies on has proved unchanged."""
-        try:
-            complete = read_json(self._staging.journal / INDEX, INDEX_BYTES)
-            text = complete["content"]
-            whole = hashlib.sha256(text.encode()).hexdigest() == complete["sha256"]
-            content: dict[str, Any] = parse_json(text) if whole else {}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            whole = False
-        if not whole:
+        with reading(INDEX, _UnusableError, "it is damaged"):
+            return self._verified(read_json(self._staging.journal / INDEX, INDEX_BYTES))
+
+    def _verified(self, complete: dict[str, Any]) -> dict[str, Any]:
+        text = complete["content"]
+        if hashlib.sha256(text.encode()).hexdigest() != complete["sha256"]:
             raise _UnusableError(f"{INDEX} is damaged")
+        content: dict[str, Any] = parse_json(text)
         if content.get("format") != FORMAT:
             raise _UnusableError(f"it is of format {content.get('format')}, this version writes {FORMAT}")
         different = _differences(content["key"], self._key)

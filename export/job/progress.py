@@ -19,7 +19,7 @@ from rich.progress import (
 )
 
 from owl2.runtime.cli.console import notice, tell
-from owl2.runtime.foreign import harmless
+from owl2.runtime.harmless import harmless
 
 
 class Reporter(Protocol):

@@ -25,7 +25,8 @@ from owl2.runtime.evaluation.conversations import (
     read_records,
 )
 from owl2.runtime.families.mplug_owl2.template import Message, render
-from owl2.runtime.foreign import ForeignError, harmless, read_text, reason
+from owl2.runtime.foreign import ForeignError, read_text, reason
+from owl2.runtime.harmless import harmless
 from owl2.runtime.image_files import ImageInput
 from owl2.runtime.preprocess import load_image
 

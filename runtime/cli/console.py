@@ -22,7 +22,8 @@ import click
 
 from owl2.runtime.cli.signals import stop_code
 from owl2.runtime.errors import Owl2Error, Owl2Warning
-from owl2.runtime.foreign import cut, harmless, reason
+from owl2.runtime.foreign import cut, reason
+from owl2.runtime.harmless import harmless, harmless_lines, harmless_message
 
 if TYPE_CHECKING:
     from owl2.runtime.generate import Answer
@@ -67,11 +68,6 @@ def tell(text: str, end: str = "\n") -> None:
         sys.stderr.flush()
 
 
-def harmless_lines(text: str) -> str:
-    """``text`` with control characters as escapes, but for tabs and the ends of lines."""
-    return re.sub(r"[^\n\t]+", lambda found: harmless(found[0]), text)
-
-
 def notice(text: str, name: str = "") -> None:
     """Write a message to stderr, after the name of the program.
 
@@ -79,8 +75,7 @@ def notice(text: str, name: str = "") -> None:
     """
     context = click.get_current_context(silent=True)
     program = name or (context and context.find_root().info_name) or "owl2"
-    lines = re.sub(r"\n(?!  )", r"\\n", text)
-    tell(f"{program}: {_bounded(lines)}")
+    tell(f"{program}: {_bounded(harmless_message(text))}")
 
 
 def _bounded(text: str) -> str:

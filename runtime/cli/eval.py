@@ -37,7 +37,8 @@ from owl2.runtime.evaluation.evaluate import (
     evaluate,
 )
 from owl2.runtime.evaluation.summary import Figure
-from owl2.runtime.foreign import cut, harmless
+from owl2.runtime.foreign import cut
+from owl2.runtime.harmless import harmless
 from owl2.runtime.preprocess import Orientation
 from owl2.runtime.spec import KvType
 from owl2.runtime.verification import LoadProgress

@@ -17,7 +17,8 @@ from owl2.runtime.cli.console import load_progress, notice, reports_errors, say,
 from owl2.runtime.cli.options import bundle_argument, verify_option
 from owl2.runtime.cli.table import section, table
 from owl2.runtime.errors import BackendUnavailableError
-from owl2.runtime.foreign import cut, harmless, read_json
+from owl2.runtime.foreign import cut, read_json
+from owl2.runtime.harmless import harmless
 
 Row = tuple[str, str]
 

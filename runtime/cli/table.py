@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from owl2.runtime.foreign import harmless
+from owl2.runtime.harmless import harmless
 
 
 def table(rows: Sequence[Sequence[str]], align: str = "") -> str:

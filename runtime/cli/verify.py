@@ -13,7 +13,7 @@ from owl2.runtime.cli.console import duration, load_progress, reports_errors, sa
 from owl2.runtime.cli.options import bundle_argument, device_option, memory_option, threads_option
 from owl2.runtime.cli.table import table
 from owl2.runtime.evaluation.verify import Verdict, verify
-from owl2.runtime.foreign import harmless
+from owl2.runtime.harmless import harmless
 
 
 @click.command("verify")

@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 from owl2.runtime.config import IMAGE_TOKEN
 from owl2.runtime.errors import DataError, ImageError
 from owl2.runtime.families.mplug_owl2.template import Message, Role
-from owl2.runtime.foreign import ForeignError, cut, harmless, parse_json, read_text, reading, shorten
+from owl2.runtime.foreign import ForeignError, cut, parse_json, read_text, reading, shorten
+from owl2.runtime.harmless import harmless
 
 DATA_BYTES = 1 << 30
 """Largest file of records."""

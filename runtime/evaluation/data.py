@@ -19,7 +19,8 @@ from owl2.runtime.evaluation.conversations import (
     with_placeholders,
 )
 from owl2.runtime.families.mplug_owl2.template import Message
-from owl2.runtime.foreign import harmless, listed, shorten
+from owl2.runtime.foreign import listed, shorten
+from owl2.runtime.harmless import harmless
 from owl2.runtime.preprocess import load_image
 
 CAPTION_QUESTION = "Provide a one-sentence caption for the provided image."

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,8 @@ from owl2.runtime.config import LONGEST_CONTEXT, ModelConfig, from_json, require
 from owl2.runtime.engine import Floats, Ints
 from owl2.runtime.errors import BundleCorruptError
 from owl2.runtime.families.mplug_owl2.positions import Prompt
-from owl2.runtime.foreign import harmless, listed, read_bytes, read_json, reason, shorten
+from owl2.runtime.foreign import listed, read_bytes, read_json, reason, shorten
+from owl2.runtime.harmless import harmless
 from owl2.runtime.rope import rotary_angles
 
 COMPARED_POSITIONS = 8
@@ -42,6 +44,12 @@ MAX_TEXT = 1 << 16
 """Bytes of a name or a prompt."""
 MAX_FACTS = 64
 """Entries of a list among the facts."""
+
+NPY_START = b"\x93NUMPY\x01\x00"
+# As numpy writes it: its own reader evaluates whatever Python literal is there, and warns of some.
+NPY_HEADER = re.compile(
+    rb"\{'descr': '(?P<type>[|<][uif][0-9])', 'fortran_order': False, 'shape': \((?P<shape>[0-9, ]{0,100})\), \} *\n"
+)
 
 ARRAY_TYPES = {
     "name": "|u1", "prompt": "|u1", "ids": "<i8", "positions": "<i8", "logits": "<f4", "image": "|u1", "pixels": "|u1",
@@ -225,14 +233,16 @@ def _read_arrays(archive: zipfile.ZipFile) -> dict[str, NDArray[Any]]:
         name = member.filename.removesuffix(".npy")
         expected = ARRAY_TYPES.get(name.split(".")[1] if "." in name else name)
         with archive.open(member) as file:
-            version = np.lib.format.read_magic(file)
-            require(version == (1, 0), f"{shorten(name)} has version {version} of the npy format, expected (1, 0)")
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-            require(dtype.str == expected, f"{shorten(name)} has type {dtype.str}, expected {expected}")
+            start = file.read(10)
+            require(start[:8] == NPY_START, f"{shorten(name)} is not an array in version 1.0 of the npy format")
+            header = NPY_HEADER.fullmatch(file.read(int.from_bytes(start[8:], "little")))
+            found = None if header is None else header["type"].decode()
+            require(header is not None and found == expected, f"{shorten(name)} has type {found}, expected {expected}")
+            shape = [int(count) for count in header["shape"].split(b",") if count.strip()] if header else []
+            dtype = np.dtype(expected)
             size = math.prod(shape) * dtype.itemsize
             content = file.read(size + 1) if size <= member.file_size else b""
-            whole = len(content) == size and not fortran
-            require(whole, f"{shorten(name)} does not hold the {shorten(shape)} values it claims")
+            require(len(content) == size, f"{shorten(name)} does not hold the {shorten(shape)} values it claims")
             arrays[name] = np.frombuffer(content, dtype=dtype).reshape(shape)
     return arrays
 

@@ -18,8 +18,8 @@ from owl2.runtime.errors import Owl2Error, Owl2Warning
 
 LONGEST_LINE, LONGEST_MESSAGE = 2_000, 20_000
 """Characters of a sentence, and of a message that lists what is wrong line by line."""
-CPU_SECONDS, WALL_SECONDS = 8.0, 60.0
-"""That an input may take; it is stopped after the latter."""
+CPU_SECONDS, WALL_SECONDS = 20.0, 60.0
+"""That an input may take; it is stopped after the latter. A strip of 30,000 pixels takes 10 to square."""
 ROOT = Path(__file__).resolve().parents[2]
 OUR_FOLDERS = tuple(
     f"{Path(folder)}/" for package in (owl2.runtime, owl2.export, owl2.quant) for folder in package.__path__

@@ -64,7 +64,7 @@ class Plan:
 
 # An image of 67 megapixels takes 256 MiB decoded, and its RGB form as much.
 PLANS = {
-    "api": Plan("api", 0.12),
+    "api": Plan("api", 0.12, 320 << 20),
     "calibration": Plan("calibration", 0.1),
     "checkpoint": Plan("checkpoint", 0.03),
     "data": Plan("data", 0.12),

@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import onnxruntime as ort
@@ -29,7 +29,7 @@ from owl2.runtime.cancellation import Cancellation
 from owl2.runtime.config import require
 from owl2.runtime.engine import Floats
 from owl2.runtime.errors import BackendError, BackendUnavailableError, Owl2Warning
-from owl2.runtime.foreign import reason
+from owl2.runtime.foreign import cut, reading, reason
 from owl2.runtime.graph_file import external_tensors
 from owl2.runtime.placement import HOST, Placement
 from owl2.runtime.spec import FloatType, KvType
@@ -56,6 +56,8 @@ HELD_BYTES = 8 << 20
 MAX_LISTED_OPERATORS = 4
 MAX_THREADS_PER_CORE = 4
 T = TypeVar("T")
+LONGEST_REASON = 500
+"""Characters of ONNX Runtime's own message that ours repeats."""
 LOG_ERRORS, LOG_FATAL = 3, 4
 """Severities of ONNX Runtime's log."""
 
@@ -127,16 +129,16 @@ def open_session(path: Path, options: OrtOptions) -> ort.InferenceSession:
         skipped = ["ConstantFolding"]
     if options.exact:
         settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
-    if device.on_host:
-        names, values = held_tensors(path)
-        settings.add_external_initializers(names, values)
-    else:
+    held = held_tensors(path) if device.on_host else None
+    if not device.on_host:
         settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if device.kind == "tensorrt-rtx":
         settings.add_provider_for_devices([rtx_devices()[device.index]], {})
     else:
         providers = [(PROVIDERS[device.kind], {} if device.on_host else {"device_id": str(device.index)})]
     try:
+        if held is not None:
+            settings.add_external_initializers(*held)
         # The fallback of the Python class prints to stdout and takes the CPU.
         session = ort.InferenceSession(
             path, settings, providers=providers, disabled_optimizers=skipped, enable_fallback=0
@@ -209,11 +211,17 @@ def strays(assigned: Iterable[tuple[str, str]], wanted: str) -> Counter[str]:
     )
 
 
+def tensors_of(path: Path, session: ort.InferenceSession) -> dict[str, tuple[list[Any], str]]:
+    """Shape and element type of each input and output of a graph; raises BackendError if a name in them is no text."""
+    with reading(path, BackendError, "export the bundle again"):
+        return {value.name: (value.shape, value.type) for value in (*session.get_inputs(), *session.get_outputs())}
+
+
 def check_tensors(path: Path, session: ort.InferenceSession, expected: Mapping[str, Tensor]) -> None:
     """Refuse a graph whose inputs and outputs are not those of the model."""
-    found = {value.name: value for value in (*session.get_inputs(), *session.get_outputs())}
+    found = tensors_of(path, session)
     for name, (shape, element) in expected.items():
-        have, of = (found[name].shape, found[name].type) if name in found else (None, None)
+        have, of = found.get(name, (None, None))
         problem = ""
         if have is None or len(have) != len(shape) or any(w not in (None, h) for w, h in zip(shape, have)):
             problem = f"has shape {have}, the model needs {list(shape)}"
@@ -231,7 +239,7 @@ def element_of(
     Raises:
         BackendError: it is none of these, or not the ``expected`` one.
     """
-    found = next((value.type for value in session.get_inputs() if value.name == name), None)
+    _, found = tensors_of(path, session).get(name, (None, None))
     for kind, (dtype, element) in ELEMENTS.items():
         if element == found and expected in (None, kind):
             return dtype, element
@@ -304,7 +312,7 @@ def run_bound(session: ort.InferenceSession, binding: ort.IOBinding, cancellatio
 
 
 def first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    return cut(next(iter(str(error).splitlines()), type(error).__name__), LONGEST_REASON)
 
 
 def _unavailable(device: Placement, problems: str) -> BackendUnavailableError:

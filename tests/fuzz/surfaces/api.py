@@ -42,7 +42,7 @@ def _closed() -> Image.Image:
 VALUES: dict[str, Callable[[], Any]] = {
     "odd": Odd,
     "object": object,
-    "class": lambda: int,
+    "class": lambda: type,
     "bytes": lambda: b"USER: Hi",
     "bytearray": lambda: bytearray(b"x" * 5000),
     "complex": lambda: 1j,
@@ -183,7 +183,7 @@ def _arguments(rng: random.Random, known: dict[str, list[Any]]) -> dict[str, Any
     required = {next(iter(known)), "data"}
     given = {key: rng.choice(usual) for key, usual in known.items() if key in required or rng.random() < 0.15}
     for _ in range(rng.choice((1, 1, 1, 2))):
-        key = rng.choice(list(known)) if rng.random() < 0.97 else rng.choice(("max_tokens", "x", "self", "é"))
+        key = rng.choice(list(known)) if rng.random() < 0.97 else rng.choice(("max_tokens", "x", "é"))
         given[key] = {"is": rng.choice(list(VALUES))} if rng.random() < 0.5 else _stated(mutate.value(rng))
     return given
 

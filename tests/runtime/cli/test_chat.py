@@ -12,7 +12,7 @@ from conftest import RunCommand
 from processes import LONG, started, terminal, wait_for_output, write
 
 from owl2 import AnswerStream, Chat, Owl2
-from owl2.runtime.cli.console import harmless_lines
+from owl2.runtime.harmless import harmless_lines
 
 SHORT = ("--max-new-tokens", "12")
 

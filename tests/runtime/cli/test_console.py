@@ -11,7 +11,8 @@ import pytest
 from conftest import RunCommand, flip_byte
 
 from owl2.runtime.cli import console
-from owl2.runtime.cli.console import duration, harmless_lines, load_progress, notice, say, say_json, size
+from owl2.runtime.cli.console import duration, load_progress, notice, say, say_json, size
+from owl2.runtime.harmless import harmless_lines
 from owl2.runtime.verification import LoadProgress
 
 
