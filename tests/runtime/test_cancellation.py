@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -19,7 +20,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from owl2 import Chat, Owl2, Owl2Error
-from owl2.runtime.backends.ort.session import OrtOptions, open_session, run_stoppable
+from owl2.runtime.backends.ort.session import OrtOptions, open_session
+from owl2.runtime.backends.ort.stoppable import run_stoppable
 from owl2.runtime.cancellation import Cancellation, StoppedError
 from owl2.runtime.errors import BackendError
 
@@ -158,6 +160,8 @@ ACTIONS: dict[str, Callable[[Chat, Path], object]] = {
 }
 
 
+# A file that is being opened when the interrupt comes is closed by Python itself, which then warns.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.slow
 @pytest.mark.parametrize("action", ACTIONS)
 def test_an_interrupt_anywhere_leaves_the_chat_as_before_or_after(model: Owl2, golden: Path, action: str) -> None:
@@ -186,6 +190,39 @@ def test_an_interrupt_anywhere_leaves_the_chat_as_before_or_after(model: Owl2, g
         left = chat.messages
         assert left in (before, after), interrupted.places[-1]
         assert follow(chat) == expected[repr(left)], interrupted.places[-1]
+
+
+INTERRUPTED = """
+import random, signal, sys
+from owl2 import Owl2
+
+rng, owl = random.Random(1), Owl2.load(sys.argv[1], threads=1)
+expected = owl.chat().ask("Why?", max_new_tokens=3).ids
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+interrupted = 0
+for _ in range(150):
+    chat = owl.chat()
+    signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.0005, 0.012))
+    try:
+        while True:
+            chat.ask("What is this?", max_new_tokens=8)
+            chat.reset()
+    except KeyboardInterrupt:
+        interrupted += 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    chat.reset()
+    assert chat.ask("Why?", max_new_tokens=3).ids == expected
+print(interrupted)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs timers that send signals")
+def test_interrupts_at_any_time_neither_hang_nor_become_other_errors(bundle_a1: Path) -> None:
+    """They come within the code of libraries, too."""
+    command = [sys.executable, "-c", INTERRUPTED, str(bundle_a1)]
+    told = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (told.returncode, told.stdout) == (0, "150\n"), told.stderr
 
 
 @pytest.mark.slow

@@ -23,8 +23,8 @@ from owl2.runtime.backends.ort.session import (
     open_session,
     prepare_device,
     run_bound,
-    run_stoppable,
 )
+from owl2.runtime.backends.ort.stoppable import run_stoppable
 from owl2.runtime.backends.steps import TEXT_STEP, StepInputs, cache_names, row_inputs
 from owl2.runtime.bundle import Bundle, Manifest
 from owl2.runtime.cancellation import NEVER, Cancellation

@@ -9,27 +9,25 @@ from __future__ import annotations
 
 import mmap
 import os
-import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
 from owl2.runtime import spec
 from owl2.runtime.backends.ort.installation import PROVIDERS, diagnose, rtx_devices
+from owl2.runtime.backends.ort.stoppable import LOG_FATAL, first_line, run_stoppable
 from owl2.runtime.cancellation import Cancellation
 from owl2.runtime.config import require
 from owl2.runtime.engine import Floats
 from owl2.runtime.errors import BackendError, BackendUnavailableError, Owl2Warning
-from owl2.runtime.foreign import cut, reading, reason
+from owl2.runtime.foreign import reading, reason
 from owl2.runtime.graph_file import external_tensors
 from owl2.runtime.placement import HOST, Placement
 from owl2.runtime.spec import FloatType, KvType
@@ -55,11 +53,8 @@ HELD_BYTES = 8 << 20
 """Largest such tensor; the scales and position embeddings of a 7B model have up to 4 MB each, 0.3 GB together."""
 MAX_LISTED_OPERATORS = 4
 MAX_THREADS_PER_CORE = 4
-T = TypeVar("T")
-LONGEST_REASON = 500
-"""Characters of ONNX Runtime's own message that ours repeats."""
-LOG_ERRORS, LOG_FATAL = 3, 4
-"""Severities of ONNX Runtime's log."""
+LOG_ERRORS = 3
+"""Severity of ONNX Runtime's log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,61 +242,6 @@ def element_of(
     raise BackendError(f"{path} does not fit the manifest: {name} is {found}{needed}; export the bundle again")
 
 
-def run_stoppable(what: str, cancellation: Cancellation, run: Callable[[ort.RunOptions], T]) -> T:
-    """Run a graph that a cancellation, or Ctrl-C, stops after the node that is running.
-
-    Signals are handled between two statements of Python's main thread. So that a step does not hold them off, it runs
-    in a thread of its own while the main thread waits.
-
-    Args:
-        what: the graph, for messages.
-        cancellation: ends the run.
-        run: of a session, with the options that are given to it.
-
-    Raises:
-        StoppedError: it was cancelled.
-        BackendError: ONNX Runtime failed.
-    """
-    options = ort.RunOptions()
-    options.log_severity_level = LOG_FATAL  # failures come back as exceptions
-
-    def stop() -> None:
-        options.terminate = True
-
-    with cancellation.stopping(stop):
-        try:
-            if threading.current_thread() is not threading.main_thread():
-                return run(options)
-            return _run_aside(lambda: run(options), stop)
-        except Exception as error:
-            cancellation.check()
-            raise BackendError(f"{what} failed: {first_line(error)}") from error
-
-
-def _run_aside(step: Callable[[], T], stop: Callable[[], None]) -> T:
-    """Run a step of the main thread in another; an interrupt stops it, and is raised once it has ended."""
-    try:
-        return _aside.submit(step).result()
-    except BaseException:
-        stop()
-        ended = False
-        while not ended:  # buffers must not be used again before
-            with suppress(KeyboardInterrupt):
-                _aside.submit(int).result()  # after the step: there is one thread
-                ended = True
-        raise
-
-
-def _renew_aside() -> None:
-    global _aside  # noqa: PLW0603 - threads do not survive a fork
-    _aside = ThreadPoolExecutor(1, "owl2-step")
-
-
-_aside = ThreadPoolExecutor(1, "owl2-step")
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_aside)
-
-
 def run_bound(session: ort.InferenceSession, binding: ort.IOBinding, cancellation: Cancellation) -> Floats:
     """Run a decoder whose inputs and K/V outputs are bound -> logits [R, V]; raises as :func:`run_stoppable`."""
     binding.bind_output(spec.LOGITS, "cpu")
@@ -309,10 +249,6 @@ def run_bound(session: ort.InferenceSession, binding: ort.IOBinding, cancellatio
     # Outputs come in the order of binding: keys and values first, the logits last.
     logits: Floats = binding.get_outputs()[-1].numpy()
     return logits
-
-
-def first_line(error: Exception) -> str:
-    return cut(next(iter(str(error).splitlines()), type(error).__name__), LONGEST_REASON)
 
 
 def _unavailable(device: Placement, problems: str) -> BackendUnavailableError:
