@@ -222,7 +222,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _migrated(data: dict[str, Any], version: int) -> dict[str, Any]:
     """The content of a manifest of an older format, in the terms of the present one."""
-    if version <= 3:  # called its family by the name of the template
+    if version <= 3 and "family" not in data:  # called it by the name of the template
         data = {"family" if key == "template" else key: value for key, value in data.items()}
     match data:
         case {"model": {"decoder": {"eos_token_id": end, **decoder}, **model}} if version <= 4:  # there was one

@@ -1,7 +1,7 @@
 """Files and values from outside: read within bounds, refused in a sentence, quoted without harm.
 
-Every file that this project did not write itself is read here or within :func:`reading`, so that nothing a foreign
-file raises reaches a user as a traceback, and no message repeats at full length what somebody else wrote.
+Text and JSON that this project did not write itself are read here, other foreign files within :func:`reading`, so that
+nothing they raise reaches a user as a traceback, and no message repeats at full length what somebody else wrote.
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ from owl2.runtime.memory import host_memory
 MAX_PIXELS = 16384 * 16384
 """Largest image that is decoded: 268 megapixels, more than phones deliver; the memory for them is checked besides."""
 
+TIFF_PIXELS = 2 * 89_478_485
+"""Pillow's own limit, at which it refuses a TIFF while it decodes it."""
 WORK_BYTES = {"JPEG2000": 32, "WEBP": 16, "AVIF": 16, "HEIF": 16}
 """Bytes a pixel that a decoder works with besides Pillow's own copy, measured at most; 0 for the others."""
 PROGRESSIVE_BYTES = 6
@@ -29,8 +31,8 @@ MAX_SCANNED = 32 * MAX_PIXELS
 """Pixels that the scans of a JPEG may go over, all together. Encoders write 10 scans or so; each takes as long as the
 first, however little it holds."""
 
-# In coded data 0xFF is followed by zero or by a restart marker.
-_MARKER = re.compile(b"\xff+([^\x00\xd0-\xd7\xff])", re.DOTALL)
+# In coded data 0xFF is followed by zero or by a restart marker. Any number of 0xFF may stand before a marker.
+_MARKER = re.compile(b"\xff([^\x00\xd0-\xd7\xff])", re.DOTALL)
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
 _SCAN, _END = 0xDA, 0xD9
@@ -64,6 +66,10 @@ def check_cost(image: Image.Image, file: BinaryIO, size: int, name: str) -> None
         ImageError: with the figures.
     """
     pixels = image.width * image.height
+    if image.format == "TIFF" and pixels > TIFF_PIXELS:
+        raise ImageError(
+            f"{name} has {pixels} pixels, TIFF is read up to {TIFF_PIXELS}; scale it down or save it in another format"
+        )
     scans = _scans(file) if image.format in ("JPEG", "MPO") else 1
     if scans * pixels > MAX_SCANNED:
         raise ImageError(

@@ -76,11 +76,12 @@ FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP", *_AVI
 # A path loses one of the two slashes; a single letter before a colon is a drive of Windows.
 _URL = re.compile(r"(https?|ftps?|file):/|[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")
-_PILLOWS_LIMIT = threading.Lock()
+PILLOW = threading.Lock()
+"""Held where Pillow's pixel limit or Python's warning filters are changed, which are those of the whole process."""
 
 
 def held(source: ImageInput) -> ImageInput:
-    """An image that can be read again and that the caller's next step cannot change: of an open file, its content.
+    """An image that can be read again: of an open file or a buffer, its content.
 
     Raises:
         ImageError: an open file that cannot be read, is not binary or holds too much.
@@ -89,11 +90,13 @@ def held(source: ImageInput) -> ImageInput:
         return bytes(source)
     if hasattr(source, "read") and not isinstance(source, Image.Image | os.PathLike):
         with reading("the open file", ImageError, "give a file opened in binary mode, at the start of an image"):
-            content = source.read(FILE_BYTES + 1)
-            if not isinstance(content, bytes | bytearray):
-                raise ForeignError(f"it gives {type(content).__name__}, not bytes")
-            if len(content) > FILE_BYTES:
-                raise ForeignError(f"it has more than {FILE_BYTES} bytes")
+            content = bytearray()
+            while block := source.read(FILE_BYTES + 1 - len(content)):  # a pipe gives a part at a time
+                if not isinstance(block, bytes | bytearray):
+                    raise ForeignError(f"it gives {type(block).__name__}, not bytes")
+                content += block
+                if len(content) > FILE_BYTES:
+                    raise ForeignError(f"it has more than {FILE_BYTES} bytes")
             return bytes(content)
     return source
 
@@ -119,6 +122,10 @@ def opened(source: ImageInput, max_pixels: int) -> Iterator[tuple[Image.Image, s
     match source:
         case Image.Image():
             check_size(source.width, source.height, max_pixels, "the image")
+            file = getattr(source, "fp", None)
+            if file is not None and getattr(source, "tile", None):  # opened, but not decoded yet
+                with reading("the image", ImageError, advice()):
+                    check_cost(source, file, _size_of(file), "the image")
             yield source, "the image"
         case np.ndarray():
             yield _from_array(source, max_pixels), "the array"
@@ -137,6 +144,13 @@ def opened(source: ImageInput, max_pixels: int) -> Iterator[tuple[Image.Image, s
                 f"an image cannot be given as {type(source).__name__}; pass a path, a data: URI, the bytes of a file, "
                 "a file opened in binary mode, a PIL.Image.Image or a uint8 array [H, W, 3]"
             )
+
+
+def _size_of(file: BinaryIO) -> int:
+    position = file.tell()
+    size = file.seek(0, os.SEEK_END)
+    file.seek(position)
+    return size
 
 
 def _from_array(array: NDArray[np.uint8], max_pixels: int) -> Image.Image:
@@ -200,7 +214,7 @@ def _identified(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:
     heic = start[4:8] == b"ftyp" and any(brand in start[8:] for brand in _HEIC_BRANDS)
     if heic:
         _register_heic(name)
-    with warnings.catch_warnings(), _PILLOWS_LIMIT:
+    with PILLOW, warnings.catch_warnings():
         # About broken metadata. And Pillow's own limit is of the whole process: it warns from one, refuses from two
         # times it; ours comes after.
         warnings.simplefilter("ignore")

@@ -94,15 +94,20 @@ class ImageEncoder:
         Raises:
             StoppedError: cancelled; images that were encoded before are kept.
         """
-        result, encoded = {}, 0
+        result: dict[str, Floats] = {}
+        encoded = 0
         for image in images:
             with self._lock:
-                if image.digest not in self._rows:
-                    # One at a time: the tower's memory stays that of one image however many are asked about.
-                    self._rows[image.digest] = self._engine.encode_images(image.pixels[None], cancellation)[0]
-                    encoded += 1
+                rows = self._rows.get(image.digest)
+            if rows is None:
+                # One at a time: the tower's memory stays that of one image however many are asked about. Without the
+                # lock: another chat that waits for it could not be cancelled.
+                rows = self._engine.encode_images(image.pixels[None], cancellation)[0]
+                encoded += 1
+            result[image.digest] = rows
+            with self._lock:
+                self._rows[image.digest] = rows
                 self._rows.move_to_end(image.digest)
-                result[image.digest] = self._rows[image.digest]
                 if len(self._rows) > CACHED_IMAGES:
                     self._rows.popitem(last=False)
         return result, encoded

@@ -109,9 +109,14 @@ class Claim:
         self.cache = cache
         self._number = number
 
+    @property
+    def counts(self) -> bool:
+        """Whether it is the newest."""
+        return self.cache._claims == self._number
+
     def check(self) -> None:
         """Raise Owl2Error if the claim is lost."""
-        if self.cache._claims != self._number:
+        if not self.counts:
             raise Owl2Error("this answer can no longer be generated: its chat went on without it; ask again")
 
     def reserve(self, count: int) -> KvBuffers:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from owl2.runtime.config import IMAGE_TOKEN
 from owl2.runtime.errors import ContextOverflowError, PromptError
@@ -57,8 +58,9 @@ class Turn:
 
 def image_part(image: ImageInput, preprocess: str | None, reading: ImageReading | None) -> ChatMessage:
     """An image as part of a message, with the settings that are not the default."""
-    # A copy: the caller may use the array again.
-    part: dict[str, Any] = {"type": "image", "image": image.copy() if isinstance(image, np.ndarray) else image}
+    # A copy: the caller may draw on it again.
+    own = image.copy() if isinstance(image, np.ndarray | Image.Image) else image
+    part: dict[str, Any] = {"type": "image", "image": own}
     part |= {} if preprocess is None else {"preprocess": preprocess}
     usual = asdict(UPRIGHT)
     return part | {name: value for name, value in asdict(reading or UPRIGHT).items() if value != usual[name]}
@@ -99,15 +101,23 @@ def read_turns(model: Loaded, messages: Sequence[ChatMessage]) -> list[Turn]:
         positions, hint = count * model.config.rows_per_image + 1, "leave out the messages with the first images"
         raise ContextOverflowError(0, positions, model.context, hint)
     return [
-        Turn(question, tuple(parts), tuple(_prepared(model, part) for part in parts), answer)
+        Turn(question, parts=tuple(map(_own_part, parts)), images=images, answer=answer)
         for question, parts, answer in read
+        for images in [tuple(_prepared(model, part) for part in parts)]  # first: it checks what decoding takes
     ]
 
 
 def _prepared(model: Loaded, part: ChatMessage) -> PreparedImage:
-    reading = ImageReading(**{name: part[name] for name in READING if name in part})
-    [image] = model.prepare([part["image"]], part.get("preprocess"), reading)
+    [image] = model.prepare([part["image"]], part.get("preprocess"), _reading(part))
     return image
+
+
+def _reading(part: ChatMessage) -> ImageReading:
+    return ImageReading(**{name: part[name] for name in READING if name in part})
+
+
+def _own_part(part: ChatMessage) -> ChatMessage:
+    return image_part(part["image"], part.get("preprocess"), _reading(part))
 
 
 def _read_content(content: object, where: str) -> tuple[str, list[ChatMessage]]:
@@ -124,8 +134,7 @@ def _read_content(content: object, where: str) -> tuple[str, list[ChatMessage]]:
                 text += words
             case {"type": "image", "image": image} if part.keys() <= {"type", "image", "preprocess", *READING}:
                 text += IMAGE_TOKEN
-                # A copy that can be read again: the caller may use an array again, and an open file gives itself once.
-                images.append({**part, "image": image.copy() if isinstance(image, np.ndarray) else held(image)})
+                images.append({**part, "image": held(image)})
             case _:
                 raise PromptError(
                     f"{where} has the part {shorten(part)}, expected {{'type': 'text', 'text': …}} or "

@@ -20,7 +20,7 @@ from owl2.runtime.config import PreprocessConfig, require
 from owl2.runtime.errors import ImageError
 from owl2.runtime.foreign import reading as reading_foreign, shorten
 from owl2.runtime.image_cost import MAX_PIXELS
-from owl2.runtime.image_files import ImageInput, ImageRecord, ReadImage, advice, opened
+from owl2.runtime.image_files import PILLOW, ImageInput, ImageRecord, ReadImage, advice, opened
 from owl2.runtime.resize import Canvas, resized, stretched, tall, whole, wide
 
 Orientation = Literal["exif", "stored"]
@@ -40,6 +40,7 @@ WIDE_MODES = ("F", "I", "I;16", "I;16B", "I;16L", "I;16N")
 PAD_COLOUR = (122, 116, 104)
 
 # What makes an image upright, by the value of the EXIF tag; as PIL.ImageOps.exif_transpose, which fails on broken EXIF.
+_TIFF_WIDTH, _TIFF_HEIGHT = 256, 257
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -109,10 +110,16 @@ def read_image(source: ImageInput, reading: ImageReading = UPRIGHT, *, max_pixel
         return source
     with opened(source, max_pixels) as (image, name):
         _check_depth(image, name)
-        with warnings.catch_warnings(), reading_foreign(name, ImageError, advice()):
-            warnings.simplefilter("ignore")  # about metadata
-            image.load()
-            return _upright(image, reading)
+        with reading_foreign(name, ImageError, advice()):
+            tags, orientation = getattr(image, "tag_v2", {}), _orientation(image)
+            # Pillow gives a TIFF the size that it will have when turned.
+            stored = (int(tags.get(_TIFF_WIDTH, image.width)), int(tags.get(_TIFF_HEIGHT, image.height)))
+            # These warn, of metadata and of palettes; the others are decoded in several threads at a time.
+            if image.format == "TIFF" or image.mode in ("P", "PA"):
+                with PILLOW, warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    return _upright(image, reading, stored, orientation)
+            return _upright(image, reading, stored, orientation)
 
 
 def check_image(source: ImageInput, config: PreprocessConfig, mode: str | None = None) -> None:
@@ -178,9 +185,12 @@ def _check_depth(image: Image.Image, name: str) -> None:
         )
 
 
-def _upright(image: Image.Image, reading: ImageReading) -> ReadImage:
-    stored = image.size
-    orientation = _orientation(image) if reading.orientation == "exif" else 1
+def _upright(image: Image.Image, reading: ImageReading, stored: tuple[int, int], orientation: int) -> ReadImage:
+    image.load()
+    # Pillow turns a TIFF while it decodes it, and removes the orientation.
+    turned = orientation != _orientation(image)
+    if reading.orientation == "stored" and not turned:
+        orientation = 1
     transparent, background = False, None
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -192,7 +202,7 @@ def _upright(image: Image.Image, reading: ImageReading) -> ReadImage:
             image = opaque
     if image.mode != "RGB":
         image = image.convert("RGB")
-    if orientation in _TURNS:
+    if orientation in _TURNS and not turned:
         image = image.transpose(_TURNS[orientation])
     # A copy would double the memory, and what else the file says must not be applied again.
     image = image._new(image.im)

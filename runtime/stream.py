@@ -61,21 +61,31 @@ class AnswerStream:
             if self._problem:
                 raise Owl2Error(f"this answer can no longer be generated: {self._problem}; ask again")
             self._thread = threading.get_ident()
+            self._problem = "it was interrupted"  # until the step has ended in another way
             try:
                 chunk = next(self._chunks)
-                if chunk.finish_reason is not None:
-                    next(self._chunks)  # now: the caller may not come back for more
-            except StopIteration as end:
-                answer: Answer = end.value
-                if answer.finish_reason != "cancelled":
-                    self._finish(answer)
-                self._answer = answer
-                if answer.finish_reason == "cancelled":
-                    raise
+                answer = None if chunk.finish_reason is None else self._end()
+            except StopIteration as end:  # cancelled
+                self._answer, self._problem = end.value, ""
+                raise
             except BaseException as error:
                 self._problem = f"it was stopped by {type(error).__name__}"
                 raise
+            if answer is not None:
+                # The answer first: an interrupt before the turn counts leaves the chat without it.
+                self._answer = answer
+                self._finish(answer)
+            self._problem = ""
             return chunk
+
+    def _end(self) -> Answer:
+        """The answer, once its last chunk has been made: the caller may not come back for more."""
+        try:
+            next(self._chunks)
+        except StopIteration as end:
+            answer: Answer = end.value
+            return answer
+        raise RuntimeError("a chunk came after the last one")
 
     def read(self) -> Answer:
         """Generate the rest and return the whole answer."""
@@ -115,9 +125,10 @@ class AnswerStream:
         """Refuse to touch the chat while another thread is reading this answer.
 
         Raises:
-            BusyError: it is not finished, and has not been cancelled.
+            BusyError: it can still be read on, and has not been cancelled.
         """
-        if not self.finished and self._thread != threading.get_ident() and not self.cancelled:
+        over = self.finished or self.cancelled or bool(self._problem) or not self._claim.counts
+        if not over and self._thread != threading.get_ident():
             raise BusyError(BUSY)
 
     def __reduce__(self) -> NoReturn:

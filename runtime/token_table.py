@@ -45,9 +45,9 @@ class FileTable:
             BundleCorruptError: the file was truncated or overwritten.
             BackendError: the model was closed.
         """
-        self._file.check()
         nbytes = self.width * self._dtype.itemsize
         content = b"".join([self._file.read(token * nbytes, nbytes) for token in ids])
+        self._file.check()  # after reading: a change in between is seen
         return np.frombuffer(content, self._dtype).reshape(len(ids), self.width).astype(np.float32)
 
     def close(self) -> None:

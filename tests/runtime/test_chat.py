@@ -540,3 +540,55 @@ def test_preparing_images_counts_as_time_to_the_first_token(case: Case) -> None:
     stats = case.owl.chat().ask("What?", images=case.files[:3], max_new_tokens=1).stats
     assert stats.preprocess_seconds > 0
     assert stats.time_to_first_token > stats.preprocess_seconds + stats.vision_seconds + stats.prefill_seconds
+
+
+def test_a_stream_that_cannot_be_read_on_is_in_nobodys_way(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither one that failed nor one that was reset, though the object is kept."""
+
+    def failing(*_: Any) -> Any:
+        raise BackendError("the step fails")
+
+    for end in ("fail", "reset"):
+        chat = case.owl.chat()
+        stream = chat.stream("Why?", max_new_tokens=8)
+        next(stream)
+        if end == "fail":
+            with monkeypatch.context() as patched:
+                patched.setattr(engine_of(case), "decode", failing)
+                with pytest.raises(BackendError):
+                    next(stream)
+        else:
+            chat.reset()
+        (answer,) = together(1, lambda _, chat=chat: chat.ask("Hi", max_new_tokens=2))
+        assert isinstance(answer, Answer)
+
+
+def test_a_chat_waits_for_no_image_of_another(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode, inside, go = engine_of(case).encode_images, threading.Event(), threading.Event()
+
+    def slow(self: Any, *arguments: Any) -> Any:
+        inside.set()
+        go.wait(10)
+        return encode(self, *arguments)
+
+    case.owl.model.encoder.clear()
+    with ThreadPoolExecutor(2) as pool:
+        with monkeypatch.context() as patched:
+            patched.setattr(engine_of(case), "encode_images", slow)
+            first = pool.submit(case.owl.chat().ask, "What?", case.files[0], max_new_tokens=2)
+            assert inside.wait(10)
+        second = pool.submit(case.owl.chat().ask, "What?", case.files[1], max_new_tokens=2)
+        assert second.result(10).finish_reason == "length"
+        go.set()
+        assert first.result(10).finish_reason == "length"
+
+
+def test_drawing_on_an_image_later_changes_no_chat(case: Case) -> None:
+    with Image.open(case.files[0]) as opened:
+        image = opened.convert("RGB")
+    chat = case.owl.chat()
+    chat.ask("What?", images=image, max_new_tokens=2)
+    kept = case.owl.chat(chat.messages)
+    image.paste((0, 0, 0), (0, 0, *image.size))
+    again = case.owl.chat(kept.messages)
+    assert again.ask("Why?", max_new_tokens=4).ids == chat.ask("Why?", max_new_tokens=4).ids

@@ -6,7 +6,11 @@ import os
 import resource
 import subprocess
 import sys
+import threading
+import time
+import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -305,3 +309,44 @@ class TestCheckImage:
                 check_image(source, CONFIG)  # type: ignore[arg-type]
         with pytest.raises(ConfigError, match="preprocess 'x' is not known"):
             check_image(IMAGES / "upright.png", CONFIG, "x")
+
+
+def test_fill_bytes_take_no_time() -> None:
+    """Any number of 0xFF may stand before a marker of a JPEG."""
+    progressive = b"\xff\xd8\xff\xc2\x00\x11\x08\x00\x10\x00\x10\x03\x01\x11\x00\x02\x11\x00\x03\x11\x00"
+    began = time.process_time()
+    with pytest.raises(ImageError):
+        read_image(progressive + b"\xff" * 2_000_000 + b"\x00" * 100)
+    assert time.process_time() - began < 2
+
+
+def test_a_pipe_gives_an_image_in_parts(tmp_path: Path) -> None:
+    content = io.BytesIO()
+    Image.effect_noise((300, 300), 50).save(content, "PNG")
+    read, write = os.pipe()
+    writing = threading.Thread(target=lambda: (os.write(write, content.getvalue()), os.close(write)))
+    writing.start()
+    with os.fdopen(read, "rb", buffering=0) as pipe:
+        assert read_image(pipe).image.size == (300, 300)
+    writing.join()
+
+
+def test_threads_leave_the_warning_filters_alone(tmp_path: Path) -> None:
+    before = list(warnings.filters)
+    content = io.BytesIO()
+    Image.new("P", (20, 20)).save(content, "TIFF")
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: read_image(content.getvalue()), range(200)))
+    assert list(warnings.filters) == before
+
+
+def test_a_turned_tiff_is_told() -> None:
+    content = io.BytesIO()
+    Image.new("RGB", (30, 20)).save(content, "TIFF", tiffinfo={274: 6})
+    read = read_image(content.getvalue())
+    assert (read.record.stored, read.record.orientation, read.image.size) == ((30, 20), 6, (20, 30))
+
+
+def test_an_opened_image_is_checked_as_its_file_is() -> None:
+    with Image.open(io.BytesIO(jpeg_of_scans(2048, 19_000))) as image, pytest.raises(ImageError, match="scans over"):
+        read_image(image)

@@ -162,7 +162,8 @@ def held_tensors(path: Path) -> tuple[list[str], list[ort.OrtValue]]:
                 content = mmap.mmap(-1, tensor.length)  # what ONNX Runtime copies goes back to the system at once
                 with (path.parent / tensor.location).open("rb") as file:
                     file.seek(tensor.offset)
-                    file.readinto(content)
+                    if file.readinto(content) != tensor.length:
+                        raise ValueError(f"{tensor.location} ends before {tensor.name}")
                 values.append(ort.OrtValue.ortvalue_from_numpy(np.frombuffer(content, dtype).reshape(tensor.shape)))
                 names.append(tensor.name)
     except (OSError, ValueError) as error:
