@@ -141,22 +141,26 @@ class Staging:
             "with --fresh it starts over"
         )
 
-    def publish(self, finish: Callable[[], object] = lambda: None) -> None:
-        """Put the files in the target's place, then call ``finish``; if that fails, everything is as before."""
-        for path in self.folder.iterdir():
+    def publish(self, entry: tuple[str, Path] | None = None) -> None:
+        """Put the files in the target's place; if that fails, everything is as before.
+
+        ``entry`` names one of them and where it is renamed to in the end: the files count once it is there.
+        """
+        for path in (*self.folder.iterdir(), self.folder):
             sync(path)
-        sync(self.folder)
         if os.path.lexists(self.target):
             self._check_target()  # it may have changed since
-            self.target.rename(self._replaced)
         try:
-            self.folder.rename(self.target)
-            finish()
-        except BaseException:
             if self.target.exists():
-                self.target.rename(self.folder)
-            if self._replaced.exists():
-                self._replaced.rename(self.target)
+                self.target.rename(self._replaced)
+            self.folder.rename(self.target)
+            if entry is not None:
+                (self.target / entry[0]).rename(entry[1])
+        except BaseException:  # an interrupt may come right after each of these renames
+            if entry is None or self.folder.exists() or (self.target / entry[0]).exists():
+                if not self.folder.exists():
+                    self.target.rename(self.folder)
+                self._put_back()
             raise
         self.kept = ""
         sync(self.target.parent)
@@ -179,8 +183,7 @@ class Staging:
                 f"{target} exists; give --overwrite to replace it or choose another folder"
                 f"{f'. It is complete: {self.work} can be deleted' if done else ''}"
             )
-        others = foreign(target, known)
-        if others:
+        if others := foreign(target, known):
             raise ExportError(
                 f"{target} holds {listed(others)}, which no export wrote and which would be lost; move it away, or "
                 "choose another folder"
@@ -206,20 +209,22 @@ class Staging:
 
     def _check_work(self) -> None:
         """Put back what a kill left aside; raise ExportError for anything in the hidden folder that is not known."""
-        if self._replaced.is_dir() and not self._replaced.is_symlink():
-            if not os.path.lexists(self.target):
-                self._replaced.rename(self.target)
-            elif self.folder.exists():
-                raise ExportError(
-                    f"{self._replaced} was {self.target} until an interrupted export began to replace it, and "
-                    "something else is there now; move one of them away"
-                )
+        self._put_back()
+        if self._replaced.is_dir() and not self._replaced.is_symlink() and self.folder.exists():
+            raise ExportError(
+                f"{self._replaced} was {self.target} until an interrupted export began to replace it, and "
+                "something else is there now; move one of them away"
+            )
         replaced = self._known_replaced()
-        others = foreign(self.work, lambda name: in_work(name) or replaced(name.removeprefix("replaced/")))
-        if others:
+        if others := foreign(self.work, lambda name: in_work(name) or replaced(name.removeprefix("replaced/"))):
             raise ExportError(
                 f"{self.work} holds {listed(others)}, which no export wrote and which would be lost; move it away"
             )
+
+    def _put_back(self) -> None:
+        """Put the former bundle back where nothing has taken its place."""
+        if self._replaced.is_dir() and not self._replaced.is_symlink() and not os.path.lexists(self.target):
+            self._replaced.rename(self.target)
 
     def _known_replaced(self) -> Known:
         """What is known in ``replaced``; while it is removed, the files that list the others go last."""
@@ -234,6 +239,7 @@ class Staging:
             folder.mkdir(exist_ok=True)
 
     def _remove_parts(self) -> None:
+        self._put_back()
         for folder in (self.journal, self.folder):
             remove(folder, in_work, f"{folder.name}/")
         remove(self._replaced, self._known_replaced())
@@ -242,8 +248,7 @@ class Staging:
         """Remove the hidden folder; the lock goes last, since it holds off others."""
         self._remove_parts()
         with contextlib.suppress(OSError):
-            others = foreign(self.work, {MARK, LOCK}.__contains__)
-            if others:
+            if others := foreign(self.work, {MARK, LOCK}.__contains__):
                 warnings.warn(
                     f"{self.work} stays, since it holds {listed(others)}; move what is yours away, and delete the rest",
                     Owl2Warning,

@@ -104,6 +104,6 @@ def _appearing(bundle: Path, folder: Path) -> Iterator[Path]:
             engines = {**content.engines, folder.name: hash_file(staging.folder / records.RECORD)}
             # In the folder first, so that it takes nothing but a rename to enter it.
             write_json(staging.folder / spec.MANIFEST, replace(content, engines=engines).sealed())
-            staging.publish(lambda: (folder / spec.MANIFEST).rename(bundle / spec.MANIFEST))
+            staging.publish((spec.MANIFEST, bundle / spec.MANIFEST))
     except OSError as error:
         raise ExportError(f"{folder} cannot be written: {error.strerror or error}") from error

@@ -94,6 +94,73 @@ class TestTarget:
         assert names(tmp_path) == []
 
 
+class TestInterrupts:
+    """A publication that is interrupted right after one of its renames, which may be while it takes others back."""
+
+    @pytest.mark.parametrize("kept", ["", "3 of 3 decoder layers"])
+    @pytest.mark.parametrize("renames", [(1,), (2,), (1, 2), (2, 3), (2, 4)])
+    def test_the_former_bundle_is_there_again(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: str, renames: tuple[int, ...]
+    ) -> None:
+        target = tmp_path / "bundle"
+        target.mkdir()
+        (target / "decoder.onnx").write_text("old")
+        interrupt_after(monkeypatch, *renames)
+        staging = replacing(target)
+        with pytest.raises(KeyboardInterrupt):
+            replace_files(staging, "decoder.onnx", kept=kept)
+        monkeypatch.undo()
+        if kept:
+            assert (staging.folder / "decoder.onnx").read_text() == "new"
+            replacing(target)  # as the next export does
+        else:
+            assert names(tmp_path) == ["bundle"]
+        assert (target / "decoder.onnx").read_text() == "old"
+
+    @pytest.mark.parametrize(("rename", "listed"), [(1, "old"), (2, "old"), (3, "new")])
+    def test_files_are_those_that_the_entry_lists(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rename: int, listed: str
+    ) -> None:
+        target, entry = tmp_path / "engines", tmp_path / "owl2.json"
+        target.mkdir()
+        for path in (target / "vision.engine", entry):
+            path.write_text("old")
+        interrupt_after(monkeypatch, rename)
+        with pytest.raises(KeyboardInterrupt):
+            replace_files(replacing(target), "owl2.json", "vision.engine", entry=("owl2.json", entry))
+        assert entry.read_text() == (target / "vision.engine").read_text() == listed
+        assert names(tmp_path) == ["engines", "owl2.json"]
+        assert names(target) == ["vision.engine"]
+
+
+def replacing(target: Path) -> Staging:
+    known = {"decoder.onnx", "vision.engine", "owl2.json"}
+    return Staging(target, overwrite=True, contents=lambda _: known.__contains__)
+
+
+def replace_files(opened: Staging, *files: str, kept: str = "", entry: tuple[str, Path] | None = None) -> None:
+    with opened as staging:
+        for name in files:
+            (staging.folder / name).write_text("new")
+        staging.kept = kept
+        staging.publish(entry)
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, *calls: int) -> None:
+    """Raise KeyboardInterrupt once each of these renames, counted from 1, is done."""
+    rename, made = Path.rename, 0
+
+    def interrupted(self: Path, target: Path) -> Path:
+        nonlocal made
+        made += 1
+        moved = rename(self, target)
+        if made in calls:
+            raise KeyboardInterrupt
+        return moved
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+
+
 class TestOneAtATime:
     def test_a_second_export_is_told_who_writes(self, a1: Path, tmp_path: Path) -> None:
         with (
