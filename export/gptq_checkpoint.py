@@ -14,7 +14,7 @@ from owl2.export.checkpoint.checkpoint import DECODER_LAYERS, Checkpoint
 from owl2.export.checkpoint.files import GPTQ_INDEX, OPTIONAL_FILES, PREPROCESSOR, json_object
 from owl2.export.checkpoint.gptq_format import CONFIG_FILE, CONFIG_KEY, GptqFormat
 from owl2.export.checkpoint.gptq_layout import pack
-from owl2.export.checkpoint.modules import TABLE
+from owl2.export.checkpoint.naming import TABLE
 from owl2.export.config import ExportConfig
 from owl2.export.decoder import export_layers
 from owl2.export.graph.weights import IntegerWeight, Linear, LinearWeight, check_float16

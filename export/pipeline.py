@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from owl2.export.checkpoint.modules import TABLE
+from owl2.export.checkpoint.naming import TABLE
 from owl2.export.checks.bundle import check_bundle
 from owl2.export.checks.kv_int8 import can_be_checked
 from owl2.export.config import ExportConfig

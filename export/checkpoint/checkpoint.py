@@ -24,7 +24,7 @@ from owl2.export.checkpoint.files import (
 from owl2.export.checkpoint.gptq_format import read_format
 from owl2.export.checkpoint.gptq_layout import GptqTensors, unpack
 from owl2.export.checkpoint.hf_config import config_notes, model_config
-from owl2.export.checkpoint.naming import ADAPTER_EFFECT, USUAL_BUFFER, official_names
+from owl2.export.checkpoint.naming import ADAPTER_EFFECT, HEAD_WEIGHT, TABLE, USUAL_BUFFER, official_names
 from owl2.export.checkpoint.remarks import find_cause, notes
 from owl2.export.checkpoint.shard import Shard
 from owl2.export.checkpoint.tokenizer_source import read_tokenizer
@@ -38,7 +38,7 @@ from owl2.runtime.harmless import harmless
 FLOAT_TYPES = ("float32", "float16", "bfloat16")
 DECODER_LAYERS = "model.layers."
 OPTIONAL_SUFFIXES = (".q_pos_embed", ".k_pos_embed")
-VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
+VOCABULARY = (TABLE, HEAD_WEIGHT)
 """Tensors with a row for every token id."""
 MAX_OPEN_SHARDS = 2
 MAX_LISTED_PROBLEMS = 40
@@ -217,7 +217,7 @@ class Checkpoint:
         rows = self._expect_rows(expected)
         optional = {name for name in expected if name.endswith(OPTIONAL_SUFFIXES)}
         if self.config.decoder.tie_word_embeddings:
-            optional.add("lm_head.weight")
+            optional.add(HEAD_WEIGHT)
         optional |= self._expect_quantized(expected)
         missing = [name for name in expected if name not in self and name not in optional]
         unexpected = [name for name in self._weight_map if name not in expected and not name.endswith(USUAL_BUFFER)]

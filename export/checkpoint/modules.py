@@ -5,13 +5,11 @@ from __future__ import annotations
 import torch
 
 from owl2.export.checkpoint.checkpoint import DECODER_LAYERS, Checkpoint
+from owl2.export.checkpoint.naming import HEAD_WEIGHT, TABLE
 from owl2.quant.grid import QuantizedWeight
 from owl2.quant.models.mplug_owl2 import DecoderLayer, RmsNorm, VisionModel, VisualAbstractor
 from owl2.runtime.errors import CheckpointError
 
-TABLE = "model.embed_tokens.weight"
-"""Name of the token table [V, C]."""
-HEAD = "lm_head.weight"
 TABLE_BLOCK = 4096
 TABLE_ERROR = 2.0**-10
 """Largest error of a row of the token table, as a part of what the first norm divides the row by; rounding to a float16
@@ -44,7 +42,7 @@ def load_norm(checkpoint: Checkpoint) -> RmsNorm:
 
 def head_name(checkpoint: Checkpoint) -> str:
     """Name of the output head's weight [V, C], which may be the token table."""
-    return TABLE if checkpoint.config.decoder.tie_word_embeddings else HEAD
+    return TABLE if checkpoint.config.decoder.tie_word_embeddings else HEAD_WEIGHT
 
 
 def check_head(checkpoint: Checkpoint) -> None:
@@ -53,11 +51,11 @@ def check_head(checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: with what to do.
     """
-    doubled = head_name(checkpoint) == TABLE and HEAD in checkpoint
-    if doubled and not torch.equal(checkpoint.stored(HEAD), checkpoint.stored(TABLE)):
+    doubled = head_name(checkpoint) == TABLE and HEAD_WEIGHT in checkpoint
+    if doubled and not torch.equal(checkpoint.stored(HEAD_WEIGHT), checkpoint.stored(TABLE)):
         raise CheckpointError(
-            f"{checkpoint.folder}: tie_word_embeddings makes the token table the head, but {HEAD} holds other values; "
-            "set tie_word_embeddings to false in config.json, or remove the tensor"
+            f"{checkpoint.folder}: tie_word_embeddings makes the token table the head, but {HEAD_WEIGHT} holds other "
+            "values; set tie_word_embeddings to false in config.json, or remove the tensor"
         )
 
 

@@ -12,6 +12,8 @@ from owl2.runtime.foreign import listed, shorten
 # The token table is in every checkpoint, and only once: what is in front of it is in front of all.
 ANCHOR = "embed_tokens.weight"
 BODY, HEAD = "model.", "lm_head."
+TABLE, HEAD_WEIGHT = f"{BODY}{ANCHOR}", f"{HEAD}weight"
+"""Official names of the token table [V, C] and of the output head's weight [V, C]."""
 # Buffers that some versions of transformers store; their values follow from config.json.
 BUFFERS = re.compile(
     r"(.*\.)?(inv_freq|original_inv_freq|cos_cached|sin_cached|position_ids|causal_mask|masked_bias|num_batches_tracked)"

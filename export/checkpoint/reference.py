@@ -14,7 +14,8 @@ import psutil
 import torch
 
 from owl2.export.checkpoint.checkpoint import Checkpoint
-from owl2.export.checkpoint.modules import TABLE, head_name, load_layer, load_norm, load_vision
+from owl2.export.checkpoint.modules import head_name, load_layer, load_norm, load_vision
+from owl2.export.checkpoint.naming import TABLE
 from owl2.quant.models.mplug_owl2 import DecoderLayer, Routing
 from owl2.quant.models.mplug_owl2.decoder import KeyValue, rotary_slice
 from owl2.runtime.cancellation import NEVER, Cancellation

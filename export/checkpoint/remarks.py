@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from owl2.export.checkpoint.files import PREPROCESSOR, TOKENIZER_DEFAULTS
-from owl2.export.checkpoint.naming import Names
+from owl2.export.checkpoint.naming import TABLE, Names
 from owl2.runtime.config import ModelConfig
 from owl2.runtime.foreign import cut, listed
 from owl2.runtime.harmless import harmless
@@ -15,7 +15,6 @@ from owl2.runtime.harmless import harmless
 LAYER = re.compile(r"model\.layers\.(\d+)\..*")
 BITSANDBYTES = re.compile(r"\.(absmax|quant_state|SCB)\b")
 PLAIN_LLAMA = re.compile(r"\.self_attn\.(k_proj|v_proj)\.weight$")
-TABLE = "model.embed_tokens.weight"
 
 
 def find_cause(missing: Sequence[str], unexpected: Sequence[str], config: ModelConfig, rows: int) -> str:

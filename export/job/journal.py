@@ -207,8 +207,7 @@ class Journal:
         content: dict[str, Any] = parse_json(text)
         if content.get("format") != FORMAT:
             raise _UnusableError(f"it is of format {content.get('format')}, this version writes {FORMAT}")
-        different = _differences(content["key"], self._key)
-        if different:
+        if different := _differences(content["key"], self._key):
             raise _UnusableError(different)
         vision, decoder = content["vision"], content["decoder"]
         hashes = {self._staging.folder / name: sha256 for name, sha256 in vision["files"].items()}
@@ -249,8 +248,7 @@ def resume_key(job: ExportJob) -> dict[str, str]:
     Weight files are named with size and time of change: hashing a full-size checkpoint takes a minute.
     """
     config, checkpoint, prompts = job.config, job.checkpoint, job.prompts
-    versions = {"owl2": __version__}
-    versions |= {module.__name__: module.__version__ for module in (torch, onnx, onnxruntime)}
+    versions = {"owl2": __version__} | {module.__name__: module.__version__ for module in (torch, onnx, onnxruntime)}
     settings = {name: value for name, value in asdict(config).items() if name not in UNKEYED_SETTINGS}
     settings["quantization"] = config.quant
     small = [
@@ -276,13 +274,9 @@ def journal_size(job: ExportJob) -> int:
 def _differences(old: Mapping[str, str], new: Mapping[str, str]) -> str:
     """The names that changed, with their values if these are short enough to mean something; empty if none did."""
     changed = sorted(name for name in set(old) | set(new) if old.get(name) != new.get(name))
-    described = [
-        f"{name} was {old[name]}, now {new[name]}"
-        if max(len(old.get(name, "-" * 99)), len(new.get(name, "-" * 99))) < 20
-        else f"{name} changed"
-        for name in changed
-    ]
-    return ", ".join(described)
+    short = {name for name in changed if max(len(values.get(name, "-" * 99)) for values in (old, new)) < 20}
+    changes = {name: f"was {old[name]}, now {new[name]}" if name in short else "changed" for name in changed}
+    return ", ".join(f"{name} {change}" for name, change in changes.items())
 
 
 def _remove_all_but(names: Collection[str], folder: Path) -> None:
