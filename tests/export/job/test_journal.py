@@ -153,11 +153,14 @@ def copy(stopped: Path, tmp_path: Path) -> Path:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "index cut": (lambda work: os.truncate(work / "journal" / "journal.json", 300), "journal.json is damaged"),
+    "index cut": (
+        lambda work: os.truncate(work / "journal" / "journal.json", 300),
+        "it is not JSON: .*; it is damaged",
+    ),
     "index changed": (lambda work: flip_byte(work / "journal" / "journal.json"), "journal.json is damaged"),
     "index of no JSON object": (
         lambda work: (work / "journal" / "journal.json").write_text('["x"]'),
-        "journal.json is damaged",
+        "cannot read journal.json: .*; it is damaged",
     ),
     "nodes changed": (
         lambda work: flip_byte(work / "journal" / "layer-2.graph"),
