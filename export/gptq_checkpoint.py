@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -29,6 +30,9 @@ from owl2.runtime.errors import ConfigError
 from owl2.runtime.evaluation.divergence import Divergence, divergence, modality_of
 from owl2.runtime.version import __version__
 
+TYPE_KEYS = ("dtype", "torch_dtype")
+ADVICE = "write a bundle instead, which can hold it as fp32 (--layout bundle with --weights, --vision, --activations)"
+
 
 def export_gptq(config: ExportConfig, reporter: Reporter | None = None) -> Report:
     """Convert a checkpoint; the folder appears whole, or not at all.
@@ -49,6 +53,7 @@ def export_gptq(config: ExportConfig, reporter: Reporter | None = None) -> Repor
     # Version 1, which every program reads, and groups in the order of the columns.
     form = GptqFormat(config.quant.bits, config.quant.group_size, producer=f"owl2:{__version__}")
     with open_job(config, reporter or Silent()) as job, job.writing(job.size):
+        _check_range(job.checkpoint)  # before hours of work
         job.staging.clear()
         job.check_space(job.size)
         _write_settings(job.checkpoint, job.folder, form)
@@ -90,9 +95,7 @@ class GptqWriter:
     def finish(self, norm: Tensor, head: LinearWeight) -> None:
         """Write the rest as it is in the checkpoint, the vision side included, and the index."""
         checkpoint, folder = self._job.checkpoint, self._job.folder
-        with torch.device("meta"):
-            names = Owl2Model(checkpoint.config).state_dict()
-        rest = [name for name in names if not name.startswith(DECODER_LAYERS) and name in checkpoint]
+        rest = [name for name in _unquantized(checkpoint) if not name.startswith(DECODER_LAYERS)]
         self._write((name, checkpoint.tensor(name)) for name in rest)
         index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(self._files.items()))}
         write_json(folder / GPTQ_INDEX, index)
@@ -112,8 +115,28 @@ def _half(name: str, tensor: Tensor) -> Tensor:
     """The tensor as it is stored: integers as they are, floating-point numbers in fp16."""
     if not tensor.is_floating_point():
         return tensor
-    check_float16(name, tensor)
+    check_float16(name, tensor, ADVICE)
     return tensor.detach().half().contiguous()
+
+
+def _unquantized(checkpoint: Checkpoint) -> list[str]:
+    """Names of the tensors that stay as they are: all but the matrices of the decoder's layers."""
+    with torch.device("meta"):
+        state = Owl2Model(checkpoint.config).state_dict()
+    return [n for n, value in state.items() if n in checkpoint and (value.ndim < 2 or not n.startswith(DECODER_LAYERS))]
+
+
+def _check_range(checkpoint: Checkpoint) -> None:
+    for name in _unquantized(checkpoint):
+        check_float16(name, checkpoint.tensor(name), ADVICE)
+
+
+def _in_half(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with fp16 as the type of all tensors, under the names that versions of transformers have for it."""
+    return {
+        key: _in_half(value) if isinstance(value, dict) else "float16" if key in TYPE_KEYS and value else value
+        for key, value in config.items()
+    }
 
 
 def _write_settings(checkpoint: Checkpoint, folder: Path, form: GptqFormat) -> None:
@@ -122,8 +145,8 @@ def _write_settings(checkpoint: Checkpoint, folder: Path, form: GptqFormat) -> N
     if not (source / PREPROCESSOR).exists():
         write_json(folder / PREPROCESSOR, checkpoint.preprocessor)
     for name in (PREPROCESSOR, *OPTIONAL_FILES):
-        if (source / name).is_file():
+        if (source / name).is_file() and name not in checkpoint.tokenizer.outdated:
             shutil.copyfile(source / name, folder / name)
-    config = json_object(source / "config.json")
+    config = _in_half(json_object(source / "config.json"))
     write_json(folder / "config.json", config | {"torch_dtype": "float16", CONFIG_KEY: form.to_json()})
     write_json(folder / CONFIG_FILE, form.to_json())

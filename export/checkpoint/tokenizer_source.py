@@ -44,11 +44,13 @@ class TokenizerSource:
         tokenizer: as a bundle has it.
         changed: content of the files that a bundle has in another form, or that are missing, by name.
         notes: what the files say that has no effect here, a sentence each.
+        outdated: files that must not be taken over, since they list a token that is left out; ``changed`` has the rest.
     """
 
     tokenizer: Tokenizer
     changed: Mapping[str, Json]
     notes: tuple[str, ...]
+    outdated: tuple[str, ...]
 
     def write(self, source: Path, target: Path) -> None:
         """Copy the files from the checkpoint's folder, but for those that a bundle has in another form."""
@@ -107,12 +109,15 @@ def read_tokenizer(folder: Path, rows: int) -> TokenizerSource:
             )
         after = max([len(pieces) - 1, *entries]) + 1
         entries[after] = next(_entry(*token) for token in named.values() if token[0] in missing)
+    whole = len(entries)
     config, special_map = _without_idle_padding(folder, config, special_map, entries, rows, notes)
     if entries != {int(token): entry for token, entry in (config.get(ADDED) or {}).items()}:
         config = {**config, ADDED: {str(token): entry for token, entry in sorted(entries.items())}}
     tokenizer = Tokenizer.of(folder, config, special_map)
     made = zip((CONFIG, SPECIAL_MAP), given, (config, special_map))
-    return TokenizerSource(tokenizer, {name: new for name, old, new in made if new != old}, tuple(notes))
+    changed = {name: new for name, old, new in made if new != old}
+    outdated = (TOKENS, FAST) if len(entries) < whole else ()
+    return TokenizerSource(tokenizer, changed, tuple(notes), outdated)
 
 
 def _content(token: object) -> str | None:

@@ -22,10 +22,11 @@ from owl2.runtime.spec import FloatType
 # saturate: with codes up to 127 the image rows were off by many times what int8 costs elsewhere (emulated
 # Haswell); with codes up to 63, which cannot overflow, they are what they are on other processors.
 MAX_CHANNEL_CODE = 63
+IN_BUNDLE = "store it as fp32 in a bundle (--weights, --vision, --activations)"
 
 
-def check_float16(name: str, values: Tensor) -> None:
-    """Refuse finite numbers that float16 would store as infinite ones.
+def check_float16(name: str, values: Tensor, advice: str = IN_BUNDLE) -> None:
+    """Refuse finite numbers that float16 would store as infinite ones; ``advice`` says what to do instead.
 
     Raises:
         ExportError: with the name and the largest number.
@@ -33,8 +34,7 @@ def check_float16(name: str, values: Tensor) -> None:
     largest = float(values.detach().abs().max()) if values.numel() else 0.0
     if not math.isfinite(float(torch.tensor(largest).half())):
         raise ExportError(
-            f"{name} holds values up to {largest:.3g}, and fp16, in which it would be stored, ends at 65504; store it "
-            "as fp32 in a bundle (--weights, --vision, --activations)"
+            f"{name} holds values up to {largest:.3g}, and fp16, in which it would be stored, ends at 65504; {advice}"
         )
 
 

@@ -87,15 +87,49 @@ class TestWriting:
         # Nothing of the decoder's layers changes any more: what is left are head and vision side in int8.
         assert report.accuracy.kl_text < written[1].accuracy.kl_text
 
-    def test_values_beyond_fp16(self, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "model.norm.weight",
+            "lm_head.weight",
+            "model.visual_abstractor.vit_eos",
+            "model.layers.2.input_layernorm.multiway.1.weight",
+        ],
+    )
+    def test_values_beyond_fp16_are_refused_before_anything_is_quantized(
+        self, make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    ) -> None:
         folder = make_checkpoint()
         tensors = load_file(folder / "model.safetensors")
-        tensors["model.norm.weight"][5] = 1e5
+        tensors[name].view(-1)[5] = 1e5
         save_file(tensors, folder / "model.safetensors")
         config = ExportConfig(folder, tmp_path / "written", group_size=16, method="rtn", layout="gptq")
-        with pytest.raises(ExportError, match=r"model.norm.weight holds values up to 1e\+05, and fp16"):
+        monkeypatch.setattr("owl2.export.gptq_checkpoint.export_layers", lambda *_: 1 / 0)
+        message = rf"{name} holds values up to 1e\+05, and fp16, .*; write a bundle instead, .* \(--layout bundle "
+        with pytest.raises(ExportError, match=message):
             export_gptq(config)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint"]
+
+    def test_padding_without_a_row_is_left_out(self, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+        folder = make_checkpoint()
+        rows = json.loads((folder / "config.json").read_text())["vocab_size"]
+        edit_json(folder / "special_tokens_map.json", pad_token="[PAD]")
+        (folder / "added_tokens.json").write_text(json.dumps({"[PAD]": rows}))
+        fast = {"added_tokens": [{"id": rows, "content": "[PAD]", "special": True}]}
+        (folder / "tokenizer.json").write_text(json.dumps(fast))
+        export_gptq(ExportConfig(folder, tmp_path / "written", group_size=16, method="rtn", layout="gptq"))
+        with Checkpoint(folder) as before, Checkpoint(tmp_path / "written") as after:
+            assert any("'[PAD]'" in note and "it is left out" in note for note in before.notes)
+            assert after.notes == ()
+            assert after.tokenizer.tokenizer.vocab_size == before.tokenizer.tokenizer.vocab_size == rows
+
+    def test_all_names_of_the_type_say_fp16(self, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+        nested = {"dtype": "bfloat16", "torch_dtype": None}
+        folder = make_checkpoint({"dtype": "bfloat16", "text_config": nested})
+        export_gptq(ExportConfig(folder, tmp_path / "written", group_size=16, method="rtn", layout="gptq"))
+        config = json.loads((tmp_path / "written" / "config.json").read_text())
+        assert (config["dtype"], config["torch_dtype"]) == ("float16", "float16")
+        assert config["text_config"] == {"dtype": "float16", "torch_dtype": None}
 
     def test_shapes_that_do_not_fill_words(self, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
         folder = make_checkpoint({"intermediate_size": 100})

@@ -87,13 +87,16 @@ def test_a_padding_token_without_a_row_is_left_out(folder: Path) -> None:
     (folder / "added_tokens.json").write_text('{"[PAD]": 800}')
     source = read_tokenizer(folder, rows=800)
     assert source.notes == ("the padding token '[PAD]' has id 800, beyond the token table; it is left out",)
+    assert source.outdated == ("added_tokens.json", "tokenizer.json")
     assert Tokenizer.load(written(folder, source.changed)).vocab_size == 800
 
 
 def test_a_padding_token_with_a_row_is_kept(folder: Path) -> None:
     edit_json(folder / "special_tokens_map.json", pad_token="[PAD]")
     (folder / "added_tokens.json").write_text('{"[PAD]": 800}')
-    tokenizer = read_tokenizer(folder, rows=801).tokenizer
+    source = read_tokenizer(folder, rows=801)
+    assert source.outdated == ()
+    tokenizer = source.tokenizer
     assert tokenizer.encode("[PAD]") == [800]
     assert tokenizer.decode([800]) == ""
 
