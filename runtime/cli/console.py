@@ -36,8 +36,8 @@ INTERNAL_ERROR = 70
 """Exit code after a fault of this program itself: EX_SOFTWARE of sysexits.h."""
 PROGRESS_DELAY = 0.5
 """Seconds of hashing before its progress is shown."""
-MESSAGE = 4000
-"""Longest message, in characters: room for every message of this project, not for what others may put into one."""
+LINE = 1500
+"""Longest line of a message, in characters; how many lines a list may have is decided where it is made."""
 
 
 def say(text: str, end: str = "\n") -> None:
@@ -79,8 +79,9 @@ def notice(text: str, name: str = "") -> None:
 
 
 def _bounded(text: str) -> str:
-    """A message without its middle if it is too long: what to do is said at its end."""
-    return text if len(text) <= MESSAGE else f"{text[: MESSAGE // 2]} … {text[-MESSAGE // 2 :]}"
+    """A message whose long lines have lost their middle: what to do is said at the end."""
+    lines = text.split("\n")
+    return "\n".join(s if len(s) <= LINE else f"{s[: LINE // 2]} … {s[-LINE // 2 :]}" for s in lines)
 
 
 def notice_interrupt(text: str) -> None:

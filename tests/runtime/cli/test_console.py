@@ -12,6 +12,7 @@ from conftest import RunCommand, flip_byte
 
 from owl2.runtime.cli import console
 from owl2.runtime.cli.console import duration, load_progress, notice, say, say_json, size
+from owl2.runtime.evaluation.conversations import LISTED_PROBLEMS, PROBLEM_CHARACTERS
 from owl2.runtime.harmless import harmless_lines
 from owl2.runtime.verification import LoadProgress
 
@@ -80,6 +81,17 @@ class TestForeignText:
         told = capsys.readouterr().err
         assert told.endswith("x is too long; shorten it\n")
         assert len(told) < 5000
+
+    def test_a_long_list_is_told_whole_but_for_the_middle_of_its_lines(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        problems = [f"line {number}: {'x' * PROBLEM_CHARACTERS}" for number in range(LISTED_PROBLEMS)]
+        notice("\n  ".join(["100 problems:", *problems, "y" * 5000 + "; shorten it"]))
+        first, *told, last = capsys.readouterr().err.splitlines()
+        assert first == "owl2: 100 problems:"
+        assert told == [f"  {problem}" for problem in problems]
+        assert len(last) < 2000
+        assert last.endswith("y; shorten it")
 
     def test_in_json(self, capsys: pytest.CaptureFixture[str]) -> None:
         record = {"name": "\udcff\x1b\x7f\N{OWL}é", "list": [1, None, "\\udcff"]}
