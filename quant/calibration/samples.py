@@ -22,6 +22,7 @@ from owl2.runtime.evaluation.conversations import (
     image_names,
     image_problems,
     list_problems,
+    placeholders,
     read_records,
 )
 from owl2.runtime.families.mplug_owl2.template import Message, render
@@ -200,8 +201,8 @@ def _caption(path: Path) -> str:
     if not path.is_file():
         return ""
     text = read_text(path, CAPTION_BYTES).strip()
-    if IMAGE_TOKEN in text:
-        raise ForeignError(f"it must not contain {IMAGE_TOKEN}")
+    if found := placeholders([text]):
+        raise ForeignError(f"it must not contain {found[0]}")
     return text
 
 

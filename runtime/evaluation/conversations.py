@@ -133,7 +133,7 @@ def _turn(turn: object) -> tuple[Role, str]:
 
 
 def with_placeholders(texts: Sequence[str], images: int) -> list[str]:
-    """Texts of a record with one ``<|image|>`` for each of its images: the place that decides what a placeholder is.
+    """Texts of a record with one ``<|image|>`` for each of its images.
 
     LLaVA's ``<image>`` becomes ``<|image|>``; the newline that LLaVA writes after it stays, since the official trainer
     of mPLUG-Owl2 writes one there too. Without either, all images go before the first text.
@@ -141,7 +141,7 @@ def with_placeholders(texts: Sequence[str], images: int) -> list[str]:
     Raises:
         ValueError: both occur, or another number of them than of images.
     """
-    found = [token for token in (IMAGE_TOKEN, LLAVA_IMAGE_TOKEN) if any(token in text for text in texts)]
+    found = placeholders(texts)
     if len(found) > 1:
         raise ValueError(f"both {IMAGE_TOKEN} and {LLAVA_IMAGE_TOKEN} occur; use one of them where images go")
     if not found:
@@ -154,6 +154,11 @@ def with_placeholders(texts: Sequence[str], images: int) -> list[str]:
             "write it once for each image, where it belongs"
         )
     return [text.replace(token, IMAGE_TOKEN) for text in texts]
+
+
+def placeholders(texts: Sequence[str]) -> list[str]:
+    """The spellings of an image's placeholder that occur in ``texts``; answers must have none."""
+    return [token for token in (IMAGE_TOKEN, LLAVA_IMAGE_TOKEN) if any(token in text for text in texts)]
 
 
 def _times(count: int) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from owl2.runtime.config import IMAGE_TOKEN, require
+from owl2.runtime.config import require
 from owl2.runtime.errors import DataError
 from owl2.runtime.evaluation.conversations import (
     Record,
@@ -15,6 +15,7 @@ from owl2.runtime.evaluation.conversations import (
     image_names,
     image_problems,
     list_problems,
+    placeholders,
     read_records,
     with_placeholders,
 )
@@ -203,6 +204,6 @@ def _texts(record: Record, name: str) -> tuple[str, ...]:
     valid = [text for text in texts if isinstance(text, str) and text.strip()]
     if not valid or len(valid) < len(texts):
         raise ValueError(f'"{name}" must be a list of non-empty strings, got {shorten(given)}')
-    if any(IMAGE_TOKEN in text for text in valid):
-        raise ValueError(f'"{name}" must not contain {IMAGE_TOKEN}')
+    if found := placeholders(valid):
+        raise ValueError(f'"{name}" must not contain {found[0]}')
     return tuple(valid)

@@ -119,17 +119,18 @@ class TestFolder:
         (folder / "a.txt").write_bytes(b"\xef\xbb\xbfA red\r\nrectangle.\r\n")
         assert load_calibration(folder, 100).samples[0].prompt.endswith("ASSISTANT: A red\nrectangle.</s>")
 
-    def test_all_texts_that_cannot_be_used_are_named(self, folder: Path) -> None:
+    @pytest.mark.parametrize("placeholder", [IMAGE_TOKEN, "<image>"])
+    def test_all_texts_that_cannot_be_used_are_named(self, folder: Path, placeholder: str) -> None:
         (folder / "a.txt").write_bytes("Ein grünes Dreieck".encode("latin-1"))
         (folder / "b.txt").write_bytes("A red rectangle.".encode("utf-16"))
-        (folder / "deep" / "c.txt").write_text(f"{IMAGE_TOKEN} is red.")
+        (folder / "deep" / "c.txt").write_text(f"{placeholder} is red.")
         with pytest.raises(CalibrationError) as caught:
             load_calibration(folder, 100)
         assert str(caught.value).splitlines() == [
             f"{folder}: 3 problems:",
             "  a.txt: it is not UTF-8 text: byte 0xfc in line 1; save it as UTF-8",
             "  b.txt: it is UTF-16 text; save it as UTF-8",
-            f"  deep/c.txt: it must not contain {IMAGE_TOKEN}",
+            f"  deep/c.txt: it must not contain {placeholder}",
         ]
 
     @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every folder")
