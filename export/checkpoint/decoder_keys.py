@@ -120,15 +120,20 @@ def end_ids(config: Json, generation: Json) -> tuple[int, ...]:
     """
     file = "generation_config.json" if "eos_token_id" in generation else "config.json"
     given = (generation if "eos_token_id" in generation else config).get("eos_token_id", DEFAULT.eos_token_ids)
-    ids = list(given) if isinstance(given, list | tuple) else [given]
-    right = ids and all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids)
-    require(bool(right), f"{file}: eos_token_id must be an id or a list of ids, got {shorten(given)}")
+    ids = _ids(file, given)
     other = config.get("eos_token_id")
     # transformers 4.31 reads a file of this origin from config.json again, later versions do not.
     if file == "generation_config.json" and generation.get("_from_model_config") is True and other is not None:
         require(
-            set(ids) == set(other if isinstance(other, list) else [other]),
+            set(ids) == set(_ids("config.json", other)),
             f"{file}: eos_token_id is {shorten(given)}, but {shorten(other)} in config.json, from which the file was "
             "made (_from_model_config); make them agree",
         )
     return tuple(dict.fromkeys(ids))
+
+
+def _ids(file: str, given: object) -> list[int]:
+    ids = list(given) if isinstance(given, list | tuple) else [given]
+    right = ids and all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids)
+    require(bool(right), f"{file}: eos_token_id must be an id or a list of ids, got {shorten(given)}")
+    return ids

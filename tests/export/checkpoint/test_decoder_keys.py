@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from owl2.export.checkpoint.decoder_keys import decoder_object, rope
+from owl2.export.checkpoint.decoder_keys import decoder_object, end_ids, rope
 from owl2.runtime.config import RopeScaling
 from owl2.runtime.errors import ConfigError
 
@@ -116,3 +116,9 @@ def test_the_decoder_may_be_nested() -> None:
 def test_a_nested_decoder_must_not_contradict(config: Json, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         decoder_object(config)
+
+
+@pytest.mark.parametrize("other", [[[2]], {"id": 2}, ["2"], []])
+def test_end_tokens_of_both_files_are_ids(other: object) -> None:
+    with pytest.raises(ConfigError, match=r"^config\.json: eos_token_id must be an id or a list of ids, got"):
+        end_ids({"eos_token_id": other}, {"eos_token_id": 2, "_from_model_config": True})
