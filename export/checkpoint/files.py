@@ -69,8 +69,8 @@ def find_weights(folder: Path, *, base_preprocessor: bool) -> str:
         problems.append(f"weights (one of {', '.join(WEIGHT_FILES)})")
     if problems:
         where = (
-            f"; copy {PREPROCESSOR} from the model that this one was trained from ({BASE_MODEL}), or give "
-            "owl2-export --base-preprocessor to take that model's values"
+            f"; copy {PREPROCESSOR} into the folder from the model that this one was trained from ({BASE_MODEL}); an "
+            "export, but nothing else, can do without it: owl2-export --base-preprocessor takes that model's values"
         )
         raise CheckpointError(
             f"{folder} is not an official mPLUG-Owl2 checkpoint; missing: {', '.join(problems)}"

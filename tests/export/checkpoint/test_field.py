@@ -261,10 +261,12 @@ class TestMissingFiles:
         (folder / "preprocessor_config.json").unlink()
         first = refusal(folder)
         assert (
-            "missing: preprocessor_config.json; copy preprocessor_config.json from the model that this one was" in first
+            "missing: preprocessor_config.json; copy preprocessor_config.json into the folder from the model that this "
+            "one was trained from (https://huggingface.co/MAGAer13/mplug-owl2-llama2-7b)" in first
         )
-        assert "https://huggingface.co/MAGAer13/mplug-owl2-llama2-7b" in first
-        assert "--base-preprocessor" in first
+        assert "an export, but nothing else, can do without it: owl2-export --base-preprocessor" in first
+        with pytest.raises(CheckpointError, match=r"copy preprocessor_config\.json into the folder"):
+            open_checkpoint(folder)
 
     def test_the_base_models_values_are_taken_when_told(self, golden: Path, folder: Path, tensors: Tensors) -> None:
         save(tensors, folder / SAFE)
