@@ -80,11 +80,11 @@ def prepare(data: CalibrationSet, config: ModelConfig, tokenizer: Tokenizer, *, 
     encoded = encode_samples(data.samples, config, tokenizer)
     contents = {tuple(prompt.keys): _content(sample, prompt) for sample, prompt in zip(data.samples, encoded)}
     distinct = list({tuple(prompt.keys): prompt for prompt in encoded}.values())
-    chosen = _set_aside(list(contents.values()))
+    chosen, obstacle = _set_aside(list(contents.values()))
     held_out = [prompt for i, prompt in enumerate(distinct) if i in chosen]
     rest = [prompt for i, prompt in enumerate(distinct) if i not in chosen]
     if not any(prompt.images for prompt in rest):  # the quantizer needs what few images there are
-        held_out, rest = [], distinct
+        held_out, rest, obstacle = [], distinct, obstacle or "none of those left to the quantizer would have an image"
     used = _bounded(rest, MAX_ROW_BYTES // (4 * config.decoder.hidden_size)) if calibrate else []
     probes = encode_samples(probe_samples(), config, tokenizer)
     notes = list(data.notes) if calibrate else []
@@ -97,7 +97,7 @@ def prepare(data: CalibrationSet, config: ModelConfig, tokenizer: Tokenizer, *, 
             f"{len(used)} of {len(rest)} calibration samples were used, spread evenly: the rows of more would "
             f"take over {MAX_ROW_BYTES >> 20} MiB of memory, twice"
         )
-    notes += _remarks(held_out, rest, len(probes))
+    notes += _remarks(held_out, rest, len(probes), obstacle)
     parts = used, probes, held_out
     images = {digest: image for part in parts for prompt in part for digest, image in prompt.images.items()}
     calibration, probes, held_out = ([Prompt(prompt.keys, {}) for prompt in part] for part in parts)
@@ -112,16 +112,26 @@ def _content(sample: Sample, prompt: Prompt) -> Collection[str]:
     return list(prompt.images) or [sample.prompt.partition(" ASSISTANT:")[0]]
 
 
-def _set_aside(contents: Sequence[Collection[str]]) -> set[int]:
-    """Indices of the samples to keep from the quantizer: none of them has content in common with any other sample."""
+def _set_aside(contents: Sequence[Collection[str]]) -> tuple[set[int], str]:
+    """Indices of the samples to keep from the quantizer, and why there are none.
+
+    None of them has content in common with any other sample.
+    """
+    if len(contents) < HELD_OUT_EVERY:
+        return set(), f"it takes at least {HELD_OUT_EVERY}"
     room = min(MAX_HELD_OUT, len(contents) // HELD_OUT_EVERY)
     # A larger group would take too much from the quantizer.
     groups = [group for group in _groups(contents) if len(group) <= room]
+    if len(groups) < HELD_OUT_EVERY:
+        return set(), (
+            f"too many share an image or a first question: {len(groups)} groups of at most {room} samples have neither "
+            f"in common with others, and it takes {HELD_OUT_EVERY}"
+        )
     chosen: set[int] = set()
     for group in groups[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]:
         if len(chosen) + len(group) <= room:
             chosen.update(group)
-    return chosen
+    return chosen, ""
 
 
 def _groups(contents: Sequence[Collection[str]]) -> list[list[int]]:
@@ -143,13 +153,15 @@ def _groups(contents: Sequence[Collection[str]]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _remarks(held_out: Sequence[Prompt], rest: Sequence[Prompt], probes: int) -> list[str]:
-    """What readers of the accuracy should know about the prompts that it was measured on."""
+def _remarks(held_out: Sequence[Prompt], rest: Sequence[Prompt], probes: int, obstacle: str) -> list[str]:
+    """What readers of the accuracy should know about the prompts that it was measured on.
+
+    ``obstacle`` says why none is held out, if so.
+    """
     if not held_out:
         return [
             f"the accuracy is measured on {probes} built-in probes and says little about your data: of {len(rest)} "
-            f"calibration samples none could be held out, which takes at least {HELD_OUT_EVERY}, some of them with "
-            "images that no other sample has"
+            f"calibration samples none could be held out: {obstacle}"
         ]
     remarks = []
     positions = sum(len(prompt.keys) for prompt in held_out)

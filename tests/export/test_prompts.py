@@ -158,6 +158,30 @@ class TestHeldOut:
         (note,) = CalibrationRecord.of(made).notes
         assert note.startswith("the accuracy is measured on 3 built-in probes and says little about your data: of 64 ")
 
+    @pytest.mark.parametrize(
+        ("groups", "size", "obstacle"),
+        [
+            (7, 1, "it takes at least 8"),
+            (7, 9, "share an image or a first question: 0 groups of at most 7 samples have neither in common with"),
+            (7, 5, "share an image or a first question: 0 groups of at most 4 samples have neither in common with"),
+            (7, 8, "share an image or a first question: 0 groups of at most 7 samples have neither in common with"),
+        ],
+    )
+    def test_the_cause_is_named_where_none_is_held_out(
+        self, sample_checkpoint: Path, images: list[Path], groups: int, size: int, obstacle: str
+    ) -> None:
+        made = divided(
+            sample_checkpoint, *(about(f"{i} of {j}", images[j]) for i in range(size) for j in range(groups))
+        )
+        (note,) = made.notes
+        assert obstacle in note
+
+    def test_the_last_images_are_left_to_the_quantizer(self, sample_checkpoint: Path, images: list[Path]) -> None:
+        texts = [Sample(f"USER: Why {i}? ASSISTANT: Because.</s>") for i in range(15)]
+        made = divided(sample_checkpoint, *texts[:7], about("it", images[0]), *texts[7:])
+        (note,) = made.notes
+        assert note.endswith("none could be held out: none of those left to the quantizer would have an image")
+
     def test_an_image_that_cannot_be_used_has_a_place(self, sample_checkpoint: Path, tmp_path: Path) -> None:
         with pytest.raises(CalibrationError, match=r"line 3: .*gone\.png"):
             divided(sample_checkpoint, replace(about("it", tmp_path / "gone.png"), where="line 3"))
