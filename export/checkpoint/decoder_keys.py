@@ -133,7 +133,7 @@ def end_ids(config: Json, generation: Json) -> tuple[int, ...]:
 
 
 def _ids(file: str, given: object) -> list[int]:
-    ids = list(given) if isinstance(given, list | tuple) else [given]
+    ids: list[Any] = list(given) if isinstance(given, list | tuple) else [given]
     right = ids and all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids)
     require(bool(right), f"{file}: eos_token_id must be an id or a list of ids, got {shorten(given)}")
     return ids
