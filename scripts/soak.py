@@ -139,7 +139,7 @@ class Soak:
         )
         before = chat.messages
         try:
-            chat.ask(question, images)  # type: ignore[arg-type]
+            chat.ask(question, images)
         except Owl2Error:
             self._unchanged(chat, before, unless=False)
             return

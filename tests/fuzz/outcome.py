@@ -16,7 +16,7 @@ import owl2.quant
 import owl2.runtime
 from owl2.runtime.errors import Owl2Error, Owl2Warning
 
-LONGEST_LINE, LONGEST_MESSAGE = 2_000, 20_000
+LONGEST_LINE, LONGEST_MESSAGE = 2_000, 50_000
 """Characters of a sentence, and of a message that lists what is wrong line by line."""
 CPU_SECONDS, WALL_SECONDS = 20.0, 60.0
 """That an input may take; it is stopped after the latter. A strip of 30,000 pixels takes 10 to square."""

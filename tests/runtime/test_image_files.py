@@ -324,7 +324,12 @@ def test_a_pipe_gives_an_image_in_parts(tmp_path: Path) -> None:
     content = io.BytesIO()
     Image.effect_noise((300, 300), 50).save(content, "PNG")
     read, write = os.pipe()
-    writing = threading.Thread(target=lambda: (os.write(write, content.getvalue()), os.close(write)))
+
+    def give() -> None:
+        with os.fdopen(write, "wb") as file:
+            file.write(content.getvalue())
+
+    writing = threading.Thread(target=give)
     writing.start()
     with os.fdopen(read, "rb", buffering=0) as pipe:
         assert read_image(pipe).image.size == (300, 300)
