@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -41,6 +42,8 @@ PAD_COLOUR = (122, 116, 104)
 
 # What makes an image upright, by the value of the EXIF tag; as PIL.ImageOps.exif_transpose, which fails on broken EXIF.
 _TIFF_WIDTH, _TIFF_HEIGHT = 256, 257
+_WITHOUT_WARNINGS = ("JPEG", "MPO", "WEBP", "AVIF", "HEIF")
+"""Formats of photos, whose pixels Pillow decodes without a warning."""
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -111,15 +114,21 @@ def read_image(source: ImageInput, reading: ImageReading = UPRIGHT, *, max_pixel
     with opened(source, max_pixels) as (image, name):
         _check_depth(image, name)
         with reading_foreign(name, ImageError, advice()):
-            tags, orientation = getattr(image, "tag_v2", {}), _orientation(image)
+            with _quiet():
+                tags, orientation = getattr(image, "tag_v2", {}), _orientation(image)
             # Pillow gives a TIFF the size that it will have when turned.
             stored = (int(tags.get(_TIFF_WIDTH, image.width)), int(tags.get(_TIFF_HEIGHT, image.height)))
-            # These warn, of metadata and of palettes; the others are decoded in several threads at a time.
-            if image.format == "TIFF" or image.mode in ("P", "PA"):
-                with PILLOW, warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    return _upright(image, reading, stored, orientation)
-            return _upright(image, reading, stored, orientation)
+            # Photos are decoded in several threads at a time.
+            with nullcontext() if image.format in _WITHOUT_WARNINGS else _quiet():
+                return _upright(image, reading, stored, orientation)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what Pillow warns of, in metadata and palettes, from the user; one thread at a time."""
+    with PILLOW, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def check_image(source: ImageInput, config: PreprocessConfig, mode: str | None = None) -> None:
@@ -188,7 +197,7 @@ def _check_depth(image: Image.Image, name: str) -> None:
 def _upright(image: Image.Image, reading: ImageReading, stored: tuple[int, int], orientation: int) -> ReadImage:
     image.load()
     # Pillow turns a TIFF while it decodes it, and removes the orientation.
-    turned = orientation != _orientation(image)
+    turned = image.format == "TIFF" and orientation != _orientation(image)
     if reading.orientation == "stored" and not turned:
         orientation = 1
     transparent, background = False, None

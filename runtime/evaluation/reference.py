@@ -9,6 +9,7 @@ from pathlib import Path
 from owl2.runtime import spec
 from owl2.runtime.engine import EngineOptions
 from owl2.runtime.errors import BundleError, ReferenceModelError
+from owl2.runtime.foreign import reading
 from owl2.runtime.load import Loaded, open_bundle
 from owl2.runtime.placement import HOST, Placement
 from owl2.runtime.verification import OnProgress
@@ -54,10 +55,11 @@ def open_reference(
 
 def is_bundle(folder: Path) -> bool:
     """Whether a folder is a bundle, or else an official checkpoint; raises BundleError if it is neither."""
-    if (folder / spec.MANIFEST).is_file():
-        return True
-    if (folder / "config.json").is_file():
-        return False
+    with reading(folder, BundleError, "give a bundle, or an official checkpoint"):
+        if (folder / spec.MANIFEST).is_file():
+            return True
+        if (folder / "config.json").is_file():
+            return False
     raise BundleError(f"{folder} is neither a bundle ({spec.MANIFEST}) nor an official checkpoint (config.json)")
 
 

@@ -179,7 +179,8 @@ def nudged(rng: random.Random, old: Any) -> Any:
         case bool():
             return not old
         case int():
-            return rng.choice((old + 1, old - 1, -old, old * 2, old // 2, float(old), old * 10**6, str(old)))
+            shown: tuple[Any, ...] = (float(old), str(old)) if abs(old) < 1 << 1000 else ()
+            return rng.choice((old + 1, old - 1, -old, old * 2, old // 2, old * 10**6, *shown))
         case float():
             return rng.choice((-old, old * 2, old / 3, old * 1e30, int(old) if abs(old) < 1e300 else 0, str(old)))
         case str():
