@@ -148,6 +148,9 @@ class Campaign:
             return None
         hung = "Timeout" in text
         what = "hang" if hung else signal.Signals(-process.returncode).name if process.returncode < 0 else "exit"
+        if PLANS[work.surface].trusted and not hung and process.returncode < 0:
+            self._count(work.surface, {"verdict": "crash", "index": reached, "seconds": 0.0})
+            return None if work.repeat else reached
         finding = Finding("hang" if hung else "crash", what, place_in_dump(text), text[:2_000])
         self._count(work.surface, {
             "verdict": "finding", "error": finding.kind, "finding": as_json(finding), "index": reached,
