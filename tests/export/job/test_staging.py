@@ -61,9 +61,10 @@ class TestTarget:
         assert Bundle.open(tmp_path / "real").manifest.weights.decoder == "fp16"
         assert names(tmp_path) == ["link", "real"]
 
-    def test_the_root_folder_is_not_a_bundle(self, a1: Path) -> None:
+    def test_the_root_folder_is_not_a_bundle(self) -> None:
+        """Only looked at: a test must not depend on this to leave the machine whole."""
         with pytest.raises(ExportError, match="is not a bundle"):
-            export_bundle(ExportConfig(a1, Path("/"), overwrite=True))
+            Staging(Path("/"), overwrite=True)
 
     def test_parents_are_made(self, tmp_path: Path) -> None:
         with Staging(tmp_path / "deep" / "er" / "bundle", overwrite=False) as staging:
