@@ -25,8 +25,8 @@ from owl2.runtime.backends.ort.stoppable import run_stoppable
 from owl2.runtime.cancellation import Cancellation, StoppedError
 from owl2.runtime.errors import BackendError
 
-LIMIT = 1.0
-"""Seconds in which a step must stop."""
+LIMIT = 10.0
+"""Seconds in which a step must have stopped that would run for hours; how soon it does is measured elsewhere."""
 
 
 @pytest.fixture(scope="module")

@@ -317,7 +317,7 @@ def test_fill_bytes_take_no_time() -> None:
     began = time.process_time()
     with pytest.raises(ImageError):
         read_image(progressive + b"\xff" * 2_000_000 + b"\x00" * 100)
-    assert time.process_time() - began < 2
+    assert time.process_time() - began < 10  # it took hours
 
 
 def test_a_pipe_gives_an_image_in_parts(tmp_path: Path) -> None:
