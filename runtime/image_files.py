@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import binascii
+import base64
 import importlib.util
 import io
 import os
@@ -177,7 +177,7 @@ def _from_data_uri(uri: str) -> bytes:
             return content
         # As browsers read it: in either alphabet, with or without padding.
         content = content.translate(bytes.maketrans(b"-_", b"+/"), b" \t\r\n=")
-        return binascii.a2b_base64(content + b"=" * (-len(content) % 4), strict_mode=True)
+        return base64.b64decode(content + b"=" * (-len(content) % 4), validate=True)
 
 
 @contextmanager
