@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,11 @@ from owl2.runtime.bundle import content_digest
 from owl2.runtime.cli.commands import cli
 from owl2.runtime.spec import MANIFEST, TOKENIZER_FILES
 from owl2.runtime.verification import OnBlock, hash_file
+
+# Tests send these to processes and to themselves; whoever starts the tests may ignore them, as nohup does.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # The matrices here are tiny; threads that wait for each other only cost time on a busy machine.
 torch.set_num_threads(1)
