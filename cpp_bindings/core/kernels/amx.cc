@@ -1,0 +1,139 @@
+// AMX: products of panels in tiles of int8; everything else as with AVX-512 VNNI.
+//
+// Weights are the rows of a tile (16 outputs by 64 columns), activations its columns (16 rows by 64 columns). The four tiles
+// of 32 outputs and a group stay while all rows pass.
+#include "../kernels.h"
+#include "lanes_avx512.h"
+
+namespace owl2 {
+namespace {
+
+#include "output.inl"
+#include "attention.inl"
+#include "dense.inl"
+#include "rows.inl"
+#include "integer_rows_avx512.inl"
+#include "panel_end.inl"
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+// Tiles 0 and 1 are sums, 2 to 5 weights, 6 and 7 activations; `depth` columns of a group in each.
+TileConfig tile_config(int depth) {
+  TileConfig config;
+  for (int tile = 0; tile < 8; tile++) {
+    config.rows[tile] = static_cast<uint8_t>(tile >= 6 ? depth / 4 : 16);
+    config.bytes[tile] = static_cast<uint16_t>(tile >= 2 && tile < 6 ? depth : 64);
+  }
+  return config;
+}
+
+// A group of 16 or 32 outputs as signed codes less the zero point: [part of 64 columns][32 outputs][64].
+template <int Bits, int Group>
+inline void unpack_weights(const IntegerMatrix& w, int n, int width, int g, int8_t* codes) {
+  const size_t row_bytes = w.row_bytes();
+  const uint8_t* bytes = w.codes + n * row_bytes + g * w.group_bytes();
+  for (int i = 0; i < kPanelOutputs; i++) {
+    const uint8_t* const row = bytes + (i < width ? i : 0) * row_bytes;
+    _mm_prefetch(reinterpret_cast<const char*>(row) + kPanelOutputs * row_bytes, _MM_HINT_T1);
+    const Unpacked part = unpack_group<Bits, Group>(row);
+    const __m512i zero = _mm512_set1_epi8(static_cast<char>(w.zero_point(n + (i < width ? i : 0), g)));
+    _mm512_store_si512(codes + i * 64, _mm512_sub_epi8(part.low, zero));
+    if constexpr (Group == 128) _mm512_store_si512(codes + (kPanelOutputs + i) * 64, _mm512_sub_epi8(part.high, zero));
+  }
+}
+
+template <int Group>
+inline void multiply_panel(const int8_t* x) {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_loadd(6, x, 64);
+  _tile_dpbssd(0, 2, 6);
+  _tile_dpbssd(1, 3, 6);
+  if constexpr (Group == 128) {
+    _tile_loadd(7, x + 1024, 64);
+    _tile_dpbssd(0, 4, 7);
+    _tile_dpbssd(1, 5, 7);
+  }
+}
+
+// sums[32][kPanelRows] += dots * weight scale * activation scale.
+inline void add_scaled(const int32_t* dots, const float* weights, __m512 scales, float* sums) {
+  for (int i = 0; i < kPanelOutputs; i++) {
+    const __m512 both = _mm512_mul_ps(_mm512_set1_ps(weights[i]), scales);
+    const __m512 dot = _mm512_cvtepi32_ps(_mm512_load_si512(dots + i * 16));
+    float* const sum = sums + i * kPanelRows;
+    _mm512_store_ps(sum, _mm512_fmadd_ps(dot, both, _mm512_load_ps(sum)));
+  }
+}
+
+template <int Bits, int Group>
+void panels_block(const IntegerMatrix& w, const Activations& x, int n, int width, int first_panel, int last_panel,
+                  float* sums) {
+  alignas(64) int8_t codes[2 * kPanelOutputs * 64];
+  alignas(64) int32_t dots[2][kPanelOutputs * 16];
+  float weights[kPanelOutputs];
+  const int groups = w.groups();
+  for (int i = 0; i < kPanelOutputs; i++)
+    for (int p = 0; p < last_panel - first_panel; p++)
+      _mm512_store_ps(sums + i * kPanelRows + 16 * p, _mm512_setzero_ps());
+  for (int g = 0; g < groups; g++) {
+    unpack_weights<Bits, Group>(w, n, width, g, codes);
+    for (int i = 0; i < kPanelOutputs; i++)
+      weights[i] = w.scales[static_cast<size_t>(n + (i < width ? i : 0)) * groups + g];
+    _tile_loadd(2, codes, 64);
+    _tile_loadd(3, codes + 1024, 64);
+    if constexpr (Group == 128) {
+      _tile_loadd(4, codes + 2048, 64);
+      _tile_loadd(5, codes + 3072, 64);
+    }
+    for (int p = first_panel; p < last_panel; p++) {
+      const size_t place = static_cast<size_t>(p) * groups + g;
+      multiply_panel<Group>(x.codes + place * Group * 16);
+      int32_t* const d = dots[p & 1];
+      _tile_stored(0, d, 64);
+      _tile_stored(1, d + 256, 64);
+      add_scaled(d, weights, _mm512_loadu_ps(x.scales + place * 16), sums + (p - first_panel) * 16);
+    }
+  }
+}
+
+template <int Bits, int Group>
+void panels_product(const IntegerMatrix& w, const Activations& x, int begin, int end, const Output& out) {
+  alignas(64) float sums[kPanelOutputs * kPanelRows];
+  const TileConfig config = tile_config(Group == 32 ? 32 : 64);
+  _tile_loadconfig(&config);
+  const int first = out.first / 16, last = (out.last + 15) / 16;
+  for (int n = begin; n < end; n += kPanelOutputs) {
+    const int width = end - n < kPanelOutputs ? end - n : kPanelOutputs;
+    for (int p = first; p < last; p += kPanelRows / 16) {
+      const int until = p + kPanelRows / 16 < last ? p + kPanelRows / 16 : last;
+      panels_block<Bits, Group>(w, x, n, width, p, until, sums);
+      for (int i = p; i < until; i++) write_panel(out, sums + (i - p) * 16, i * 16, n, width);
+    }
+  }
+  _tile_release();
+}
+
+void integer_product(const IntegerMatrix& w, const Activations& x, int begin, int end, const Output& out) {
+  if (!x.panels) return few_rows(w, x, begin, end, out);
+  if (w.bits == 4) {
+    if (w.group == 128) return panels_product<4, 128>(w, x, begin, end, out);
+    if (w.group == 64) return panels_product<4, 64>(w, x, begin, end, out);
+    return panels_product<4, 32>(w, x, begin, end, out);
+  }
+  if (w.group == 128) return panels_product<8, 128>(w, x, begin, end, out);
+  if (w.group == 64) return panels_product<8, 64>(w, x, begin, end, out);
+  return panels_product<8, 32>(w, x, begin, end, out);
+}
+
+}  // namespace
+
+extern const Kernels kAmx;
+const Kernels kAmx = {"amx",         2,         rms_norm, quantize,        integer_product,
+                      dense_product, silu_gate, rotate,   store_key_value, attend};
+
+}  // namespace owl2

@@ -1,0 +1,142 @@
+// AVX-512 with VNNI: dot products of four int8 in every lane.
+#include "../kernels.h"
+#include "lanes_avx512.h"
+
+namespace owl2 {
+namespace {
+
+#include "output.inl"
+#include "attention.inl"
+#include "dense.inl"
+#include "rows.inl"
+#include "integer_rows_avx512.inl"
+#include "panel_end.inl"
+
+// gcc 12 moves the sums of the intrinsic through memory in every step.
+#define OWL2_DOT(sum, weights, x) __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(x))
+
+// Codes [outputs][group] of a group, unsigned, in the order of the activations.
+template <int Bits, int Group>
+inline void unpack_weights(const IntegerMatrix& w, int n, int width, int g, uint8_t* codes) {
+  const size_t row_bytes = w.row_bytes();
+  const uint8_t* bytes = w.codes + n * row_bytes + g * w.group_bytes();
+  for (int i = 0; i < kPanelOutputs; i++) {
+    const uint8_t* const row = bytes + (i < width ? i : 0) * row_bytes;
+    _mm_prefetch(reinterpret_cast<const char*>(row) + kPanelOutputs * row_bytes, _MM_HINT_T1);
+    const Unpacked part = unpack_group<Bits, Group>(row);
+    if constexpr (Group == 32) {
+      _mm256_store_si256(reinterpret_cast<__m256i*>(codes + i * Group), _mm512_castsi512_si256(part.low));
+    } else {
+      _mm512_store_si512(codes + i * Group, part.low);
+      if constexpr (Group == 128) _mm512_store_si512(codes + i * Group + 64, part.high);
+    }
+  }
+}
+
+// Eight outputs by 16 or 32 rows: dots[output][half of the rows].
+template <int Group, int Panels>
+inline __attribute__((always_inline)) void dot_tile(const uint8_t* w, const int8_t* x, size_t panel_step,
+                                                    const __m512i* start, __m512i dots[][2]) {
+  __m512i a0 = start[0], a1 = a0, a2 = a0, a3 = a0, a4 = a0, a5 = a0, a6 = a0, a7 = a0;
+  __m512i b0 = start[1], b1 = b0, b2 = b0, b3 = b0, b4 = b0, b5 = b0, b6 = b0, b7 = b0;
+  for (int k = 0; k < Group; k += 4, x += 64) {
+    const __m512i x0 = _mm512_loadu_si512(x);
+    const __m512i x1 = Panels == 2 ? _mm512_loadu_si512(x + panel_step) : x0;
+    __m512i c;
+#define OWL2_STEP(i)                                         \
+  {                                                          \
+    int32_t four;                                            \
+    __builtin_memcpy(&four, w + i * Group + k, 4);           \
+    c = _mm512_set1_epi32(four);                             \
+    OWL2_DOT(a##i, c, x0);                                   \
+    if constexpr (Panels == 2) OWL2_DOT(b##i, c, x1);        \
+  }
+    OWL2_STEP(0) OWL2_STEP(1) OWL2_STEP(2) OWL2_STEP(3) OWL2_STEP(4) OWL2_STEP(5) OWL2_STEP(6) OWL2_STEP(7)
+#undef OWL2_STEP
+  }
+#define OWL2_KEEP(i) dots[i][0] = a##i, dots[i][1] = b##i;
+  OWL2_KEEP(0) OWL2_KEEP(1) OWL2_KEEP(2) OWL2_KEEP(3) OWL2_KEEP(4) OWL2_KEEP(5) OWL2_KEEP(6) OWL2_KEEP(7)
+#undef OWL2_KEEP
+}
+
+// Adds a group of 32 outputs and one or two panels to sums [32][kPanelRows].
+template <int Bits, int Group, int Panels>
+void add_group(const IntegerMatrix& w, const Activations& x, int n, int width, int g, int panel, const uint8_t* codes,
+               float* sums) {
+  const int groups = w.groups();
+  const size_t place = static_cast<size_t>(panel) * groups + g, next = place + groups;
+  const size_t places[2] = {place, Panels == 2 ? next : place};
+  __m512i row_sums[2], start[2];
+  __m512 row_scales[2];
+  for (int h = 0; h < 2; h++) {
+    row_sums[h] = _mm512_loadu_si512(x.sums + places[h] * 16);
+    row_scales[h] = _mm512_loadu_ps(x.scales + places[h] * 16);
+    start[h] = w.zero_points != nullptr
+                   ? _mm512_setzero_si512()
+                   : _mm512_mullo_epi32(row_sums[h], _mm512_set1_epi32(-(1 << (Bits - 1))));
+  }
+  for (int i = 0; i < kPanelOutputs; i += 8) {
+    __m512i dots[8][2];
+    dot_tile<Group, Panels>(codes + i * Group, x.codes + place * Group * 16, static_cast<size_t>(groups) * Group * 16,
+                            start, dots);
+    for (int j = 0; j < 8; j++) {
+      const int output = n + (i + j < width ? i + j : 0);
+      const __m512 weight = _mm512_set1_ps(w.scales[static_cast<size_t>(output) * groups + g]);
+      for (int h = 0; h < Panels; h++) {
+        __m512i dot = dots[j][h];
+        if (w.zero_points != nullptr)
+          dot = _mm512_sub_epi32(dot, _mm512_mullo_epi32(row_sums[h], _mm512_set1_epi32(w.zero_point(output, g))));
+        float* const sum = sums + (i + j) * kPanelRows + 16 * h;
+        const __m512 both = _mm512_mul_ps(weight, row_scales[h]);
+        _mm512_store_ps(sum, _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), both, _mm512_load_ps(sum)));
+      }
+    }
+  }
+}
+
+template <int Bits, int Group>
+void panels_block(const IntegerMatrix& w, const Activations& x, int n, int width, int first, int last, float* sums) {
+  alignas(64) uint8_t codes[kPanelOutputs * Group];
+  for (int i = 0; i < kPanelOutputs; i++)
+    for (int p = 0; p < last - first; p++) _mm512_store_ps(sums + i * kPanelRows + 16 * p, _mm512_setzero_ps());
+  for (int g = 0; g < w.groups(); g++) {
+    unpack_weights<Bits, Group>(w, n, width, g, codes);
+    int p = first;
+    for (; p + 2 <= last; p += 2) add_group<Bits, Group, 2>(w, x, n, width, g, p, codes, sums + (p - first) * 16);
+    if (p < last) add_group<Bits, Group, 1>(w, x, n, width, g, p, codes, sums + (p - first) * 16);
+  }
+}
+
+template <int Bits, int Group>
+void panels_product(const IntegerMatrix& w, const Activations& x, int begin, int end, const Output& out) {
+  alignas(64) float sums[kPanelOutputs * kPanelRows];
+  const int first = out.first / 16, last = (out.last + 15) / 16;
+  for (int n = begin; n < end; n += kPanelOutputs) {
+    const int width = end - n < kPanelOutputs ? end - n : kPanelOutputs;
+    for (int p = first; p < last; p += kPanelRows / 16) {
+      const int until = p + kPanelRows / 16 < last ? p + kPanelRows / 16 : last;
+      panels_block<Bits, Group>(w, x, n, width, p, until, sums);
+      for (int i = p; i < until; i++) write_panel(out, sums + (i - p) * 16, i * 16, n, width);
+    }
+  }
+}
+
+void integer_product(const IntegerMatrix& w, const Activations& x, int begin, int end, const Output& out) {
+  if (!x.panels) return few_rows(w, x, begin, end, out);
+  if (w.bits == 4) {
+    if (w.group == 128) return panels_product<4, 128>(w, x, begin, end, out);
+    if (w.group == 64) return panels_product<4, 64>(w, x, begin, end, out);
+    return panels_product<4, 32>(w, x, begin, end, out);
+  }
+  if (w.group == 128) return panels_product<8, 128>(w, x, begin, end, out);
+  if (w.group == 64) return panels_product<8, 64>(w, x, begin, end, out);
+  return panels_product<8, 32>(w, x, begin, end, out);
+}
+
+}  // namespace
+
+extern const Kernels kAvx512Vnni;
+const Kernels kAvx512Vnni = {"avx512_vnni", 8,         rms_norm, quantize,        integer_product,
+                             dense_product, silu_gate, rotate,   store_key_value, attend};
+
+}  // namespace owl2

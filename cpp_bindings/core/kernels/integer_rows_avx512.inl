@@ -1,0 +1,178 @@
+// Products of one row, or a few, with AVX-512 VNNI: weights are read once, in place, and meet every row.
+//
+// A register sums 16 parts of one (output, group) pair. Four outputs by four groups of them are turned into one register of whole
+// sums, lane 4 * group + output, and enter the float sums group by group.
+
+constexpr int kPrefetch = 8192;  // hardware stops at the end of a page; further ahead gains nothing more
+
+// The 64, 32 or 16 bytes of a group as codes in the order of the activations: `low` the first 64 of them, `high` the rest.
+struct Unpacked {
+  __m512i low, high;
+};
+
+template <int Bits, int Group>
+inline Unpacked unpack_group(const uint8_t* w) {
+  const __m512i mask = _mm512_set1_epi8(15), none = _mm512_setzero_si512();
+  if constexpr (Bits == 4 && Group == 128) {
+    const __m512i bytes = _mm512_loadu_si512(w);
+    return {_mm512_and_si512(bytes, mask), _mm512_and_si512(_mm512_srli_epi16(bytes, 4), mask)};
+  } else if constexpr (Bits == 4 && Group == 64) {
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
+    const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(bytes), _mm256_srli_epi16(bytes, 4), 1);
+    return {_mm512_and_si512(both, mask), none};
+  } else if constexpr (Bits == 4) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w));
+    const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(bytes), _mm_srli_epi16(bytes, 4), 1);
+    return {_mm512_and_si512(_mm512_zextsi256_si512(both), mask), none};
+  } else if constexpr (Group == 128) {
+    return {_mm512_loadu_si512(w), _mm512_loadu_si512(w + 64)};
+  } else if constexpr (Group == 64) {
+    return {_mm512_loadu_si512(w), none};
+  } else {
+    return {_mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w))), none};
+  }
+}
+
+template <int Group>
+inline __m512i dot_group(const Unpacked& w, const int8_t* x, __m512i sum) {
+  if constexpr (Group == 32) {
+    return _mm512_dpbusd_epi32(sum, w.low, _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))));
+  } else {
+    sum = _mm512_dpbusd_epi32(sum, w.low, _mm512_loadu_si512(x));
+    if constexpr (Group == 128) sum = _mm512_dpbusd_epi32(sum, w.high, _mm512_loadu_si512(x + 64));
+    return sum;
+  }
+}
+
+inline __m512i added_pairs(__m512i a, __m512i b) {
+  return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+}
+inline __m512i added_quads(__m512i a, __m512i b) {
+  return _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+}
+inline __m512i added_halves(__m512i a, __m512i b) {
+  return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
+}
+
+// parts[4 * group + output] -> sums in lane 4 * group + output.
+inline __m512i whole_sums(const __m512i* parts) {
+  __m512i outputs[4];
+  for (int g = 0; g < 4; g++)
+    outputs[g] = added_quads(added_pairs(parts[4 * g], parts[4 * g + 1]), added_pairs(parts[4 * g + 2], parts[4 * g + 3]));
+  return added_halves(added_halves(outputs[0], outputs[1]), added_halves(outputs[2], outputs[3]));
+}
+
+// Scales [4 outputs][count <= 4 groups] at `scales`, rows `stride` apart -> lane 4 * group + output.
+inline __m512 output_scales(const float* scales, const size_t* offsets, int count) {
+  const __mmask8 kept = static_cast<__mmask8>((1 << count) - 1);
+  __m512 rows = _mm512_castps128_ps512(_mm_maskz_loadu_ps(kept, scales + offsets[0]));
+  rows = _mm512_insertf32x4(rows, _mm_maskz_loadu_ps(kept, scales + offsets[1]), 1);
+  rows = _mm512_insertf32x4(rows, _mm_maskz_loadu_ps(kept, scales + offsets[2]), 2);
+  rows = _mm512_insertf32x4(rows, _mm_maskz_loadu_ps(kept, scales + offsets[3]), 3);
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return _mm512_permutexvar_ps(order, rows);
+}
+
+// Values of four groups -> each in the four lanes of its group.
+inline __m512i repeated(const void* values, int count) {
+  const __m512i order = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  const __mmask16 kept = static_cast<__mmask16>((1 << count) - 1);
+  return _mm512_permutexvar_epi32(order, _mm512_maskz_loadu_epi32(kept, values));
+}
+
+template <int Bits, int Group, int R>
+struct RowProduct {
+  const IntegerMatrix& w;
+  const Activations& x;
+  const Output& out;
+
+  // What the zero points of four outputs and four groups take off, in units of the activations' sums.
+  __m512i zeros(const int* outputs, int g, int count) const {
+    if (w.zero_points == nullptr) return _mm512_set1_epi32(1 << (Bits - 1));
+    int32_t values[16] = {};
+    for (int j = 0; j < count; j++)
+      for (int i = 0; i < 4; i++) values[4 * j + i] = w.zero_point(outputs[i], g + j);
+    return _mm512_loadu_si512(values);
+  }
+
+  // Groups g .. g + count - 1 of four outputs.
+  inline __attribute__((always_inline)) void add_groups(const int* outputs, const size_t* scales, int g, int count,
+                                                        int row, __m128* sums) const {
+    __m512i parts[R][16];
+    for (int j = 0; j < 4; j++) {
+      if (j >= count) {
+        for (int i = 0; i < 4; i++)
+          for (int r = 0; r < R; r++) parts[r][4 * j + i] = _mm512_setzero_si512();
+        continue;
+      }
+      for (int i = 0; i < 4; i++) {
+        const uint8_t* bytes = w.codes + outputs[i] * w.row_bytes() + (g + j) * w.group_bytes();
+        _mm_prefetch(reinterpret_cast<const char*>(bytes) + kPrefetch, _MM_HINT_T0);
+        const Unpacked codes = unpack_group<Bits, Group>(bytes);
+        for (int r = 0; r < R; r++) {
+          const int8_t* q = x.codes + (static_cast<size_t>(row + r) * x.groups + g + j) * Group;
+          parts[r][4 * j + i] = dot_group<Group>(codes, q, _mm512_setzero_si512());
+        }
+      }
+    }
+    const __m512 weights = output_scales(w.scales + g, scales, count);
+    const __m512i zero = zeros(outputs, g, count);
+    for (int r = 0; r < R; r++) {
+      const size_t place = static_cast<size_t>(row + r) * x.groups + g;
+      const __m512i taken = _mm512_mullo_epi32(zero, repeated(x.sums + place, count));
+      const __m512 dots = _mm512_cvtepi32_ps(_mm512_sub_epi32(whole_sums(parts[r]), taken));
+      const __m512 both = _mm512_mul_ps(weights, _mm512_castsi512_ps(repeated(x.scales + place, count)));
+      sums[r] = _mm_fmadd_ps(_mm512_castps512_ps128(dots), _mm512_castps512_ps128(both), sums[r]);
+      if (count > 1) sums[r] = _mm_fmadd_ps(_mm512_extractf32x4_ps(dots, 1), _mm512_extractf32x4_ps(both, 1), sums[r]);
+      if (count > 2) sums[r] = _mm_fmadd_ps(_mm512_extractf32x4_ps(dots, 2), _mm512_extractf32x4_ps(both, 2), sums[r]);
+      if (count > 3) sums[r] = _mm_fmadd_ps(_mm512_extractf32x4_ps(dots, 3), _mm512_extractf32x4_ps(both, 3), sums[r]);
+    }
+  }
+
+  void run(int begin, int end, int row) const {
+    const int groups = w.groups();
+    for (int n = begin; n < end; n += 4) {
+      int outputs[4];
+      size_t scales[4];
+      for (int i = 0; i < 4; i++) {
+        outputs[i] = n + i < end ? n + i : end - 1;
+        scales[i] = static_cast<size_t>(outputs[i]) * groups;
+      }
+      __m128 sums[R];
+      for (int r = 0; r < R; r++) sums[r] = _mm_setzero_ps();
+      int g = 0;
+      for (; g + 4 <= groups; g += 4) add_groups(outputs, scales, g, 4, row, sums);
+      if (g < groups) add_groups(outputs, scales, g, groups - g, row, sums);
+      for (int r = 0; r < R; r++) {
+        float y[4];
+        _mm_storeu_ps(y, sums[r]);
+        for (int i = 0; i < 4 && n + i < end; i++) write_one(out, row + r, n + i, y[i]);
+      }
+    }
+  }
+};
+
+// All rows see a piece of the weights before the next one is read: it is in the cache then.
+constexpr int kRowsPiece = 16;
+
+template <int Bits, int Group>
+void rows_product(const IntegerMatrix& w, const Activations& x, int begin, int end, const Output& out) {
+  for (int n = begin; n < end; n += kRowsPiece) {
+    const int last = n + kRowsPiece < end ? n + kRowsPiece : end;
+    int row = out.first;
+    for (; row + 4 <= out.last; row += 4) RowProduct<Bits, Group, 4>{w, x, out}.run(n, last, row);
+    for (; row + 2 <= out.last; row += 2) RowProduct<Bits, Group, 2>{w, x, out}.run(n, last, row);
+    for (; row < out.last; row++) RowProduct<Bits, Group, 1>{w, x, out}.run(n, last, row);
+  }
+}
+
+void few_rows(const IntegerMatrix& w, const Activations& x, int begin, int end, const Output& out) {
+  if (w.bits == 4) {
+    if (w.group == 128) return rows_product<4, 128>(w, x, begin, end, out);
+    if (w.group == 64) return rows_product<4, 64>(w, x, begin, end, out);
+    return rows_product<4, 32>(w, x, begin, end, out);
+  }
+  if (w.group == 128) return rows_product<8, 128>(w, x, begin, end, out);
+  if (w.group == 64) return rows_product<8, 64>(w, x, begin, end, out);
+  return rows_product<8, 32>(w, x, begin, end, out);
+}
