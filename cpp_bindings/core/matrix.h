@@ -57,10 +57,11 @@ struct Activations {
   const int32_t* sums = nullptr;   // of the codes of a group, in the order of `scales`
 };
 
-// Where a product writes: y[m * stride + n] for rows first <= m < last.
+// Where a product writes: y[m * stride + n - origin] for rows first <= m < last.
 struct Output {
   float* y = nullptr;
   size_t stride = 0;
+  int origin = 0;
   int first = 0;
   int last = 0;
   bool add = false;             // to what is there

@@ -31,7 +31,8 @@ TileConfig tile_config(int depth) {
   return config;
 }
 
-// A group of 16 or 32 outputs as signed codes less the zero point: [part of 64 columns][32 outputs][64].
+// A group of 32 outputs: [part of 64 columns][32 outputs][64]. Four bits less their zero point fit int8; eight bits stay
+// unsigned, and what the zero point takes off is subtracted from the dots.
 template <int Bits, int Group>
 inline void unpack_weights(const IntegerMatrix& w, int n, int width, int g, int8_t* codes) {
   const size_t row_bytes = w.row_bytes();
@@ -40,31 +41,52 @@ inline void unpack_weights(const IntegerMatrix& w, int n, int width, int g, int8
     const uint8_t* const row = bytes + (i < width ? i : 0) * row_bytes;
     _mm_prefetch(reinterpret_cast<const char*>(row) + kPanelOutputs * row_bytes, _MM_HINT_T1);
     const Unpacked part = unpack_group<Bits, Group>(row);
-    const __m512i zero = _mm512_set1_epi8(static_cast<char>(w.zero_point(n + (i < width ? i : 0), g)));
+    const int zero_point = Bits == 4 ? w.zero_point(n + (i < width ? i : 0), g) : 0;
+    const __m512i zero = _mm512_set1_epi8(static_cast<char>(zero_point));
     _mm512_store_si512(codes + i * 64, _mm512_sub_epi8(part.low, zero));
     if constexpr (Group == 128) _mm512_store_si512(codes + (kPanelOutputs + i) * 64, _mm512_sub_epi8(part.high, zero));
   }
 }
 
-template <int Group>
+template <int Bits, int Group>
 inline void multiply_panel(const int8_t* x) {
   _tile_zero(0);
   _tile_zero(1);
   _tile_loadd(6, x, 64);
-  _tile_dpbssd(0, 2, 6);
-  _tile_dpbssd(1, 3, 6);
-  if constexpr (Group == 128) {
-    _tile_loadd(7, x + 1024, 64);
-    _tile_dpbssd(0, 4, 7);
-    _tile_dpbssd(1, 5, 7);
+  if constexpr (Group == 128) _tile_loadd(7, x + 1024, 64);
+  if constexpr (Bits == 4) {
+    _tile_dpbssd(0, 2, 6);
+    _tile_dpbssd(1, 3, 6);
+    if constexpr (Group == 128) {
+      _tile_dpbssd(0, 4, 7);
+      _tile_dpbssd(1, 5, 7);
+    }
+  } else {
+    _tile_dpbusd(0, 2, 6);
+    _tile_dpbusd(1, 3, 6);
+    if constexpr (Group == 128) {
+      _tile_dpbusd(0, 4, 7);
+      _tile_dpbusd(1, 5, 7);
+    }
   }
 }
 
+// Scales and zero points of a group of 32 outputs.
+struct GroupScales {
+  float scales[kPanelOutputs];
+  int32_t zeros[kPanelOutputs];
+};
+
 // sums[32][kPanelRows] += dots * weight scale * activation scale.
-inline void add_scaled(const int32_t* dots, const float* weights, __m512 scales, float* sums) {
+template <int Bits>
+inline void add_scaled(const int32_t* dots, const GroupScales& weights, __m512 scales, const int32_t* row_sums,
+                       float* sums) {
   for (int i = 0; i < kPanelOutputs; i++) {
-    const __m512 both = _mm512_mul_ps(_mm512_set1_ps(weights[i]), scales);
-    const __m512 dot = _mm512_cvtepi32_ps(_mm512_load_si512(dots + i * 16));
+    const __m512 both = _mm512_mul_ps(_mm512_set1_ps(weights.scales[i]), scales);
+    __m512i whole = _mm512_load_si512(dots + i * 16);
+    if constexpr (Bits == 8)
+      whole = _mm512_sub_epi32(whole, _mm512_mullo_epi32(_mm512_loadu_si512(row_sums), _mm512_set1_epi32(weights.zeros[i])));
+    const __m512 dot = _mm512_cvtepi32_ps(whole);
     float* const sum = sums + i * kPanelRows;
     _mm512_store_ps(sum, _mm512_fmadd_ps(dot, both, _mm512_load_ps(sum)));
   }
@@ -75,15 +97,18 @@ void panels_block(const IntegerMatrix& w, const Activations& x, int n, int width
                   float* sums) {
   alignas(64) int8_t codes[2 * kPanelOutputs * 64];
   alignas(64) int32_t dots[2][kPanelOutputs * 16];
-  float weights[kPanelOutputs];
+  GroupScales weights;
   const int groups = w.groups();
   for (int i = 0; i < kPanelOutputs; i++)
     for (int p = 0; p < last_panel - first_panel; p++)
       _mm512_store_ps(sums + i * kPanelRows + 16 * p, _mm512_setzero_ps());
   for (int g = 0; g < groups; g++) {
     unpack_weights<Bits, Group>(w, n, width, g, codes);
-    for (int i = 0; i < kPanelOutputs; i++)
-      weights[i] = w.scales[static_cast<size_t>(n + (i < width ? i : 0)) * groups + g];
+    for (int i = 0; i < kPanelOutputs; i++) {
+      const int output = n + (i < width ? i : 0);
+      weights.scales[i] = w.scales[static_cast<size_t>(output) * groups + g];
+      weights.zeros[i] = Bits == 8 ? w.zero_point(output, g) : 0;
+    }
     _tile_loadd(2, codes, 64);
     _tile_loadd(3, codes + 1024, 64);
     if constexpr (Group == 128) {
@@ -92,11 +117,12 @@ void panels_block(const IntegerMatrix& w, const Activations& x, int n, int width
     }
     for (int p = first_panel; p < last_panel; p++) {
       const size_t place = static_cast<size_t>(p) * groups + g;
-      multiply_panel<Group>(x.codes + place * Group * 16);
+      multiply_panel<Bits, Group>(x.codes + place * Group * 16);
       int32_t* const d = dots[p & 1];
       _tile_stored(0, d, 64);
       _tile_stored(1, d + 256, 64);
-      add_scaled(d, weights, _mm512_loadu_ps(x.scales + place * 16), sums + (p - first_panel) * 16);
+      add_scaled<Bits>(d, weights, _mm512_loadu_ps(x.scales + place * 16), x.sums + place * 16,
+                       sums + (p - first_panel) * 16);
     }
   }
 }
@@ -107,10 +133,10 @@ void panels_product(const IntegerMatrix& w, const Activations& x, int begin, int
   const TileConfig config = tile_config(Group == 32 ? 32 : 64);
   _tile_loadconfig(&config);
   const int first = out.first / 16, last = (out.last + 15) / 16;
-  for (int n = begin; n < end; n += kPanelOutputs) {
-    const int width = end - n < kPanelOutputs ? end - n : kPanelOutputs;
-    for (int p = first; p < last; p += kPanelRows / 16) {
-      const int until = p + kPanelRows / 16 < last ? p + kPanelRows / 16 : last;
+  for (int p = first; p < last; p += kPanelRows / 16) {
+    const int until = p + kPanelRows / 16 < last ? p + kPanelRows / 16 : last;
+    for (int n = begin; n < end; n += kPanelOutputs) {
+      const int width = end - n < kPanelOutputs ? end - n : kPanelOutputs;
       panels_block<Bits, Group>(w, x, n, width, p, until, sums);
       for (int i = p; i < until; i++) write_panel(out, sums + (i - p) * 16, i * 16, n, width);
     }

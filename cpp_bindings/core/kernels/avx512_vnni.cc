@@ -111,10 +111,10 @@ template <int Bits, int Group>
 void panels_product(const IntegerMatrix& w, const Activations& x, int begin, int end, const Output& out) {
   alignas(64) float sums[kPanelOutputs * kPanelRows];
   const int first = out.first / 16, last = (out.last + 15) / 16;
-  for (int n = begin; n < end; n += kPanelOutputs) {
-    const int width = end - n < kPanelOutputs ? end - n : kPanelOutputs;
-    for (int p = first; p < last; p += kPanelRows / 16) {
-      const int until = p + kPanelRows / 16 < last ? p + kPanelRows / 16 : last;
+  for (int p = first; p < last; p += kPanelRows / 16) {
+    const int until = p + kPanelRows / 16 < last ? p + kPanelRows / 16 : last;
+    for (int n = begin; n < end; n += kPanelOutputs) {
+      const int width = end - n < kPanelOutputs ? end - n : kPanelOutputs;
       panels_block<Bits, Group>(w, x, n, width, p, until, sums);
       for (int i = p; i < until; i++) write_panel(out, sums + (i - p) * 16, i * 16, n, width);
     }
