@@ -17,6 +17,7 @@ from owl2.runtime.foreign import cut, read_json, reading, shorten
 from owl2.runtime.graph_file import graph_problems
 from owl2.runtime.open_file import OpenFile
 from owl2.runtime.spec import DialectName, FloatType, KvType, VisionType, WeightType
+from owl2.runtime.tensors import StoredTensor, stored_tensors
 from owl2.runtime.token_table import FileTable
 from owl2.runtime.verification import FileEntry, OnProgress, require_file_names, verify_files
 
@@ -178,6 +179,10 @@ class Bundle:
     def open_file(self, name: str) -> OpenFile:
         """A listed file, held open; raises as :class:`OpenFile`."""
         return OpenFile(self.path(name), self.manifest.files[name])
+
+    def tensors(self, graph: str) -> Mapping[str, StoredTensor]:
+        """The weights of a graph by name; raises BundleCorruptError where the graph cannot be read."""
+        return stored_tensors(self.path(graph))
 
     def token_table(self) -> FileTable:
         """The rows of ``embeddings.bin``."""

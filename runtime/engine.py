@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,12 +11,15 @@ from numpy.typing import NDArray
 from owl2.runtime.cancellation import NEVER, Cancellation
 from owl2.runtime.config import require
 from owl2.runtime.errors import BackendError
+from owl2.runtime.foreign import shorten
 from owl2.runtime.placement import HOST, Placement
 from owl2.runtime.spec import KvType
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
+BackendName = Literal["native", "onnxruntime"]
+"""What can run a bundle on the CPU."""
 PREFILL_BLOCK = 256
 """New positions of a prefill step, where a backend has no reason for another number."""
 CLOSED = "this model was closed; load the bundle again"
@@ -30,14 +33,16 @@ class EngineOptions:
     Attributes:
         device: where it runs.
         threads: of one operator on the CPU; None lets the backend choose.
-        kv_cache: type of the K/V cache, one that the bundle offers; None for the type of its activations.
+        kv_cache: type of the K/V cache; None for the backend's choice.
         context: positions the user asked for; None for as many as the model allows.
+        backend: on the CPU; None for the native core, or ONNX Runtime where that cannot run the bundle.
     """
 
     device: Placement = HOST
     threads: int | None = None
     kv_cache: KvType | None = None
     context: int | None = None
+    backend: BackendName | None = None
 
     def __post_init__(self) -> None:
         for name in ("threads", "context"):
@@ -45,6 +50,12 @@ class EngineOptions:
             whole = isinstance(value, int) and not isinstance(value, bool)
             require(value is None or whole, f"{name} must be a whole number, got {value!r}")
         require(self.kv_cache is None or isinstance(self.kv_cache, str), f"kv_cache {self.kv_cache!r} is not a type")
+        known = get_args(BackendName)
+        require(
+            self.backend is None or self.backend in known,
+            f"backend {shorten(self.backend)} is not known; known: {', '.join(known)}",
+        )
+        require(self.backend is None or self.device.on_host, f"backend {self.backend} is for the CPU; leave it out")
 
 
 class KvBuffers(Protocol):

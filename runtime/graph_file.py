@@ -30,10 +30,32 @@ SUBMESSAGES: dict[str, dict[int, str]] = {
 NODE_OPERATOR = 4
 LOADS_FILES = ("EPContext",)
 """Operators that load files by themselves."""
-TENSOR_DIMS, TENSOR_TYPE, TENSOR_NAME, TENSOR_EXTERNAL = 1, 2, 8, 13
+MODEL_GRAPH, GRAPH_INITIALIZER = 7, 5
+TENSOR_DIMS, TENSOR_TYPE, TENSOR_NAME, TENSOR_RAW, TENSOR_EXTERNAL = 1, 2, 8, 9, 13
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 Field = tuple[int, int | memoryview]
 """Number and value; those of fixed size are 0, which nothing here needs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Initializer:
+    """An initializer of the main graph.
+
+    Attributes:
+        name: in the graph.
+        element: ONNX's number of its type.
+        shape: its dimensions.
+        offset: of its bytes in the data file; None where they are in ``data``.
+        size: bytes.
+        data: the bytes, where they are in the graph file.
+    """
+
+    name: str
+    element: int
+    shape: tuple[int, ...]
+    offset: int | None
+    size: int
+    data: bytes | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +123,29 @@ def external_tensors(path: Path) -> list[ExternalTensor]:
             if inner is not None and not isinstance(value, int):
                 pending.append((inner, value, depth + 1))
     return found
+
+
+def graph_initializers(path: Path) -> list[Initializer]:
+    """The initializers of the main graph; raises as :func:`external_tensors`."""
+    found: list[Initializer] = []
+    for number, graph in _fields(memoryview(read_bytes(path, GRAPH_BYTES)), MAX_FIELDS):
+        if number != MODEL_GRAPH or isinstance(graph, int):
+            continue
+        for inner, tensor in _fields(graph, MAX_FIELDS):
+            if inner == GRAPH_INITIALIZER and not isinstance(tensor, int):
+                found.append(_initializer(list(_fields(tensor, MAX_FIELDS))))
+    return found
+
+
+def _initializer(fields: list[Field]) -> Initializer:
+    external = _external(fields, initializer=True)
+    if external:
+        one = external[0]
+        return Initializer(one.name, one.element, one.shape, one.offset, one.length, None)
+    name = next((_text(value) for number, value in fields if number == TENSOR_NAME), "")
+    element = next((value for number, value in fields if number == TENSOR_TYPE and isinstance(value, int)), 0)
+    data = next((bytes(value) for number, value in fields if number == TENSOR_RAW and not isinstance(value, int)), b"")
+    return Initializer(name, element, _shape(fields), None, len(data), data)
 
 
 def _external(fields: list[Field], *, initializer: bool) -> list[ExternalTensor]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from owl2.runtime import spec
-from owl2.runtime.backends.choose import OpenEngine, find_backend
+from owl2.runtime.backends.choose import OpenEngine, find_backend, resolve_options
 from owl2.runtime.bundle import Bundle, Manifest, check_files, read_manifest, require_whole
 from owl2.runtime.config import ModelConfig, require, resolve_context
 from owl2.runtime.engine import Engine, EngineOptions
@@ -96,7 +96,8 @@ class Preparation:
     """A bundle that the device can run; none of its large files has been read yet.
 
     Attributes:
-        folder, manifest, options: what was asked for.
+        folder, manifest: what was asked for.
+        options: the same, with backend and type of the K/V cache decided.
         open_engine: loads the graphs.
         signatures: of the files, before they are verified.
     """
@@ -120,15 +121,15 @@ class Preparation:
         from owl2.runtime.fit.plan import check_memory as check
 
         manifest = read_manifest(folder)
-        kv_type = manifest.kv_type(options.kv_cache)
+        options = resolve_options(manifest, options)
         resolve_context(manifest.model.decoder, options.context)
         try:
             check_mode(manifest.model.preprocess.mode)
         except ConfigError as error:
             raise BundleCorruptError(f"{folder / spec.MANIFEST}: {error}") from error
-        open_engine = find_backend(options.device, manifest.dialect)(folder, manifest, options)
+        open_engine = find_backend(options.device, manifest.dialect, options.backend)(folder, manifest, options)
         if check_memory:
-            check(manifest, options.context, kv_type, options.device)
+            check(manifest, options.context, options.kv_cache, options.device, backend=options.backend)
         return cls(folder, manifest, options, open_engine, signatures_of(folder, manifest.files))
 
     def problems(self, *, force: bool = False, on_progress: OnProgress | None = None) -> list[str]:

@@ -65,6 +65,20 @@ class OpenFile:
             raise self._changed()
         return content
 
+    @property
+    def size(self) -> int:
+        """Bytes of the verified file."""
+        return self._entry.size
+
+    @property
+    def descriptor(self) -> int:
+        """Of the open file; raises BackendError once it was closed."""
+        return self._open()
+
+    def changed(self) -> BundleCorruptError:
+        """What to raise where a change was noticed otherwise."""
+        return self._changed()
+
     def close(self) -> None:
         """Give the file back; later reads raise BackendError."""
         with self._lock:

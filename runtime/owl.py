@@ -15,7 +15,7 @@ import numpy as np
 from owl2.runtime.arguments import checked
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.chat import Chat
-from owl2.runtime.engine import EngineOptions, Floats
+from owl2.runtime.engine import BackendName, EngineOptions, Floats
 from owl2.runtime.errors import ContextOverflowError, Owl2Error
 from owl2.runtime.generate import Answer, check_context, prompt_logits
 from owl2.runtime.images import UNREAD, Images, as_list
@@ -71,6 +71,7 @@ class Owl2:
         threads: int | None = None,
         context: int | None = None,
         kv_cache: KvType | None = None,
+        backend: BackendName | None = None,
         check_memory: bool = True,
         verify: bool = False,
         progress: OnProgress | None = None,
@@ -82,10 +83,12 @@ class Owl2:
             device: ``cpu``, ``cuda``, ``tensorrt`` or ``tensorrt-rtx``, with ``:N`` for another GPU than the first.
                 There is no fallback to the CPU: a graph that the GPU cannot run is an error. ``tensorrt`` runs the
                 engines in a bundle, and so does ``tensorrt-rtx`` if the bundle is of the dialect onnx.
-            threads: of one operator; None lets the backend choose.
+            threads: that share a step on the CPU; None lets the backend choose.
             context: positions a conversation may take; None for the model's own limit.
-            kv_cache: type of the K/V cache; None for that of the bundle's activations (``fp32`` or ``fp16``), or
-                ``int8`` for less memory at a small loss of accuracy, which the bundle's report states.
+            kv_cache: type of the K/V cache: ``fp32``, ``fp16`` or ``int8``. None for ``fp16`` in the native core, or
+                ``fp32`` where the weights are in floating point, and elsewhere for that of the bundle's activations.
+            backend: on the CPU: ``native`` for the native core, ``onnxruntime``; None for the native core where it can
+                run the bundle, which ``owl2 info`` tells.
             check_memory: refuse before anything is loaded if the free memory of the device cannot hold the weights and
                 the K/V cache: that of ``context`` if it is given, or else of the first positions.
             verify: hash every file, also those that have not changed since they were last verified.
@@ -97,7 +100,7 @@ class Owl2:
             InsufficientMemoryError: the model cannot fit; gives the figures and what would.
             ConfigError: a setting that cannot work.
         """
-        options = EngineOptions(Placement.parse(device), threads, kv_cache, context)
+        options = EngineOptions(Placement.parse(device), threads, kv_cache, context, backend)
         opened = open_bundle(Path(bundle), options, check_memory=check_memory, verify=verify, on_progress=progress)
         return cls(*opened, options.device)
 

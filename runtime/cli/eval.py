@@ -10,9 +10,11 @@ from typing import Any
 
 import click
 
+from owl2.runtime.backends.choose import resolve_options
 from owl2.runtime.bundle import read_manifest
 from owl2.runtime.cli.console import duration, load_progress, notice, notice_interrupt, reports_errors, say, say_json
 from owl2.runtime.cli.options import (
+    backend_option,
     background_option,
     bundle_argument,
     context_option,
@@ -28,6 +30,7 @@ from owl2.runtime.cli.signals import stop_code
 from owl2.runtime.cli.table import section, table
 from owl2.runtime.cli.types import PATH, integer
 from owl2.runtime.config import require
+from owl2.runtime.engine import BackendName, EngineOptions
 from owl2.runtime.evaluation.divergence import IMAGE, TEXT
 from owl2.runtime.evaluation.evaluate import (
     MAX_NEW_TOKENS,
@@ -39,6 +42,7 @@ from owl2.runtime.evaluation.evaluate import (
 from owl2.runtime.evaluation.summary import Figure
 from owl2.runtime.foreign import cut
 from owl2.runtime.harmless import harmless
+from owl2.runtime.placement import Placement
 from owl2.runtime.preprocess import Orientation
 from owl2.runtime.spec import KvType
 from owl2.runtime.verification import LoadProgress
@@ -89,6 +93,7 @@ SHARES = ("vqa_accuracy", "exact_match_normalised", "exact_match", "accuracy", "
 @context_option
 @device_option
 @kv_cache_option
+@backend_option
 @memory_option
 @reports_errors
 def eval_command(  # noqa: PLR0913 - one parameter per option
@@ -107,6 +112,7 @@ def eval_command(  # noqa: PLR0913 - one parameter per option
     context: int | None,
     device: str,
     kv_cache: KvType | None,
+    backend: BackendName | None,
     check_memory: bool,
 ) -> None:
     """Measure a bundle on your own data, by itself or against the checkpoint it came from.
@@ -150,18 +156,22 @@ def eval_command(  # noqa: PLR0913 - one parameter per option
             threads=threads,
             context=context,
             kv_cache=kv_cache,
+            backend=backend,
             preprocess=preprocess,
             reading=image_reading(orientation, background),
             check_memory=check_memory,
             progress=progress,
         )
     if as_json:
+        options = EngineOptions(Placement.parse(device), kv_cache=kv_cache, backend=backend)
+        used = resolve_options(read_manifest(bundle), options)
         settings = {
             "owl2": __version__,
             "bundle": str(bundle),
             "data": str(data),
             "against": None if against is None else str(against),
-            "kv_cache": read_manifest(bundle).kv_type(kv_cache),
+            "kv_cache": used.kv_cache,
+            "backend": used.backend,
             "max_new_tokens": max_new_tokens,
             "device": device,
         }

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from owl2.runtime import spec
+from owl2.runtime.backends.native.support import native_kernels, obstacle
 from owl2.runtime.backends.ort.installation import check_onnxruntime, is_older, onnxruntime_version
 from owl2.runtime.backends.tensorrt.records import EngineRecord, check_all
 from owl2.runtime.bundle import Manifest, check_files, read_manifest
@@ -40,6 +41,11 @@ class Inspection:
     engines: dict[str, EngineRecord]
     onnxruntime: str | None
     problems: list[str]
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why the native core cannot run the bundle here; None if it can."""
+        return obstacle(self.manifest)
 
 
 @click.command()
@@ -129,6 +135,7 @@ def _record(found: Inspection) -> dict[str, Any]:
         "kv_cache": caches,
         "kv_int8": found.figures["kv_int8"],
         "onnxruntime": found.onnxruntime,
+        "native": {"usable": found.obstacle is None, "obstacle": found.obstacle, "kernels": native_kernels()},
         "accuracy": found.figures["accuracy"],
         "calibration": found.figures["calibration"],
         "goldens": found.goldens,
@@ -146,6 +153,7 @@ def _sections(folder: Path, found: Inspection) -> list[str]:
         ("format", f"version {manifest.format}, written by {harmless(manifest.producer)}"),
         ("graphs", f"{manifest.dialect} operators"),
         ("onnxruntime", needs),
+        ("on the CPU", _native(found)),
         ("family", manifest.family),
     ]
     weights = manifest.weights
@@ -170,6 +178,14 @@ def _sections(folder: Path, found: Inspection) -> list[str]:
         "files": [*files, ("total", size(manifest.size))],
     }
     return [table(head), *(section(title, table(rows)) for title, rows in sections.items() if rows)]
+
+
+def _native(found: Inspection) -> str:
+    """What runs the bundle on the CPU."""
+    kernels = native_kernels()
+    if found.obstacle is not None:
+        return f"ONNX Runtime: {found.obstacle}"
+    return f"the native core, with kernels for {kernels}"
 
 
 def _model(manifest: Manifest) -> list[Row]:

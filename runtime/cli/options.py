@@ -12,6 +12,7 @@ import click
 
 from owl2.runtime.cli.console import load_progress
 from owl2.runtime.cli.types import PATH, integer
+from owl2.runtime.engine import BackendName
 from owl2.runtime.errors import ConfigError
 from owl2.runtime.owl import Owl2
 from owl2.runtime.placement import CPU, KINDS, Placement
@@ -44,7 +45,7 @@ background_option = click.option(
     help="Colour to lay under transparent images: a name or #rrggbb; none drops transparency, like the original.",
 )
 threads_option = click.option(
-    "--threads", type=integer, show_default="chosen by ONNX Runtime", help="Threads of one operator on the CPU."
+    "--threads", type=integer, show_default="one for each processor", help="Threads that share a step on the CPU."
 )
 context_option = click.option(
     "--context", type=integer, show_default="the model's own limit", help="Positions that a conversation may take."
@@ -71,8 +72,14 @@ device_option = click.option(
 kv_cache_option = click.option(
     "--kv-cache",
     type=click.Choice(get_args(KvType)),
-    show_default="that of the bundle's activations",
-    help="Type of cached keys and values; int8 takes a quarter of fp32's memory, at a small loss that owl2 info shows.",
+    show_default="fp16 in the native core, or that of the bundle's activations",
+    help="Type of cached keys and values; int8 takes half of fp16's memory, at a small loss.",
+)
+backend_option = click.option(
+    "--backend",
+    type=click.Choice(get_args(BackendName)),
+    show_default="the native core where it can run the bundle",
+    help="What runs the model on the CPU; owl2 info says what can.",
 )
 memory_option = click.option(
     "--memory-check/--no-memory-check",
@@ -94,6 +101,7 @@ class Options:
     context: int | None
     device: str
     kv_cache: KvType | None
+    backend: BackendName | None
     check_memory: bool
     verify: bool
     preprocess: str | None
@@ -109,6 +117,7 @@ class Options:
                 device=self.device,
                 context=self.context,
                 kv_cache=self.kv_cache,
+                backend=self.backend,
                 check_memory=self.check_memory,
                 verify=self.verify,
                 progress=progress,
@@ -161,6 +170,7 @@ _OPTIONS = (
     context_option,
     device_option,
     kv_cache_option,
+    backend_option,
     memory_option,
     verify_option,
     click.option("--stats", is_flag=True, help="Write token counts and timings to stderr after an answer."),

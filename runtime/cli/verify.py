@@ -10,8 +10,9 @@ from pathlib import Path
 import click
 
 from owl2.runtime.cli.console import duration, load_progress, reports_errors, say, say_json
-from owl2.runtime.cli.options import bundle_argument, device_option, memory_option, threads_option
+from owl2.runtime.cli.options import backend_option, bundle_argument, device_option, memory_option, threads_option
 from owl2.runtime.cli.table import table
+from owl2.runtime.engine import BackendName
 from owl2.runtime.evaluation.verify import Verdict, verify
 from owl2.runtime.harmless import harmless
 
@@ -20,10 +21,13 @@ from owl2.runtime.harmless import harmless
 @bundle_argument
 @device_option
 @threads_option
+@backend_option
 @memory_option
 @click.option("--json", "as_json", is_flag=True, help="Write everything as JSON.")
 @reports_errors
-def verify_command(bundle: Path, device: str, threads: int | None, check_memory: bool, as_json: bool) -> None:
+def verify_command(
+    *, bundle: Path, device: str, threads: int | None, backend: BackendName | None, check_memory: bool, as_json: bool
+) -> None:
     """Hash every file, and replay the bundle's golden prompts on this device.
 
     A bundle holds a few prompts with the logits they must lead to: text, one image, several. The logits of this device
@@ -37,7 +41,9 @@ def verify_command(bundle: Path, device: str, threads: int | None, check_memory:
       owl2 verify bundle/ --device cuda
     """
     with load_progress() as progress:
-        verdict = verify(bundle, device=device, threads=threads, check_memory=check_memory, progress=progress)
+        verdict = verify(
+            bundle, device=device, threads=threads, backend=backend, check_memory=check_memory, progress=progress
+        )
     if as_json:
         times = {"load_seconds": verdict.load_seconds, "replay_seconds": verdict.replay_seconds}
         goldens = [

@@ -12,6 +12,7 @@ from typing import Any
 
 from owl2.runtime.arguments import checked
 from owl2.runtime.config import require
+from owl2.runtime.engine import BackendName
 from owl2.runtime.errors import Owl2Error
 from owl2.runtime.evaluation.data import read_items
 from owl2.runtime.evaluation.measure import ItemResult, measure
@@ -96,6 +97,7 @@ def evaluate(  # noqa: PLR0913 - the arguments of Owl2.load and those of the eva
     threads: int | None = None,
     context: int | None = None,
     kv_cache: KvType | None = None,
+    backend: BackendName | None = None,
     preprocess: str | None = None,
     reading: ImageReading = UPRIGHT,
     check_memory: bool = True,
@@ -112,11 +114,11 @@ def evaluate(  # noqa: PLR0913 - the arguments of Owl2.load and those of the eva
             K/V cache.
         data: file of JSON lines, or of one JSON array; images are named relative to it.
         against: a checkpoint (needs the export extra) or another bundle to compare with; runs on the same device with
-            the same context, and the K/V cache of its own activations.
+            the same context and backend, and the K/V cache that a load chooses for it.
         limit: measure at most this many items, spread evenly over the file.
         max_new_tokens: of an answer.
         device: as in :meth:`Owl2.load`; None for the CPU, or for that of the loaded model.
-        threads, context, kv_cache, check_memory: as in :meth:`Owl2.load`.
+        threads, context, kv_cache, backend, check_memory: as in :meth:`Owl2.load`.
         preprocess: ``resize``, ``pad`` or ``crop`` instead of the bundle's own mode.
         reading: what to make of EXIF orientation and transparency; ``AS_ORIGINAL`` of :mod:`owl2.runtime.preprocess`
             for scores that compare with the original's.
@@ -138,8 +140,9 @@ def evaluate(  # noqa: PLR0913 - the arguments of Owl2.load and those of the eva
     with ExitStack() as stack:
         if isinstance(bundle, Owl2):
             require(
-                threads is None and context is None and kv_cache is None and placement in (None, bundle.device),
-                "a loaded model keeps its device, threads, context and K/V cache; to choose others, give its folder",
+                all(value is None for value in (threads, context, kv_cache, backend))
+                and placement in (None, bundle.device),
+                "a loaded model keeps its device, backend, threads, context and K/V cache; to choose others, give its folder",
             )
             owl = bundle
         else:
@@ -150,6 +153,7 @@ def evaluate(  # noqa: PLR0913 - the arguments of Owl2.load and those of the eva
                     threads=threads,
                     context=context,
                     kv_cache=kv_cache,
+                    backend=backend,
                     check_memory=check_memory,
                     progress=progress,
                 )
@@ -161,6 +165,7 @@ def evaluate(  # noqa: PLR0913 - the arguments of Owl2.load and those of the eva
                 owl.model,
                 device=owl.device,
                 threads=threads,
+                backend=backend,
                 check_memory=check_memory,
                 on_progress=progress,
             )

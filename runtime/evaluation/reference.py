@@ -7,7 +7,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from owl2.runtime import spec
-from owl2.runtime.engine import EngineOptions
+from owl2.runtime.engine import BackendName, EngineOptions
 from owl2.runtime.errors import BundleError, ReferenceModelError
 from owl2.runtime.foreign import reading
 from owl2.runtime.load import Loaded, open_bundle
@@ -24,6 +24,7 @@ def open_reference(
     *,
     device: Placement = HOST,
     threads: int | None = None,
+    backend: BackendName | None = None,
     check_memory: bool = True,
     on_progress: OnProgress | None = None,
 ) -> Loaded:
@@ -37,7 +38,7 @@ def open_reference(
         BundleError, BackendError, CheckpointError, ConfigError: the folder is neither, or cannot be loaded.
     """
     if is_bundle(folder):
-        options = EngineOptions(device, threads, context=model.context)
+        options = EngineOptions(device, threads, context=model.context, backend=backend)
         _, reference = open_bundle(folder, options, check_memory=check_memory, on_progress=on_progress)
     else:
         reference = _open_checkpoint(folder)

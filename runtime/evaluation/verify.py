@@ -15,7 +15,7 @@ import numpy as np
 from owl2.runtime.arguments import checked
 from owl2.runtime.backends.tensorrt.records import check_all
 from owl2.runtime.bundle import Bundle
-from owl2.runtime.engine import DecoderEngine, EngineOptions, Floats, Ints, KvBuffers
+from owl2.runtime.engine import BackendName, DecoderEngine, EngineOptions, Floats, Ints, KvBuffers
 from owl2.runtime.evaluation.divergence import row_kl
 from owl2.runtime.evaluation.goldens import Baseline, Golden, read_baselines, read_goldens
 from owl2.runtime.families.mplug_owl2.positions import Prompt, embed
@@ -88,6 +88,7 @@ def verify(
     *,
     device: str = CPU,
     threads: int | None = None,
+    backend: BackendName | None = None,
     check_memory: bool = True,
     progress: OnProgress | None = None,
 ) -> Verdict:
@@ -95,7 +96,7 @@ def verify(
 
     Args:
         bundle: folder written by ``owl2-export``.
-        device, threads, check_memory: as in :meth:`Owl2.load`.
+        device, threads, backend, check_memory: as in :meth:`Owl2.load`.
         progress: called with a :class:`LoadProgress` a few times a second.
 
     Raises:
@@ -106,7 +107,8 @@ def verify(
         InsufficientMemoryError: the model cannot fit.
     """
     folder = Path(bundle)
-    prepared = Preparation.of(folder, EngineOptions(Placement.parse(device), threads), check_memory=check_memory)
+    options = EngineOptions(Placement.parse(device), threads, backend=backend)
+    prepared = Preparation.of(folder, options, check_memory=check_memory)
     problems = prepared.problems(force=True, on_progress=progress)
     problems += check_all(folder, prepared.manifest, force=True)[1]
     if problems:

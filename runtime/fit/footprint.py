@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from owl2.runtime import spec
+from owl2.runtime.backends.native.support import obstacle
 from owl2.runtime.bundle import Manifest
-from owl2.runtime.engine import PREFILL_BLOCK
+from owl2.runtime.engine import PREFILL_BLOCK, BackendName
 from owl2.runtime.fit.machine import MIB
 from owl2.runtime.fit.products import Product
 from owl2.runtime.images import CACHED_IMAGES
@@ -26,7 +27,7 @@ from owl2.runtime.kv_cache import GROWTH
 from owl2.runtime.spec import BYTES_PER_VALUE, KvType, WeightType
 
 Basis = Literal["computed", "measured", "assumed"]
-Runner = Literal["onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"]
+Runner = Literal["native", "onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"]
 
 # Measured; see above.
 CPU_RUNTIME = 90 * MIB  # Python, numpy, ONNX Runtime, the tokenizer and two sessions: half of it code
@@ -43,6 +44,9 @@ CUDA_LIBRARIES = 500 * MIB  # in addition, where the CPU has the same memory
 ENGINE_PER_FILE = 1.01
 ENGINE_PROFILES = 2  # of the decoder; floating-point matrices are held once for each, integer ones once
 BUILD_PER_ENGINE = 3.9
+# The native core: rows of a prefill step, and bytes per row and inner value beside the floats (int8 copies, the gate).
+NATIVE_BLOCK = 512
+NATIVE_SPARE = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,23 +65,28 @@ class MemoryPart:
     basis: Basis
 
 
-def find_runner(manifest: Manifest, device: Product) -> Runner:
-    """Choose what runs the bundle's graphs on the device; the dialect decides."""
+def find_runner(manifest: Manifest, device: Product, backend: BackendName | None = None) -> Runner:
+    """Choose what runs the bundle's graphs on the device; the dialect decides, and ``backend`` on the CPU."""
+    if device.family == "cpu" and (backend == "native" or (backend is None and obstacle(manifest) is None)):
+        return "native"
     if manifest.dialect == "ort" or not device.engines:
         return "onnxruntime-cpu" if device.family == "cpu" else "onnxruntime-cuda"
     return device.engines[0]
 
 
-def memory_parts(manifest: Manifest, device: Product, context: int, kv_type: KvType, images: int) -> list[MemoryPart]:
+def memory_parts(
+    manifest: Manifest, device: Product, runner: Runner, context: int, kv_type: KvType, images: int
+) -> list[MemoryPart]:
     """Memory that a conversation of ``context`` positions takes; parts that take none are left out."""
-    model, element, runner = manifest.model, int(BYTES_PER_VALUE[manifest.activations]), find_runner(manifest, device)
-    cpu, engine = runner == "onnxruntime-cpu", runner.startswith("tensorrt")
+    model, element = manifest.model, int(BYTES_PER_VALUE[manifest.activations])
+    native, engine = runner == "native", runner.startswith("tensorrt")
+    cpu = native or runner == "onnxruntime-cpu"
     basis: Basis = "measured" if cpu and manifest.activations == "fp32" else "assumed"
 
     decoder, vision = resident_decoder(manifest, runner), stored(manifest, spec.VISION_GRAPH)
     if cpu and manifest.weights.vision == "fp16":
         vision = int(vision * VISION_FLOAT16)
-    position = manifest.kv_bytes(kv_type)
+    position = kv_position(manifest, kv_type, runner)
     kv, old = context * position, max(0, context - GROWTH) * position
     # Beyond the length that dynamic scaling leaves alone a prompt runs as one block.
     steady = model.decoder.steady_limit
@@ -94,6 +103,14 @@ def memory_parts(manifest: Manifest, device: Product, context: int, kv_type: KvT
         MemoryPart("K/V cache, growing", max(0, 2 * old - kv) if cpu else old, 0, "computed"),
         MemoryPart("prefill", int((1 if engine else ARENA) * stream) + scores, scores, basis),
     ]
+    if native:
+        rows = min(NATIVE_BLOCK, context)
+        work = rows * (
+            4 * (6 * model.decoder.hidden_size + model.decoder.intermediate_size)
+            + NATIVE_SPARE * model.decoder.intermediate_size
+        )
+        parts[0] = MemoryPart("decoder weights, mapped", decoder, decoder, "computed")
+        parts[3:] = [MemoryPart("prefill", work, 0, "computed")]
     if images:
         tower = model.vision  # sees one image at a time
         rows = tower.num_tokens * (3 * tower.hidden_size + 2 * tower.intermediate_size)
@@ -109,6 +126,13 @@ def memory_parts(manifest: Manifest, device: Product, context: int, kv_type: KvT
     else:
         parts.append(MemoryPart("CUDA context", CUDA_CONTEXT, 0, "assumed"))
     return [part for part in parts if part.size]
+
+
+def kv_position(manifest: Manifest, kv_type: KvType, runner: Runner) -> int:
+    """Bytes that keys and values of one position take in all layers."""
+    decoder = manifest.model.decoder
+    scales = 2 * 4 * decoder.num_hidden_layers * decoder.num_attention_heads  # of each token and head
+    return manifest.kv_bytes(kv_type) + (scales if runner == "native" and kv_type == "int8" else 0)
 
 
 def stored(manifest: Manifest, graph: str) -> int:

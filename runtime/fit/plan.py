@@ -10,8 +10,10 @@ from typing import Any
 
 from owl2.runtime import spec
 from owl2.runtime.arguments import checked
+from owl2.runtime.backends.choose import resolve_options
 from owl2.runtime.bundle import Manifest, WeightFormat, read_manifest
 from owl2.runtime.config import require, resolve_context
+from owl2.runtime.engine import BackendName, EngineOptions
 from owl2.runtime.errors import BackendUnavailableError, InsufficientMemoryError
 from owl2.runtime.fit import footprint
 from owl2.runtime.fit.footprint import MemoryPart, Runner
@@ -45,6 +47,7 @@ class Plan:
         images: in that conversation.
         bundle: folder, for people.
         notes: on the choice of the device, a sentence each.
+        backend: of a CPU; None for the usual one.
     """
 
     manifest: Manifest
@@ -54,15 +57,17 @@ class Plan:
     images: int = 1
     bundle: str = "bundle"
     notes: tuple[str, ...] = ()
+    backend: BackendName | None = None
 
     @property
     def runner(self) -> Runner:
-        return footprint.find_runner(self.manifest, self.budget.device)
+        return footprint.find_runner(self.manifest, self.budget.device, self.backend)
 
     @cached_property
     def parts(self) -> list[MemoryPart]:
         """Memory needed on the device, by purpose."""
-        return footprint.memory_parts(self.manifest, self.budget.device, self.context, self.kv_type, self.images)
+        device, runner = self.budget.device, self.runner
+        return footprint.memory_parts(self.manifest, device, runner, self.context, self.kv_type, self.images)
 
     @property
     def needed(self) -> int:
@@ -109,7 +114,7 @@ class Plan:
     @property
     def bytes_per_token(self) -> tuple[int, int]:
         """Bytes that every token reads: of weights, and of keys and values at the full context."""
-        kv = self.context * self.manifest.kv_bytes(self.kv_type)
+        kv = self.context * footprint.kv_position(self.manifest, self.kv_type, self.runner)
         return footprint.weights_per_token(self.manifest, self.runner), kv
 
     @property
@@ -195,7 +200,7 @@ def plan(
         device: a product such as ``orin-nx-16gb`` (``owl2 plan --list`` shows all), or ``gpu`` or ``cpu`` of this
             machine with the memory that is free now; None or ``this`` for its GPU, or its CPU without one.
         context: positions of a conversation; None for the model's own limit.
-        kv_cache: type of keys and values; None for that of the bundle's activations.
+        kv_cache: type of keys and values; None for the one that a load chooses.
         images: in the conversation.
 
     Raises:
@@ -205,7 +210,7 @@ def plan(
     """
     manifest = read_manifest(Path(bundle))
     context = resolve_context(manifest.model.decoder, context)
-    kv_type, rows = manifest.kv_type(kv_cache), manifest.model.rows_per_image
+    rows = manifest.model.rows_per_image
     require(images >= 0, f"images must not be negative, got {images}")
     require(
         images * rows < context,
@@ -213,7 +218,11 @@ def plan(
         f"most {(context - 1) // rows} images or a longer context",
     )
     budget, notes = find_budget(device or THIS)
-    return Plan(manifest, budget, context, kv_type, images, str(bundle), notes)
+    native = footprint.find_runner(manifest, budget.device) == "native"
+    kv_type = (
+        resolve_options(manifest, EngineOptions(kv_cache=kv_cache)).kv_cache if native else manifest.kv_type(kv_cache)
+    )
+    return Plan(manifest, budget, context, kv_type or manifest.activations, images, str(bundle), notes)
 
 
 def find_budget(name: str) -> tuple[MemoryBudget, tuple[str, ...]]:
@@ -236,7 +245,13 @@ def find_budget(name: str) -> tuple[MemoryBudget, tuple[str, ...]]:
 
 
 def check_memory(
-    manifest: Manifest, context: int | None, kv_type: KvType, device: Placement = HOST, *, root: Path = ROOT
+    manifest: Manifest,
+    context: int | None,
+    kv_type: KvType,
+    device: Placement = HOST,
+    *,
+    backend: BackendName | None = None,
+    root: Path = ROOT,
 ) -> None:
     """Refuse to load a model that cannot fit, before the system kills the process for it.
 
@@ -254,6 +269,7 @@ def check_memory(
     if budget is None:
         return
     full = Plan(manifest, budget, resolve_context(manifest.model.decoder, context), kv_type, images=0)
+    full = replace(full, backend=backend)
     first = full if context is not None else replace(full, context=min(full.context, GROWTH))
     least = {part.name: part.least for part in first.parts if part.least}
     needed, available = sum(least.values()), budget.available + (free_swap(root) if device.on_host else 0)
@@ -271,7 +287,7 @@ def run_changes(plan: Plan) -> dict[str, Plan]:
         programs = "other programs and the desktop" if plan.budget.here else "the desktop"
         freed = replace(plan.budget, available=plan.available + closable)
         steps[f"close {programs} (up to {gib(closable)})"] = {"budget": freed}
-    if plan.kv_type != "int8" and "int8" in plan.manifest.kv_cache:
+    if plan.kv_type != "int8" and ("int8" in plan.manifest.kv_cache or plan.runner == "native"):
         steps["--kv-cache int8"] = {"kv_type": "int8"}
     found = {change: after for change, fields in steps.items() if (after := replace(plan, **fields)).fits}
     if steps and not found:
@@ -315,7 +331,7 @@ def exported(plan: Plan, weights: WeightType) -> tuple[str, Plan]:
     files = {
         f"{graph}.data": FileEntry(int(footprint.stored(old, graph) * ratio), "") for graph, ratio in ratios.items()
     }
-    kv_type = plan.kv_type if plan.kv_type in stored.kv_cache else activations
+    kv_type = plan.kv_type if plan.kv_type in stored.kv_cache or plan.runner == "native" else activations
     after = replace(plan, manifest=replace(new, files={**old.files, **files}), kv_type=kv_type)
     return f"export with --dialect {dialect} --weights {weights} --activations {activations}", after
 

@@ -1,0 +1,58 @@
+"""Whether the native core can run a bundle here."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from owl2.runtime.bundle import Manifest
+from owl2.runtime.errors import BackendUnavailableError
+from owl2.runtime.spec import KvType
+
+MODULE = "owl2.runtime._native"
+GROUP_SIZES = (32, 64, 128)
+WIDEST_HEAD = 512
+NOT_INSTALLED = "this installation has no native core (it was built without a compiler)"
+KV_TYPES: tuple[KvType, ...] = ("fp32", "fp16", "int8")
+"""Types of K/V cache that it offers on every bundle."""
+
+
+def is_installed() -> bool:
+    """Whether this installation has the compiled module."""
+    return importlib.util.find_spec(MODULE) is not None
+
+
+def native_kernels() -> str | None:
+    """The instruction set whose kernels the native core uses; None without the core.
+
+    Raises:
+        BackendUnavailableError: the environment variable OWL2_CPU names one that this processor does not have.
+    """
+    if not is_installed():
+        return None
+    from owl2.runtime import _native
+
+    try:
+        return _native.kernels()
+    except ValueError as error:
+        raise BackendUnavailableError(f"{error}; set OWL2_CPU to one of these, or not at all") from error
+
+
+def obstacle(manifest: Manifest) -> str | None:
+    """Why the native core cannot run a bundle, in a sentence without an end; None if it can."""
+    if not is_installed():
+        return NOT_INSTALLED
+    weights, decoder = manifest.weights, manifest.model.decoder
+    if manifest.dialect != "ort":
+        return f"the native core has no graphs of the dialect {manifest.dialect}"
+    if manifest.activations != "fp32":
+        return f"the native core computes in fp32, and the activations of this bundle are {manifest.activations}"
+    if weights.group_size and weights.group_size not in GROUP_SIZES:
+        return f"the native core has no groups of {weights.group_size} columns"
+    if decoder.head_dim > WIDEST_HEAD:
+        return f"the native core has no heads of {decoder.head_dim} values"
+    return None
+
+
+def default_kv_type(manifest: Manifest) -> KvType:
+    """float16, which integer weights do not notice; float32 where the weights are in floating point."""
+    return "fp16" if manifest.weights.decoder.startswith("int") else "fp32"

@@ -1,0 +1,55 @@
+"""Where the tensors of a graph are: in its data file, or in the graph file itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from owl2.runtime.errors import BundleCorruptError
+from owl2.runtime.foreign import ForeignError, reason
+from owl2.runtime.graph_file import graph_initializers
+
+TensorType = Literal["uint8", "int8", "int4", "int64", "float16", "float32"]
+ONNX_TYPES: dict[int, TensorType] = {1: "float32", 2: "uint8", 3: "int8", 7: "int64", 10: "float16", 22: "int4"}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor of a bundle.
+
+    Attributes:
+        name: in its graph.
+        type: of its values.
+        shape: its dimensions.
+        offset: of its bytes in the graph's data file; None where they are in ``data``.
+        size: bytes.
+        data: the bytes themselves, of a small tensor of an older bundle.
+    """
+
+    name: str
+    type: TensorType
+    shape: tuple[int, ...]
+    offset: int | None
+    size: int
+    data: bytes | None = None
+
+
+def stored_tensors(path: Path) -> Mapping[str, StoredTensor]:
+    """The initializers of a graph by name.
+
+    Raises:
+        BundleCorruptError: the file cannot be read as a graph.
+    """
+    try:
+        found = graph_initializers(path)
+    except (ForeignError, OSError) as error:
+        raise BundleCorruptError(f"{path} cannot be read as a graph: {reason(error)}") from error
+    return {
+        entry.name: StoredTensor(
+            entry.name, ONNX_TYPES[entry.element], entry.shape, entry.offset, entry.size, entry.data
+        )
+        for entry in found
+        if entry.element in ONNX_TYPES
+    }
