@@ -63,6 +63,33 @@ int quota() {
   return 0;
 }
 
+// Indices begin <= i < end that nobody has taken.
+class alignas(64) Share {
+ public:
+  void set(uint32_t begin, uint32_t end) { range_ = static_cast<uint64_t>(begin) << 32 | end; }
+
+  bool first(int* index) {
+    return take([](uint32_t* begin, uint32_t*) { return (*begin)++; }, index);
+  }
+  bool last(int* index) {
+    return take([](uint32_t*, uint32_t* end) { return --*end; }, index);
+  }
+
+ private:
+  template <class Change>
+  bool take(const Change& change, int* index) {
+    uint64_t held = range_.load();
+    for (;;) {
+      uint32_t begin = static_cast<uint32_t>(held >> 32), end = static_cast<uint32_t>(held);
+      if (begin >= end) return false;
+      *index = static_cast<int>(change(&begin, &end));
+      if (range_.compare_exchange_weak(held, static_cast<uint64_t>(begin) << 32 | end)) return true;
+    }
+  }
+
+  std::atomic<uint64_t> range_{0};
+};
+
 }  // namespace
 
 int usable_processors() {
@@ -80,18 +107,22 @@ struct Pool::State {
   std::mutex mutex;
   std::condition_variable work, done;
   std::atomic<uint64_t> epoch{0};  // number of runs
-  std::atomic<int> next{0};        // index that is taken next
   std::atomic<int> busy{0};        // threads that have not finished this run
   std::atomic<int> asleep{0};      // threads that wait for `work`
   std::atomic<bool> waiting{false};  // the caller waits for `done`
   bool ending = false;
-  int count = 0;
   Call call = nullptr;
   const void* task = nullptr;
+  std::vector<Share> shares;  // of each thread
   std::vector<std::thread> threads;
 
+  // A thread's own share from the front, so that it reads weights in the order of memory; then from the back of others'.
   void take(int thread) {
-    for (int index = next.fetch_add(1); index < count; index = next.fetch_add(1)) call(task, index, thread);
+    int index;
+    while (shares[thread].first(&index)) call(task, index, thread);
+    const int count = static_cast<int>(shares.size());
+    for (int i = 1; i < count; i++)
+      while (shares[(thread + i) % count].last(&index)) call(task, index, thread);
   }
 
   // Waits for a run after number `seen`; returns its number, or `seen` when the pool ends.
@@ -126,6 +157,7 @@ Pool::Pool(int threads) : threads_(threads < 1 ? 1 : threads) {}
 void Pool::start() {
   process_ = this_process();
   state_ = std::make_unique<State>();
+  state_->shares = std::vector<Share>(threads_);
   for (int i = 1; i < threads_; i++) state_->threads.emplace_back(&State::serve, state_.get(), i);
 }
 
@@ -147,10 +179,11 @@ void Pool::run_all(int count, Call call, const void* task) {
   if (state_ != nullptr && process_ != this_process()) state_.release();  // this process was forked
   if (state_ == nullptr) start();
   State& s = *state_;
-  s.count = count;
   s.call = call;
   s.task = task;
-  s.next = 0;
+  for (int i = 0; i < threads_; i++)
+    s.shares[i].set(static_cast<uint32_t>(static_cast<int64_t>(count) * i / threads_),
+                    static_cast<uint32_t>(static_cast<int64_t>(count) * (i + 1) / threads_));
   s.busy = threads_ - 1;
   s.epoch++;
   if (s.asleep.load() > 0) {
