@@ -31,20 +31,28 @@ TileConfig tile_config(int depth) {
   return config;
 }
 
+// Scales and zero points of a group of 32 outputs.
+struct GroupScales {
+  float scales[kPanelOutputs];
+  int32_t zeros[kPanelOutputs];
+};
+
 // A group of 32 outputs: [part of 64 columns][32 outputs][64]. Four bits less their zero point fit int8; eight bits stay
 // unsigned, and what the zero point takes off is subtracted from the dots.
 template <int Bits, int Group>
-inline void unpack_weights(const IntegerMatrix& w, int n, int width, int g, int8_t* codes) {
+inline void unpack_weights(const IntegerMatrix& w, int n, int width, int g, int8_t* codes, GroupScales* weights) {
   const size_t row_bytes = w.row_bytes();
   const uint8_t* bytes = w.codes + n * row_bytes + g * w.group_bytes();
   for (int i = 0; i < kPanelOutputs; i++) {
     const uint8_t* const row = bytes + (i < width ? i : 0) * row_bytes;
     _mm_prefetch(reinterpret_cast<const char*>(row) + kPanelOutputs * row_bytes, _MM_HINT_T1);
     const Unpacked part = unpack_group<Bits, Group>(row);
-    const int zero_point = Bits == 4 ? w.zero_point(n + (i < width ? i : 0), g) : 0;
-    const __m512i zero = _mm512_set1_epi8(static_cast<char>(zero_point));
+    const int output = n + (i < width ? i : 0), zero_point = w.zero_point(output, g);
+    const __m512i zero = _mm512_set1_epi8(static_cast<char>(Bits == 4 ? zero_point : 0));
     _mm512_store_si512(codes + i * 64, _mm512_sub_epi8(part.low, zero));
     if constexpr (Group == 128) _mm512_store_si512(codes + (kPanelOutputs + i) * 64, _mm512_sub_epi8(part.high, zero));
+    weights->scales[i] = w.scales[static_cast<size_t>(output) * w.groups() + g];
+    weights->zeros[i] = zero_point;
   }
 }
 
@@ -71,12 +79,6 @@ inline void multiply_panel(const int8_t* x) {
   }
 }
 
-// Scales and zero points of a group of 32 outputs.
-struct GroupScales {
-  float scales[kPanelOutputs];
-  int32_t zeros[kPanelOutputs];
-};
-
 // sums[32][kPanelRows] += dots * weight scale * activation scale.
 template <int Bits>
 inline void add_scaled(const int32_t* dots, const GroupScales& weights, __m512 scales, const int32_t* row_sums,
@@ -92,39 +94,56 @@ inline void add_scaled(const int32_t* dots, const GroupScales& weights, __m512 s
   }
 }
 
+// Dots that are on their way from the tiles to memory, and where they go. They are added one panel later: until then the
+// tiles multiply on.
+struct Pending {
+  const int32_t* dots = nullptr;
+  const GroupScales* weights = nullptr;
+  size_t place = 0;
+  float* sums = nullptr;
+
+  template <int Bits>
+  void add(const Activations& x) const {
+    if (dots != nullptr)
+      add_scaled<Bits>(dots, *weights, _mm512_loadu_ps(x.scales + place * 16), x.sums + place * 16, sums);
+  }
+};
+
+template <int Group>
+inline void load_weights(const int8_t* codes) {
+  _tile_loadd(2, codes, 64);
+  _tile_loadd(3, codes + 1024, 64);
+  if constexpr (Group == 128) {
+    _tile_loadd(4, codes + 2048, 64);
+    _tile_loadd(5, codes + 3072, 64);
+  }
+}
+
 template <int Bits, int Group>
-void panels_block(const IntegerMatrix& w, const Activations& x, int n, int width, int first_panel, int last_panel,
-                  float* sums) {
-  alignas(64) int8_t codes[2 * kPanelOutputs * 64];
+void panels_block(const IntegerMatrix& w, const Activations& x, int n, int width, int first, int last, float* sums) {
+  alignas(64) int8_t codes[2][2 * kPanelOutputs * 64];
   alignas(64) int32_t dots[2][kPanelOutputs * 16];
-  GroupScales weights;
+  GroupScales weights[3];  // of the pending group, this one and the next
   const int groups = w.groups();
   for (int i = 0; i < kPanelOutputs; i++)
-    for (int p = 0; p < last_panel - first_panel; p++)
-      _mm512_store_ps(sums + i * kPanelRows + 16 * p, _mm512_setzero_ps());
+    for (int p = 0; p < last - first; p++) _mm512_store_ps(sums + i * kPanelRows + 16 * p, _mm512_setzero_ps());
+  unpack_weights<Bits, Group>(w, n, width, 0, codes[0], &weights[0]);
+  Pending pending;
+  int turn = 0;
   for (int g = 0; g < groups; g++) {
-    unpack_weights<Bits, Group>(w, n, width, g, codes);
-    for (int i = 0; i < kPanelOutputs; i++) {
-      const int output = n + (i < width ? i : 0);
-      weights.scales[i] = w.scales[static_cast<size_t>(output) * groups + g];
-      weights.zeros[i] = Bits == 8 ? w.zero_point(output, g) : 0;
-    }
-    _tile_loadd(2, codes, 64);
-    _tile_loadd(3, codes + 1024, 64);
-    if constexpr (Group == 128) {
-      _tile_loadd(4, codes + 2048, 64);
-      _tile_loadd(5, codes + 3072, 64);
-    }
-    for (int p = first_panel; p < last_panel; p++) {
+    load_weights<Group>(codes[g & 1]);
+    for (int p = first; p < last; p++, turn ^= 1) {
       const size_t place = static_cast<size_t>(p) * groups + g;
       multiply_panel<Bits, Group>(x.codes + place * Group * 16);
-      int32_t* const d = dots[p & 1];
-      _tile_stored(0, d, 64);
-      _tile_stored(1, d + 256, 64);
-      add_scaled<Bits>(d, weights, _mm512_loadu_ps(x.scales + place * 16), x.sums + place * 16,
-                       sums + (p - first_panel) * 16);
+      if (p == first && g + 1 < groups)
+        unpack_weights<Bits, Group>(w, n, width, g + 1, codes[(g + 1) & 1], &weights[(g + 1) % 3]);
+      _tile_stored(0, dots[turn], 64);
+      _tile_stored(1, dots[turn] + 256, 64);
+      pending.add<Bits>(x);
+      pending = {dots[turn], &weights[g % 3], place, sums + (p - first) * 16};
     }
   }
+  pending.add<Bits>(x);
 }
 
 template <int Bits, int Group>

@@ -3,6 +3,9 @@
 // A register sums 16 parts of one (output, group) pair. Four outputs by four groups of them are turned into one register of whole
 // sums, lane 4 * group + output, and enter the float sums group by group.
 
+// Outputs whose weights are fetched ahead: the hardware's own prefetching stops at the end of a page.
+constexpr int kAhead = 12;
+
 // The 64, 32 or 16 bytes of a group as codes in the order of the activations: `low` the first 64 of them, `high` the rest.
 struct Unpacked {
   __m512i low, high;
@@ -105,8 +108,7 @@ struct RowProduct {
       }
       for (int i = 0; i < 4; i++) {
         const uint8_t* bytes = w.codes + outputs[i] * w.row_bytes() + (g + j) * w.group_bytes();
-        // The next four outputs: the hardware's own prefetching stops at the end of a page.
-        _mm_prefetch(reinterpret_cast<const char*>(bytes + 4 * w.row_bytes()), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(bytes + kAhead * w.row_bytes()), _MM_HINT_T1);
         const Unpacked codes = unpack_group<Bits, Group>(bytes);
         for (int r = 0; r < R; r++) {
           const int8_t* q = x.codes + (static_cast<size_t>(row + r) * x.groups + g + j) * Group;
@@ -115,7 +117,7 @@ struct RowProduct {
       }
     }
     for (int i = 0; i < 4; i++)
-      _mm_prefetch(reinterpret_cast<const char*>(w.scales + scales[i] + 4 * w.groups() + g), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(w.scales + scales[i] + kAhead * w.groups() + g), _MM_HINT_T1);
     const __m512 weights = output_scales(w.scales + g, scales, count);
     const __m512i zero = zeros(outputs, g, count);
     for (int r = 0; r < R; r++) {
