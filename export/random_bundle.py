@@ -58,7 +58,7 @@ def write_random_bundle(
     with GraphBuilder(folder / spec.DECODER_GRAPH) as graph:
         writer = DecoderGraph(DIALECTS["ort"](graph), model.decoder)
         ones = torch.ones(model.decoder.hidden_size)
-        gains = {name: (ones, ones) for name in ("input_layernorm", "post_attention_layernorm")}
+        gains = dict.fromkeys(("input_layernorm", "post_attention_layernorm"), (ones, ones))
         for index in range(model.decoder.num_hidden_layers):
             writer.layer(_layer(index, model.decoder, random), gains)
             on_progress(index + 2, total)

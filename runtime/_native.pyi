@@ -91,15 +91,19 @@ class Decoder:
     def step(
         self,
         embeddings: Annotated[
-            NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu", writable=False)
+            NDArray[numpy.float32], {"shape": (None, None), "order": "C", "device": "cpu", "writable": False}
         ],
-        modality: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order="C", device="cpu", writable=False)],
-        cosines: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu", writable=False)],
-        sines: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu", writable=False)],
+        modality: Annotated[NDArray[numpy.uint8], {"shape": (None,), "order": "C", "device": "cpu", "writable": False}],
+        cosines: Annotated[
+            NDArray[numpy.float32], {"shape": (None, None), "order": "C", "device": "cpu", "writable": False}
+        ],
+        sines: Annotated[
+            NDArray[numpy.float32], {"shape": (None, None), "order": "C", "device": "cpu", "writable": False}
+        ],
         sequences: Sequence[tuple[KvCache, int, int]],
         logit_rows: Sequence[int],
         stop: Stop,
-    ) -> object:
+    ) -> NDArray[numpy.float32] | None:
         """
         Run new rows [M, C] of sequences (cache, past, rows): -> logits float32 [R, V], None if it was stopped.
         """

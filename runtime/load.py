@@ -129,7 +129,8 @@ class Preparation:
             raise BundleCorruptError(f"{folder / spec.MANIFEST}: {error}") from error
         open_engine = find_backend(options.device, manifest.dialect, options.backend)(folder, manifest, options)
         if check_memory:
-            check(manifest, options.context, options.kv_cache, options.device, backend=options.backend)
+            kv_type = options.kv_cache or manifest.activations
+            check(manifest, options.context, kv_type, options.device, backend=options.backend)
         return cls(folder, manifest, options, open_engine, signatures_of(folder, manifest.files))
 
     def problems(self, *, force: bool = False, on_progress: OnProgress | None = None) -> list[str]:

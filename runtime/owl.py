@@ -63,7 +63,7 @@ class Owl2:
 
     @classmethod
     @checked
-    def load(
+    def load(  # noqa: PLR0913 - one parameter per setting
         cls,
         bundle: str | os.PathLike[str],
         *,

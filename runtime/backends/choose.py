@@ -75,7 +75,7 @@ def find_backend(device: Placement, dialect: DialectName, backend: BackendName |
     if not found:
         raise BackendUnavailableError(f"device {device}: no installed package has a backend for {device.kind}")
     try:
-        backend: Backend = found[0].load()
+        registered: Backend = found[0].load()
     except Exception as error:  # other people's modules
         raise BackendUnavailableError(f"device {device}: {found[0].value} cannot be imported: {error}") from error
-    return backend
+    return registered

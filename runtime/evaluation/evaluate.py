@@ -142,7 +142,8 @@ def evaluate(  # noqa: PLR0913 - the arguments of Owl2.load and those of the eva
             require(
                 all(value is None for value in (threads, context, kv_cache, backend))
                 and placement in (None, bundle.device),
-                "a loaded model keeps its device, backend, threads, context and K/V cache; to choose others, give its folder",
+                "a loaded model keeps its device, backend, threads, context and K/V cache; "
+                "to choose others, give its folder",
             )
             owl = bundle
         else:

@@ -95,7 +95,7 @@ def open_weights(
             linears += [reader.linear(f"{mlp}.{name}_proj", inner, width) for name in ("gate", "up")]
             linears.append(reader.linear(f"{mlp}.down_proj", width, inner))
             gains = [reader.view(f"{layer}.{norm}.gains") for norm in ("input_layernorm", "post_attention_layernorm")]
-            decoder.add_layer(*gains, linears)
+            decoder.add_layer(gains[0], gains[1], linears)
         decoder.finish(reader.view("norm.weight"), reader.linear("lm_head", config.vocab_size, width))
     except ValueError as error:
         raise BundleCorruptError(f"the decoder's tensors do not fit the model: {error}; export it again") from error
