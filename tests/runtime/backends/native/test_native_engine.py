@@ -1,0 +1,68 @@
+"""The native core on the sample bundle; skipped where it is not built (OWL2_NATIVE=1 pip install .)."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from owl2.runtime.backends.native.support import is_installed
+from owl2.runtime.engine import EngineOptions
+from owl2.runtime.load import Loaded, open_bundle
+from owl2.runtime.spec import KvType
+
+pytestmark = pytest.mark.skipif(not is_installed(), reason="the native core is not built: OWL2_NATIVE=1 pip install .")
+ROWS = 40
+
+
+def opened(bundle: Path, kv_cache: KvType = "fp32", threads: int = 2, backend: str = "native") -> Loaded:
+    return open_bundle(bundle, EngineOptions(threads=threads, kv_cache=kv_cache, backend=backend))[1]  # type: ignore[arg-type]
+
+
+@pytest.fixture(params=["fp32", "fp16", "int8"])
+def model(request: pytest.FixtureRequest, sample_bundle: Path) -> Iterator[Loaded]:
+    loaded = opened(sample_bundle, request.param)
+    yield loaded
+    loaded.close()
+
+
+def inputs(model: Loaded) -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(0)
+    rows = model.table.rows([int(token) for token in random.integers(3, model.config.decoder.vocab_size, ROWS)])
+    modality = np.zeros(ROWS, np.int64)
+    modality[5:20] = 1
+    return rows, modality
+
+
+def logits(model: Loaded, steps: list[int]) -> np.ndarray:
+    """Logits [ROWS, V] of the inputs in steps that end at these rows."""
+    rows, modality = inputs(model)
+    buffers, parts, start = model.engine.allocate(256, None), [], 0
+    for end in steps:
+        wanted = np.arange(end - start)
+        parts.append(model.engine.prefill(rows[start:end], modality[start:end], start, buffers, wanted))
+        start = end
+    return np.concatenate(parts)
+
+
+def test_a_row_does_not_depend_on_the_step_it_is_in(model: Loaded) -> None:
+    whole = logits(model, [ROWS])
+    for steps in (list(range(1, ROWS + 1)), [3, 4, 21, ROWS]):
+        np.testing.assert_array_equal(logits(model, steps), whole)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_nor_on_the_number_of_threads(sample_bundle: Path, threads: int) -> None:
+    one, two = opened(sample_bundle, "int8", threads), opened(sample_bundle, "int8")
+    np.testing.assert_array_equal(logits(one, [ROWS]), logits(two, [ROWS]))
+    one.close()
+    two.close()
+
+
+def test_it_computes_what_onnxruntime_does(sample_bundle: Path) -> None:
+    ours, theirs = opened(sample_bundle), opened(sample_bundle, backend="onnxruntime")
+    difference = logits(ours, [ROWS]) - logits(theirs, [ROWS])
+    assert np.abs(difference).max() < 0.3  # int8 activations are rounded to other codes after sums in another order
+    assert np.sqrt((difference**2).mean()) < 0.03
+    ours.close()
+    theirs.close()
