@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeVar, get_args
 
@@ -20,6 +21,7 @@ Ints = NDArray[np.int64]
 
 BackendName = Literal["native", "onnxruntime"]
 """What can run a bundle on the CPU."""
+MAX_THREADS_PER_CORE = 4
 PREFILL_BLOCK = 256
 """New positions of a prefill step, where a backend has no reason for another number."""
 CLOSED = "this model was closed; load the bundle again"
@@ -68,6 +70,20 @@ class KvBuffers(Protocol):
     @property
     def nbytes(self) -> int:
         """Bytes of memory they take."""
+
+
+def check_threads(threads: int | None) -> None:
+    """Refuse a number of threads that no machine like this one can use.
+
+    Raises:
+        ConfigError: with the most that it can.
+    """
+    maximum = MAX_THREADS_PER_CORE * (os.cpu_count() or 1)
+    require(threads is None or threads > 0, f"threads must be positive, got {threads}")
+    require(
+        threads is None or threads <= maximum,
+        f"threads {threads} is more than this machine can use; give at most {maximum}",
+    )
 
 
 Buffers = TypeVar("Buffers", bound=KvBuffers)

@@ -178,7 +178,7 @@ void integer_product(const IntegerMatrix& w, const Activations& x, int begin, in
 }  // namespace
 
 extern const Kernels kAmx;
-const Kernels kAmx = {"amx",         2,         rms_norm, quantize,        integer_product,
+const Kernels kAmx = {"amx",         5,         rms_norm, quantize,        integer_product,
                       dense_product, silu_gate, rotate,   store_key_value, attend};
 
 }  // namespace owl2

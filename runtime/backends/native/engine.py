@@ -16,7 +16,7 @@ from owl2.runtime.backends.native.weights import OpenWeights, open_weights
 from owl2.runtime.backends.ort.installation import check_onnxruntime, needs_onnxruntime
 from owl2.runtime.bundle import Bundle, Manifest
 from owl2.runtime.cancellation import NEVER, Cancellation, StoppedError
-from owl2.runtime.engine import CLOSED, EngineOptions, Floats, Ints, KvBuffers, own
+from owl2.runtime.engine import CLOSED, EngineOptions, Floats, Ints, KvBuffers, check_threads, own
 from owl2.runtime.errors import BackendError, BackendUnavailableError
 from owl2.runtime.rope import rotary_tables
 
@@ -33,6 +33,7 @@ def prepare(folder: Path, manifest: Manifest, options: EngineOptions) -> Callabl
     if problem is not None:
         raise BackendUnavailableError(f"{folder}: {problem}; load it with backend='onnxruntime'")
     native_kernels()
+    check_threads(options.threads)
     check_onnxruntime(manifest.minimum_onnxruntime)
     return lambda bundle: NativeEngine(bundle, options)
 

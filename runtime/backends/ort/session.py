@@ -8,7 +8,6 @@ an error to it. Here all three are.
 from __future__ import annotations
 
 import mmap
-import os
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,8 +23,7 @@ from owl2.runtime import spec
 from owl2.runtime.backends.ort.installation import PROVIDERS, diagnose, rtx_devices
 from owl2.runtime.backends.ort.stoppable import LOG_FATAL, first_line, run_stoppable
 from owl2.runtime.cancellation import Cancellation
-from owl2.runtime.config import require
-from owl2.runtime.engine import Floats
+from owl2.runtime.engine import Floats, check_threads
 from owl2.runtime.errors import BackendError, BackendUnavailableError, Owl2Warning
 from owl2.runtime.foreign import reading, reason
 from owl2.runtime.graph_file import external_tensors
@@ -52,7 +50,6 @@ Runtime copies anyway."""
 HELD_BYTES = 8 << 20
 """Largest such tensor; the scales and position embeddings of a 7B model have up to 4 MB each, 0.3 GB together."""
 MAX_LISTED_OPERATORS = 4
-MAX_THREADS_PER_CORE = 4
 LOG_ERRORS = 3
 """Severity of ONNX Runtime's log."""
 
@@ -77,12 +74,7 @@ class OrtOptions:
     exact: bool = False
 
     def __post_init__(self) -> None:
-        maximum = MAX_THREADS_PER_CORE * (os.cpu_count() or 1)
-        require(self.threads is None or self.threads > 0, f"threads must be positive, got {self.threads}")
-        require(
-            self.threads is None or self.threads <= maximum,
-            f"threads {self.threads} is more than this machine can use; give at most {maximum}",
-        )
+        check_threads(self.threads)
 
 
 DEFAULT_OPTIONS = OrtOptions()
