@@ -142,7 +142,7 @@ def evaluate(  # noqa: PLR0913 - the arguments of Owl2.load and those of the eva
             require(
                 all(value is None for value in (threads, context, kv_cache, backend))
                 and placement in (None, bundle.device),
-                "a loaded model keeps its device, backend, threads, context and K/V cache; "
+                "a loaded model keeps its device, threads, context and K/V cache, and its backend; "
                 "to choose others, give its folder",
             )
             owl = bundle
