@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from owl2.export.decoder import NORMS
 from owl2.export.graph.builder import GraphBuilder
 from owl2.export.graph.decoder import DecoderGraph
 from owl2.export.graph.dialect import DIALECTS
@@ -58,7 +59,7 @@ def write_random_bundle(
     with GraphBuilder(folder / spec.DECODER_GRAPH) as graph:
         writer = DecoderGraph(DIALECTS["ort"](graph), model.decoder)
         ones = torch.ones(model.decoder.hidden_size)
-        gains = dict.fromkeys(("input_layernorm", "post_attention_layernorm"), (ones, ones))
+        gains = dict.fromkeys(NORMS, (ones, ones))
         for index in range(model.decoder.num_hidden_layers):
             writer.layer(_layer(index, model.decoder, random), gains)
             on_progress(index + 2, total)

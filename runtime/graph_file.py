@@ -142,8 +142,7 @@ def _initializer(fields: list[Field]) -> Initializer:
     if external:
         one = external[0]
         return Initializer(one.name, one.element, one.shape, one.offset, one.length, None)
-    name = next((_text(value) for number, value in fields if number == TENSOR_NAME), "")
-    element = next((value for number, value in fields if number == TENSOR_TYPE and isinstance(value, int)), 0)
+    name, element = _identity(fields)
     data = next((bytes(value) for number, value in fields if number == TENSOR_RAW and not isinstance(value, int)), b"")
     return Initializer(name, element, _shape(fields), None, len(data), data)
 
@@ -162,10 +161,15 @@ def _external(fields: list[Field], *, initializer: bool) -> list[ExternalTensor]
         return []
     if not {"location", "offset", "length"} <= set(entries) <= {"location", "offset", "length", "checksum"}:
         raise ForeignError(f"a tensor in another file has the keys {shorten(sorted(entries))}")
-    name = next((_text(value) for number, value in fields if number == TENSOR_NAME), "")
-    element = next((value for number, value in fields if number == TENSOR_TYPE and isinstance(value, int)), 0)
+    name, element = _identity(fields)
     offset, length = _count(entries["offset"]), _count(entries["length"])
     return [ExternalTensor(name, initializer, element, _shape(fields), entries["location"], offset, length)]
+
+
+def _identity(fields: list[Field]) -> tuple[str, int]:
+    """Name of a tensor, and ONNX's number of its type."""
+    name = next((_text(value) for number, value in fields if number == TENSOR_NAME), "")
+    return name, next((value for number, value in fields if number == TENSOR_TYPE and isinstance(value, int)), 0)
 
 
 def _shape(fields: list[Field]) -> tuple[int, ...]:

@@ -34,7 +34,7 @@ class OpenFile:
         except OSError as error:
             raise BundleCorruptError(f"{path} cannot be read: {error.strerror or error}; copy it again") from error
         if self._status[0] != entry.size:
-            raise self._changed()
+            raise self.changed()
 
     def check(self) -> None:
         """Find out whether the file is still what was verified.
@@ -49,7 +49,7 @@ class OpenFile:
         if now == self._status:
             return
         if now[0] != self._entry.size or self._hash() != self._entry.sha256:
-            raise self._changed()
+            raise self.changed()
         self._status = now
 
     def read(self, offset: int, size: int) -> bytes:
@@ -62,7 +62,7 @@ class OpenFile:
                 os.lseek(handle, offset, os.SEEK_SET)
                 content = os.read(handle, size)
         if len(content) != size:
-            raise self._changed()
+            raise self.changed()
         return content
 
     @property
@@ -74,10 +74,6 @@ class OpenFile:
     def descriptor(self) -> int:
         """Of the open file; raises BackendError once it was closed."""
         return self._open()
-
-    def changed(self) -> BundleCorruptError:
-        """What to raise where a change was noticed otherwise."""
-        return self._changed()
 
     def close(self) -> None:
         """Give the file back; later reads raise BackendError."""
@@ -105,7 +101,8 @@ class OpenFile:
             digest.update(self.read(start, min(HASH_BLOCK, self._entry.size - start)))
         return digest.hexdigest()
 
-    def _changed(self) -> BundleCorruptError:
+    def changed(self) -> BundleCorruptError:
+        """What to raise where the content is not the verified one."""
         return BundleCorruptError(
             f"{self._path} was changed while the model used it, so that its answers cannot be trusted; copy or export "
             "the bundle again, then load it again"

@@ -8,6 +8,8 @@ namespace owl2 {
 
 // Rows of a step; text rows come first, whatever sequence they are of, then image rows.
 struct Decoder::Buffers {
+  Buffers(const Kernels& kernels, Pool* pool) : inputs(kernels, pool) {}
+
   Scratch<float> residual;  // [M, C]
   Scratch<float> normed;    // [M, C]
   Scratch<float> q, k, v;   // [M, C]
@@ -15,6 +17,7 @@ struct Decoder::Buffers {
   Scratch<float> gate;      // [M, F]
   Scratch<float> up;        // [threads, M, chunk]
   std::vector<std::vector<HeadBlock>> blocks;  // of each thread
+  Inputs inputs;
 };
 
 // One step.
@@ -27,7 +30,7 @@ class Decoder::Run {
         pool_(decoder->pool_),
         step_(step),
         buffers_(*decoder->buffers_),
-        inputs_(kernels_, pool_) {
+        inputs_(buffers_.inputs) {
     place_rows();
     const size_t hidden = static_cast<size_t>(rows_) * shape_.width;
     residual_ = buffers_.residual.of(hidden);
@@ -189,7 +192,7 @@ class Decoder::Run {
   Pool* pool_;
   const Step& step_;
   Buffers& buffers_;
-  Inputs inputs_;
+  Inputs& inputs_;
   std::vector<int> place_;  // where a row of the step is in the buffers
   int rows_ = 0;
   int text_ = 0;
@@ -197,7 +200,9 @@ class Decoder::Run {
 };
 
 Decoder::Decoder(const DecoderShape& shape, DecoderWeights weights, const Kernels& kernels, Pool* pool)
-    : shape_(shape), weights_(std::move(weights)), kernels_(kernels), pool_(pool), buffers_(std::make_shared<Buffers>()) {}
+    : shape_(shape), weights_(std::move(weights)), kernels_(kernels), pool_(pool), buffers_(std::make_unique<Buffers>(kernels, pool)) {}
+
+Decoder::~Decoder() = default;
 
 bool Decoder::run(const Step& step) {
   std::lock_guard<std::mutex> lock(mutex_);

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <vector>
 
@@ -62,6 +63,8 @@ class Decoder {
   // The weights must outlive the decoder.
   Decoder(const DecoderShape& shape, DecoderWeights weights, const Kernels& kernels, Pool* pool);
 
+  ~Decoder();
+
   // Returns false if it was stopped. Positions before `past` are never written to.
   // Throws std::bad_alloc, before anything is written.
   bool run(const Step& step);
@@ -77,7 +80,7 @@ class Decoder {
   const Kernels& kernels_;
   Pool* pool_;
   std::mutex mutex_;
-  std::shared_ptr<Buffers> buffers_;
+  std::unique_ptr<Buffers> buffers_;
 };
 
 }  // namespace owl2

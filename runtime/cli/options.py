@@ -45,7 +45,7 @@ background_option = click.option(
     help="Colour to lay under transparent images: a name or #rrggbb; none drops transparency, like the original.",
 )
 threads_option = click.option(
-    "--threads", type=integer, show_default="one for each processor", help="Threads that share a step on the CPU."
+    "--threads", type=integer, show_default="chosen by the backend", help="Threads that share a step on the CPU."
 )
 context_option = click.option(
     "--context", type=integer, show_default="the model's own limit", help="Positions that a conversation may take."

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from owl2.runtime import spec
-from owl2.runtime.backends.native.support import obstacle
+from owl2.runtime.backends.native.support import BLOCK, obstacle
 from owl2.runtime.bundle import Manifest
+from owl2.runtime.config import DecoderConfig
 from owl2.runtime.engine import PREFILL_BLOCK, BackendName
 from owl2.runtime.fit.machine import MIB
 from owl2.runtime.fit.products import Product
@@ -44,8 +45,7 @@ CUDA_LIBRARIES = 500 * MIB  # in addition, where the CPU has the same memory
 ENGINE_PER_FILE = 1.01
 ENGINE_PROFILES = 2  # of the decoder; floating-point matrices are held once for each, integer ones once
 BUILD_PER_ENGINE = 3.9
-# The native core: rows of a prefill step, and bytes per row and inner value beside the floats (int8 copies, the gate).
-NATIVE_BLOCK = 512
+# The native core: bytes per row and inner value beside the floats (int8 copies, the gate).
 NATIVE_SPARE = 2
 
 
@@ -86,31 +86,17 @@ def memory_parts(
     decoder, vision = resident_decoder(manifest, runner), stored(manifest, spec.VISION_GRAPH)
     if cpu and manifest.weights.vision == "fp16":
         vision = int(vision * VISION_FLOAT16)
-    position = kv_position(manifest, kv_type, runner)
-    kv, old = context * position, max(0, context - GROWTH) * position
-    # Beyond the length that dynamic scaling leaves alone a prompt runs as one block.
-    steady = model.decoder.steady_limit
-    block = context if steady is not None and context > steady else min(PREFILL_BLOCK, context)
-    feed_forwards = 2 + (0 if engine else model.decoder.num_hidden_layers)
-    stream = block * (4 * model.decoder.hidden_size + feed_forwards * model.decoder.intermediate_size) * element
-    scores = block * context * model.decoder.num_attention_heads * element
-    parts = [
-        MemoryPart("decoder weights", decoder, stored(manifest, spec.DECODER_GRAPH) if engine else decoder, basis),
-        MemoryPart("vision weights", vision, vision, basis),
-        MemoryPart("K/V cache", kv, kv, "computed"),
-        # A full buffer is copied into a longer one and released only then; of a new one on the CPU, what nothing was
-        # written to takes no memory yet.
-        MemoryPart("K/V cache, growing", max(0, 2 * old - kv) if cpu else old, 0, "computed"),
-        MemoryPart("prefill", int((1 if engine else ARENA) * stream) + scores, scores, basis),
-    ]
+    kv = context * kv_position(manifest, kv_type, runner)
+    held = (
+        MemoryPart("decoder weights, mapped", decoder, decoder, "computed")
+        if native
+        else MemoryPart("decoder weights", decoder, stored(manifest, spec.DECODER_GRAPH) if engine else decoder, basis)
+    )
+    parts = [held, MemoryPart("vision weights", vision, vision, basis), MemoryPart("K/V cache", kv, kv, "computed")]
     if native:
-        rows = min(NATIVE_BLOCK, context)
-        work = rows * (
-            4 * (6 * model.decoder.hidden_size + model.decoder.intermediate_size)
-            + NATIVE_SPARE * model.decoder.intermediate_size
-        )
-        parts[0] = MemoryPart("decoder weights, mapped", decoder, decoder, "computed")
-        parts[3:] = [MemoryPart("prefill", work, 0, "computed")]
+        parts.append(_native_prefill(model.decoder, context))
+    else:
+        parts += _session_prefill(manifest, runner, context, kv, basis)
     if images:
         tower = model.vision  # sees one image at a time
         rows = tower.num_tokens * (3 * tower.hidden_size + 2 * tower.intermediate_size)
@@ -126,6 +112,32 @@ def memory_parts(
     else:
         parts.append(MemoryPart("CUDA context", CUDA_CONTEXT, 0, "assumed"))
     return [part for part in parts if part.size]
+
+
+def _native_prefill(decoder: DecoderConfig, context: int) -> MemoryPart:
+    """What a step of the native core works in; its K/V cache grows without a copy."""
+    width, inner = decoder.hidden_size, decoder.intermediate_size
+    work = min(BLOCK, context) * (4 * (6 * width + inner) + NATIVE_SPARE * inner)
+    return MemoryPart("prefill", work, 0, "computed")
+
+
+def _session_prefill(manifest: Manifest, runner: Runner, context: int, kv: int, basis: Basis) -> list[MemoryPart]:
+    """What a prefill of ONNX Runtime or an engine works in, and the growth of a K/V cache of ``kv`` bytes."""
+    decoder, element = manifest.model.decoder, int(BYTES_PER_VALUE[manifest.activations])
+    engine = runner.startswith("tensorrt")
+    old = max(0, context - GROWTH) * kv // context
+    # Beyond the length that dynamic scaling leaves alone a prompt runs as one block.
+    steady = decoder.steady_limit
+    block = context if steady is not None and context > steady else min(PREFILL_BLOCK, context)
+    feed_forwards = 2 + (0 if engine else decoder.num_hidden_layers)
+    stream = block * (4 * decoder.hidden_size + feed_forwards * decoder.intermediate_size) * element
+    scores = block * context * decoder.num_attention_heads * element
+    return [
+        # A full buffer is copied into a longer one and released only then; of a new one on the CPU, what nothing was
+        # written to takes no memory yet.
+        MemoryPart("K/V cache, growing", max(0, 2 * old - kv) if runner == "onnxruntime-cpu" else old, 0, "computed"),
+        MemoryPart("prefill", int((1 if engine else ARENA) * stream) + scores, scores, basis),
+    ]
 
 
 def kv_position(manifest: Manifest, kv_type: KvType, runner: Runner) -> int:

@@ -268,8 +268,7 @@ def check_memory(
     budget = this_cpu(root) if device.on_host else max(gpus(root), key=lambda gpu: gpu.available, default=None)
     if budget is None:
         return
-    full = Plan(manifest, budget, resolve_context(manifest.model.decoder, context), kv_type, images=0)
-    full = replace(full, backend=backend)
+    full = Plan(manifest, budget, resolve_context(manifest.model.decoder, context), kv_type, images=0, backend=backend)
     first = full if context is not None else replace(full, context=min(full.context, GROWTH))
     least = {part.name: part.least for part in first.parts if part.least}
     needed, available = sum(least.values()), budget.available + (free_swap(root) if device.on_host else 0)

@@ -9,11 +9,11 @@ namespace owl2 {
 namespace {
 
 #include "output.inl"
+#include "rows.inl"
 #include "attention.inl"
 #include "dense.inl"
-#include "rows.inl"
 #include "integer_rows_avx512.inl"
-#include "panel_end.inl"
+#include "panels_avx512.inl"
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -125,8 +125,6 @@ void panels_block(const IntegerMatrix& w, const Activations& x, int n, int width
   alignas(64) int32_t dots[2][kPanelOutputs * 16];
   GroupScales weights[3];  // of the pending group, this one and the next
   const int groups = w.groups();
-  for (int i = 0; i < kPanelOutputs; i++)
-    for (int p = 0; p < last - first; p++) _mm512_store_ps(sums + i * kPanelRows + 16 * p, _mm512_setzero_ps());
   unpack_weights<Bits, Group>(w, n, width, 0, codes[0], &weights[0]);
   Pending pending;
   int turn = 0;
@@ -146,33 +144,16 @@ void panels_block(const IntegerMatrix& w, const Activations& x, int n, int width
   pending.add<Bits>(x);
 }
 
-template <int Bits, int Group>
-void panels_product(const IntegerMatrix& w, const Activations& x, int begin, int end, const Output& out) {
-  alignas(64) float sums[kPanelOutputs * kPanelRows];
-  const TileConfig config = tile_config(Group == 32 ? 32 : 64);
-  _tile_loadconfig(&config);
-  const int first = out.first / 16, last = (out.last + 15) / 16;
-  for (int p = first; p < last; p += kPanelRows / 16) {
-    const int until = p + kPanelRows / 16 < last ? p + kPanelRows / 16 : last;
-    for (int n = begin; n < end; n += kPanelOutputs) {
-      const int width = end - n < kPanelOutputs ? end - n : kPanelOutputs;
-      panels_block<Bits, Group>(w, x, n, width, p, until, sums);
-      for (int i = p; i < until; i++) write_panel(out, sums + (i - p) * 16, i * 16, n, width);
-    }
-  }
-  _tile_release();
-}
-
 void integer_product(const IntegerMatrix& w, const Activations& x, int begin, int end, const Output& out) {
   if (!x.panels) return few_rows(w, x, begin, end, out);
-  if (w.bits == 4) {
-    if (w.group == 128) return panels_product<4, 128>(w, x, begin, end, out);
-    if (w.group == 64) return panels_product<4, 64>(w, x, begin, end, out);
-    return panels_product<4, 32>(w, x, begin, end, out);
-  }
-  if (w.group == 128) return panels_product<8, 128>(w, x, begin, end, out);
-  if (w.group == 64) return panels_product<8, 64>(w, x, begin, end, out);
-  return panels_product<8, 32>(w, x, begin, end, out);
+  const TileConfig config = tile_config(w.group == 32 ? 32 : 64);
+  _tile_loadconfig(&config);
+  by_shape(w, [&](auto bits, auto group) {
+    each_block(begin, end, out, [&](int n, int width, int first, int last, float* sums) {
+      panels_block<bits.value, group.value>(w, x, n, width, first, last, sums);
+    });
+  });
+  _tile_release();
 }
 
 }  // namespace

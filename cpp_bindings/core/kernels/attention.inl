@@ -160,16 +160,13 @@ void attend_group(const HeadQueries& q, const HeadBlock* blocks, int row, int ro
     for (int t = 0; t < tiles; t++) {
       const int first = row + t * kTileRows, count = rows - t * kTileRows;
       if (q.past + first + (count < kTileRows ? count : kTileRows) - 1 < start) continue;
-      if (count >= kTileRows) {
-        attend_stretch<float, kTileRows>(q, width, first, start, stretch, states[t]);
-      } else {
-        switch (count) {
-          case 5: attend_stretch<float, 5>(q, width, first, start, stretch, states[t]); break;
-          case 4: attend_stretch<float, 4>(q, width, first, start, stretch, states[t]); break;
-          case 3: attend_stretch<float, 3>(q, width, first, start, stretch, states[t]); break;
-          case 2: attend_stretch<float, 2>(q, width, first, start, stretch, states[t]); break;
-          default: attend_stretch<float, 1>(q, width, first, start, stretch, states[t]);
-        }
+      switch (count < kTileRows ? count : kTileRows) {
+        case 6: attend_stretch<float, 6>(q, width, first, start, stretch, states[t]); break;
+        case 5: attend_stretch<float, 5>(q, width, first, start, stretch, states[t]); break;
+        case 4: attend_stretch<float, 4>(q, width, first, start, stretch, states[t]); break;
+        case 3: attend_stretch<float, 3>(q, width, first, start, stretch, states[t]); break;
+        case 2: attend_stretch<float, 2>(q, width, first, start, stretch, states[t]); break;
+        default: attend_stretch<float, 1>(q, width, first, start, stretch, states[t]);
       }
     }
   }
@@ -213,15 +210,6 @@ void scatter(const HeadBlock& block, int position, const Value* key, const Value
   __builtin_memcpy(static_cast<Value*>(block.values) + static_cast<size_t>(place) * padded, value, padded * sizeof(Value));
 }
 
-inline float to_int8(const float* x, int padded, int8_t* codes) {
-  Lanes most = broadcast(0.0f);
-  for (int d = 0; d < padded; d += 16) most = largest_magnitude(most, load(x + d));
-  const float magnitude = largest_bits(most);
-  const Lanes inverse = broadcast(magnitude == 0.0f ? 0.0f : 127.0f / magnitude);
-  for (int d = 0; d < padded; d += 16) store_rounded(codes + d, multiply(load(x + d), inverse));
-  return magnitude / 127.0f;
-}
-
 void store_key_value(const HeadBlock& block, int position, const float* key, const float* value) {
   const int width = block.width, padded = padded_width(width), place = position % kBlockPositions;
   float k[kLargestWidth], v[kLargestWidth];
@@ -239,7 +227,8 @@ void store_key_value(const HeadBlock& block, int position, const float* key, con
     return scatter(block, position, half_k, half_v);
   }
   int8_t codes_k[kLargestWidth], codes_v[kLargestWidth];
-  block.key_scales[place] = to_int8(k, padded, codes_k);
-  block.value_scales[place] = to_int8(v, padded, codes_v);
+  int32_t unused = 0;
+  block.key_scales[place] = round_to_int8(k, padded, codes_k, &unused);
+  block.value_scales[place] = round_to_int8(v, padded, codes_v, &unused);
   scatter(block, position, codes_k, codes_v);
 }

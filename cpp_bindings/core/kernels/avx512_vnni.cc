@@ -6,11 +6,11 @@ namespace owl2 {
 namespace {
 
 #include "output.inl"
+#include "rows.inl"
 #include "attention.inl"
 #include "dense.inl"
-#include "rows.inl"
 #include "integer_rows_avx512.inl"
-#include "panel_end.inl"
+#include "panels_avx512.inl"
 
 // gcc 12 moves the sums of the intrinsic through memory in every step.
 #define OWL2_DOT(sum, weights, x) __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(x))
@@ -97,8 +97,6 @@ void add_group(const IntegerMatrix& w, const Activations& x, int n, int width, i
 template <int Bits, int Group>
 void panels_block(const IntegerMatrix& w, const Activations& x, int n, int width, int first, int last, float* sums) {
   alignas(64) uint8_t codes[kPanelOutputs * Group];
-  for (int i = 0; i < kPanelOutputs; i++)
-    for (int p = 0; p < last - first; p++) _mm512_store_ps(sums + i * kPanelRows + 16 * p, _mm512_setzero_ps());
   for (int g = 0; g < w.groups(); g++) {
     unpack_weights<Bits, Group>(w, n, width, g, codes);
     int p = first;
@@ -107,30 +105,13 @@ void panels_block(const IntegerMatrix& w, const Activations& x, int n, int width
   }
 }
 
-template <int Bits, int Group>
-void panels_product(const IntegerMatrix& w, const Activations& x, int begin, int end, const Output& out) {
-  alignas(64) float sums[kPanelOutputs * kPanelRows];
-  const int first = out.first / 16, last = (out.last + 15) / 16;
-  for (int p = first; p < last; p += kPanelRows / 16) {
-    const int until = p + kPanelRows / 16 < last ? p + kPanelRows / 16 : last;
-    for (int n = begin; n < end; n += kPanelOutputs) {
-      const int width = end - n < kPanelOutputs ? end - n : kPanelOutputs;
-      panels_block<Bits, Group>(w, x, n, width, p, until, sums);
-      for (int i = p; i < until; i++) write_panel(out, sums + (i - p) * 16, i * 16, n, width);
-    }
-  }
-}
-
 void integer_product(const IntegerMatrix& w, const Activations& x, int begin, int end, const Output& out) {
   if (!x.panels) return few_rows(w, x, begin, end, out);
-  if (w.bits == 4) {
-    if (w.group == 128) return panels_product<4, 128>(w, x, begin, end, out);
-    if (w.group == 64) return panels_product<4, 64>(w, x, begin, end, out);
-    return panels_product<4, 32>(w, x, begin, end, out);
-  }
-  if (w.group == 128) return panels_product<8, 128>(w, x, begin, end, out);
-  if (w.group == 64) return panels_product<8, 64>(w, x, begin, end, out);
-  return panels_product<8, 32>(w, x, begin, end, out);
+  by_shape(w, [&](auto bits, auto group) {
+    each_block(begin, end, out, [&](int n, int width, int first, int last, float* sums) {
+      panels_block<bits.value, group.value>(w, x, n, width, first, last, sums);
+    });
+  });
 }
 
 }  // namespace

@@ -13,21 +13,25 @@ void rms_norm(const float* x, const float* gain, float eps, int width, float* y)
   }
 }
 
+// Values as int8, the largest as 127 or -127; `count` is a multiple of 16. Returns the scale, and adds the codes to *sum.
+inline float round_to_int8(const float* x, int count, int8_t* codes, int32_t* sum) {
+  Lanes most = broadcast(0.0f);
+  for (int i = 0; i < count; i += 16) most = largest_magnitude(most, load(x + i));
+  const float magnitude = largest_bits(most);
+  const Lanes inverse = broadcast(magnitude == 0.0f ? 0.0f : 127.0f / magnitude);
+  for (int i = 0; i < count; i += 16) *sum += store_rounded(codes + i, multiply(load(x + i), inverse));
+  return magnitude / 127.0f;
+}
+
 void quantize_group(const float* x, int count, int group, int bits, int8_t* codes, float* scale, int32_t* sum) {
   float values[128];
   if (count < group) {
     for (int i = 0; i < group; i++) values[i] = i < count ? x[i] : 0.0f;
     x = values;
   }
-  Lanes most = broadcast(0.0f);
-  for (int i = 0; i < group; i += 16) most = largest_magnitude(most, load(x + i));
-  const float magnitude = largest_bits(most);
-  const Lanes inverse = broadcast(magnitude == 0.0f ? 0.0f : 127.0f / magnitude);
   int8_t plain[128];
-  int32_t total = 0;
-  for (int i = 0; i < group; i += 16) total += store_rounded(plain + i, multiply(load(x + i), inverse));
-  *scale = magnitude / 127.0f;
-  *sum = total;
+  *sum = 0;
+  *scale = round_to_int8(x, group, plain, sum);
   const int half = group / 2;
   if (bits == 4) {
     for (int i = 0; i < half; i++) {

@@ -6,9 +6,9 @@ namespace owl2 {
 namespace {
 
 #include "output.inl"
+#include "rows.inl"
 #include "attention.inl"
 #include "dense.inl"
-#include "rows.inl"
 
 // The codes of a row and group in the order in which they are laid out, less the zero point.
 void unpack(const IntegerMatrix& w, int n, int g, int* codes) {

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from owl2.runtime import _native, spec
-from owl2.runtime.backends.native.support import default_kv_type, native_kernels, obstacle
+from owl2.runtime.backends.native.support import BLOCK, default_kv_type, native_kernels, obstacle
 from owl2.runtime.backends.native.weights import OpenWeights, open_weights
 from owl2.runtime.backends.ort.installation import check_onnxruntime, needs_onnxruntime
 from owl2.runtime.bundle import Bundle, Manifest
@@ -22,9 +22,6 @@ from owl2.runtime.rope import rotary_tables
 
 if TYPE_CHECKING:
     from owl2.runtime.backends.ort.engine import OrtVision
-
-BLOCK = 512
-"""New positions of a prefill step."""
 
 
 def prepare(folder: Path, manifest: Manifest, options: EngineOptions) -> Callable[[Bundle], NativeEngine]:

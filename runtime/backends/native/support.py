@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import cache
 
 from owl2.runtime.bundle import Manifest
 from owl2.runtime.errors import BackendUnavailableError
@@ -12,10 +13,13 @@ MODULE = "owl2.runtime._native"
 GROUP_SIZES = (32, 64, 128)
 WIDEST_HEAD = 512
 NOT_INSTALLED = "this installation has no native core (it was built without a compiler)"
+BLOCK = 512
+"""New positions of a prefill step."""
 KV_TYPES: tuple[KvType, ...] = ("fp32", "fp16", "int8")
 """Types of K/V cache that it offers on every bundle."""
 
 
+@cache
 def is_installed() -> bool:
     """Whether this installation has the compiled module."""
     return importlib.util.find_spec(MODULE) is not None

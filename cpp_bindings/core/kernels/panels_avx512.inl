@@ -1,4 +1,5 @@
-// How a product of panels ends: sums [32 outputs][kPanelRows] are turned into rows and written.
+// What every product of panels does around its dots: sums [32 outputs][kPanelRows] of a block begin as zeros, and are
+// turned into rows and written.
 
 constexpr int kPanelRows = 256;   // rows whose sums stay in the first-level cache
 constexpr int kPanelOutputs = 32;
@@ -36,5 +37,23 @@ void write_panel(const Output& out, const float* sums, int row, int n, int width
     transpose(r);
     for (int i = 0; i < 16; i++)
       if (row + i >= out.first && row + i < out.last) write_lanes(out, row + i, n + half, width - half, Lanes{r[i]});
+  }
+}
+
+// Calls block(n, width, first, last, sums) for 32 outputs from n on, of which `width` are wanted, and panels first <= p <
+// last, and writes the sums that it adds.
+template <class Block>
+void each_block(int begin, int end, const Output& out, const Block& block) {
+  alignas(64) float sums[kPanelOutputs * kPanelRows];
+  const int first = out.first / 16, last = (out.last + 15) / 16;
+  for (int p = first; p < last; p += kPanelRows / 16) {
+    const int until = p + kPanelRows / 16 < last ? p + kPanelRows / 16 : last;
+    for (int n = begin; n < end; n += kPanelOutputs) {
+      const int width = end - n < kPanelOutputs ? end - n : kPanelOutputs;
+      for (int i = 0; i < kPanelOutputs; i++)
+        for (int j = 0; j < until - p; j++) _mm512_store_ps(sums + i * kPanelRows + 16 * j, _mm512_setzero_ps());
+      block(n, width, p, until, sums);
+      for (int i = p; i < until; i++) write_panel(out, sums + (i - p) * 16, i * 16, n, width);
+    }
   }
 }
