@@ -43,18 +43,24 @@ def native_kernels() -> str | None:
 
 def obstacle(manifest: Manifest) -> str | None:
     """Why the native core cannot run a bundle, in a sentence without an end; None if it can."""
-    if not is_installed():
-        return NOT_INSTALLED
-    weights, decoder = manifest.weights, manifest.model.decoder
-    if manifest.dialect != "ort":
-        return f"the native core has no graphs of the dialect {manifest.dialect}"
-    if manifest.activations != "fp32":
-        return f"the native core computes in fp32, and the activations of this bundle are {manifest.activations}"
-    if weights.group_size and weights.group_size not in GROUP_SIZES:
-        return f"the native core has no groups of {weights.group_size} columns"
-    if decoder.head_dim > WIDEST_HEAD:
-        return f"the native core has no heads of {decoder.head_dim} values"
-    return None
+    weights, head_dim = manifest.weights, manifest.model.decoder.head_dim
+    grouped = weights.group_size != 0
+    obstacles = {
+        NOT_INSTALLED: not is_installed(),
+        f"the native core has no graphs of the dialect {manifest.dialect}": manifest.dialect != "ort",
+        f"the native core computes in fp32, and the activations of this bundle are {manifest.activations}": (
+            manifest.activations != "fp32"
+        ),
+        f"the native core has no groups of {weights.group_size} columns": (
+            grouped and weights.group_size not in GROUP_SIZES
+        ),
+        # Only the graph has that order: without it answers would be wrong, unnoticed.
+        "the native core does not read the order of columns that integers of a GPTQ checkpoint may have": (
+            weights.method == "gptq checkpoint"
+        ),
+        f"the native core has no heads of {head_dim} values": head_dim > WIDEST_HEAD,
+    }
+    return next((sentence for sentence, applies in obstacles.items() if applies), None)
 
 
 def default_kv_type(manifest: Manifest) -> KvType:

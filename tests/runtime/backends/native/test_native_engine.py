@@ -1,12 +1,14 @@
 """The native core on the sample bundle; skipped where it is not built (OWL2_NATIVE=1 pip install .)."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from owl2.runtime.backends.native.support import is_installed
+from owl2.runtime.backends.native.support import is_installed, obstacle
+from owl2.runtime.bundle import read_manifest
 from owl2.runtime.engine import EngineOptions
 from owl2.runtime.load import Loaded, open_bundle
 from owl2.runtime.spec import KvType
@@ -66,3 +68,10 @@ def test_it_computes_what_onnxruntime_does(sample_bundle: Path) -> None:
     assert np.sqrt((difference**2).mean()) < 0.03
     ours.close()
     theirs.close()
+
+
+def test_integers_of_a_gptq_checkpoint_are_left_to_onnxruntime(sample_bundle: Path) -> None:
+    manifest = read_manifest(sample_bundle)
+    assert obstacle(manifest) is None
+    kept = replace(manifest, weights=replace(manifest.weights, method="gptq checkpoint"))
+    assert "order of columns" in (obstacle(kept) or "")
