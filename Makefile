@@ -4,9 +4,10 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+NATIVE_TEST = $(BIN)/cmake -S cpp_bindings -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo
 FOLDERS := package export runtime quant sample scripts tests
 
-.PHONY: help demo test lint types unit wheel bench fuzz soak full full-size aarch64 clean
+.PHONY: help demo test lint types unit native-test native-threads wheel bench fuzz soak full full-size aarch64 clean
 
 help:
 	@echo "make demo   set up, convert the sample model, ask about an image"
@@ -36,7 +37,7 @@ bundles/sample/owl2.json: $(VENV)/.export sample/checkpoint/model.safetensors
 demo: bundles/sample/owl2.json
 	$(BIN)/owl2 ask bundles/sample "Describe the picture." --image sample/pictures/scene3.png --stats
 
-test: lint types
+test: lint types native-test
 	$(BIN)/python -m pytest
 	$(MAKE) wheel
 
@@ -55,6 +56,18 @@ types: $(VENV)/.dev
 unit: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not slow"
 
+# The core's own tests, under the sanitizers for addresses and undefined behaviour.
+native-test: $(VENV)/.dev
+	$(NATIVE_TEST) -B build/native-test -DOWL2_SANITIZE=address,undefined
+	$(BIN)/cmake --build build/native-test
+	cd build/native-test && ../../$(BIN)/ctest --output-on-failure
+
+# The same under the sanitizer for threads.
+native-threads: $(VENV)/.dev
+	$(NATIVE_TEST) -B build/native-threads -DOWL2_SANITIZE=thread
+	$(BIN)/cmake --build build/native-threads
+	cd build/native-threads && ../../$(BIN)/ctest --output-on-failure
+
 wheel: $(VENV)/.dev bundles/sample/owl2.json
 	scripts/check-wheel $(BIN)/python bundles/sample
 
@@ -68,7 +81,7 @@ fuzz: $(VENV)/.dev
 soak: $(VENV)/.dev bundles/sample/owl2.json
 	$(BIN)/python scripts/soak.py bundles/sample sample/pictures --minutes $(or $(MINUTES),20)
 
-full: $(VENV)/.dev
+full: $(VENV)/.dev native-threads
 	PYTHON=$(BIN)/python scripts/measure-sample build/measure
 	$(BIN)/python scripts/ablate.py build/measure --answers
 	$(BIN)/python scripts/measure_layers.py build/measure --samples 16

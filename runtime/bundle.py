@@ -17,7 +17,7 @@ from owl2.runtime.foreign import cut, read_json, reading, shorten
 from owl2.runtime.graph_file import graph_problems
 from owl2.runtime.open_file import OpenFile
 from owl2.runtime.spec import DialectName, FloatType, KvType, VisionType, WeightType
-from owl2.runtime.tensors import StoredTensor, stored_tensors
+from owl2.runtime.tensors import StoredTensor, check_shapes, stored_tensors
 from owl2.runtime.token_table import FileTable
 from owl2.runtime.verification import FileEntry, OnProgress, require_file_names, verify_files
 
@@ -183,6 +183,10 @@ class Bundle:
     def tensors(self, graph: str) -> Mapping[str, StoredTensor]:
         """The weights of a graph by name; raises BundleCorruptError where the graph cannot be read."""
         return stored_tensors(self.path(graph))
+
+    def check_shapes(self, graph: str, expected: Mapping[str, tuple[int | None, ...]]) -> None:
+        """Refuse a graph whose inputs and outputs are not the model's, None being any size; raises BundleError."""
+        check_shapes(self.path(graph), expected)
 
     def token_table(self) -> FileTable:
         """The rows of ``embeddings.bin``."""

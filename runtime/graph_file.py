@@ -30,7 +30,8 @@ SUBMESSAGES: dict[str, dict[int, str]] = {
 NODE_OPERATOR = 4
 LOADS_FILES = ("EPContext",)
 """Operators that load files by themselves."""
-MODEL_GRAPH, GRAPH_INITIALIZER = 7, 5
+MODEL_GRAPH, GRAPH_INITIALIZER, GRAPH_INPUT, GRAPH_OUTPUT = 7, 5, 11, 12
+VALUE_NAME, VALUE_TYPE, TYPE_TENSOR, TENSOR_TYPE_SHAPE, SHAPE_DIM, DIM_VALUE = 1, 2, 1, 2, 1, 1
 TENSOR_DIMS, TENSOR_TYPE, TENSOR_NAME, TENSOR_RAW, TENSOR_EXTERNAL = 1, 2, 8, 9, 13
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 Field = tuple[int, int | memoryview]
@@ -127,14 +128,39 @@ def external_tensors(path: Path) -> list[ExternalTensor]:
 
 def graph_initializers(path: Path) -> list[Initializer]:
     """The initializers of the main graph; raises as :func:`external_tensors`."""
-    found: list[Initializer] = []
-    for number, graph in _fields(memoryview(read_bytes(path, GRAPH_BYTES)), MAX_FIELDS):
-        if number != MODEL_GRAPH or isinstance(graph, int):
-            continue
-        for inner, tensor in _fields(graph, MAX_FIELDS):
-            if inner == GRAPH_INITIALIZER and not isinstance(tensor, int):
-                found.append(_initializer(list(_fields(tensor, MAX_FIELDS))))
-    return found
+    return [_initializer(list(_fields(tensor, MAX_FIELDS))) for tensor in _graph_parts(path, GRAPH_INITIALIZER)]
+
+
+def graph_shapes(path: Path) -> dict[str, tuple[int | None, ...]]:
+    """Shapes of the inputs and outputs of the main graph, None for a free dimension; as :func:`external_tensors`."""
+    shapes: dict[str, tuple[int | None, ...]] = {}
+    for value in _graph_parts(path, GRAPH_INPUT, GRAPH_OUTPUT):
+        fields = list(_fields(value, MAX_FIELDS))
+        name = next((_text(text) for number, text in fields if number == VALUE_NAME), "")
+        found: list[int | None] = []
+        for dimension in _inside(value, VALUE_TYPE, TYPE_TENSOR, TENSOR_TYPE_SHAPE, SHAPE_DIM):
+            sizes = [size for number, size in _fields(dimension, MAX_FIELDS) if number == DIM_VALUE]
+            found.append(sizes[0] if sizes and isinstance(sizes[0], int) else None)
+        shapes[name] = tuple(found)
+    return shapes
+
+
+def _graph_parts(path: Path, *numbers: int) -> Iterator[memoryview]:
+    """The main graph's messages of these fields."""
+    for graph in _inside(memoryview(read_bytes(path, GRAPH_BYTES)), MODEL_GRAPH):
+        for number, part in _fields(graph, MAX_FIELDS):
+            if number in numbers and not isinstance(part, int):
+                yield part
+
+
+def _inside(content: memoryview, *path: int) -> Iterator[memoryview]:
+    """The messages that a path of field numbers leads to."""
+    for number, value in _fields(content, MAX_FIELDS):
+        if number == path[0] and not isinstance(value, int):
+            if len(path) == 1:
+                yield value
+            else:
+                yield from _inside(value, *path[1:])
 
 
 def _initializer(fields: list[Field]) -> Initializer:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from owl2.runtime.errors import BundleCorruptError
+from owl2.runtime.errors import BackendError, BundleCorruptError
 from owl2.runtime.foreign import ForeignError, reason
-from owl2.runtime.graph_file import graph_initializers
+from owl2.runtime.graph_file import graph_initializers, graph_shapes
 
 TensorType = Literal["uint8", "int8", "int4", "int64", "float16", "float32"]
 ONNX_TYPES: dict[int, TensorType] = {1: "float32", 2: "uint8", 3: "int8", 7: "int64", 10: "float16", 22: "int4"}
@@ -53,3 +53,24 @@ def stored_tensors(path: Path) -> Mapping[str, StoredTensor]:
         for entry in found
         if entry.element in ONNX_TYPES
     }
+
+
+def check_shapes(path: Path, expected: Mapping[str, tuple[int | None, ...]]) -> None:
+    """Compare inputs and outputs of a graph with those of the model; None stands for any size.
+
+    Raises:
+        BackendError: one is missing or has another shape.
+        BundleCorruptError: the file cannot be read as a graph.
+    """
+    try:
+        found = graph_shapes(path)
+    except (ForeignError, OSError) as error:
+        raise BundleCorruptError(f"{path} cannot be read as a graph: {reason(error)}") from error
+    for name, shape in expected.items():
+        have = found.get(name)
+        if have is None or len(have) != len(shape) or any(w not in (None, h) for w, h in zip(shape, have)):
+            problem = "is missing" if have is None else f"has shape {list(have)}"
+            raise BackendError(
+                f"{path} does not fit the manifest: {name} {problem}, the model needs {list(shape)}; export the bundle "
+                "again"
+            )

@@ -18,6 +18,7 @@ from owl2.export.checkpoint.hf_config import model_config
 from owl2.export.config import ExportConfig
 from owl2.export.pipeline import export_bundle
 from owl2.quant.models.mplug_owl2 import Owl2Model
+from owl2.runtime.backends.native.support import is_installed
 from owl2.runtime.bundle import content_digest
 from owl2.runtime.cli.commands import cli
 from owl2.runtime.spec import MANIFEST, TOKENIZER_FILES
@@ -33,6 +34,8 @@ torch.set_num_threads(1)
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
+NEEDS_NATIVE = pytest.mark.skipif(not is_installed(), reason="this installation has no native core")
+BACKENDS = ["onnxruntime", pytest.param("native", marks=NEEDS_NATIVE)]
 MakeCheckpoint = Callable[..., Path]
 RunCommand = Callable[..., Result]
 

@@ -9,8 +9,10 @@ from typing import get_args
 import click
 
 from owl2.runtime.cli.console import notice, reports_errors, say, say_json, size
+from owl2.runtime.cli.options import backend_option
 from owl2.runtime.cli.table import section, table
 from owl2.runtime.cli.types import PATH, integer
+from owl2.runtime.engine import BackendName
 from owl2.runtime.fit.machine import gpus, this_cpu
 from owl2.runtime.fit.plan import THIS, Plan, plan
 from owl2.runtime.fit.products import GIB, PRODUCTS
@@ -29,9 +31,10 @@ from owl2.runtime.spec import KvType
 @click.option(
     "--kv-cache",
     type=click.Choice(get_args(KvType)),
-    show_default="that of the bundle's activations",
+    show_default="that which a load chooses",
     help="Type of keys and values.",
 )
+@backend_option
 @click.option("--images", type=integer, default=1, show_default=True, help="Images in the conversation.")
 @click.option("--json", "as_json", is_flag=True, help="Write everything as JSON.")
 @click.option("--list", "list_devices", is_flag=True, help="List the known products and the devices of this machine.")
@@ -41,6 +44,7 @@ def plan_command(
     device: str,
     context: int | None,
     kv_cache: KvType | None,
+    backend: BackendName | None,
     images: int,
     *,
     as_json: bool,
@@ -68,7 +72,7 @@ def plan_command(
         return
     if bundle is None:
         raise click.UsageError("give a bundle to plan for, or --list to see the devices")
-    found = plan(bundle, device=device, context=context, kv_cache=kv_cache, images=images)
+    found = plan(bundle, device=device, context=context, kv_cache=kv_cache, images=images, backend=backend)
     for note in found.notes:
         notice(note)
     if as_json:

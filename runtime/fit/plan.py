@@ -185,6 +185,7 @@ def plan(
     context: int | None = None,
     kv_cache: KvType | None = None,
     images: int = 1,
+    backend: BackendName | None = None,
 ) -> Plan:
     """Estimate memory and speed of a bundle on a device, this one or another.
 
@@ -202,6 +203,7 @@ def plan(
         context: positions of a conversation; None for the model's own limit.
         kv_cache: type of keys and values; None for the one that a load chooses.
         images: in the conversation.
+        backend: of a CPU: ``"native"`` or ``"onnxruntime"``; None for the one that a load chooses.
 
     Raises:
         BundleError: the folder is not a bundle.
@@ -218,11 +220,10 @@ def plan(
         f"most {(context - 1) // rows} images or a longer context",
     )
     budget, notes = find_budget(device or THIS)
-    native = footprint.find_runner(manifest, budget.device) == "native"
-    kv_type = (
-        resolve_options(manifest, EngineOptions(kv_cache=kv_cache)).kv_cache if native else manifest.kv_type(kv_cache)
-    )
-    return Plan(manifest, budget, context, kv_type or manifest.activations, images, str(bundle), notes)
+    native = footprint.find_runner(manifest, budget.device, backend) == "native"
+    options = EngineOptions(kv_cache=kv_cache, backend=backend)
+    kv_type = resolve_options(manifest, options).kv_cache if native else manifest.kv_type(kv_cache)
+    return Plan(manifest, budget, context, kv_type or manifest.activations, images, str(bundle), notes, backend)
 
 
 def find_budget(name: str) -> tuple[MemoryBudget, tuple[str, ...]]:

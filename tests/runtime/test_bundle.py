@@ -249,7 +249,7 @@ def test_a_graph_that_onnxruntime_refuses(copy: Path) -> None:
     (copy / "vision.onnx").write_bytes(b"")  # a message of Protocol Buffers without fields
     rehash(copy, "vision.onnx")
     with pytest.raises(BackendError, match=r"vision\.onnx cannot be loaded: "):
-        Owl2.load(copy)
+        Owl2.load(copy, backend="onnxruntime")
 
 
 @pytest.mark.parametrize(

@@ -202,4 +202,4 @@ def test_types_are_compared_where_none_was_asked_for(copy: Path, change: Callabl
     change(copy)
     rehash(copy, "decoder.onnx")
     with pytest.raises(BackendError, match=message):
-        Owl2.load(copy)
+        Owl2.load(copy, backend="onnxruntime")

@@ -81,10 +81,13 @@ class NativeEngine:
         self._bundle, self._options = bundle, options
         self._config = bundle.manifest.model.decoder
         self._kv_type = options.kv_cache or default_kv_type(bundle.manifest)
+        self._check_graphs()
         self._data = bundle.open_file(f"{spec.DECODER_GRAPH}.data")
+        # ONNX Runtime may go on using what it has mapped of it.
+        self._vision_data = bundle.open_file(f"{spec.VISION_GRAPH}.data")
         threads = options.threads or _native.usable_processors()
         self._weights: OpenWeights | None = open_weights(
-            bundle.tensors(spec.DECODER_GRAPH), self._data, self._config, threads
+            bundle.tensors(spec.DECODER_GRAPH), self._data, bundle.manifest, threads
         )
         self._vision: OrtVision | None = None
         self._opening = threading.Lock()
@@ -101,13 +104,16 @@ class NativeEngine:
         """Give the weights back, at once or when a step that is running has ended."""
         self._weights = self._vision = None
         self._data.close()
+        self._vision_data.close()
 
     def warm(self) -> None:
         """Open the vision side, which otherwise is opened for the first image."""
         self._open_vision()
 
     def encode_images(self, pixels: Floats, cancellation: Cancellation = NEVER) -> Floats:
-        return self._open_vision().encode_images(pixels, cancellation)
+        vision = self._open_vision()
+        self._vision_data.check()
+        return vision.encode_images(pixels, cancellation)
 
     def allocate(self, capacity: int, previous: KvBuffers | None) -> NativeBuffers:
         if previous is not None:
@@ -179,6 +185,15 @@ class NativeEngine:
         if weights is None:
             raise BackendError(CLOSED)
         return weights
+
+    def _check_graphs(self) -> None:
+        """Compare what only the graphs tell with the manifest; raises BackendError."""
+        model, heads = self._bundle.manifest.model, self._config.num_attention_heads
+        shape = (None, heads, None, spec.padded_head_dim(self._config))
+        caches = {name: shape for index in range(self._config.num_hidden_layers) for name in spec.past_names(index)}
+        self._bundle.check_shapes(spec.DECODER_GRAPH, caches)
+        rows = (None, model.rows_per_image, self._config.hidden_size)
+        self._bundle.check_shapes(spec.VISION_GRAPH, {spec.IMAGE_ROWS: rows})
 
     def _open_vision(self) -> OrtVision:
         self._open()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from owl2.runtime import _native
-from owl2.runtime.config import DecoderConfig
+from owl2.runtime.bundle import Manifest
 from owl2.runtime.errors import BundleCorruptError
 from owl2.runtime.open_file import OpenFile
 from owl2.runtime.tensors import StoredTensor
@@ -30,8 +30,8 @@ class OpenWeights:
 class _Reader:
     """Makes linear layers of tensors by name, and keeps the views."""
 
-    def __init__(self, tensors: Mapping[str, StoredTensor], mapped: _native.MappedFile) -> None:
-        self._tensors, self._mapped = tensors, mapped
+    def __init__(self, tensors: Mapping[str, StoredTensor], mapped: _native.MappedFile, group_size: int) -> None:
+        self._tensors, self._mapped, self._group_size = tensors, mapped, group_size
         self.views: list[_native.View] = []
 
     def tensor(self, name: str) -> StoredTensor:
@@ -57,33 +57,33 @@ class _Reader:
             half = self.tensor(f"{name}.weight").type == "float16"
             return _native.Linear.floats(outputs, inputs, half, self.view(f"{name}.weight"), bias, columns)
         codes, scales = self.tensor(f"{name}.codes"), self.tensor(f"{name}.scales")
-        bits, group = _packing(codes, scales, inputs)
+        bits, group = _packing(codes, inputs, self._group_size)
         zeros = self.optional(f"{name}.zero_points")
         views = self.view(codes.name), self.view(scales.name)
         return _native.Linear.integers(outputs, inputs, bits, group, *views, zeros, bias, columns)
 
 
-def _packing(codes: StoredTensor, scales: StoredTensor, inputs: int) -> tuple[int, int]:
+def _packing(codes: StoredTensor, inputs: int, group_size: int) -> tuple[int, int]:
     """Bits and group size of codes [N, G, group * bits / 8] for K ``inputs``."""
-    group_bytes = codes.shape[-1]
-    for bits in (4, 8):
-        group = group_bytes * 8 // bits
-        if scales.size == 4 * codes.shape[0] * codes.shape[1] and codes.shape[1] == -(-inputs // group):
-            return bits, group
+    if len(codes.shape) == 3 and group_size > 0 and codes.shape[1] == -(-inputs // group_size):
+        bits, rest = divmod(8 * codes.shape[2], group_size)
+        if bits in (4, 8) and not rest:
+            return bits, group_size
     raise BundleCorruptError(f"{codes.name} has the shape {list(codes.shape)}, which no layer of {inputs} inputs has")
 
 
-def open_weights(
-    tensors: Mapping[str, StoredTensor], file: OpenFile, config: DecoderConfig, threads: int
-) -> OpenWeights:
+def open_weights(tensors: Mapping[str, StoredTensor], file: OpenFile, manifest: Manifest, threads: int) -> OpenWeights:
     """Map the data file and build the decoder; nothing is read.
 
     Raises:
         BundleCorruptError: tensors are missing or have other sizes than the model's.
     """
-    mapped = _native.MappedFile(file.descriptor, file.size)
-    reader, width, inner = _Reader(tensors, mapped), config.hidden_size, config.intermediate_size
-    heads = config.num_attention_heads
+    beyond = f"layers.{manifest.model.decoder.num_hidden_layers}."
+    if any(name.startswith(beyond) for name in tensors):
+        raise BundleCorruptError(f"the decoder's graph has {beyond[:-1]}, beyond the model's last; export it again")
+    config, mapped = manifest.model.decoder, _native.MappedFile(file.descriptor, file.size)
+    reader = _Reader(tensors, mapped, manifest.weights.group_size)
+    width, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
     decoder = _native.Decoder(width, inner, heads, config.vocab_size, config.rms_norm_eps, threads)
     try:
         for index in range(config.num_hidden_layers):

@@ -9,6 +9,7 @@ from conftest import RunCommand
 from planning import manifest, nvidia_smi
 
 from owl2.runtime import spec
+from owl2.runtime.backends.native.support import is_installed
 from owl2.runtime.fit.products import PRODUCTS
 
 
@@ -80,11 +81,14 @@ def test_building_an_engine(run: RunCommand, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("device", ["this", "cpu"])
 def test_this_machine(run: RunCommand, bundle_a1: Path, device: str) -> None:
-    result = run("plan", bundle_a1, "--device", device, "--json")
-    record = json.loads(result.stdout)
-    assert result.exit_code == 0
+    usual, onnxruntime = (
+        run("plan", bundle_a1, "--device", device, "--json", *backend) for backend in ((), ("--backend", "onnxruntime"))
+    )
+    assert usual.exit_code == onnxruntime.exit_code == 0
+    record = json.loads(usual.stdout)
     assert record["fits"]
-    assert record["runner"].startswith("onnxruntime")
+    assert record["runner"] == ("native" if is_installed() else "onnxruntime-cpu")
+    assert json.loads(onnxruntime.stdout)["runner"] == "onnxruntime-cpu"
 
 
 def test_which_gpu_of_this_machine(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import RunCommand, edit_manifest, flip_byte, rehash
+from conftest import NEEDS_NATIVE, RunCommand, edit_manifest, flip_byte, rehash
 
 from owl2 import LoadProgress, Owl2, verify
 from owl2.runtime import spec
@@ -20,12 +20,21 @@ from owl2.runtime.families.mplug_owl2.positions import embed
 @pytest.mark.parametrize("name", ["sample_bundle", "bundle_a1", "bundle_a2"])
 def test_a_fresh_bundle_passes(name: str, request: pytest.FixtureRequest) -> None:
     stages: list[LoadProgress] = []
-    verdict = verify(str(request.getfixturevalue(name)), threads=1, progress=stages.append)
+    folder = str(request.getfixturevalue(name))
+    verdict = verify(folder, threads=1, backend="onnxruntime", progress=stages.append)
     assert verdict.passed
     assert [stages[0].stage, stages[-1].stage] == ["verifying", "loading"]
     for replay in verdict.replays:
         # The exporting machine is this one.
         assert replay.kl == pytest.approx(replay.exported_kl, rel=1e-2, abs=1e-9)
+
+
+@NEEDS_NATIVE
+@pytest.mark.parametrize("name", ["bundle_a1", "bundle_a2"])
+def test_float_bundles_agree_on_the_native_core(name: str, request: pytest.FixtureRequest) -> None:
+    verdict = verify(request.getfixturevalue(name), backend="native")
+    assert verdict.passed
+    assert max(replay.kl for replay in verdict.replays) < 1e-9
 
 
 def test_every_file_is_hashed_although_it_was_verified_before(sample_bundle: Path, hashed: list[str]) -> None:

@@ -28,13 +28,13 @@ def small_machine(tmp_path: Path) -> Path:
 
 def test_7b_on_a_machine_of_4_gb(small_machine: Path) -> None:
     with pytest.raises(InsufficientMemoryError) as caught:
-        check_memory(manifest(), 2048, "fp32", root=small_machine)
+        check_memory(manifest(), 2048, "fp32", backend="onnxruntime", root=small_machine)
     message = str(caught.value)
     assert isinstance(caught.value, BackendError)
     assert message.startswith("not enough memory: the model needs at least 6.")
     for words in ("decoder weights 4.08 GiB", "K/V cache 2.00 GiB", "3.07 GiB are available", "--no-memory-check"):
         assert words in message
-    needs = Plan(manifest(), cpu(32), 2048, "fp32", images=0).needed
+    needs = Plan(manifest(), cpu(32), 2048, "fp32", images=0, backend="onnxruntime").needed
     assert f"to make it fit: a machine with {needs / GIB:.2f} GiB of memory available" in message
     assert caught.value.needed > 6 * GIB
     assert caught.value.available == 3221225 * 1024
@@ -43,13 +43,13 @@ def test_7b_on_a_machine_of_4_gb(small_machine: Path) -> None:
 def test_what_is_suggested_passes(tmp_path: Path) -> None:
     root = machine(tmp_path, 7_400_000, 6_400_000)
     with pytest.raises(InsufficientMemoryError) as caught:
-        check_memory(manifest(), 2048, "fp32", root=root)
+        check_memory(manifest(), 2048, "fp32", backend="onnxruntime", root=root)
     both, shorter = re.findall(
         r"to make it fit: --kv-cache int8 and --context (\d+); or --context (\d+);", str(caught.value)
     )[0]
     assert 2048 > int(both) > int(shorter) > 0
-    check_memory(manifest(), int(both), "int8", root=root)
-    check_memory(manifest(), int(shorter), "fp32", root=root)
+    check_memory(manifest(), int(both), "int8", backend="onnxruntime", root=root)
+    check_memory(manifest(), int(shorter), "fp32", backend="onnxruntime", root=root)
 
 
 def test_it_errs_on_the_small_side(tmp_path: Path) -> None:
@@ -58,22 +58,22 @@ def test_it_errs_on_the_small_side(tmp_path: Path) -> None:
     root = machine(tmp_path, tight, tight)
     budget = this_cpu(root)
     assert budget is not None
-    assert not Plan(manifest(), budget, 2048, "fp32").fits
-    check_memory(manifest(), 2048, "fp32", root=root)
+    assert not Plan(manifest(), budget, 2048, "fp32", backend="onnxruntime").fits
+    check_memory(manifest(), 2048, "fp32", backend="onnxruntime", root=root)
 
 
 def test_without_a_context_the_first_positions_have_to_fit(tmp_path: Path) -> None:
     """A conversation may never reach the model's own context; one that was asked for is meant."""
-    weights = sum(part.least for part in Plan(manifest(), cpu(32), 1, "fp32", images=0).parts)
+    weights = sum(part.least for part in Plan(manifest(), cpu(32), 1, "fp32", images=0, backend="onnxruntime").parts)
     first = GROWTH * manifest().kv_bytes("fp32")
     enough = (weights + first) // 1024 + (64 << 10)
     root = machine(tmp_path, enough, enough)
-    check_memory(manifest(), None, "fp32", root=root)
-    check_memory(manifest(), GROWTH, "fp32", root=root)
+    check_memory(manifest(), None, "fp32", backend="onnxruntime", root=root)
+    check_memory(manifest(), GROWTH, "fp32", backend="onnxruntime", root=root)
     with pytest.raises(InsufficientMemoryError, match=r"K/V cache 2\.00 GiB"):
-        check_memory(manifest(), 2048, "fp32", root=root)
+        check_memory(manifest(), 2048, "fp32", backend="onnxruntime", root=root)
     with pytest.raises(InsufficientMemoryError, match=r"K/V cache 0\.25 GiB"):
-        check_memory(manifest(), None, "fp32", root=machine(tmp_path, enough, weights // 1024))
+        check_memory(manifest(), None, "fp32", backend="onnxruntime", root=machine(tmp_path, enough, weights // 1024))
 
 
 @pytest.mark.parametrize("kind", ["cuda", "tensorrt"])

@@ -24,7 +24,7 @@ def sizes(plan: Plan) -> dict[str, int]:
 def test_int4_weights_of_7b() -> None:
     """Against figures by hand: 32 layers of 6 square and 3 wide matrices, a head of 8 bits."""
     layers = 32 * (6 * 4096 * 4096 + 3 * 4096 * 11008)
-    plan = Plan(manifest(), cpu(32), 2048, "fp32")
+    plan = Plan(manifest(), cpu(32), 2048, "fp32", backend="onnxruntime")
     found = sizes(plan)
     assert stored(plan.manifest, spec.DECODER_GRAPH) == layers * 4.25 / 8 + 32000 * 4096 * 8.25 / 8
     assert found["decoder weights"] == pytest.approx(layers * 4.5 / 8 + 32000 * 4096 * 8.5 / 8, rel=1e-6)
@@ -35,7 +35,7 @@ def test_int4_weights_of_7b() -> None:
 
 def test_kv_of_the_dialects() -> None:
     def kv(bundle: Manifest, kv_type: KvType) -> int:
-        return sizes(Plan(bundle, cpu(32), 1, kv_type))["K/V cache"]
+        return sizes(Plan(bundle, cpu(32), 1, kv_type, backend="onnxruntime"))["K/V cache"]
 
     assert kv(manifest(), "fp32") == 2 * 32 * 4096 * 4
     assert kv(manifest(num_attention_heads=64, hidden_size=2560), "int8") == 2 * 32 * 64 * 48
@@ -44,13 +44,24 @@ def test_kv_of_the_dialects() -> None:
     assert kv(odd, "fp16") == 2 * 32 * 384 * 2
 
 
+def test_the_native_core_maps_what_is_stored() -> None:
+    plans = [Plan(manifest(), cpu(32), 2048, kv_type, backend="native") for kv_type in ("fp32", "fp16", "int8")]
+    for plan, kv in zip(plans, (2 * GIB, GIB, GIB // 2 + 2048 * 2 * 32 * 32 * 4)):
+        found = sizes(plan)
+        assert found["decoder weights, mapped"] == stored(plan.manifest, spec.DECODER_GRAPH)
+        assert found["K/V cache"] == kv
+        assert "K/V cache, growing" not in found
+
+
 def test_the_token_table_costs_nothing() -> None:
     assert "embed" not in " ".join(sizes(Plan(manifest(), cpu(32), 2048, "fp32")))
 
 
 def test_float16_files_take_twice_their_size_on_a_cpu_and_once_on_a_gpu() -> None:
     bundle = manifest("fp16")
-    on_cpu, on_gpu = (sizes(Plan(bundle, budget, 2048, "fp32")) for budget in (cpu(64), device("rtx4090")))
+    on_cpu, on_gpu = (
+        sizes(Plan(bundle, budget, 2048, "fp32", backend="onnxruntime")) for budget in (cpu(64), device("rtx4090"))
+    )
     assert on_cpu["decoder weights"] == 2 * stored(bundle, spec.DECODER_GRAPH)
     assert on_gpu["decoder weights"] == stored(bundle, spec.DECODER_GRAPH)
 
@@ -79,7 +90,7 @@ def test_the_least_is_no_more_than_the_estimate() -> None:
 
 
 def test_dynamic_scaling_runs_long_prompts_in_one_block() -> None:
-    plain = Plan(manifest(), cpu(32), 2048, "fp32")
+    plain = Plan(manifest(), cpu(32), 2048, "fp32", backend="onnxruntime")
     config = replace(MODEL.decoder, rope_scaling=RopeScaling("dynamic", 2.0))
     scaled = replace(plain, manifest=replace(plain.manifest, model=replace(MODEL, decoder=config)))
     assert scaled.needed == plain.needed

@@ -77,7 +77,7 @@ class TestSuggestions:
 
     def test_the_longest_context_is_suggested(self) -> None:
         for gibibytes in (7.0, 7.6, 8.2):
-            plan = Plan(manifest(), cpu(gibibytes), 2048, "fp32")
+            plan = Plan(manifest(), cpu(gibibytes), 2048, "fp32", backend="onnxruntime")
             change, after = next(item for item in plan.suggestions.items() if item[0].startswith("--context"))
             assert change == f"--context {after.context}"
             assert not replace(plan, context=after.context + CONTEXT_STEP).fits
@@ -166,7 +166,7 @@ class TestFunction:
         ("settings", "message"),
         [
             ({"device": "rtx1"}, "device 'rtx1' is not known; known: this, gpu, cpu, orin-nano-4gb"),
-            ({"kv_cache": "fp16"}, "kv_cache 'fp16': this bundle offers fp32, int8"),
+            ({"kv_cache": "fp16", "backend": "onnxruntime"}, "kv_cache 'fp16': this bundle offers fp32, int8"),
             ({"context": 4096}, "context 4096 exceeds the 2048 positions"),
             ({"images": 40}, "40 images take 2600 positions and leave none of the context of 2048"),
             ({"images": -1}, "images must not be negative, got -1"),

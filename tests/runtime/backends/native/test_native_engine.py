@@ -1,4 +1,4 @@
-"""The native core on the sample bundle; skipped where it is not built (OWL2_NATIVE=1 pip install .)."""
+"""The native core on the sample bundle."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -6,14 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import NEEDS_NATIVE
 
-from owl2.runtime.backends.native.support import is_installed, obstacle
+from owl2.runtime.backends.native.support import obstacle
 from owl2.runtime.bundle import read_manifest
 from owl2.runtime.engine import EngineOptions
 from owl2.runtime.load import Loaded, open_bundle
 from owl2.runtime.spec import KvType
 
-pytestmark = pytest.mark.skipif(not is_installed(), reason="the native core is not built: OWL2_NATIVE=1 pip install .")
+pytestmark = NEEDS_NATIVE
 ROWS = 40
 
 

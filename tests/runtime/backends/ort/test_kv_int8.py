@@ -48,7 +48,7 @@ def engine(bundle: Bundle) -> OrtEngine:
 
 @pytest.fixture(scope="module")
 def model(bundle_a1: Path) -> Loaded:
-    return open_bundle(bundle_a1, EngineOptions(kv_cache="int8"))[1]
+    return open_bundle(bundle_a1, EngineOptions(kv_cache="int8", backend="onnxruntime"))[1]
 
 
 @pytest.fixture(scope="module")
@@ -111,13 +111,13 @@ class TestBundle:
 
     def test_another_type_is_refused_with_those_offered(self, bundle_a1: Path) -> None:
         with pytest.raises(ConfigError, match=r"kv_cache 'int4': .* offers fp32, int8; choose one of these"):
-            Owl2.load(bundle_a1, kv_cache="int4")  # type: ignore[arg-type]
+            Owl2.load(bundle_a1, kv_cache="int4", backend="onnxruntime")  # type: ignore[arg-type]
 
     def test_a_bundle_without_it(self, copy: Path) -> None:
         edit_manifest(copy, kv_cache={"fp32": "1.22"})
         with pytest.raises(ConfigError, match=r"kv_cache 'int8': .* offers fp32; choose"):
-            Owl2.load(copy, kv_cache="int8")
-        assert Owl2.load(copy).logits("Hi").shape[1] == 800
+            Owl2.load(copy, kv_cache="int8", backend="onnxruntime")
+        assert Owl2.load(copy, backend="onnxruntime").logits("Hi").shape[1] == 800
 
     def test_an_onnxruntime_too_old_for_it_still_runs_the_other(self, copy: Path) -> None:
         edit_manifest(copy, kv_cache={"fp32": "1.22", "int8": "99.1"})
@@ -125,8 +125,8 @@ class TestBundle:
             BackendUnavailableError,
             match=r"the int8 K/V cache needs onnxruntime 99\.1 or newer, .* is installed; upgrade it .* 'fp32'",
         ):
-            Owl2.load(copy, kv_cache="int8")
-        assert Owl2.load(copy).logits("Hi").shape[1] == 800
+            Owl2.load(copy, kv_cache="int8", backend="onnxruntime")
+        assert Owl2.load(copy, backend="onnxruntime").logits("Hi").shape[1] == 800
 
     @pytest.mark.parametrize(
         ("offered", "message"),
@@ -153,7 +153,7 @@ class TestBundle:
         shutil.copy(copy / "decoder.onnx", copy / "decoder.kv_int8.onnx")
         rehash(copy, "decoder.kv_int8.onnx")
         with pytest.raises(BackendError, match=r"past_key_values\.0\.key is tensor\(float\), int8 is needed"):
-            Owl2.load(copy, kv_cache="int8")
+            Owl2.load(copy, kv_cache="int8", backend="onnxruntime")
 
 
 class TestCodes:
@@ -176,7 +176,7 @@ class TestCodes:
         width, count = heads
         top = {"hidden_size": width, "num_attention_heads": count, "num_key_value_heads": count}
         export_bundle(ExportConfig(make_checkpoint(top=top), tmp_path / "bundle", weights="fp32"))
-        opened, model = open_bundle(tmp_path / "bundle", EngineOptions())
+        opened, model = open_bundle(tmp_path / "bundle", EngineOptions(backend="onnxruntime"))
         embeds, modality = rows_of(model, PROMPT, image)
         made, _ = filled(OrtEngine(opened, INT8), embeds, modality)
         exact, _ = filled(OrtEngine(opened), embeds, modality)
@@ -302,7 +302,8 @@ class TestCommands:
         return result.stdout
 
     def test_ask(self, run: RunCommand, bundle_a1: Path, model: Loaded, image: Path) -> None:
-        asked = ("ask", bundle_a1, "What is it?", "--image", image, "--max-new-tokens", 12, "--json", "--kv-cache")
+        limits = ("--image", image, "--max-new-tokens", 12, "--json", "--backend", "onnxruntime", "--kv-cache")
+        asked = ("ask", bundle_a1, "What is it?", *limits)
         records = {kv_type: json.loads(self.output(run, *asked, kv_type)) for kv_type in ("int8", "fp32")}
         assert records["int8"]["text"] == Chat(model).ask("What is it?", image, max_new_tokens=12).text
         assert records["int8"]["kv_cache_positions"] == GROWTH
@@ -313,12 +314,21 @@ class TestCommands:
         self, run: RunCommand, sample_bundle: Path, sample_checkpoint: Path
     ) -> None:
         image = sample_checkpoint.parent / "pictures" / "scene3.png"
-        asked = ("ask", sample_bundle, "Describe the picture.", "--image", image, "--kv-cache")
+        asked = (
+            "ask",
+            sample_bundle,
+            "Describe the picture.",
+            "--image",
+            image,
+            "--backend",
+            "onnxruntime",
+            "--kv-cache",
+        )
         assert self.output(run, *asked, "int8") == self.output(run, *asked, "fp32")
 
     def test_stats_name_the_memory(self, run: RunCommand, bundle_a1: Path) -> None:
         asked = ("ask", bundle_a1, "What is it?", "--max-new-tokens", 3, "--stats", "--kv-cache", "int8")
-        result = run(*asked)
+        result = run(*asked, "--backend", "onnxruntime")
         assert "96.0 KiB of it K/V cache for 256 positions" in result.stderr
 
     def test_info(self, run: RunCommand, bundle_a1: Path, copy: Path) -> None:
