@@ -156,6 +156,10 @@ class Engine(DecoderEngine, Protocol):
     def block(self) -> int:
         """New positions of a prefill step, at most, unless a prompt cannot be divided."""
 
+    @property
+    def rows_are_independent(self) -> bool:
+        """Whether the logits of a row are the same bits whatever other rows its step has."""
+
     def encode_images(self, pixels: Floats, cancellation: Cancellation = NEVER) -> Floats:
         """pixels: [N, 3, R, R] -> image rows [N, queries + 1, C]."""
 

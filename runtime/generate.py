@@ -21,6 +21,7 @@ from owl2.runtime.kv_cache import Claim, KvCache
 from owl2.runtime.load import Loaded
 from owl2.runtime.memory import peak_memory
 from owl2.runtime.sampling import GenerationConfig, StopFilter, log_softmax, sample
+from owl2.runtime.steps import Steps
 
 FinishReason = Literal["stop", "length", "context", "cancelled"]
 
@@ -60,6 +61,8 @@ class Stats:
         peak_memory: largest resident size of the process so far.
         kv_cache_memory: of the K/V buffers.
         kv_cache_positions: that the K/V buffers have room for; they grow with the conversation.
+        drafted_tokens: found by prompt lookup, and checked several to a step.
+        accepted_tokens: of these, how many were right: steps that were saved.
     """
 
     prompt_tokens: int
@@ -74,6 +77,8 @@ class Stats:
     peak_memory: int
     kv_cache_memory: int
     kv_cache_positions: int
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -206,8 +211,7 @@ def generate(
     """
     cache, last = claim.cache, len(prompt.keys) - 1
     began = prefilling = decoding = now = time.perf_counter()
-    reused = encoded = 0
-    logits = None
+    reused, encoded, logits = 0, 0, None
     with suppress(StoppedError):
         cancellation.check()
         reused = reuse(model, claim, prompt, last)
@@ -220,6 +224,7 @@ def generate(
 
     rng, ends = np.random.default_rng(config.seed), model.end_ids
     decoder, stop = StreamDecoder(model.tokenizer), StopFilter(config.stop)
+    steps = Steps(model, claim, prompt, lookup=config.lookup)
     history = [key for key in prompt.keys if isinstance(key, int)]
     texts: list[str] = []
     ids: list[int] = []
@@ -251,8 +256,9 @@ def generate(
         yield Chunk(text, token, logprobs[-1], reason)
         if reason is None and not cancellation:
             with suppress(StoppedError):
-                logits = decode(model, claim, token, cancellation)
+                logits = steps.feed(token, config.max_new_tokens - len(ids) - 1, cancellation)
 
+    steps.settle()
     stats = Stats(
         prompt_tokens=len(prompt.keys),
         reused_tokens=reused,
@@ -266,14 +272,8 @@ def generate(
         peak_memory=peak_memory(),
         kv_cache_memory=cache.nbytes,
         kv_cache_positions=cache.capacity,
+        drafted_tokens=steps.drafted,
+        accepted_tokens=steps.accepted,
     )
     images = tuple(prompt.images[digest].record for digest in positions.digests_of(prompt.keys))
     return Answer("".join(texts), tuple(ids), tuple(logprobs), reason or "cancelled", stats, images)
-
-
-def decode(model: Loaded, claim: Claim, token: int, cancellation: Cancellation) -> Floats:
-    """Feed one generated id: -> logits [V]."""
-    embeds, _ = positions.embed([token], model.table, {})
-    logits = model.engine.decode(embeds, claim.cache.length, claim.reserve(1), cancellation)
-    claim.commit([token])
-    return logits

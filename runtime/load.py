@@ -21,6 +21,7 @@ from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
 from owl2.runtime.foreign import listed
 from owl2.runtime.images import ImageEncoder, Images, PreparedImage, prepare_images
 from owl2.runtime.kv_cache import KvCache
+from owl2.runtime.lookup import LookupAccount
 from owl2.runtime.preprocess import ImageReading, check_mode
 from owl2.runtime.token_table import TokenTable
 from owl2.runtime.verification import LoadProgress, OnProgress, Signature, signatures_of
@@ -38,6 +39,7 @@ class Loaded:
         table: token embeddings [V, C].
         encoder: images to decoder rows.
         context: positions that a conversation may take.
+        lookup: what prompt lookup has saved and cost so far.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Loaded:
     table: TokenTable
     encoder: ImageEncoder
     context: int
+    lookup: LookupAccount = field(default_factory=LookupAccount)
     _caches: weakref.WeakSet[KvCache] = field(default_factory=weakref.WeakSet)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 

@@ -42,6 +42,9 @@ class GenerationConfig:
         seed: makes sampling reproducible; None draws a fresh one.
         stop: a text or several, at most 256 of 1,000 characters each; the answer ends before the first of them, or at
             the end-of-sequence token. Kept as a tuple.
+        lookup: draft tokens that followed the same words before, and check several in a step (prompt lookup). None:
+            where that changes no answer, which the native core promises; True: also elsewhere, where an answer may
+            change as with another number of threads; False: never.
 
     Numbers of NumPy are taken as well, and kept as those of Python.
     """
@@ -54,6 +57,7 @@ class GenerationConfig:
     repetition_penalty: float = 1.0
     seed: int | None = None
     stop: str | Sequence[str] = ()
+    lookup: bool | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -113,6 +117,7 @@ class GenerationOptions(TypedDict, total=False):
     repetition_penalty: float
     seed: int | None
     stop: str | Sequence[str]
+    lookup: bool | None
 
 
 def merge_options(config: GenerationConfig | None, options: Mapping[str, object]) -> GenerationConfig:

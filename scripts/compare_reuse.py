@@ -30,9 +30,10 @@ from owl2.runtime.cancellation import NEVER, Cancellation
 from owl2.runtime.engine import EngineOptions, Floats, Ints, KvBuffers
 from owl2.runtime.evaluation.divergence import row_kl
 from owl2.runtime.families.mplug_owl2.template import Message, render, with_images
-from owl2.runtime.generate import decode, prompt_logits
+from owl2.runtime.generate import prompt_logits
 from owl2.runtime.images import ImageEncoder
 from owl2.runtime.load import Loaded, open_bundle
+from owl2.runtime.steps import Steps
 
 KV_TYPES = tuple(spec.DECODER_GRAPHS)
 QUESTIONS = (
@@ -71,7 +72,8 @@ def conversation(model: Loaded, pictures: list[Path], turns: int, tokens: int, r
             answer.append(int(step.warm.argmax()))
             if answer[-1] in model.tokenizer.special_ids or len(answer) >= tokens:
                 break
-            step = Step(*(decode(model, cache.claim(), answer[-1], NEVER) for cache in (warm, cold)))
+            steps = (Steps(model, cache.claim(), prompt, lookup=False) for cache in (warm, cold))
+            step = Step(*(one.feed(answer[-1], 0, NEVER) for one in steps))
         history.append(Message("ASSISTANT", model.tokenizer.decode(answer)))
 
 
@@ -83,7 +85,7 @@ class EvenRows:
 
     def __init__(self, engine: OrtEngine) -> None:
         self._engine = engine
-        self.context, self.block = None, engine.block
+        self.context, self.block, self.rows_are_independent = None, engine.block, False
         self.encode_images, self.close = engine.encode_images, engine.close
 
     def allocate(self, capacity: int, previous: KvBuffers | None) -> KvBuffers:

@@ -61,7 +61,7 @@ Two rooms may name each other, as a folder and its subfolders do; single modules
 ``runtime`` is its root without the modules that open backends: these, ``runtime.load`` and what stands on it, count as
 ``runtime.load`` here.
 """
-ON_LOAD = {"load", "generate", "stream", "messages", "chat", "owl"}
+ON_LOAD = {"load", "steps", "generate", "stream", "messages", "chat", "owl"}
 """Modules in the root of the runtime that run a loaded bundle."""
 
 

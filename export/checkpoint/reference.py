@@ -45,6 +45,8 @@ class TorchBuffers:
 class TorchEngine:
     """See :class:`owl2.runtime.engine.Engine`."""
 
+    rows_are_independent = False
+
     def __init__(self, checkpoint: Checkpoint) -> None:
         """Load the vision side, the last norm and the head; the checkpoint must stay open."""
         self._config = checkpoint.config.decoder

@@ -231,12 +231,13 @@ def describe(answer: Answer) -> str:
         for record in answer.images
         for changes in [describe_image(record)]
     ]
+    drafts = f" ({stats.accepted_tokens} of {stats.drafted_tokens} drafted)" if stats.drafted_tokens else ""
     return "".join(images) + (
         f"prompt: {stats.prompt_tokens} tokens, {stats.reused_tokens} reused, {new} new in "
         f"{duration(stats.prefill_seconds)}; images encoded: {stats.images_encoded} in "
         f"{duration(stats.vision_seconds)}\n"
         f"answer: {stats.generated_tokens} tokens ({answer.finish_reason}), the first after "
-        f"{duration(stats.time_to_first_token)}, then {stats.tokens_per_second:.1f} tokens/s; "
+        f"{duration(stats.time_to_first_token)}, then {stats.tokens_per_second:.1f} tokens/s{drafts}; "
         f"peak memory {size(stats.peak_memory)}, {size(stats.kv_cache_memory)} of it K/V cache for "
         f"{stats.kv_cache_positions} positions"
     )

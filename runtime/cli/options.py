@@ -166,6 +166,12 @@ _OPTIONS = (
     _generation("repetition_penalty", float, "Above 1 discourages repetition; 1 is off."),
     _generation("seed", integer, "Make sampling reproducible."),
     click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; repeatable."),
+    click.option(
+        "--lookup/--no-lookup",
+        default=None,
+        help="Draft tokens that followed the same words before, and check several at once: faster where an answer "
+        "quotes. By default where it changes no answer.",
+    ),
     threads_option,
     context_option,
     device_option,

@@ -63,6 +63,8 @@ def check_dialect(path: Path, dialect: DialectName, device: Placement) -> None:
 class OrtEngine:
     """One session for images, one for the decoder; see :class:`owl2.runtime.engine.Engine`."""
 
+    rows_are_independent = False
+
     def __init__(self, bundle: Bundle, options: OrtOptions = DEFAULT_OPTIONS) -> None:
         """Load the graphs of a verified bundle.
 

@@ -65,6 +65,8 @@ def prepare(folder: Path, manifest: Manifest, options: EngineOptions) -> Callabl
 class TensorRtEngine:
     """See :class:`owl2.runtime.engine.Engine`. Steps of several threads run one after the other."""
 
+    rows_are_independent = False
+
     def __init__(self, bundle: Bundle, record: EngineRecord, trt: ModuleType, gpu: Gpu) -> None:
         """Load the engines of a verified bundle.
 

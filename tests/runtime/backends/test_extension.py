@@ -40,7 +40,7 @@ class ToyBuffers:
         return self.inner.nbytes
 
 class ToyEngine:
-    context, block = 100, 7
+    context, block, rows_are_independent = 100, 7, False
 
     def __init__(self, bundle):
         model, options = bundle.manifest.model, OrtOptions()
