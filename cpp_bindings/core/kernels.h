@@ -41,6 +41,10 @@ struct Kernels {
 
   // See attention.h.
   void (*attend)(const HeadQueries& queries, const HeadBlock* blocks);
+
+  // Multiply-adds on registers alone, in a loop; return how many they did (see roof.h).
+  uint64_t (*int8_loop)(int rounds);
+  uint64_t (*fp32_loop)(int rounds);
 };
 
 }  // namespace owl2

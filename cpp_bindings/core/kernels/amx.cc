@@ -12,6 +12,7 @@ namespace {
 #include "rows.inl"
 #include "attention.inl"
 #include "dense.inl"
+#include "roof.inl"
 #include "integer_rows_avx512.inl"
 #include "panels_avx512.inl"
 
@@ -22,13 +23,14 @@ struct alignas(64) TileConfig {
 };
 
 // Tiles 0 and 1 are sums, 2 to 5 weights, 6 and 7 activations; `depth` columns of a group in each.
-TileConfig tile_config(int depth) {
+void configure_tiles(int depth) {
   TileConfig config;
   for (int tile = 0; tile < 8; tile++) {
     config.rows[tile] = static_cast<uint8_t>(tile >= 6 ? depth / 4 : 16);
     config.bytes[tile] = static_cast<uint16_t>(tile >= 2 && tile < 6 ? depth : 64);
   }
-  return config;
+  // gcc 12's intrinsic says that it reads 8 of the 64 bytes, so that the others may not be written.
+  __asm__ volatile("ldtilecfg %0" : : "m"(config));
 }
 
 // Scales and zero points of a group of 32 outputs.
@@ -146,8 +148,7 @@ void panels_block(const IntegerMatrix& w, const Activations& x, int n, int width
 
 void integer_product(const IntegerMatrix& w, const Activations& x, int begin, int end, const Output& out) {
   if (!x.panels) return few_rows(w, x, begin, end, out);
-  const TileConfig config = tile_config(w.group == 32 ? 32 : 64);
-  _tile_loadconfig(&config);
+  configure_tiles(w.group == 32 ? 32 : 64);
   by_shape(w, [&](auto bits, auto group) {
     each_block(begin, end, out, [&](int n, int width, int first, int last, float* sums) {
       panels_block<bits.value, group.value>(w, x, n, width, first, last, sums);
@@ -156,10 +157,32 @@ void integer_product(const IntegerMatrix& w, const Activations& x, int begin, in
   _tile_release();
 }
 
+uint64_t int8_loop(int rounds) {
+  configure_tiles(64);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  _tile_zero(4);
+  _tile_zero(5);
+  _tile_zero(6);
+  _tile_zero(7);
+  const int some = rounds / 16;  // a tile does more than the registers of other instruction sets
+  for (int round = 0; round < some; round++) {
+    _tile_dpbssd(0, 2, 6);
+    _tile_dpbssd(1, 3, 6);
+    _tile_dpbssd(4, 2, 7);
+    _tile_dpbssd(5, 3, 7);
+  }
+  _tile_release();
+  return static_cast<uint64_t>(some) * 4 * 16 * 16 * 64;
+}
+
 }  // namespace
 
 extern const Kernels kAmx;
 const Kernels kAmx = {"amx",         5,         rms_norm, quantize,        integer_product,
-                      dense_product, silu_gate, rotate,   store_key_value, attend};
+                      dense_product, silu_gate, rotate,   store_key_value, attend,
+                      int8_loop,     fp32_loop};
 
 }  // namespace owl2

@@ -9,6 +9,7 @@ namespace {
 #include "rows.inl"
 #include "attention.inl"
 #include "dense.inl"
+#include "roof.inl"
 #include "integer_rows_avx512.inl"
 #include "panels_avx512.inl"
 
@@ -114,10 +115,35 @@ void integer_product(const IntegerMatrix& w, const Activations& x, int begin, in
   });
 }
 
+uint64_t int8_loop(int rounds) {
+  const __m512i codes = _mm512_set1_epi8(1);
+  __m512i a = _mm512_setzero_si512(), b = a, c = a, d = a, e = a, f = a, g = a, h = a, i = a, j = a, k = a, l = a;
+  for (int round = 0; round < rounds; round++) {
+    OWL2_DOT(a, codes, codes);
+    OWL2_DOT(b, codes, codes);
+    OWL2_DOT(c, codes, codes);
+    OWL2_DOT(d, codes, codes);
+    OWL2_DOT(e, codes, codes);
+    OWL2_DOT(f, codes, codes);
+    OWL2_DOT(g, codes, codes);
+    OWL2_DOT(h, codes, codes);
+    OWL2_DOT(i, codes, codes);
+    OWL2_DOT(j, codes, codes);
+    OWL2_DOT(k, codes, codes);
+    OWL2_DOT(l, codes, codes);
+  }
+  // The result is used, so that the loop stays.
+  const __m512i some = _mm512_or_si512(_mm512_or_si512(_mm512_or_si512(a, b), _mm512_or_si512(c, d)),
+                                       _mm512_or_si512(_mm512_or_si512(e, f), _mm512_or_si512(g, h)));
+  const __m512i all = _mm512_or_si512(some, _mm512_or_si512(_mm512_or_si512(i, j), _mm512_or_si512(k, l)));
+  return _mm512_reduce_or_epi32(all) == -1 ? 0 : static_cast<uint64_t>(rounds) * 12 * 64;
+}
+
 }  // namespace
 
 extern const Kernels kAvx512Vnni;
 const Kernels kAvx512Vnni = {"avx512_vnni", 8,         rms_norm, quantize,        integer_product,
-                             dense_product, silu_gate, rotate,   store_key_value, attend};
+                             dense_product, silu_gate, rotate,   store_key_value, attend,
+                             int8_loop,     fp32_loop};
 
 }  // namespace owl2

@@ -9,6 +9,7 @@ namespace {
 #include "rows.inl"
 #include "attention.inl"
 #include "dense.inl"
+#include "roof.inl"
 
 // The codes of a row and group in the order in which they are laid out, less the zero point.
 void unpack(const IntegerMatrix& w, int n, int g, int* codes) {
@@ -48,10 +49,23 @@ void integer_product(const IntegerMatrix& w, const Activations& x, int begin, in
   }
 }
 
+// Sixteen sums of products of four codes.
+uint64_t int8_loop(int rounds) {
+  int32_t sums[16] = {};
+  int8_t codes[64];
+  for (int i = 0; i < 64; i++) codes[i] = static_cast<int8_t>(rounds + i);
+  for (int round = 0; round < rounds; round++)
+    for (int i = 0; i < 64; i++) sums[i / 4] += codes[i] * static_cast<int8_t>(round + i);
+  int32_t all = 0;
+  for (const int32_t sum : sums) all ^= sum;
+  return static_cast<uint64_t>(rounds) * 64 + (all == 0x5eed);
+}
+
 }  // namespace
 
 extern const Kernels kScalar;
 const Kernels kScalar = {"scalar",      16,        rms_norm, quantize,        integer_product,
-                         dense_product, silu_gate, rotate,   store_key_value, attend};
+                         dense_product, silu_gate, rotate,   store_key_value, attend,
+                         int8_loop,     fp32_loop};
 
 }  // namespace owl2
