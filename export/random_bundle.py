@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,12 +17,13 @@ from owl2.export.graph.vision import VisionGraph
 from owl2.export.graph.weights import ChannelInt8Weight, IntegerWeight, Linear, LinearWeight
 from owl2.export.job.disk import write_json
 from owl2.export.job.written_bundle import WrittenBundle
+from owl2.export.random_tokenizer import write_random_tokenizer
 from owl2.quant.grid import QuantizedWeight
 from owl2.quant.layer import LINEARS
 from owl2.quant.models.mplug_owl2 import VisionModel, VisualAbstractor
 from owl2.runtime import spec
 from owl2.runtime.bundle import WeightFormat
-from owl2.runtime.config import DecoderConfig, ModelConfig
+from owl2.runtime.config import AbstractorConfig, DecoderConfig, ModelConfig, PreprocessConfig, VisionConfig
 
 GROUP_SIZE = 128
 WEIGHTS = WeightFormat("int4", "int8", "int8", "fp16", "rtn", GROUP_SIZE)
@@ -31,11 +31,37 @@ CODE_DEVIATION = {4: 4.6, 8: 73.9}
 """Standard deviation of uniform codes by their bits."""
 
 
+SHAPES = {
+    "7b": ModelConfig(VisionConfig(), AbstractorConfig(), DecoderConfig(), PreprocessConfig()),
+    # For tests: runs in milliseconds.
+    "small": ModelConfig(
+        VisionConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, image_size=56),
+        AbstractorConfig(
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_learnable_queries=8,
+            grid_size=4,
+        ),
+        DecoderConfig(
+            vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4
+        ),
+        PreprocessConfig(size=56, crop_size=56),
+    ),
+}
+"""Models whose shapes can be measured without their weights."""
+
+
+def write_shape(shape: str, folder: Path, on_progress: Callable[[int, int], None]) -> None:
+    """Write a bundle of one of :data:`SHAPES`, as :func:`write_random_bundle`."""
+    write_random_bundle(folder, SHAPES[shape], on_progress=on_progress)
+
+
 @torch.no_grad()
 def write_random_bundle(
     folder: Path,
     model: ModelConfig,
-    tokenizer: Path,
     *,
     seed: int = 0,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -45,14 +71,12 @@ def write_random_bundle(
     Args:
         folder: new, or empty.
         model: shapes.
-        tokenizer: folder with the files of a tokenizer that has at most as many tokens.
         seed: of the weights.
         on_progress: told how many parts are done, of how many.
     """
     folder.mkdir(parents=True, exist_ok=True)
     random, total = np.random.default_rng(seed), model.decoder.num_hidden_layers + 2
-    for name in spec.TOKENIZER_FILES:
-        shutil.copyfile(tokenizer / name, folder / name)
+    write_random_tokenizer(folder, model.decoder.vocab_size)
     _write_vision(folder, model, seed)
     on_progress(1, total)
     _write_table(folder, model.decoder, random)

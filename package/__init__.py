@@ -19,6 +19,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from owl2.runtime.bench.bench import BenchProgress as BenchProgress, bench as bench
+    from owl2.runtime.bench.result import BenchResult as BenchResult
     from owl2.runtime.bundle import (
         Bundle as Bundle,
         Manifest as Manifest,
@@ -70,6 +72,8 @@ if TYPE_CHECKING:
     from owl2.runtime.version import __version__ as __version__
 
 _HOMES = {
+    "owl2.runtime.bench.bench": ("BenchProgress", "bench"),
+    "owl2.runtime.bench.result": ("BenchResult",),
     "owl2.runtime.bundle": ("Bundle", "Manifest"),
     "owl2.runtime.chat": ("Chat",),
     "owl2.runtime.stream": ("AnswerStream",),

@@ -1,10 +1,9 @@
 """The native core; owl2.runtime.backends.native is its only user."""
 
 from collections.abc import Sequence
-from typing import Annotated
 
 import numpy
-from numpy.typing import NDArray
+import numpy.typing
 
 def kernels() -> str:
     """
@@ -13,6 +12,13 @@ def kernels() -> str:
 
 def available_kernels() -> list[str]:
     """Instruction sets that this processor has kernels for, the best first."""
+
+def roof(threads: int, seconds: float) -> tuple[float, float, float]:
+    """
+    What the machine can do at most, each measured for about `seconds`.
+
+    Bytes read per second, and multiply-adds of int8 and of float32 per second.
+    """
 
 def usable_processors() -> int:
     """Processors that this process may use."""
@@ -90,20 +96,14 @@ class Decoder:
     def finish(self, norm: View, head: Linear) -> None: ...
     def step(
         self,
-        embeddings: Annotated[
-            NDArray[numpy.float32], {"shape": (None, None), "order": "C", "device": "cpu", "writable": False}
-        ],
-        modality: Annotated[NDArray[numpy.uint8], {"shape": (None,), "order": "C", "device": "cpu", "writable": False}],
-        cosines: Annotated[
-            NDArray[numpy.float32], {"shape": (None, None), "order": "C", "device": "cpu", "writable": False}
-        ],
-        sines: Annotated[
-            NDArray[numpy.float32], {"shape": (None, None), "order": "C", "device": "cpu", "writable": False}
-        ],
+        embeddings: numpy.typing.NDArray[numpy.float32],
+        modality: numpy.typing.NDArray[numpy.uint8],
+        cosines: numpy.typing.NDArray[numpy.float32],
+        sines: numpy.typing.NDArray[numpy.float32],
         sequences: Sequence[tuple[KvCache, int, int]],
         logit_rows: Sequence[int],
         stop: Stop,
-    ) -> NDArray[numpy.float32] | None:
+    ) -> numpy.typing.NDArray[numpy.float32] | None:
         """
         Run new rows [M, C] of sequences (cache, past, rows): -> logits float32 [R, V], None if it was stopped.
         """

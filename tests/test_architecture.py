@@ -20,10 +20,11 @@ from owl2.runtime import errors
 from owl2.runtime.backends.native.support import is_installed
 
 RUNTIME_DEPENDENCIES = {
-    "numpy", "onnxruntime", "packaging", "PIL", "pillow_heif", "click", "platformdirs", "psutil", "sentencepiece",
-    "typing_extensions",
+    "numpy", "onnxruntime", "packaging", "PIL", "pillow_heif", "click", "matplotlib", "platformdirs", "psutil",
+    "sentencepiece", "typing_extensions",
 }  # fmt: skip
-"""Packages that the runtime may import; ``packaging`` comes with ONNX Runtime, ``psutil`` is for Windows."""
+"""Packages that the runtime may import: ``packaging`` comes with ONNX Runtime, ``psutil`` is for Windows, ``matplotlib``
+only for a plot."""
 
 ROOMS = {
     "runtime": "",
@@ -35,8 +36,9 @@ ROOMS = {
     "runtime.fit": "runtime runtime.backends runtime.backends.native",
     "runtime.load": "runtime runtime.families runtime.backends runtime.fit",
     "runtime.evaluation": "runtime runtime.families runtime.backends.tensorrt runtime.load",
+    "runtime.bench": "runtime runtime.families runtime.backends runtime.backends.native runtime.fit runtime.load",
     "runtime.cli": (
-        "runtime runtime.families runtime.backends runtime.backends.native runtime.backends.ort "
+        "runtime runtime.bench runtime.families runtime.backends runtime.backends.native runtime.backends.ort "
         "runtime.backends.tensorrt runtime.fit runtime.load runtime.evaluation"
     ),
     "quant": "runtime runtime.families runtime.evaluation",

@@ -204,6 +204,10 @@ void bind_decoder(nb::module_& m) {
       .def("step", &Model::step, nb::arg("embeddings").noconvert(), nb::arg("modality").noconvert(),
            nb::arg("cosines").noconvert(), nb::arg("sines").noconvert(), nb::arg("sequences"), nb::arg("logit_rows"),
            nb::arg("stop"),
+           nb::sig("def step(self, embeddings: numpy.typing.NDArray[numpy.float32], "
+                   "modality: numpy.typing.NDArray[numpy.uint8], cosines: numpy.typing.NDArray[numpy.float32], "
+                   "sines: numpy.typing.NDArray[numpy.float32], sequences: Sequence[tuple[KvCache, int, int]], "
+                   "logit_rows: Sequence[int], stop: Stop) -> numpy.typing.NDArray[numpy.float32] | None"),
            "Run new rows [M, C] of sequences (cache, past, rows): -> logits float32 [R, V], None if it was stopped.");
 }
 

@@ -36,8 +36,8 @@ void bind_machine(nb::module_& m) {
       },
       nb::arg("threads"), nb::arg("seconds"),
       nb::sig("def roof(threads: int, seconds: float) -> tuple[float, float, float]"),
-      "What the machine can do at most, each measured for about `seconds`: bytes read per second, and multiply-adds of "
-      "int8 and of float32 per second.");
+      "What the machine can do at most, each measured for about `seconds`.\n\n"
+      "Bytes read per second, and multiply-adds of int8 and of float32 per second.");
   m.def("usable_processors", &usable_processors, "Processors that this process may use.");
 }
 

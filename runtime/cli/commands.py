@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from owl2.runtime.cli.ask import ask
+from owl2.runtime.cli.bench import bench_command
 from owl2.runtime.cli.chat import chat
 from owl2.runtime.cli.eval import eval_command
 from owl2.runtime.cli.info import info
@@ -28,8 +29,9 @@ def cli() -> None:
       owl2 plan bundle/ --device orin-nano-8gb
       owl2 eval bundle/ --data questions.jsonl
       owl2 verify bundle/
+      owl2 bench bundle/
     """
 
 
-for command in (ask, chat, info, plan_command, eval_command, verify_command):
+for command in (ask, chat, info, plan_command, eval_command, verify_command, bench_command):
     cli.add_command(command)

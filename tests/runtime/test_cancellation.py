@@ -167,6 +167,7 @@ ACTIONS: dict[str, Callable[[Chat, Path], object]] = {
 def test_an_interrupt_anywhere_leaves_the_chat_as_before_or_after(model: Owl2, golden: Path, action: str) -> None:
     """Each place at which a signal can be seen is interrupted, the first and the last time that it is passed."""
     image = sorted((golden / "images").glob("*.png"))[0]
+    model.chat().ask("What is this?", images=image, max_new_tokens=1)  # opens what is opened with the first image
     begun = model.chat()
     begun.ask("What is this?", max_new_tokens=3)
 

@@ -62,7 +62,7 @@ class TestExport:
         assert Bundle.open(tmp_path / "bundle").manifest.kv_cache == {"fp32": "1.22"}
         assert not (tmp_path / "bundle" / "decoder.kv_int8.onnx").exists()
         with pytest.raises(ConfigError, match="offers fp32; choose"):
-            Owl2.load(tmp_path / "bundle", kv_cache="int8")
+            Owl2.load(tmp_path / "bundle", kv_cache="int8", backend="onnxruntime")
 
     def test_the_report_tells_loss_and_memory(self, sample_bundle: Path) -> None:
         report = json.loads((sample_bundle / "report.json").read_text())

@@ -103,7 +103,7 @@ def write_decoder(path: Path, weights: WeightType) -> None:
 @pytest.fixture(scope="module")
 def planned(sample_bundle: Path) -> Plan:
     """The sample bundle on this machine's CPU, at its full context with two images."""
-    return plan(sample_bundle, device="cpu", kv_cache="fp32", images=2)
+    return plan(sample_bundle, device="cpu", kv_cache="fp32", images=2, backend="onnxruntime")
 
 
 @pytest.mark.slow

@@ -1,0 +1,174 @@
+"""Measuring a bundle: the public function."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from owl2.runtime.backends.choose import resolve_options
+from owl2.runtime.backends.native.support import is_installed, native_kernels
+from owl2.runtime.bench.result import BenchResult, DecodeSpeed, PrefillSpeed, Roof, Spread
+from owl2.runtime.bench.workload import Workload, multiply_adds, process_memory, timed
+from owl2.runtime.bundle import Manifest, read_manifest
+from owl2.runtime.config import require
+from owl2.runtime.engine import BackendName, EngineOptions
+from owl2.runtime.errors import BackendError
+from owl2.runtime.fit.footprint import Runner, kv_position, weights_per_token
+from owl2.runtime.load import Loaded, open_bundle
+from owl2.runtime.spec import KvType
+from owl2.runtime.verification import OnProgress
+
+PREFILLS = (32, 128, 512)
+CONTEXTS = (128, 1024, 2048)
+ROUNDS = 5
+STEPS_PER_ROUND = 8
+ROOF_SECONDS = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class BenchProgress:
+    """What is measured next: part ``done`` + 1 of ``total``."""
+
+    part: str
+    done: int
+    total: int
+
+
+OnBenchProgress = Callable[[BenchProgress], None]
+
+
+def bench(
+    bundle: str | os.PathLike[str],
+    *,
+    backend: BackendName | None = None,
+    threads: int | None = None,
+    kv_cache: KvType | None = None,
+    rounds: int = ROUNDS,
+    progress: OnBenchProgress | None = None,
+    load_progress: OnProgress | None = None,
+) -> BenchResult:
+    """Measure speed and memory of a bundle on the CPU of this machine.
+
+    Prompts are random tokens; what they say does not matter for speed. Lengths beyond the context are left out.
+
+    Example::
+
+        result = owl2.bench("bundle/", threads=2)
+        print([1 / speed.step.median for speed in result.decode], "tokens/s")
+
+    Args:
+        bundle: folder written by ``owl2-export``.
+        backend, threads, kv_cache: as :meth:`Owl2.load`.
+        rounds: measurements of everything, after one that does not count; decoding takes eight steps a round.
+        progress: told before each part.
+        load_progress: told while files are verified.
+
+    Raises:
+        BundleError, BackendError, ConfigError: it cannot be loaded, or ``rounds`` is not positive.
+    """
+    require(rounds > 0, f"rounds must be positive, got {rounds}")
+    folder = Path(bundle)
+    options = resolve_options(read_manifest(folder), EngineOptions(threads=threads, kv_cache=kv_cache, backend=backend))
+    opened, model = open_bundle(folder, options, on_progress=load_progress)
+    with closing(model.engine):
+        return _Bench(folder, opened.manifest, model, options, rounds, progress or (lambda _: None)).run()
+
+
+class _Bench:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        model: Loaded,
+        options: EngineOptions,
+        rounds: int,
+        progress: OnBenchProgress,
+    ) -> None:
+        self._folder, self._manifest, self._model, self._options = folder, manifest, model, options
+        self._rounds, self._progress, self._work = rounds, progress, Workload(model)
+        self._prefills = [count for count in PREFILLS if count <= model.context]
+        # The longest a model allows stands for one that it would allow with a position more.
+        self._contexts = sorted({min(count, model.context - 1) for count in CONTEXTS})
+        self._done, self._total = 0, 3 + len(self._prefills) + len(self._contexts)
+
+    def run(self) -> BenchResult:
+        native = self._options.backend == "native"
+        roof = self._roof()
+        prefill = tuple(self._prefill(count) for count in self._prefills)
+        decode = tuple(self._decode(count) for count in self._contexts)
+        vision, first, second = self._questions()
+        load, first_token = self._loads()
+        return BenchResult(
+            bundle=str(self._folder),
+            backend=str(self._options.backend),
+            kernels=native_kernels() if native else None,
+            threads=self._options.threads,
+            kv_cache=str(self._options.kv_cache),
+            load=load,
+            load_to_first_token=first_token,
+            vision=vision,
+            first_question=first,
+            second_question=second,
+            prefill=prefill,
+            decode=decode,
+            roof=roof,
+        )
+
+    def _tell(self, part: str) -> None:
+        self._progress(BenchProgress(part, self._done, self._total))
+        self._done += 1
+
+    def _roof(self) -> Roof | None:
+        self._tell("what the machine can do")
+        if not is_installed():
+            return None
+        from owl2.runtime import _native
+
+        return Roof(*_native.roof(self._options.threads or _native.usable_processors(), ROOF_SECONDS))
+
+    def _prefill(self, tokens: int) -> PrefillSpeed:
+        self._tell(f"a prompt of {tokens} tokens")
+        seconds = timed(lambda: self._work.prefill(tokens), self._rounds)
+        return PrefillSpeed(tokens, Spread.of(seconds), multiply_adds(self._manifest.model.decoder, tokens))
+
+    def _decode(self, context: int) -> DecodeSpeed:
+        self._tell(f"decoding after {context} positions")
+        buffers = self._work.filled(context)
+        seconds = timed(lambda: self._work.step(buffers, context), self._rounds * STEPS_PER_ROUND)
+        runner: Runner = "native" if self._options.backend == "native" else "onnxruntime-cpu"
+        kv_type = self._options.kv_cache or self._manifest.activations
+        read = weights_per_token(self._manifest, runner) + context * kv_position(self._manifest, kv_type, runner)
+        return DecodeSpeed(context, Spread.of(seconds), read, process_memory(buffers.nbytes))
+
+    def _questions(self) -> tuple[Spread, Spread, Spread]:
+        self._tell("questions about an image")
+        self._work.conversation()
+        pairs = [self._work.conversation() for _ in range(self._rounds)]
+        return (
+            Spread.of([first.stats.vision_seconds for first, _ in pairs]),
+            Spread.of([first.stats.time_to_first_token for first, _ in pairs]),
+            Spread.of([second.stats.time_to_first_token for _, second in pairs]),
+        )
+
+    def _loads(self) -> tuple[Spread, Spread]:
+        self._tell("loads in new processes")
+        options = self._options
+        given = (options.backend or "", options.threads or "", options.kv_cache or "")
+        found = [_load(self._folder, given) for _ in range(self._rounds)]
+        return Spread.of([one["load"] for one in found]), Spread.of([one["first_token"] for one in found])
+
+
+def _load(folder: Path, given: Sequence[object]) -> dict[str, float]:
+    command = [sys.executable, "-m", "owl2.runtime.bench.fresh", str(folder), *map(str, given)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode:
+        last = (run.stderr.strip() or "no message").splitlines()[-1]
+        raise BackendError(f"a new process could not load {folder} and answer: {last}")
+    times: dict[str, float] = json.loads(run.stdout)
+    return times
