@@ -23,8 +23,8 @@ RUNTIME_DEPENDENCIES = {
     "numpy", "onnxruntime", "packaging", "PIL", "pillow_heif", "click", "matplotlib", "platformdirs", "psutil",
     "sentencepiece", "typing_extensions",
 }  # fmt: skip
-"""Packages that the runtime may import: ``packaging`` comes with ONNX Runtime, ``psutil`` is for Windows, ``matplotlib``
-only for a plot."""
+"""Packages that the runtime may import: ``packaging`` comes with ONNX Runtime, ``psutil`` is for Windows,
+``matplotlib`` only for a plot."""
 
 ROOMS = {
     "runtime": "",

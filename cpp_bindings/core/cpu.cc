@@ -72,7 +72,7 @@ std::string names(const std::vector<const Kernels*>& all) {
 }  // namespace
 
 #if defined(__x86_64__)
-extern const Kernels kAmx, kAvx512Vnni;
+extern const Kernels kAmx, kAvx512Vnni, kAvxVnni, kAvx2;
 #endif
 
 std::vector<const Kernels*> available_kernels() {
@@ -81,6 +81,8 @@ std::vector<const Kernels*> available_kernels() {
   static const Features has = features();
   if (has.amx) found.push_back(&kAmx);
   if (has.avx512_vnni) found.push_back(&kAvx512Vnni);
+  if (has.avx_vnni) found.push_back(&kAvxVnni);
+  if (has.avx2) found.push_back(&kAvx2);
 #endif
   found.push_back(&kScalar);
   return found;

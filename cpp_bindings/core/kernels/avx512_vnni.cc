@@ -10,6 +10,7 @@ namespace {
 #include "attention.inl"
 #include "dense.inl"
 #include "roof.inl"
+#include "by_shape.inl"
 #include "integer_rows_avx512.inl"
 #include "panels_avx512.inl"
 

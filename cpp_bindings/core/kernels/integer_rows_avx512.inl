@@ -3,24 +3,6 @@
 // A register sums 16 parts of one (output, group) pair. Four outputs by four groups of them are turned into one register of whole
 // sums, lane 4 * group + output, and enter the float sums group by group.
 
-template <int N>
-struct Constant {
-  static constexpr int value = N;
-};
-
-// Calls f with the bits and the group size of a matrix as constants.
-template <class F>
-inline void by_shape(const IntegerMatrix& w, const F& f) {
-  if (w.bits == 4) {
-    if (w.group == 128) return f(Constant<4>(), Constant<128>());
-    if (w.group == 64) return f(Constant<4>(), Constant<64>());
-    return f(Constant<4>(), Constant<32>());
-  }
-  if (w.group == 128) return f(Constant<8>(), Constant<128>());
-  if (w.group == 64) return f(Constant<8>(), Constant<64>());
-  return f(Constant<8>(), Constant<32>());
-}
-
 // Outputs whose weights are fetched ahead: the hardware's own prefetching stops at the end of a page.
 constexpr int kAhead = 12;
 

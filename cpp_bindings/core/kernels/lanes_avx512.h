@@ -13,6 +13,9 @@ struct Lanes {
   __m512 v;
 };
 
+// Independent sums that keep the arithmetic busy and fit the registers.
+constexpr int kRoofSums = 12;
+
 inline Lanes broadcast(float x) { return {_mm512_set1_ps(x)}; }
 inline Lanes load(const float* x) { return {_mm512_loadu_ps(x)}; }
 inline Lanes load(const uint16_t* x) {

@@ -14,6 +14,9 @@ struct Lanes {
   float v[16];
 };
 
+// Independent sums that keep the arithmetic busy and fit the registers.
+constexpr int kRoofSums = 2;
+
 template <class F>
 inline Lanes each(F f) {
   Lanes y;
