@@ -10,7 +10,6 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #if defined(__aarch64__)
-#include <asm/hwcap.h>
 #include <sys/auxv.h>
 #endif
 #endif
@@ -61,6 +60,22 @@ Features features() {
   return found;
 }
 
+#elif defined(__aarch64__)
+
+struct Features {
+  bool dotprod = false, i8mm = false;
+};
+
+Features features() {
+  Features found;
+#if defined(__linux__)
+  constexpr unsigned long kDotprod = 1ul << 20, kI8mm = 1ul << 13;  // of AT_HWCAP and AT_HWCAP2
+  found.dotprod = (getauxval(AT_HWCAP) & kDotprod) != 0;
+  found.i8mm = found.dotprod && (getauxval(AT_HWCAP2) & kI8mm) != 0;
+#endif
+  return found;
+}
+
 #endif
 
 std::string names(const std::vector<const Kernels*>& all) {
@@ -73,6 +88,8 @@ std::string names(const std::vector<const Kernels*>& all) {
 
 #if defined(__x86_64__)
 extern const Kernels kAmx, kAvx512Vnni, kAvxVnni, kAvx2;
+#elif defined(__aarch64__)
+extern const Kernels kNeonI8mm, kNeonDotprod, kNeon;
 #endif
 
 std::vector<const Kernels*> available_kernels() {
@@ -83,6 +100,11 @@ std::vector<const Kernels*> available_kernels() {
   if (has.avx512_vnni) found.push_back(&kAvx512Vnni);
   if (has.avx_vnni) found.push_back(&kAvxVnni);
   if (has.avx2) found.push_back(&kAvx2);
+#elif defined(__aarch64__)
+  static const Features has = features();
+  if (has.i8mm) found.push_back(&kNeonI8mm);
+  if (has.dotprod) found.push_back(&kNeonDotprod);
+  found.push_back(&kNeon);
 #endif
   found.push_back(&kScalar);
   return found;

@@ -108,7 +108,7 @@ uint64_t int8_loop(int rounds) {
 }  // namespace
 
 extern const Kernels kAvx2;
-const Kernels kAvx2 = {"avx2",        8,         rms_norm, quantize,        integer_product,
+const Kernels kAvx2 = {"avx2",        12,        rms_norm, quantize,        integer_product,
                        dense_product, silu_gate, rotate,   store_key_value, attend,
                        int8_loop,     fp32_loop};
 

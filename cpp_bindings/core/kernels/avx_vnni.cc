@@ -44,13 +44,24 @@ inline void dot_panel(const uint8_t* codes, const int8_t* x, int32_t dots[][16])
 
 uint64_t int8_loop(int rounds) {
   const __m256i codes = _mm256_set1_epi8(1);
-  __m256i sums[12] = {};
-  for (int round = 0; round < rounds; round++)
-    for (int i = 0; i < 12; i++) OWL2_DOT(sums[i], codes, codes);
-  __m256i all = sums[0];
-  for (int i = 1; i < 12; i++) all = _mm256_or_si256(all, sums[i]);
+  __m256i a = _mm256_setzero_si256(), b = a, c = a, d = a, e = a, f = a, g = a, h = a, i = a, j = a;
+  for (int round = 0; round < rounds; round++) {
+    OWL2_DOT(a, codes, codes);
+    OWL2_DOT(b, codes, codes);
+    OWL2_DOT(c, codes, codes);
+    OWL2_DOT(d, codes, codes);
+    OWL2_DOT(e, codes, codes);
+    OWL2_DOT(f, codes, codes);
+    OWL2_DOT(g, codes, codes);
+    OWL2_DOT(h, codes, codes);
+    OWL2_DOT(i, codes, codes);
+    OWL2_DOT(j, codes, codes);
+  }
   // The result is used, so that the loop stays.
-  return _mm256_testz_si256(all, all) + static_cast<uint64_t>(rounds) * 12 * 32;
+  const __m256i some = _mm256_or_si256(_mm256_or_si256(_mm256_or_si256(a, b), _mm256_or_si256(c, d)),
+                                       _mm256_or_si256(_mm256_or_si256(e, f), _mm256_or_si256(g, h)));
+  const __m256i all = _mm256_or_si256(some, _mm256_or_si256(i, j));
+  return _mm256_testz_si256(all, all) + static_cast<uint64_t>(rounds) * 10 * 32;
 }
 
 }  // namespace
