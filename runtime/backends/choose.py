@@ -7,7 +7,7 @@ from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from owl2.runtime.backends.native.support import KV_TYPES, NOT_INSTALLED, default_kv_type, is_installed, obstacle
+from owl2.runtime.backends.native.support import KV_TYPES, NOT_INSTALLED, default_kv_type, is_installed, reason_against
 from owl2.runtime.bundle import Bundle, Manifest
 from owl2.runtime.config import require
 from owl2.runtime.engine import BackendName, Engine, EngineOptions
@@ -34,7 +34,7 @@ def resolve_options(manifest: Manifest, options: EngineOptions) -> EngineOptions
     """
     if not options.device.on_host:
         return replace(options, kv_cache=manifest.kv_type(options.kv_cache))
-    backend = options.backend or ("native" if obstacle(manifest) is None else "onnxruntime")
+    backend = options.backend or ("native" if reason_against(manifest) is None else "onnxruntime")
     if backend == "onnxruntime":
         return replace(options, backend=backend, kv_cache=manifest.kv_type(options.kv_cache))
     kv_cache = options.kv_cache or default_kv_type(manifest)

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from owl2.runtime import spec
-from owl2.runtime.backends.native.support import native_kernels, obstacle
+from owl2.runtime.backends.native.support import native_kernels, reason_against
 from owl2.runtime.backends.ort.installation import check_onnxruntime, is_older, onnxruntime_version
 from owl2.runtime.backends.tensorrt.records import EngineRecord, check_all
 from owl2.runtime.bundle import Manifest, check_files, read_manifest
@@ -45,7 +45,7 @@ class Inspection:
     @property
     def obstacle(self) -> str | None:
         """Why the native core cannot run the bundle here; None if it can."""
-        return obstacle(self.manifest)
+        return reason_against(self.manifest)
 
 
 @click.command()

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from owl2.runtime import spec
-from owl2.runtime.backends.native.support import BLOCK, obstacle
+from owl2.runtime.backends.native.support import BLOCK, reason_against
 from owl2.runtime.bundle import Manifest
 from owl2.runtime.config import DecoderConfig
 from owl2.runtime.engine import PREFILL_BLOCK, BackendName
@@ -67,7 +67,7 @@ class MemoryPart:
 
 def find_runner(manifest: Manifest, device: Product, backend: BackendName | None = None) -> Runner:
     """Choose what runs the bundle's graphs on the device; the dialect decides, and ``backend`` on the CPU."""
-    if device.family == "cpu" and (backend == "native" or (backend is None and obstacle(manifest) is None)):
+    if device.family == "cpu" and (backend == "native" or (backend is None and reason_against(manifest) is None)):
         return "native"
     if manifest.dialect == "ort" or not device.engines:
         return "onnxruntime-cpu" if device.family == "cpu" else "onnxruntime-cuda"

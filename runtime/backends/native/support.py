@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from functools import cache
 
 from owl2.runtime.bundle import Manifest
@@ -61,6 +62,14 @@ def obstacle(manifest: Manifest) -> str | None:
         f"the native core has no heads of {head_dim} values": head_dim > WIDEST_HEAD,
     }
     return next((sentence for sentence, applies in obstacles.items() if applies), None)
+
+
+def reason_against(manifest: Manifest) -> str | None:
+    """Why ONNX Runtime is the better choice for a bundle, as :func:`obstacle`: it may also be the faster one."""
+    problem = obstacle(manifest)
+    if problem is None and native_kernels() == "scalar" and os.environ.get("OWL2_CPU") != "scalar":
+        return "the native core has no fast kernels for this processor"
+    return problem
 
 
 def default_kv_type(manifest: Manifest) -> KvType:

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 from conftest import NEEDS_NATIVE
 
-from owl2.runtime.backends.native.support import obstacle
+from owl2.runtime.backends.choose import resolve_options
+from owl2.runtime.backends.native import support
+from owl2.runtime.backends.native.support import obstacle, reason_against
 from owl2.runtime.bundle import read_manifest
 from owl2.runtime.engine import EngineOptions
+from owl2.runtime.errors import BackendUnavailableError
 from owl2.runtime.load import Loaded, open_bundle
 from owl2.runtime.spec import KvType
 
@@ -76,3 +79,65 @@ def test_integers_of_a_gptq_checkpoint_are_left_to_onnxruntime(sample_bundle: Pa
     assert obstacle(manifest) is None
     kept = replace(manifest, weights=replace(manifest.weights, method="gptq checkpoint"))
     assert "order of columns" in (obstacle(kept) or "")
+
+
+def test_a_processor_without_fast_kernels_is_left_to_onnxruntime(
+    sample_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = read_manifest(sample_bundle)
+    monkeypatch.setenv("OWL2_CPU", "scalar")
+    assert reason_against(manifest) is None  # asked for
+    monkeypatch.setattr(support, "native_kernels", lambda: "scalar")
+    monkeypatch.delenv("OWL2_CPU")
+    assert reason_against(manifest) == "the native core has no fast kernels for this processor"
+    assert resolve_options(manifest, EngineOptions()).backend == "onnxruntime"
+    assert resolve_options(manifest, EngineOptions(backend="native")).backend == "native"
+
+
+def test_an_instruction_set_that_is_not_there(sample_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OWL2_CPU", "abacus")
+    with pytest.raises(BackendUnavailableError, match=r"OWL2_CPU is abacus, and this processor has .*scalar; set"):
+        open_bundle(sample_bundle, EngineOptions())
+
+
+def kernels() -> list[str]:
+    from owl2.runtime import _native
+
+    return _native.available_kernels()
+
+
+def test_every_instruction_set_gives_the_same_logits(sample_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = {}
+    for name in kernels():
+        monkeypatch.setenv("OWL2_CPU", name)
+        model = opened(sample_bundle, "fp16")
+        made[name] = logits(model, [ROWS]).tobytes()
+    assert len(set(made.values())) == 1, made.keys()
+
+
+@pytest.mark.parametrize("kv_cache", ["fp32", "fp16", "int8"])
+def test_a_sequence_among_others_is_as_alone(sample_bundle: Path, kv_cache: KvType) -> None:
+    """Sequences of different lengths and pasts, in any order, in one step."""
+    from owl2.runtime.backends.native.engine import NativeEngine, SequenceRows
+
+    model = opened(sample_bundle, kv_cache)
+    engine = model.engine
+    assert isinstance(engine, NativeEngine)
+    random = np.random.default_rng(0)
+    width = model.config.decoder.hidden_size
+    lengths = [(1, 0), (7, 0), (1, 20), (3, 63), (40, 5), (1, 300)]
+    pasts = [random.standard_normal((past, width)).astype(np.float32) for _, past in lengths]
+    news = [random.standard_normal((count, width)).astype(np.float32) for count, _ in lengths]
+    modalities = [random.integers(0, 2, count) for count, _ in lengths]
+
+    def filled(number: int) -> SequenceRows:
+        past, new = pasts[number], news[number]
+        buffers = engine.allocate(len(past) + len(new), None)
+        if len(past):
+            engine.prefill(past, np.zeros(len(past), np.int64), 0, buffers, np.array([0]))
+        return SequenceRows(new, modalities[number], len(past), buffers)
+
+    alone = [engine.step([filled(i)], np.arange(count)) for i, (count, _) in enumerate(lengths)]
+    for order in ([0, 1, 2, 3, 4, 5], [5, 3, 1, 0, 4, 2], [2, 0], [4, 4]):
+        together = engine.step([filled(i) for i in order], np.arange(sum(len(news[i]) for i in order)))
+        np.testing.assert_array_equal(together, np.concatenate([alone[i] for i in order]))
