@@ -11,6 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from owl2.runtime.arguments import checked
 from owl2.runtime.backends.choose import resolve_options
 from owl2.runtime.backends.native.support import is_installed, native_kernels
 from owl2.runtime.bench.result import BenchResult, DecodeSpeed, PrefillSpeed, Roof, Spread
@@ -29,6 +30,11 @@ CONTEXTS = (128, 1024, 2048)
 ROUNDS = 5
 STEPS_PER_ROUND = 8
 ROOF_SECONDS = 0.5
+IN_A_NEW_PROCESS = (
+    # Not with -m: that would import from the folder at hand before what is installed.
+    "import sys; sys.path = [entry for entry in sys.path if entry]; "
+    "from owl2.runtime.bench.fresh import main; main(*sys.argv[1:])"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +46,10 @@ class BenchProgress:
     total: int
 
 
-OnBenchProgress = Callable[[BenchProgress], None]
+OnBenchProgress = Callable[[BenchProgress], object]
 
 
+@checked
 def bench(
     bundle: str | os.PathLike[str],
     *,
@@ -70,14 +77,22 @@ def bench(
         load_progress: told while files are verified.
 
     Raises:
-        BundleError, BackendError, ConfigError: it cannot be loaded, or ``rounds`` is not positive.
+        BundleError, BackendError, InsufficientMemoryError: it cannot be loaded.
+        ConfigError: a setting that cannot work, ``rounds`` that is not positive, or a context too short to ask twice.
     """
     require(rounds > 0, f"rounds must be positive, got {rounds}")
     folder = Path(bundle)
     options = resolve_options(read_manifest(folder), EngineOptions(threads=threads, kv_cache=kv_cache, backend=backend))
     opened, model = open_bundle(folder, options, on_progress=load_progress)
-    with closing(model.engine):
-        return _Bench(folder, opened.manifest, model, options, rounds, progress or (lambda _: None)).run()
+    with closing(model):
+        least = Workload(model).positions
+        require(
+            model.context >= least,
+            f"{folder}: a benchmark asks two questions about an image, {least} positions, and this model allows "
+            f"{model.context}; give a bundle of a longer context",
+        )
+        run = _Bench(folder, opened.manifest, model, options, rounds, progress or (lambda _: None))
+        return run.whole()
 
 
 class _Bench:
@@ -97,12 +112,14 @@ class _Bench:
         self._contexts = sorted({min(count, model.context - 1) for count in CONTEXTS})
         self._done, self._total = 0, 3 + len(self._prefills) + len(self._contexts)
 
-    def run(self) -> BenchResult:
+    def whole(self) -> BenchResult:
         native = self._options.backend == "native"
         roof = self._roof()
         prefill = tuple(self._prefill(count) for count in self._prefills)
         decode = tuple(self._decode(count) for count in self._contexts)
         vision, first, second = self._questions()
+        # Two models at once may not fit.
+        self._model.close()
         load, first_token = self._loads()
         return BenchResult(
             bundle=str(self._folder),
@@ -110,6 +127,7 @@ class _Bench:
             kernels=native_kernels() if native else None,
             threads=self._options.threads,
             kv_cache=str(self._options.kv_cache),
+            weights=self._manifest.weights.decoder,
             load=load,
             load_to_first_token=first_token,
             vision=vision,
@@ -165,7 +183,7 @@ class _Bench:
 
 
 def _load(folder: Path, given: Sequence[object]) -> dict[str, float]:
-    command = [sys.executable, "-m", "owl2.runtime.bench.fresh", str(folder), *map(str, given)]
+    command = [sys.executable, "-c", IN_A_NEW_PROCESS, str(folder.absolute()), *map(str, given)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
         last = (run.stderr.strip() or "no message").splitlines()[-1]

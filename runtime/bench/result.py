@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +103,7 @@ class BenchResult:
         backend, kernels: what ran it, and with which instructions; kernels only of the native core.
         threads: as asked for; None for the backend's own number.
         kv_cache: type of keys and values.
+        weights: type of the decoder's.
         load: to a loaded model, in a new process each, with the files in the page cache and verified before.
         load_to_first_token: the same, and to the first token of a prompt of 20.
         vision: an image.
@@ -117,6 +118,7 @@ class BenchResult:
     kernels: str | None
     threads: int | None
     kv_cache: str
+    weights: str
     load: Spread
     load_to_first_token: Spread
     vision: Spread
@@ -131,15 +133,22 @@ class BenchResult:
         record = asdict(self)
         for entry, one in zip(record["prefill"], self.prefill):
             entry["tokens_per_second"] = one.tokens / one.whole.median
-            entry["share_of_int8_peak"] = self.int8_share(one)
+            entry["share_of_peak"] = self.peak_share(one)
         for entry, step in zip(record["decode"], self.decode):
             entry["tokens_per_second"] = 1 / step.step.median
             entry["share_of_bandwidth"] = self.bandwidth_share(step)
         return record
 
-    def int8_share(self, speed: PrefillSpeed) -> float | None:
-        """Multiply-adds per second over the int8 peak."""
-        return None if self.roof is None else speed.multiply_adds / speed.whole.median / self.roof.int8
+    @property
+    def arithmetic(self) -> Literal["int8", "fp32"]:
+        """What the products of the weights are computed in."""
+        return "int8" if self.weights.startswith("int") else "fp32"
+
+    def peak_share(self, speed: PrefillSpeed) -> float | None:
+        """Multiply-adds per second over the peak of :attr:`arithmetic`."""
+        if self.roof is None:
+            return None
+        return speed.multiply_adds / speed.whole.median / getattr(self.roof, self.arithmetic)
 
     def bandwidth_share(self, speed: DecodeSpeed) -> float | None:
         """Bytes read per second over the bandwidth."""

@@ -49,7 +49,11 @@ def shape_bundle(shape: str, scratch: Path | None = None, on_progress: OnShapePr
         )
     with tempfile.TemporaryDirectory(prefix=f"{shape}-", dir=parent) as unfinished:
         _writer()(shape, Path(unfinished) / "bundle", on_progress or (lambda done, total: None))
-        (Path(unfinished) / "bundle").rename(folder)
+        try:
+            (Path(unfinished) / "bundle").rename(folder)
+        except OSError:
+            if not (folder / spec.MANIFEST).exists():  # else another process has just written the same
+                raise
     return folder
 
 
