@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from pathlib import Path
 from owl2.runtime.arguments import checked
 from owl2.runtime.backends.choose import resolve_options
 from owl2.runtime.backends.native.support import is_installed, native_kernels
+from owl2.runtime.bench.process import ProcessError, lines_of
 from owl2.runtime.bench.result import BenchResult, DecodeSpeed, PrefillSpeed, Roof, Spread
 from owl2.runtime.bench.workload import Workload, multiply_adds, process_memory, timed
 from owl2.runtime.bundle import Manifest, read_manifest
@@ -30,11 +29,6 @@ CONTEXTS = (128, 1024, 2048)
 ROUNDS = 5
 STEPS_PER_ROUND = 8
 ROOF_SECONDS = 0.5
-IN_A_NEW_PROCESS = (
-    # Not with -m: that would import from the folder at hand before what is installed.
-    "import sys; sys.path = [entry for entry in sys.path if entry]; "
-    "from owl2.runtime.bench.fresh import main; main(*sys.argv[1:])"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,10 +177,9 @@ class _Bench:
 
 
 def _load(folder: Path, given: Sequence[object]) -> dict[str, float]:
-    command = [sys.executable, "-c", IN_A_NEW_PROCESS, str(folder.absolute()), *map(str, given)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    if run.returncode:
-        last = (run.stderr.strip() or "no message").splitlines()[-1]
-        raise BackendError(f"a new process could not load {folder} and answer: {last}")
-    times: dict[str, float] = json.loads(run.stdout)
+    arguments = [str(folder.absolute()), *map(str, given)]
+    try:
+        times: dict[str, float] = json.loads("".join(lines_of("owl2.runtime.bench.fresh", arguments)))
+    except ProcessError as error:
+        raise BackendError(f"a new process could not load {folder} and answer: {error}") from error
     return times

@@ -1,4 +1,4 @@
-"""Load a bundle in this new process and answer with one token."""
+"""What a new process does: load a bundle and answer with one token."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def main(folder: str, backend: str, threads: str, kv_cache: str) -> None:
 
     Args:
         folder: the bundle.
-        backend, threads, kv_cache: as :class:`EngineOptions`, as text; empty for None.
+        backend, threads, kv_cache: as of :class:`EngineOptions`, as text; empty for None.
     """
     options = EngineOptions(
         threads=int(threads) if threads else None,

@@ -148,7 +148,8 @@ class BenchResult:
         """Multiply-adds per second over the peak of :attr:`arithmetic`."""
         if self.roof is None:
             return None
-        return speed.multiply_adds / speed.whole.median / getattr(self.roof, self.arithmetic)
+        peak = self.roof.int8 if self.arithmetic == "int8" else self.roof.fp32
+        return speed.multiply_adds / speed.whole.median / peak
 
     def bandwidth_share(self, speed: DecodeSpeed) -> float | None:
         """Bytes read per second over the bandwidth."""

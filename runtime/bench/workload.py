@@ -33,8 +33,8 @@ class Workload:
 
     @property
     def positions(self) -> int:
-        """Positions that :meth:`conversation` takes, the last token included."""
-        return self._model.config.rows_per_image + 2 * (QUESTION + 1)
+        """Positions that :meth:`conversation` caches."""
+        return self._model.config.rows_per_image + 2 * QUESTION + 1
 
     def prefill(self, tokens: int) -> float:
         """Seconds of a prompt of text, to the logits of its last position."""
