@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 
@@ -45,6 +45,13 @@ class Roof:
     bandwidth: float
     int8: float
     fp32: float
+
+    @classmethod
+    def best(cls, roofs: Sequence[Roof]) -> Roof | None:
+        """The highest of each, None of none."""
+        if not roofs:
+            return None
+        return cls(*(max(getattr(roof, field.name) for roof in roofs) for field in fields(cls)))
 
 
 @dataclass(frozen=True, slots=True)

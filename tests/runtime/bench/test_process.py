@@ -15,6 +15,7 @@ from isolation import BLOCKED
 import owl2
 from owl2 import ConfigError, ContextOverflowError
 from owl2.runtime.bench.process import ProcessError, lines_of
+from owl2.runtime.bench.result import Roof
 from owl2.runtime.bench.shapes import shape_bundle
 from owl2.runtime.bench.workload import Workload
 from owl2.runtime.bundle import read_manifest
@@ -108,3 +109,8 @@ def test_floating_point_weights_are_compared_with_the_fp32_peak(bundle_a1: Path,
             one = result.prefill[0]
             rate = one.multiply_adds / one.whole.median
             assert result.to_json()["prefill"][0]["share_of_peak"] == rate / getattr(result.roof, peak)
+
+
+def test_the_roof_is_the_best_of_several_moments() -> None:
+    assert Roof.best([Roof(1.0, 5.0, 3.0), Roof(2.0, 4.0, 6.0)]) == Roof(2.0, 5.0, 6.0)
+    assert Roof.best([]) is None
