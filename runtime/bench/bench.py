@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from owl2.runtime.arguments import checked
 from owl2.runtime.backends.choose import resolve_options
 from owl2.runtime.backends.native.support import is_installed, native_kernels
+from owl2.runtime.bench.process import ProcessError, lines_of
 from owl2.runtime.bench.result import BenchResult, DecodeSpeed, PrefillSpeed, Roof, Spread
 from owl2.runtime.bench.workload import Workload, multiply_adds, process_memory, timed
 from owl2.runtime.bundle import Manifest, read_manifest
@@ -40,9 +40,10 @@ class BenchProgress:
     total: int
 
 
-OnBenchProgress = Callable[[BenchProgress], None]
+OnBenchProgress = Callable[[BenchProgress], object]
 
 
+@checked
 def bench(
     bundle: str | os.PathLike[str],
     *,
@@ -70,14 +71,22 @@ def bench(
         load_progress: told while files are verified.
 
     Raises:
-        BundleError, BackendError, ConfigError: it cannot be loaded, or ``rounds`` is not positive.
+        BundleError, BackendError, InsufficientMemoryError: it cannot be loaded.
+        ConfigError: a setting that cannot work, ``rounds`` that is not positive, or a context too short to ask twice.
     """
     require(rounds > 0, f"rounds must be positive, got {rounds}")
     folder = Path(bundle)
     options = resolve_options(read_manifest(folder), EngineOptions(threads=threads, kv_cache=kv_cache, backend=backend))
     opened, model = open_bundle(folder, options, on_progress=load_progress)
-    with closing(model.engine):
-        return _Bench(folder, opened.manifest, model, options, rounds, progress or (lambda _: None)).run()
+    with closing(model):
+        least = Workload(model).positions
+        require(
+            model.context >= least,
+            f"{folder}: a benchmark asks two questions about an image, {least} positions, and this model allows "
+            f"{model.context}; give a bundle of a longer context",
+        )
+        run = _Bench(folder, opened.manifest, model, options, rounds, progress or (lambda _: None))
+        return run.whole()
 
 
 class _Bench:
@@ -95,14 +104,20 @@ class _Bench:
         self._prefills = [count for count in PREFILLS if count <= model.context]
         # The longest a model allows stands for one that it would allow with a position more.
         self._contexts = sorted({min(count, model.context - 1) for count in CONTEXTS})
-        self._done, self._total = 0, 3 + len(self._prefills) + len(self._contexts)
+        self._roofs: list[Roof] = []
+        self._done, self._total = 0, 5 + len(self._prefills) + len(self._contexts)
 
-    def run(self) -> BenchResult:
+    def whole(self) -> BenchResult:
         native = self._options.backend == "native"
-        roof = self._roof()
+        # Other programs slow down short measurements most: the roof is the best of several moments.
+        self._measure_roof()
         prefill = tuple(self._prefill(count) for count in self._prefills)
+        self._measure_roof()
         decode = tuple(self._decode(count) for count in self._contexts)
+        self._measure_roof()
         vision, first, second = self._questions()
+        # Two models at once may not fit.
+        self._model.close()
         load, first_token = self._loads()
         return BenchResult(
             bundle=str(self._folder),
@@ -110,6 +125,7 @@ class _Bench:
             kernels=native_kernels() if native else None,
             threads=self._options.threads,
             kv_cache=str(self._options.kv_cache),
+            weights=self._manifest.weights.decoder,
             load=load,
             load_to_first_token=first_token,
             vision=vision,
@@ -117,20 +133,21 @@ class _Bench:
             second_question=second,
             prefill=prefill,
             decode=decode,
-            roof=roof,
+            roof=Roof.best(self._roofs),
         )
 
     def _tell(self, part: str) -> None:
         self._progress(BenchProgress(part, self._done, self._total))
         self._done += 1
 
-    def _roof(self) -> Roof | None:
+    def _measure_roof(self) -> None:
         self._tell("what the machine can do")
         if not is_installed():
-            return None
+            return
         from owl2.runtime import _native
 
-        return Roof(*_native.roof(self._options.threads or _native.usable_processors(), ROOF_SECONDS))
+        threads = self._options.threads or _native.usable_processors()
+        self._roofs.append(Roof(*_native.roof(threads, ROOF_SECONDS)))
 
     def _prefill(self, tokens: int) -> PrefillSpeed:
         self._tell(f"a prompt of {tokens} tokens")
@@ -165,10 +182,9 @@ class _Bench:
 
 
 def _load(folder: Path, given: Sequence[object]) -> dict[str, float]:
-    command = [sys.executable, "-m", "owl2.runtime.bench.fresh", str(folder), *map(str, given)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    if run.returncode:
-        last = (run.stderr.strip() or "no message").splitlines()[-1]
-        raise BackendError(f"a new process could not load {folder} and answer: {last}")
-    times: dict[str, float] = json.loads(run.stdout)
+    arguments = [str(folder.absolute()), *map(str, given)]
+    try:
+        times: dict[str, float] = json.loads("".join(lines_of("owl2.runtime.bench.fresh", arguments)))
+    except ProcessError as error:
+        raise BackendError(f"a new process could not load {folder} and answer: {error}") from error
     return times

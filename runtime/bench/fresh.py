@@ -1,7 +1,4 @@
-"""Load a bundle in this new process and answer with one token; writes the times as JSON.
-
-``python -m owl2.runtime.bench.fresh BUNDLE BACKEND THREADS KV_CACHE``; the last two may be empty.
-"""
+"""What a new process does: load a bundle and answer with one token."""
 
 from __future__ import annotations
 
@@ -18,10 +15,15 @@ from owl2.runtime.spec import KvType
 
 
 def main(folder: str, backend: str, threads: str, kv_cache: str) -> None:
-    """Measure and write."""
+    """Write the seconds as JSON: to a loaded model, and to the first token.
+
+    Args:
+        folder: the bundle.
+        backend, threads, kv_cache: as of :class:`EngineOptions`, as text; empty for None.
+    """
     options = EngineOptions(
         threads=int(threads) if threads else None,
-        backend=next(name for name in get_args(BackendName) if name == backend),
+        backend=next((name for name in get_args(BackendName) if name == backend), None),
         kv_cache=next((name for name in get_args(KvType) if name == kv_cache), None),
     )
     began = time.perf_counter()
@@ -29,7 +31,3 @@ def main(folder: str, backend: str, threads: str, kv_cache: str) -> None:
     loaded = time.perf_counter()
     Workload(model).question()
     sys.stdout.write(json.dumps({"load": loaded - began, "first_token": time.perf_counter() - began}))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

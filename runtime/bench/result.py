@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,13 @@ class Roof:
     bandwidth: float
     int8: float
     fp32: float
+
+    @classmethod
+    def best(cls, roofs: Sequence[Roof]) -> Roof | None:
+        """The highest of each, None of none."""
+        if not roofs:
+            return None
+        return cls(*(max(getattr(roof, field.name) for roof in roofs) for field in fields(cls)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +110,7 @@ class BenchResult:
         backend, kernels: what ran it, and with which instructions; kernels only of the native core.
         threads: as asked for; None for the backend's own number.
         kv_cache: type of keys and values.
+        weights: type of the decoder's.
         load: to a loaded model, in a new process each, with the files in the page cache and verified before.
         load_to_first_token: the same, and to the first token of a prompt of 20.
         vision: an image.
@@ -117,6 +125,7 @@ class BenchResult:
     kernels: str | None
     threads: int | None
     kv_cache: str
+    weights: str
     load: Spread
     load_to_first_token: Spread
     vision: Spread
@@ -131,15 +140,23 @@ class BenchResult:
         record = asdict(self)
         for entry, one in zip(record["prefill"], self.prefill):
             entry["tokens_per_second"] = one.tokens / one.whole.median
-            entry["share_of_int8_peak"] = self.int8_share(one)
+            entry["share_of_peak"] = self.peak_share(one)
         for entry, step in zip(record["decode"], self.decode):
             entry["tokens_per_second"] = 1 / step.step.median
             entry["share_of_bandwidth"] = self.bandwidth_share(step)
         return record
 
-    def int8_share(self, speed: PrefillSpeed) -> float | None:
-        """Multiply-adds per second over the int8 peak."""
-        return None if self.roof is None else speed.multiply_adds / speed.whole.median / self.roof.int8
+    @property
+    def arithmetic(self) -> Literal["int8", "fp32"]:
+        """What the products of the weights are computed in."""
+        return "int8" if self.weights.startswith("int") else "fp32"
+
+    def peak_share(self, speed: PrefillSpeed) -> float | None:
+        """Multiply-adds per second over the peak of :attr:`arithmetic`."""
+        if self.roof is None:
+            return None
+        peak = self.roof.int8 if self.arithmetic == "int8" else self.roof.fp32
+        return speed.multiply_adds / speed.whole.median / peak
 
     def bandwidth_share(self, speed: DecodeSpeed) -> float | None:
         """Bytes read per second over the bandwidth."""

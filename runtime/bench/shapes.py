@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from importlib.metadata import entry_points
 from pathlib import Path
 
 from platformdirs import user_cache_path
 
 from owl2.runtime import spec
-from owl2.runtime.errors import BackendUnavailableError, ConfigError
+from owl2.runtime.bench.process import ProcessError, lines_of
+from owl2.runtime.errors import BackendError, BackendUnavailableError, ConfigError
 from owl2.runtime.fit.products import GIB
 from owl2.runtime.version import __version__
 
@@ -33,6 +37,7 @@ def shape_bundle(shape: str, scratch: Path | None = None, on_progress: OnShapePr
     Raises:
         ConfigError: a shape that is not known, or no room on the disk.
         BackendUnavailableError: the export half, which writes it, is not installed.
+        BackendError: it failed.
     """
     if shape not in SHAPES:
         raise ConfigError(f"shape {shape!r} is not known; known: {', '.join(SHAPES)}")
@@ -48,19 +53,49 @@ def shape_bundle(shape: str, scratch: Path | None = None, on_progress: OnShapePr
             "left; give another folder with --scratch"
         )
     with tempfile.TemporaryDirectory(prefix=f"{shape}-", dir=parent) as unfinished:
-        _writer()(shape, Path(unfinished) / "bundle", on_progress or (lambda done, total: None))
-        (Path(unfinished) / "bundle").rename(folder)
+        _write(shape, Path(unfinished) / "bundle", on_progress or (lambda done, total: None))
+        try:
+            (Path(unfinished) / "bundle").rename(folder)
+        except OSError:
+            if not (folder / spec.MANIFEST).exists():  # else another process has just written the same
+                raise
     return folder
+
+
+def _write(shape: str, folder: Path, on_progress: OnShapeProgress) -> None:
+    """In a new process: torch and the weights would count as memory of the model that is measured."""
+    try:
+        with closing(lines_of(__name__, [shape, str(folder.absolute())])) as lines:
+            for line in lines:
+                told = json.loads(line)
+                if "missing" in told:
+                    raise BackendUnavailableError(
+                        f"random weights are written by the export half: {told['missing']}; pip install "
+                        "'owl2[export]', or give a bundle"
+                    )
+                on_progress(told["done"], told["total"])
+    except ProcessError as error:
+        raise BackendError(f"a new process could not write {folder}: {error}") from error
+
+
+def main(shape: str, folder: str) -> None:
+    """Write a bundle, and a line of JSON for each part that is done, or for what is not installed."""
+    try:
+        writer = _writer()
+    except ImportError as error:
+        _tell({"missing": str(error)})
+        return
+    writer(shape, Path(folder), lambda done, total: _tell({"done": done, "total": total}))
+
+
+def _tell(told: Mapping[str, str | int]) -> None:
+    sys.stdout.write(json.dumps(told) + "\n")
+    sys.stdout.flush()
 
 
 def _writer() -> Callable[[str, Path, OnShapeProgress], None]:
     found = next(iter(entry_points(group=WRITERS, name="random")), None)
-    try:
-        if found is None:
-            raise ImportError("this installation does not list it")
-        writer: Callable[[str, Path, OnShapeProgress], None] = found.load()
-    except ImportError as error:
-        raise BackendUnavailableError(
-            f"random weights are written by the export half: {error}; pip install 'owl2[export]', or give a bundle"
-        ) from error
+    if found is None:
+        raise ImportError("this installation does not list it")
+    writer: Callable[[str, Path, OnShapeProgress], None] = found.load()
     return writer

@@ -31,6 +31,11 @@ class Workload:
     def __init__(self, model: Loaded, seed: int = 0) -> None:
         self._model, self._random = model, np.random.default_rng(seed)
 
+    @property
+    def positions(self) -> int:
+        """Positions that :meth:`conversation` caches."""
+        return self._model.config.rows_per_image + 2 * QUESTION + 1
+
     def prefill(self, tokens: int) -> float:
         """Seconds of a prompt of text, to the logits of its last position."""
         model = self._model

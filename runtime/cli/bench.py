@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from owl2.runtime.bench.bench import ROUNDS, BenchProgress, OnBenchProgress, bench
-from owl2.runtime.bench.plot import plot
+from owl2.runtime.bench.plot import check_plot, plot
 from owl2.runtime.bench.result import BenchResult, Memory, Spread
 from owl2.runtime.bench.shapes import SHAPES, shape_bundle
 from owl2.runtime.cli.console import duration, load_progress, notice, reports_errors, say, say_json, size
@@ -64,6 +64,8 @@ def bench_command(  # noqa: PLR0913 - one parameter per option
     """
     if (bundle is None) == (shape is None):
         raise click.UsageError("give a bundle, or --shape for random weights")
+    if picture is not None:
+        check_plot(picture)
     folder = bundle or _made(str(shape), scratch)
     with load_progress() as show_load, _progress() as show:
         result = bench(
@@ -129,13 +131,13 @@ def _table(result: BenchResult) -> str:
         ("image and question, to the first token", *_times(result.first_question)),
         ("second question, to the first token", *_times(result.second_question)),
     ]
-    prefill = [("prompt", "", "", "tokens/s", "of the int8 peak")]
+    prefill = [("prompt", "", "", "tokens/s", f"of the {result.arithmetic} peak")]
     prefill += [
         (
             f"{one.tokens} tokens",
             *_times(one.whole),
             f"{one.tokens / one.whole.median:.1f}",
-            _percent(result.int8_share(one)),
+            _percent(result.peak_share(one)),
         )
         for one in result.prefill
     ]
