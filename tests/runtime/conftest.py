@@ -7,4 +7,5 @@ from conftest import GOLDEN
 
 @pytest.fixture(scope="module", params=list(CASES))
 def case(request: pytest.FixtureRequest) -> Case:
-    return Case(GOLDEN / CASES[request.param], request.getfixturevalue(f"bundle_{request.param}"))
+    bundle = request.getfixturevalue(f"bundle_{request.param.removesuffix('_ort')}")
+    return Case(GOLDEN / CASES[request.param], bundle, "onnxruntime" if request.param.endswith("_ort") else None)
