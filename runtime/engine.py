@@ -38,6 +38,7 @@ class EngineOptions:
         kv_cache: type of the K/V cache; None for the backend's choice.
         context: positions the user asked for; None for as many as the model allows.
         backend: on the CPU; None for the native core, or ONNX Runtime where that cannot run the bundle.
+        warm: whether to open at once what the native core opens with the first image.
     """
 
     device: Placement = HOST
@@ -45,6 +46,7 @@ class EngineOptions:
     kv_cache: KvType | None = None
     context: int | None = None
     backend: BackendName | None = None
+    warm: bool = False
 
     def __post_init__(self) -> None:
         for name in ("threads", "context"):

@@ -72,6 +72,7 @@ class Owl2:
         context: int | None = None,
         kv_cache: KvType | None = None,
         backend: BackendName | None = None,
+        warm: bool = False,
         check_memory: bool = True,
         verify: bool = False,
         progress: OnProgress | None = None,
@@ -89,6 +90,7 @@ class Owl2:
                 ``fp32`` where the weights are in floating point, and elsewhere for that of the bundle's activations.
             backend: on the CPU: ``native`` for the native core, ``onnxruntime``; None for the native core where it can
                 run the bundle, which ``owl2 info`` tells.
+            warm: open the vision side too; the native core otherwise opens it for the first image.
             check_memory: refuse before anything is loaded if the free memory of the device cannot hold the weights and
                 the K/V cache: that of ``context`` if it is given, or else of the first positions.
             verify: hash every file, also those that have not changed since they were last verified.
@@ -100,7 +102,7 @@ class Owl2:
             InsufficientMemoryError: the model cannot fit; gives the figures and what would.
             ConfigError: a setting that cannot work.
         """
-        options = EngineOptions(Placement.parse(device), threads, kv_cache, context, backend)
+        options = EngineOptions(Placement.parse(device), threads, kv_cache, context, backend, warm)
         opened = open_bundle(Path(bundle), options, check_memory=check_memory, verify=verify, on_progress=progress)
         return cls(*opened, options.device)
 

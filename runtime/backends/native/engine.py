@@ -31,7 +31,6 @@ def prepare(folder: Path, manifest: Manifest, options: EngineOptions) -> Callabl
         raise BackendUnavailableError(f"{folder}: {problem}; load it with backend='onnxruntime'")
     native_kernels()
     check_threads(options.threads)
-    check_onnxruntime(manifest.minimum_onnxruntime)
     return lambda bundle: NativeEngine(bundle, options)
 
 
@@ -91,6 +90,8 @@ class NativeEngine:
         )
         self._vision: OrtVision | None = None
         self._opening = threading.Lock()
+        if options.warm:
+            self._open_vision()
 
     @property
     def context(self) -> None:
@@ -105,10 +106,6 @@ class NativeEngine:
         self._weights = self._vision = None
         self._data.close()
         self._vision_data.close()
-
-    def warm(self) -> None:
-        """Open the vision side, which otherwise is opened for the first image."""
-        self._open_vision()
 
     def encode_images(self, pixels: Floats, cancellation: Cancellation = NEVER) -> Floats:
         vision = self._open_vision()
@@ -202,6 +199,7 @@ class NativeEngine:
                 with needs_onnxruntime():
                     from owl2.runtime.backends.ort.engine import OrtVision
                     from owl2.runtime.backends.ort.session import OrtOptions
+                check_onnxruntime(self._bundle.manifest.minimum_onnxruntime)
                 options = OrtOptions(self._options.device, self._options.threads)
                 path = self._bundle.path(spec.VISION_GRAPH)
                 self._vision = OrtVision(path, self._bundle.manifest.model, options)

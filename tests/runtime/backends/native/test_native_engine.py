@@ -1,5 +1,7 @@
 """The native core on the sample bundle."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -141,3 +143,43 @@ def test_a_sequence_among_others_is_as_alone(sample_bundle: Path, kv_cache: KvTy
     for order in ([0, 1, 2, 3, 4, 5], [5, 3, 1, 0, 4, 2], [2, 0], [4, 4]):
         together = engine.step([filled(i) for i in order], np.arange(sum(len(news[i]) for i in order)))
         np.testing.assert_array_equal(together, np.concatenate([alone[i] for i in order]))
+
+
+def test_the_vision_side_is_opened_with_the_first_image(sample_bundle: Path) -> None:
+    code = """
+import sys
+from owl2 import Owl2
+owl = Owl2.load(sys.argv[1], backend="native", warm=sys.argv[2] == "warm")
+print("onnxruntime" in sys.modules)
+owl.generate("Hello", max_new_tokens=1)
+print("onnxruntime" in sys.modules)
+"""
+    for how, expected in (("cold", "False\nFalse\n"), ("warm", "True\nTrue\n")):
+        command = [sys.executable, "-c", code, str(sample_bundle), how]
+        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == expected
+
+
+def test_two_processes_share_the_weights(sample_bundle: Path) -> None:
+    """What a second process adds is its own memory: the pages of the file are those of the first."""
+    code = """
+import re, sys
+from owl2 import Owl2
+owl = Owl2.load(sys.argv[1], backend="native")
+owl.generate("Hello", max_new_tokens=1)
+print(flush=True)
+sys.stdin.readline()
+text = open("/proc/self/smaps").read()
+part = next(part for part in re.split(r"(?m)^(?=[0-9a-f]+-)", text) if "decoder.onnx.data" in part)
+print(*(re.search(rf"{name}: +(\\d+) kB", part)[1] for name in ("Rss", "Private_Clean", "Private_Dirty")))
+"""
+    command = [sys.executable, "-c", code, str(sample_bundle)]
+    both = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    for one in both:
+        assert one.stdout is not None
+        one.stdout.readline()
+    for one in both:
+        resident, clean, dirty = map(int, one.communicate("go\n")[0].split())
+        assert resident > 1000
+        assert dirty == 0
+        if one is both[0]:  # the other may have ended when it looks
+            assert clean == 0
