@@ -5,9 +5,9 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 NATIVE_TEST = $(BIN)/cmake -S cpp_bindings -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo
-FOLDERS := package export runtime quant sample scripts tests
+FOLDERS := package export runtime quant sample scripts tests benchmarks
 
-.PHONY: help demo test lint types unit native-test native-threads wheel bench fuzz soak full full-size aarch64 clean
+.PHONY: help demo test lint types unit native-test native-threads native-aarch64 native-format wheel bench fuzz soak full full-size aarch64 clean
 
 help:
 	@echo "make demo   set up, convert the sample model, ask about an image"
@@ -44,6 +44,7 @@ test: lint types native-test
 lint: $(VENV)/.dev
 	$(BIN)/ruff check $(FOLDERS)
 	$(BIN)/ruff format --check $(FOLDERS)
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 
 # mypy follows imports through the installed package, which an editable install hides from it.
 types: $(VENV)/.dev
@@ -67,6 +68,18 @@ native-threads: $(VENV)/.dev
 	$(NATIVE_TEST) -B build/native-threads -DOWL2_SANITIZE=thread
 	$(BIN)/cmake --build build/native-threads
 	cd build/native-threads && ../../$(BIN)/ctest --output-on-failure
+
+# The same for aarch64, cross-built, in emulation: a processor without dot products, one with them, and one with all.
+native-aarch64: $(VENV)/.dev
+	$(NATIVE_TEST) -B build/native-aarch64 -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+		-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_EXE_LINKER_FLAGS=-static
+	$(BIN)/cmake --build build/native-aarch64
+	for cpu in cortex-a57 neoverse-n1 max; do for test in build/native-aarch64/tests/*_test; do \
+		qemu-aarch64-static -cpu $$cpu $$test || exit 1; done; done
+
+SOURCES = $(shell find cpp_bindings -name '*.cc' -o -name '*.h' -o -name '*.inl')
+native-format: $(VENV)/.dev
+	$(BIN)/clang-format -i $(SOURCES)
 
 wheel: $(VENV)/.dev bundles/sample/owl2.json
 	scripts/check-wheel $(BIN)/python bundles/sample

@@ -80,8 +80,8 @@ class Model {
       layer.input_gains[i] = input_gains.as<float>(2 * count, "gains") + i * count;
       layer.post_gains[i] = post_gains.as<float>(2 * count, "gains") + i * count;
     }
-    Linear* const targets[9] = {&layer.q,    &layer.k[0], &layer.k[1], &layer.v[0], &layer.v[1],
-                                &layer.o,    &layer.gate, &layer.up,   &layer.down};
+    Linear* const targets[9] = {&layer.q, &layer.k[0], &layer.k[1], &layer.v[0], &layer.v[1],
+                                &layer.o, &layer.gate, &layer.up,   &layer.down};
     for (int i = 0; i < 9; i++) {
       const int outputs = i == 6 || i == 7 ? shape_.inner : shape_.width;
       const int inputs = i == 8 ? shape_.inner : shape_.width;
@@ -173,9 +173,9 @@ class Model {
 }  // namespace
 
 void bind_decoder(nb::module_& m) {
-  nb::class_<Stop>(m, "Stop", "Ends a step; any thread may set it.")
-      .def(nb::init<>())
-      .def("set", [](Stop& stop) { stop.asked = true; });
+  nb::class_<Stop>(m, "Stop", "Ends a step; any thread may set it.").def(nb::init<>()).def("set", [](Stop& stop) {
+    stop.asked = true;
+  });
 
   nb::class_<KvCache>(m, "KvCache", "Keys and values of one sequence; copies share memory until one is written to.")
       .def(

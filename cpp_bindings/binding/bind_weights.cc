@@ -75,10 +75,9 @@ void bind_weights(nb::module_& m) {
           nb::arg("content"), "The bytes of an object.");
 
   nb::class_<Linear>(m, "Linear", "A linear layer: views of its weights, which must outlive it.")
-      .def_static("integers", &integer_linear, nb::arg("outputs"), nb::arg("inputs"), nb::arg("bits"),
-                  nb::arg("group"), nb::arg("codes"), nb::arg("scales"), nb::arg("zero_points").none(),
-                  nb::arg("bias").none(), nb::arg("columns").none(),
-                  "Integers in the layout of MatMulNBits, scales float32.")
+      .def_static("integers", &integer_linear, nb::arg("outputs"), nb::arg("inputs"), nb::arg("bits"), nb::arg("group"),
+                  nb::arg("codes"), nb::arg("scales"), nb::arg("zero_points").none(), nb::arg("bias").none(),
+                  nb::arg("columns").none(), "Integers in the layout of MatMulNBits, scales float32.")
       .def_static("floats", &dense_linear, nb::arg("outputs"), nb::arg("inputs"), nb::arg("half"), nb::arg("values"),
                   nb::arg("bias").none(), nb::arg("columns").none(), "A float matrix [K, N].");
 }

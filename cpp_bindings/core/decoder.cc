@@ -10,12 +10,12 @@ namespace owl2 {
 struct Decoder::Buffers {
   Buffers(const Kernels& kernels, Pool* pool) : inputs(kernels, pool) {}
 
-  Scratch<float> residual;  // [M, C]
-  Scratch<float> normed;    // [M, C]
-  Scratch<float> q, k, v;   // [M, C]
-  Scratch<float> attended;  // [M, C]
-  Scratch<float> gate;      // [M, F]
-  Scratch<float> up;        // [threads, M, chunk]
+  Scratch<float> residual;                     // [M, C]
+  Scratch<float> normed;                       // [M, C]
+  Scratch<float> q, k, v;                      // [M, C]
+  Scratch<float> attended;                     // [M, C]
+  Scratch<float> gate;                         // [M, F]
+  Scratch<float> up;                           // [threads, M, chunk]
   std::vector<std::vector<HeadBlock>> blocks;  // of each thread
   Inputs inputs;
 };
@@ -163,7 +163,8 @@ class Decoder::Run {
       inputs_.multiply(layer.up, begin, end, out);
       inputs_.multiply(layer.gate, begin, end, all(gate_, static_cast<size_t>(inner)));
       for (int row = 0; row < rows_; row++)
-        kernels_.silu_gate(gate_ + static_cast<size_t>(row) * inner + begin, up + static_cast<size_t>(row) * count, count);
+        kernels_.silu_gate(gate_ + static_cast<size_t>(row) * inner + begin, up + static_cast<size_t>(row) * count,
+                           count);
     });
     if (stopped()) return false;
     add_to_residual(gate_, static_cast<size_t>(inner), layer.down);
@@ -200,7 +201,11 @@ class Decoder::Run {
 };
 
 Decoder::Decoder(const DecoderShape& shape, DecoderWeights weights, const Kernels& kernels, Pool* pool)
-    : shape_(shape), weights_(std::move(weights)), kernels_(kernels), pool_(pool), buffers_(std::make_unique<Buffers>(kernels, pool)) {}
+    : shape_(shape),
+      weights_(std::move(weights)),
+      kernels_(kernels),
+      pool_(pool),
+      buffers_(std::make_unique<Buffers>(kernels, pool)) {}
 
 Decoder::~Decoder() = default;
 

@@ -1,6 +1,7 @@
 // The decoder: a step takes rows of embeddings through all layers and gives logits.
 //
-// Shapes: M rows of a step (of all sequences), C hidden width, F inner width of the MLP, H heads of D values, V vocabulary.
+// Shapes: M rows of a step (of all sequences), C hidden width, F inner width of the MLP, H heads of D values, V
+// vocabulary.
 #pragma once
 
 #include <functional>
@@ -17,9 +18,9 @@
 namespace owl2 {
 
 struct DecoderShape {
-  int width = 0;    // C
-  int inner = 0;    // F
-  int heads = 0;    // H
+  int width = 0;  // C
+  int inner = 0;  // F
+  int heads = 0;  // H
   int vocabulary = 0;
   float epsilon = 0;  // of the norms
 
@@ -53,8 +54,8 @@ struct Step {
   const float* cosines = nullptr;       // [M, D / 2], rotary angles of each row
   const float* sines = nullptr;
   std::vector<int> logit_rows;
-  float* logits = nullptr;              // [logit_rows, V]
-  std::function<bool()> stopped;        // asked by the calling thread, many times a second
+  float* logits = nullptr;        // [logit_rows, V]
+  std::function<bool()> stopped;  // asked by the calling thread, many times a second
 };
 
 // Several threads may call; one step runs at a time.

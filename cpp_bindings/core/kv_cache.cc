@@ -5,7 +5,9 @@
 namespace owl2 {
 namespace {
 
-size_t value_bytes(KvType type) { return type == KvType::f32 ? 4 : type == KvType::f16 ? 2 : 1; }
+size_t value_bytes(KvType type) {
+  return type == KvType::f32 ? 4 : type == KvType::f16 ? 2 : 1;
+}
 
 size_t key_bytes(const KvShape& shape) {
   const size_t bytes = static_cast<size_t>(kBlockPositions) * shape.width * value_bytes(shape.type);
@@ -16,7 +18,9 @@ size_t row_bytes(const KvShape& shape) {
   return static_cast<size_t>(kBlockPositions) * padded_width(shape.width) * value_bytes(shape.type);
 }
 
-int block_count(int positions) { return (positions + kBlockPositions - 1) / kBlockPositions; }
+int block_count(int positions) {
+  return (positions + kBlockPositions - 1) / kBlockPositions;
+}
 
 }  // namespace
 

@@ -86,6 +86,8 @@ MappedFile::~MappedFile() {
   munmap(data_, size_);
 }
 
-bool MappedFile::damaged() const { return ranges[slot_].damaged; }
+bool MappedFile::damaged() const {
+  return ranges[slot_].damaged;
+}
 
 }  // namespace owl2

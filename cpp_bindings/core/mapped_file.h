@@ -7,8 +7,8 @@
 namespace owl2 {
 
 // Where another program truncates the file, reads give zeros instead of a bus error that would kill the process, and
-// `damaged` says so from then on. For that, the first mapping of a process puts a handler for SIGBUS in front of the one
-// that is there, which is called for every other address.
+// `damaged` says so from then on. For that, the first mapping of a process puts a handler for SIGBUS in front of the
+// one that is there, which is called for every other address.
 class MappedFile {
  public:
   // Maps `size` bytes of an open file, which may be closed then. Throws std::system_error.

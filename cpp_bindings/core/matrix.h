@@ -41,20 +41,20 @@ struct DenseMatrix {
 
 // Rows of activations as int8, with a scale for every row and group.
 //
-// Within a group of a 4-bit product, elements with even index come first, then the odd ones: so they meet the low and the high
-// halves of the weights' bytes. The last group is filled with zeros.
+// Within a group of a 4-bit product, elements with even index come first, then the odd ones: so they meet the low and
+// the high halves of the weights' bytes. The last group is filled with zeros.
 //
 // Few rows lie one after the other. Many lie in panels of 16, of which each vector register takes four columns.
 struct Activations {
   static constexpr int kPanel = 16;
 
-  int rows = 0;                    // M
-  int groups = 0;                  // G
+  int rows = 0;    // M
+  int groups = 0;  // G
   int group = 0;
   bool panels = false;
-  const int8_t* codes = nullptr;   // rows: [M, G, group]; panels: [ceil(M / 16), G, group / 4, 16, 4]
-  const float* scales = nullptr;   // rows: [M, G];        panels: [ceil(M / 16), G, 16]
-  const int32_t* sums = nullptr;   // of the codes of a group, in the order of `scales`
+  const int8_t* codes = nullptr;  // rows: [M, G, group]; panels: [ceil(M / 16), G, group / 4, 16, 4]
+  const float* scales = nullptr;  // rows: [M, G];        panels: [ceil(M / 16), G, 16]
+  const int32_t* sums = nullptr;  // of the codes of a group, in the order of `scales`
 };
 
 // Where a product writes: y[m * stride + n - origin] for rows first <= m < last.

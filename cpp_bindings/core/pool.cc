@@ -56,7 +56,8 @@ int quota() {
   std::ifstream file("/sys/fs/cgroup/cpu.max");  // version 2: "max 100000" or "150000 100000"
   std::string most;
   double period = 0;
-  if (file >> most >> period && most != "max" && period > 0) return static_cast<int>(std::ceil(std::stod(most) / period));
+  if (file >> most >> period && most != "max" && period > 0)
+    return static_cast<int>(std::ceil(std::stod(most) / period));
   std::ifstream whole("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"), part("/sys/fs/cgroup/cpu/cpu.cfs_period_us");
   double used = -1;
   if (whole >> used && part >> period && used > 0 && period > 0) return static_cast<int>(std::ceil(used / period));
@@ -106,9 +107,9 @@ int usable_processors() {
 struct Pool::State {
   std::mutex mutex;
   std::condition_variable work, done;
-  std::atomic<uint64_t> epoch{0};  // number of runs
-  std::atomic<int> busy{0};        // threads that have not finished this run
-  std::atomic<int> asleep{0};      // threads that wait for `work`
+  std::atomic<uint64_t> epoch{0};    // number of runs
+  std::atomic<int> busy{0};          // threads that have not finished this run
+  std::atomic<int> asleep{0};        // threads that wait for `work`
   std::atomic<bool> waiting{false};  // the caller waits for `done`
   bool ending = false;
   Call call = nullptr;
@@ -116,7 +117,8 @@ struct Pool::State {
   std::vector<Share> shares;  // of each thread
   std::vector<std::thread> threads;
 
-  // A thread's own share from the front, so that it reads weights in the order of memory; then from the back of others'.
+  // A thread's own share from the front, so that it reads weights in the order of memory; then from the back of
+  // others'.
   void take(int thread) {
     int index;
     while (shares[thread].first(&index)) call(task, index, thread);

@@ -45,7 +45,8 @@ void Inputs::quantize(const Linear& linear, Form* form) {
   const IntegerMatrix& w = linear.integers;
   const bool panels = rows_ >= kernels_.panel_rows;
   const int groups = w.groups();
-  const size_t lane_rows = (static_cast<size_t>(rows_) + Activations::kPanel - 1) / Activations::kPanel * Activations::kPanel;
+  const size_t lane_rows =
+      (static_cast<size_t>(rows_) + Activations::kPanel - 1) / Activations::kPanel * Activations::kPanel;
   const size_t stored = panels ? lane_rows : static_cast<size_t>(rows_);
   form->bits = w.bits;
   form->group = w.group;
@@ -73,7 +74,9 @@ void Inputs::multiply(const Linear& linear, int begin, int end, Output out) cons
                          ordered ? static_cast<size_t>(linear.inputs()) : stride_, begin, end, out);
 }
 
-int chunk_outputs(int rows) { return rows == 1 ? 64 : rows <= 16 ? 96 : 128; }
+int chunk_outputs(int rows) {
+  return rows == 1 ? 64 : rows <= 16 ? 96 : 128;
+}
 
 void multiply_all(Inputs* inputs, Pool* pool, int rows, const std::vector<Product>& products) {
   const int chunk = chunk_outputs(rows);

@@ -71,8 +71,12 @@ double read_bandwidth(Pool& pool, double seconds) {
   });
 }
 
-double int8_peak(Pool& pool, const Kernels& kernels, double seconds) { return peak(pool, kernels.int8_loop, seconds); }
+double int8_peak(Pool& pool, const Kernels& kernels, double seconds) {
+  return peak(pool, kernels.int8_loop, seconds);
+}
 
-double fp32_peak(Pool& pool, const Kernels& kernels, double seconds) { return peak(pool, kernels.fp32_loop, seconds); }
+double fp32_peak(Pool& pool, const Kernels& kernels, double seconds) {
+  return peak(pool, kernels.fp32_loop, seconds);
+}
 
 }  // namespace owl2

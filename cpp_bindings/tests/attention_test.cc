@@ -39,7 +39,8 @@ struct Problem {
 Cache stored(const Kernels& kernels, KvType type, const Problem& p) {
   Cache cache(type, p.width, p.past + p.rows);
   for (int i = 0; i < p.past + p.rows; i++)
-    kernels.store_key_value(cache.blocks[i / kBlockPositions], i, p.keys.data() + i * p.width, p.values.data() + i * p.width);
+    kernels.store_key_value(cache.blocks[i / kBlockPositions], i, p.keys.data() + i * p.width,
+                            p.values.data() + i * p.width);
   return cache;
 }
 
@@ -62,7 +63,8 @@ std::vector<double> softmax_attention(const Problem& p) {
     double most = -1e300, total = 0;
     for (size_t j = 0; j < weights.size(); j++) {
       weights[j] = 0;
-      for (int d = 0; d < p.width; d++) weights[j] += static_cast<double>(p.queries[row * p.width + d]) * p.keys[j * p.width + d];
+      for (int d = 0; d < p.width; d++)
+        weights[j] += static_cast<double>(p.queries[row * p.width + d]) * p.keys[j * p.width + d];
       most = std::max(most, weights[j]);
     }
     for (double& weight : weights) total += weight = std::exp(weight - most);

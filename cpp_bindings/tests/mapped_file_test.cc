@@ -1,4 +1,5 @@
-// A mapped file that is truncated while it is read: the reader goes on with zeros, and the file says that it is damaged.
+// A mapped file that is truncated while it is read: the reader goes on with zeros, and the file says that it is
+// damaged.
 #include <fcntl.h>
 #include <unistd.h>
 
@@ -47,7 +48,8 @@ int main() {
   for (int i = 0; i < 100; i++) {
     Scratch scratch;
     MappedFile file(scratch.descriptor, 1 << 20);
-    if (i % 2 == 0 && ftruncate(scratch.descriptor, 0) == 0) check(sum(file) == 0 && file.damaged(), "again", "file", i);
+    if (i % 2 == 0 && ftruncate(scratch.descriptor, 0) == 0)
+      check(sum(file) == 0 && file.damaged(), "again", "file", i);
   }
   return result("mapped_file_test");
 }

@@ -21,7 +21,8 @@ void every_index_once(int threads) {
       seen[index]++;
       by[index] = thread;
     });
-    for (int i = 0; i < count; i++) check(seen[i] == 1 && by[i] >= 0 && by[i] < threads, "every index once", "pool", threads, count, i);
+    for (int i = 0; i < count; i++)
+      check(seen[i] == 1 && by[i] >= 0 && by[i] < threads, "every index once", "pool", threads, count, i);
     if (round % 100 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(2));
   }
 }

@@ -37,7 +37,8 @@ void quantize(const Kernels& kernels, const Case& c, const std::vector<float>& x
                      out->codes.data() + first * c.group + 4 * lane, panels ? 64 : 4, out->scales.data() + first + lane,
                      out->sums.data() + first + lane, panels ? 16 : 1);
   }
-  out->view = {c.rows, static_cast<int>(groups), c.group, panels, out->codes.data(), out->scales.data(), out->sums.data()};
+  out->view = {c.rows,          static_cast<int>(groups), c.group, panels, out->codes.data(), out->scales.data(),
+               out->sums.data()};
 }
 
 // Number of kernel tables that differ from the scalar one.
@@ -51,7 +52,8 @@ int differences(const Case& c, const std::vector<const Kernels*>& all, std::mt19
   for (float& scale : scales) scale = number() / 10;
   for (float& value : x) value = number();
   for (float& value : bias) value = number();
-  const IntegerMatrix w{c.outputs, c.inputs, c.bits, c.group, codes.data(), scales.data(), c.zero_points ? zeros.data() : nullptr};
+  const IntegerMatrix w{
+      c.outputs, c.inputs, c.bits, c.group, codes.data(), scales.data(), c.zero_points ? zeros.data() : nullptr};
   const auto product = [&](const Kernels& kernels, bool panels) {
     Quantized q;
     quantize(kernels, c, x, panels, &q);

@@ -53,8 +53,10 @@ void compare_quantized(const Kernels& one, const Kernels& scalar, std::mt19937* 
           std::vector<float> x = numbers(width, random);
           if (width == group) x.assign(width, 0.0f);
           if (width == 31) x[3] = 1e30f;
-          const Quantized made = quantized(one, x, group, bits, panels), expected = quantized(scalar, x, group, bits, panels);
-          const bool equal = same(made.codes, expected.codes) && same(made.scales, expected.scales) && same(made.sums, expected.sums);
+          const Quantized made = quantized(one, x, group, bits, panels),
+                          expected = quantized(scalar, x, group, bits, panels);
+          const bool equal =
+              same(made.codes, expected.codes) && same(made.scales, expected.scales) && same(made.sums, expected.sums);
           check(equal, "quantize", one.name, bits, group, width);
         }
 }
@@ -64,7 +66,8 @@ void compare_dense(const Kernels& one, const Kernels& scalar, std::mt19937* rand
     for (const int inputs : {1, 7, 64})
       for (const int rows : {1, 3, 9}) {
         const std::vector<float> values = numbers(static_cast<size_t>(inputs) * outputs, random);
-        const std::vector<float> x = numbers(static_cast<size_t>(rows) * inputs, random), bias = numbers(outputs, random);
+        const std::vector<float> x = numbers(static_cast<size_t>(rows) * inputs, random),
+                                 bias = numbers(outputs, random);
         const DenseMatrix weight{outputs, inputs, FloatType::f32, values.data()};
         const auto product = [&](const Kernels& kernels) {
           std::vector<float> y(static_cast<size_t>(rows) * outputs, 0.25f);

@@ -1,7 +1,7 @@
 // AMX: products of panels in tiles of int8; everything else as with AVX-512 VNNI.
 //
-// Weights are the rows of a tile (16 outputs by 64 columns), activations its columns (16 rows by 64 columns). The four tiles
-// of 32 outputs and a group stay while all rows pass.
+// Weights are the rows of a tile (16 outputs by 64 columns), activations its columns (16 rows by 64 columns). The four
+// tiles of 32 outputs and a group stay while all rows pass.
 #include "../kernels.h"
 #include "lanes_avx512.h"
 
@@ -40,8 +40,8 @@ struct GroupScales {
   int32_t zeros[kPanelOutputs];
 };
 
-// A group of 32 outputs: [part of 64 columns][32 outputs][64]. Four bits less their zero point fit int8; eight bits stay
-// unsigned, and what the zero point takes off is subtracted from the dots.
+// A group of 32 outputs: [part of 64 columns][32 outputs][64]. Four bits less their zero point fit int8; eight bits
+// stay unsigned, and what the zero point takes off is subtracted from the dots.
 template <int Bits, int Group>
 inline void unpack_weights(const IntegerMatrix& w, int n, int width, int g, int8_t* codes, GroupScales* weights) {
   const size_t row_bytes = w.row_bytes();
@@ -90,15 +90,16 @@ inline void add_scaled(const int32_t* dots, const GroupScales& weights, __m512 s
     const __m512 both = _mm512_mul_ps(_mm512_set1_ps(weights.scales[i]), scales);
     __m512i whole = _mm512_load_si512(dots + i * 16);
     if constexpr (Bits == 8)
-      whole = _mm512_sub_epi32(whole, _mm512_mullo_epi32(_mm512_loadu_si512(row_sums), _mm512_set1_epi32(weights.zeros[i])));
+      whole = _mm512_sub_epi32(whole,
+                               _mm512_mullo_epi32(_mm512_loadu_si512(row_sums), _mm512_set1_epi32(weights.zeros[i])));
     const __m512 dot = _mm512_cvtepi32_ps(whole);
     float* const sum = sums + i * kPanelRows;
     _mm512_store_ps(sum, _mm512_fmadd_ps(dot, both, _mm512_load_ps(sum)));
   }
 }
 
-// Dots that are on their way from the tiles to memory, and where they go. They are added one panel later: until then the
-// tiles multiply on.
+// Dots that are on their way from the tiles to memory, and where they go. They are added one panel later: until then
+// the tiles multiply on.
 struct Pending {
   const int32_t* dots = nullptr;
   const GroupScales* weights = nullptr;
@@ -182,8 +183,7 @@ uint64_t int8_loop(int rounds) {
 }  // namespace
 
 extern const Kernels kAmx;
-const Kernels kAmx = {"amx",         5,         rms_norm, quantize,        integer_product,
-                      dense_product, silu_gate, rotate,   store_key_value, attend,
-                      int8_loop,     fp32_loop};
+const Kernels kAmx = {"amx",     5,      rms_norm,        quantize, integer_product, dense_product,
+                      silu_gate, rotate, store_key_value, attend,   int8_loop,       fp32_loop};
 
 }  // namespace owl2

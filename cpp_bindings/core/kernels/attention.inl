@@ -67,8 +67,8 @@ inline float weigh(float* scores, int visible, const float* value_scales, float*
 }
 
 template <class Value, int R>
-void collect(const Stretch<Value>& stretch, int padded, int visible, const float weights[][kStretch],
-             const float* kept, float results[][kLargestWidth]) {
+void collect(const Stretch<Value>& stretch, int padded, int visible, const float weights[][kStretch], const float* kept,
+             float results[][kLargestWidth]) {
   for (int d = 0; d < padded; d += 64) {
     const int lanes = padded - d < 64 ? (padded - d) / 16 : 4;
     Lanes sums[R][4];
@@ -91,7 +91,8 @@ void collect(const Stretch<Value>& stretch, int padded, int visible, const float
 
 // Rows `row` .. row + R - 1 of the queries, and the keys from position `start` on.
 template <class Value, int R>
-void attend_stretch(const HeadQueries& q, int width, int row, int start, const Stretch<Value>& stretch, Running& state) {
+void attend_stretch(const HeadQueries& q, int width, int row, int start, const Stretch<Value>& stretch,
+                    Running& state) {
   float scores[R][kStretch], kept[R];
   score<Value, R>(stretch, width, q.queries + row * q.query_stride, q.query_stride, scores);
   int visible = 0;
@@ -117,7 +118,8 @@ Stretch<Value> stretch_of(const HeadBlock& block, int start) {
 // The stretch in floats, which several tiles of rows then read.
 template <class Value>
 Stretch<float> widened(const Stretch<Value>& stretch, int width, float* scratch) {
-  const size_t keys = static_cast<size_t>(kStretch) * width, values = static_cast<size_t>(kStretch) * padded_width(width);
+  const size_t keys = static_cast<size_t>(kStretch) * width,
+               values = static_cast<size_t>(kStretch) * padded_width(width);
   for (size_t i = 0; i < keys; i += 16) store(scratch + i, load(stretch.keys + i));
   for (size_t i = 0; i < values; i += 16) store(scratch + keys + i, load(stretch.values + i));
   return {scratch, scratch + keys, stretch.key_scales, stretch.value_scales};
@@ -155,18 +157,28 @@ void attend_group(const HeadQueries& q, const HeadBlock* blocks, int row, int ro
   const int tiles = (rows + kTileRows - 1) / kTileRows;
   for (int t = 0; t < tiles; t++) begin(states[t], kTileRows, padded_width(width));
   for (int start = 0; start <= q.past + row + rows - 1; start += kStretch) {
-    const Stretch<float> stretch =
-        widened(stretch_of<Value>(blocks[start / kBlockPositions], start), width, scratch);
+    const Stretch<float> stretch = widened(stretch_of<Value>(blocks[start / kBlockPositions], start), width, scratch);
     for (int t = 0; t < tiles; t++) {
       const int first = row + t * kTileRows, count = rows - t * kTileRows;
       if (q.past + first + (count < kTileRows ? count : kTileRows) - 1 < start) continue;
       switch (count < kTileRows ? count : kTileRows) {
-        case 6: attend_stretch<float, 6>(q, width, first, start, stretch, states[t]); break;
-        case 5: attend_stretch<float, 5>(q, width, first, start, stretch, states[t]); break;
-        case 4: attend_stretch<float, 4>(q, width, first, start, stretch, states[t]); break;
-        case 3: attend_stretch<float, 3>(q, width, first, start, stretch, states[t]); break;
-        case 2: attend_stretch<float, 2>(q, width, first, start, stretch, states[t]); break;
-        default: attend_stretch<float, 1>(q, width, first, start, stretch, states[t]);
+        case 6:
+          attend_stretch<float, 6>(q, width, first, start, stretch, states[t]);
+          break;
+        case 5:
+          attend_stretch<float, 5>(q, width, first, start, stretch, states[t]);
+          break;
+        case 4:
+          attend_stretch<float, 4>(q, width, first, start, stretch, states[t]);
+          break;
+        case 3:
+          attend_stretch<float, 3>(q, width, first, start, stretch, states[t]);
+          break;
+        case 2:
+          attend_stretch<float, 2>(q, width, first, start, stretch, states[t]);
+          break;
+        default:
+          attend_stretch<float, 1>(q, width, first, start, stretch, states[t]);
       }
     }
   }
@@ -196,9 +208,12 @@ void attend_values(const HeadQueries& q, const HeadBlock* blocks) {
 
 void attend(const HeadQueries& queries, const HeadBlock* blocks) {
   switch (blocks[0].type) {
-    case KvType::f32: return attend_values<float>(queries, blocks);
-    case KvType::f16: return attend_values<uint16_t>(queries, blocks);
-    case KvType::i8: return attend_values<int8_t>(queries, blocks);
+    case KvType::f32:
+      return attend_values<float>(queries, blocks);
+    case KvType::f16:
+      return attend_values<uint16_t>(queries, blocks);
+    case KvType::i8:
+      return attend_values<int8_t>(queries, blocks);
   }
 }
 
@@ -207,7 +222,8 @@ void scatter(const HeadBlock& block, int position, const Value* key, const Value
   const int width = block.width, padded = padded_width(width), place = position % kBlockPositions;
   Value* const keys = static_cast<Value*>(block.keys) + static_cast<size_t>(place / 16) * width * 16 + place % 16;
   for (int d = 0; d < width; d++) keys[static_cast<size_t>(d) * 16] = key[d];
-  __builtin_memcpy(static_cast<Value*>(block.values) + static_cast<size_t>(place) * padded, value, padded * sizeof(Value));
+  __builtin_memcpy(static_cast<Value*>(block.values) + static_cast<size_t>(place) * padded, value,
+                   padded * sizeof(Value));
 }
 
 void store_key_value(const HeadBlock& block, int position, const float* key, const float* value) {

@@ -58,8 +58,7 @@ inline void dot_panel_4(const uint8_t* codes, const int8_t* x, int32_t dots[][16
       }
     }
     for (int i = 0; i < 4; i++)
-      for (int h = 0; h < 2; h++)
-        whole[i][h] = _mm256_add_epi32(whole[i][h], _mm256_madd_epi16(sums[i][h], ones));
+      for (int h = 0; h < 2; h++) whole[i][h] = _mm256_add_epi32(whole[i][h], _mm256_madd_epi16(sums[i][h], ones));
   }
   for (int i = 0; i < 4; i++)
     for (int h = 0; h < 2; h++) _mm256_store_si256(reinterpret_cast<__m256i*>(dots[i] + 8 * h), whole[i][h]);
@@ -75,7 +74,8 @@ inline void dot_panel_8(const uint8_t* codes, const int8_t* x, int32_t dots[][16
         const __m256i four = _mm256_cvtepu8_epi16(_mm256_castsi256_si128(four_codes(codes + i * Group + k)));
         const __m256i rows = load_bytes(x + k * 16 + 32 * h);
         first = _mm256_add_epi32(first, _mm256_madd_epi16(four, _mm256_cvtepi8_epi16(_mm256_castsi256_si128(rows))));
-        second = _mm256_add_epi32(second, _mm256_madd_epi16(four, _mm256_cvtepi8_epi16(_mm256_extracti128_si256(rows, 1))));
+        second =
+            _mm256_add_epi32(second, _mm256_madd_epi16(four, _mm256_cvtepi8_epi16(_mm256_extracti128_si256(rows, 1))));
       }
       const __m256i sums = _mm256_permute4x64_epi64(_mm256_hadd_epi32(first, second), 0xd8);
       _mm256_store_si256(reinterpret_cast<__m256i*>(dots[i] + 8 * h), sums);
@@ -108,8 +108,7 @@ uint64_t int8_loop(int rounds) {
 }  // namespace
 
 extern const Kernels kAvx2;
-const Kernels kAvx2 = {"avx2",        12,        rms_norm, quantize,        integer_product,
-                       dense_product, silu_gate, rotate,   store_key_value, attend,
-                       int8_loop,     fp32_loop};
+const Kernels kAvx2 = {"avx2",    12,     rms_norm,        quantize, integer_product, dense_product,
+                       silu_gate, rotate, store_key_value, attend,   int8_loop,       fp32_loop};
 
 }  // namespace owl2

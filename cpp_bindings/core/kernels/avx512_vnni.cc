@@ -45,13 +45,13 @@ inline __attribute__((always_inline)) void dot_tile(const uint8_t* w, const int8
     const __m512i x0 = _mm512_loadu_si512(x);
     const __m512i x1 = Panels == 2 ? _mm512_loadu_si512(x + panel_step) : x0;
     __m512i c;
-#define OWL2_STEP(i)                                         \
-  {                                                          \
-    int32_t four;                                            \
-    __builtin_memcpy(&four, w + i * Group + k, 4);           \
-    c = _mm512_set1_epi32(four);                             \
-    OWL2_DOT(a##i, c, x0);                                   \
-    if constexpr (Panels == 2) OWL2_DOT(b##i, c, x1);        \
+#define OWL2_STEP(i)                                  \
+  {                                                   \
+    int32_t four;                                     \
+    __builtin_memcpy(&four, w + i * Group + k, 4);    \
+    c = _mm512_set1_epi32(four);                      \
+    OWL2_DOT(a##i, c, x0);                            \
+    if constexpr (Panels == 2) OWL2_DOT(b##i, c, x1); \
   }
     OWL2_STEP(0) OWL2_STEP(1) OWL2_STEP(2) OWL2_STEP(3) OWL2_STEP(4) OWL2_STEP(5) OWL2_STEP(6) OWL2_STEP(7)
 #undef OWL2_STEP
@@ -73,9 +73,8 @@ void add_group(const IntegerMatrix& w, const Activations& x, int n, int width, i
   for (int h = 0; h < 2; h++) {
     row_sums[h] = _mm512_loadu_si512(x.sums + places[h] * 16);
     row_scales[h] = _mm512_loadu_ps(x.scales + places[h] * 16);
-    start[h] = w.zero_points != nullptr
-                   ? _mm512_setzero_si512()
-                   : _mm512_mullo_epi32(row_sums[h], _mm512_set1_epi32(-(1 << (Bits - 1))));
+    start[h] = w.zero_points != nullptr ? _mm512_setzero_si512()
+                                        : _mm512_mullo_epi32(row_sums[h], _mm512_set1_epi32(-(1 << (Bits - 1))));
   }
   for (int i = 0; i < kPanelOutputs; i += 8) {
     __m512i dots[8][2];
@@ -143,8 +142,7 @@ uint64_t int8_loop(int rounds) {
 }  // namespace
 
 extern const Kernels kAvx512Vnni;
-const Kernels kAvx512Vnni = {"avx512_vnni", 8,         rms_norm, quantize,        integer_product,
-                             dense_product, silu_gate, rotate,   store_key_value, attend,
-                             int8_loop,     fp32_loop};
+const Kernels kAvx512Vnni = {"avx512_vnni", 8,      rms_norm,        quantize, integer_product, dense_product,
+                             silu_gate,     rotate, store_key_value, attend,   int8_loop,       fp32_loop};
 
 }  // namespace owl2

@@ -67,8 +67,7 @@ uint64_t int8_loop(int rounds) {
 }  // namespace
 
 extern const Kernels kAvxVnni;
-const Kernels kAvxVnni = {"avx_vnni",    8,         rms_norm, quantize,        integer_product,
-                          dense_product, silu_gate, rotate,   store_key_value, attend,
-                          int8_loop,     fp32_loop};
+const Kernels kAvxVnni = {"avx_vnni", 8,      rms_norm,        quantize, integer_product, dense_product,
+                          silu_gate,  rotate, store_key_value, attend,   int8_loop,       fp32_loop};
 
 }  // namespace owl2

@@ -6,7 +6,9 @@ constexpr int kBytes = 32;
 template <int Bits>
 constexpr int kZero = 0;
 
-inline __m256i load_bytes(const void* x) { return _mm256_loadu_si256(static_cast<const __m256i*>(x)); }
+inline __m256i load_bytes(const void* x) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(x));
+}
 
 template <int Bits, int Group>
 inline void unpack(const uint8_t* w, Bytes* codes) {

@@ -38,7 +38,8 @@ void dense_values(const Value* values, const DenseMatrix& weight, const float* x
     const int width = end - n < 16 * kDenseLanes ? end - n : 16 * kDenseLanes;
     int row = out.first;
     for (; row + kDenseRows <= out.last; row += kDenseRows)
-      dense_tile<Value, kDenseRows>(values + n, stride, weight.inputs, x + row * x_stride, x_stride, width, out, row, n);
+      dense_tile<Value, kDenseRows>(values + n, stride, weight.inputs, x + row * x_stride, x_stride, width, out, row,
+                                    n);
     for (; row < out.last; row++)
       dense_tile<Value, 1>(values + n, stride, weight.inputs, x + row * x_stride, x_stride, width, out, row, n);
   }

@@ -8,9 +8,9 @@
 //                                         four outputs [4][Group] by a panel [Group / 4][16][4] -> [4][16]
 //   kZero<Bits>                           what it takes off eight-bit codes (they may be wanted signed)
 
-constexpr int kAhead = 12;         // outputs whose weights are fetched ahead
-constexpr int kRowsPiece = 16;     // outputs that all rows see before the next are read
-constexpr int kPanelRows = 256;    // rows whose sums stay in the cache
+constexpr int kAhead = 12;       // outputs whose weights are fetched ahead
+constexpr int kRowsPiece = 16;   // outputs that all rows see before the next are read
+constexpr int kPanelRows = 256;  // rows whose sums stay in the cache
 constexpr int kPanelOutputs = 32;
 
 template <int Bits, int Group, int R>

@@ -1,12 +1,13 @@
 // Products of one row, or a few, with AVX-512 VNNI: weights are read once, in place, and meet every row.
 //
-// A register sums 16 parts of one (output, group) pair. Four outputs by four groups of them are turned into one register of whole
-// sums, lane 4 * group + output, and enter the float sums group by group.
+// A register sums 16 parts of one (output, group) pair. Four outputs by four groups of them are turned into one
+// register of whole sums, lane 4 * group + output, and enter the float sums group by group.
 
 // Outputs whose weights are fetched ahead: the hardware's own prefetching stops at the end of a page.
 constexpr int kAhead = 12;
 
-// The 64, 32 or 16 bytes of a group as codes in the order of the activations: `low` the first 64 of them, `high` the rest.
+// The 64, 32 or 16 bytes of a group as codes in the order of the activations: `low` the first 64 of them, `high` the
+// rest.
 struct Unpacked {
   __m512i low, high;
 };
@@ -37,7 +38,8 @@ inline Unpacked unpack_group(const uint8_t* w) {
 template <int Group>
 inline __m512i dot_group(const Unpacked& w, const int8_t* x, __m512i sum) {
   if constexpr (Group == 32) {
-    return _mm512_dpbusd_epi32(sum, w.low, _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))));
+    return _mm512_dpbusd_epi32(sum, w.low,
+                               _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))));
   } else {
     sum = _mm512_dpbusd_epi32(sum, w.low, _mm512_loadu_si512(x));
     if constexpr (Group == 128) sum = _mm512_dpbusd_epi32(sum, w.high, _mm512_loadu_si512(x + 64));
@@ -59,7 +61,8 @@ inline __m512i added_halves(__m512i a, __m512i b) {
 inline __m512i whole_sums(const __m512i* parts) {
   __m512i outputs[4];
   for (int g = 0; g < 4; g++)
-    outputs[g] = added_quads(added_pairs(parts[4 * g], parts[4 * g + 1]), added_pairs(parts[4 * g + 2], parts[4 * g + 3]));
+    outputs[g] =
+        added_quads(added_pairs(parts[4 * g], parts[4 * g + 1]), added_pairs(parts[4 * g + 2], parts[4 * g + 3]));
   return added_halves(added_halves(outputs[0], outputs[1]), added_halves(outputs[2], outputs[3]));
 }
 

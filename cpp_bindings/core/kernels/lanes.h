@@ -1,7 +1,8 @@
 // Sixteen floats, the unit in which every kernel adds: one register of AVX-512, two of AVX2, four of NEON, or an array.
 //
-// Each instruction set defines the same functions, of which each operation is one of IEEE 754 (fused multiply-add is one), so
-// that kernels written with them give the same bits everywhere. Reductions add lane i to lane i + 8, then i + 4, i + 2, i + 1.
+// Each instruction set defines the same functions, of which each operation is one of IEEE 754 (fused multiply-add is
+// one), so that kernels written with them give the same bits everywhere. Reductions add lane i to lane i + 8, then i +
+// 4, i + 2, i + 1.
 //
 // This file is included once by each instruction set's source file, after the definition of Lanes, in that file's own
 // namespace: inline functions of two of them must not be merged by the linker.

@@ -62,23 +62,26 @@ inline Lanes fused(Lanes a, Lanes b, Lanes c) {
   return each([&](int i) { return vfmaq_f32(c.v[i], a.v[i], b.v[i]); });
 }
 // Of NaN the second, as on other processors.
-inline float32x4_t larger(float32x4_t a, float32x4_t b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
+inline float32x4_t larger(float32x4_t a, float32x4_t b) {
+  return vbslq_f32(vcgtq_f32(a, b), a, b);
+}
 inline Lanes maximum(Lanes a, Lanes b) {
   return each([&](int i) { return larger(a.v[i], b.v[i]); });
 }
 inline Lanes minimum(Lanes a, Lanes b) {
   return each([&](int i) { return vbslq_f32(vcltq_f32(a.v[i], b.v[i]), a.v[i], b.v[i]); });
 }
-inline uint32x4_t magnitude(float32x4_t x) { return vandq_u32(vreinterpretq_u32_f32(x), vdupq_n_u32(0x7fffffff)); }
+inline uint32x4_t magnitude(float32x4_t x) {
+  return vandq_u32(vreinterpretq_u32_f32(x), vdupq_n_u32(0x7fffffff));
+}
 inline Lanes largest_magnitude(Lanes a, Lanes b) {
   return each([&](int i) { return vreinterpretq_f32_u32(vmaxq_u32(magnitude(a.v[i]), magnitude(b.v[i]))); });
 }
 inline Lanes filled_from(Lanes x, int count, float value) {
   const int32_t first[4] = {0, 1, 2, 3};
   const int32x4_t places = vld1q_s32(first);
-  return each([&](int i) {
-    return vbslq_f32(vcltq_s32(places, vdupq_n_s32(count - 4 * i)), x.v[i], vdupq_n_f32(value));
-  });
+  return each(
+      [&](int i) { return vbslq_f32(vcltq_s32(places, vdupq_n_s32(count - 4 * i)), x.v[i], vdupq_n_f32(value)); });
 }
 inline Lanes times_power_of_two(Lanes x, Lanes shifted) {
   return each([&](int i) {

@@ -36,7 +36,9 @@ inline Lanes load(const uint16_t* x) {
 inline Lanes load(const int8_t* x) {
   return each([=](int i) { return static_cast<float>(x[i]); });
 }
-inline void store(float* y, Lanes x) { std::memcpy(y, x.v, sizeof x.v); }
+inline void store(float* y, Lanes x) {
+  std::memcpy(y, x.v, sizeof x.v);
+}
 inline void store(uint16_t* y, Lanes x) {
   for (int i = 0; i < 16; i++) y[i] = half_of_float(x.v[i]);
 }
@@ -102,7 +104,9 @@ inline float sum(Lanes x) {
 inline float largest(Lanes x) {
   return reduced(x, [](float a, float b) { return a > b ? a : b; });
 }
-inline float largest_bits(Lanes x) { return reduced(x, [](float a, float b) { return largest_magnitude(broadcast(a), broadcast(b)).v[0]; }); }
+inline float largest_bits(Lanes x) {
+  return reduced(x, [](float a, float b) { return largest_magnitude(broadcast(a), broadcast(b)).v[0]; });
+}
 // Nearest integers, ties to even; returns their sum.
 inline int32_t store_rounded(int8_t* y, Lanes x) {
   int32_t total = 0;

@@ -60,8 +60,7 @@ uint64_t int8_loop(int rounds) {
 }  // namespace
 
 extern const Kernels kNeon;
-const Kernels kNeon = {"neon",        12,        rms_norm, quantize,        integer_product,
-                       dense_product, silu_gate, rotate,   store_key_value, attend,
-                       int8_loop,     fp32_loop};
+const Kernels kNeon = {"neon",    12,     rms_norm,        quantize, integer_product, dense_product,
+                       silu_gate, rotate, store_key_value, attend,   int8_loop,       fp32_loop};
 
 }  // namespace owl2

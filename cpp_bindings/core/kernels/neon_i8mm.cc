@@ -67,8 +67,7 @@ uint64_t int8_loop(int rounds) {
 }  // namespace
 
 extern const Kernels kNeonI8mm;
-const Kernels kNeonI8mm = {"neon_i8mm",   8,         rms_norm, quantize,        integer_product,
-                           dense_product, silu_gate, rotate,   store_key_value, attend,
-                           int8_loop,     fp32_loop};
+const Kernels kNeonI8mm = {"neon_i8mm", 8,      rms_norm,        quantize, integer_product, dense_product,
+                           silu_gate,   rotate, store_key_value, attend,   int8_loop,       fp32_loop};
 
 }  // namespace owl2

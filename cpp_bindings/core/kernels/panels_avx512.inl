@@ -1,7 +1,7 @@
 // What every product of panels does around its dots: sums [32 outputs][kPanelRows] of a block begin as zeros, and are
 // turned into rows and written.
 
-constexpr int kPanelRows = 256;   // rows whose sums stay in the first-level cache
+constexpr int kPanelRows = 256;  // rows whose sums stay in the first-level cache
 constexpr int kPanelOutputs = 32;
 
 inline void transpose(__m512* r) {
@@ -20,7 +20,8 @@ inline void transpose(__m512* r) {
   }
   for (int i = 0; i < 4; i++) {
     const __m512 ac = _mm512_shuffle_f32x4(r[i], r[i + 4], 0x88), bd = _mm512_shuffle_f32x4(r[i], r[i + 4], 0xdd);
-    const __m512 eg = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0x88), fh = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xdd);
+    const __m512 eg = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0x88),
+                 fh = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xdd);
     t[i] = _mm512_shuffle_f32x4(ac, eg, 0x88);
     t[i + 8] = _mm512_shuffle_f32x4(ac, eg, 0xdd);
     t[i + 4] = _mm512_shuffle_f32x4(bd, fh, 0x88);
@@ -40,8 +41,8 @@ void write_panel(const Output& out, const float* sums, int row, int n, int width
   }
 }
 
-// Calls block(n, width, first, last, sums) for 32 outputs from n on, of which `width` are wanted, and panels first <= p <
-// last, and writes the sums that it adds.
+// Calls block(n, width, first, last, sums) for 32 outputs from n on, of which `width` are wanted, and panels first <= p
+// < last, and writes the sums that it adds.
 template <class Block>
 void each_block(int begin, int end, const Output& out, const Block& block) {
   alignas(64) float sums[kPanelOutputs * kPanelRows];

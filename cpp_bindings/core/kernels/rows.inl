@@ -13,7 +13,8 @@ void rms_norm(const float* x, const float* gain, float eps, int width, float* y)
   }
 }
 
-// Values as int8, the largest as 127 or -127; `count` is a multiple of 16. Returns the scale, and adds the codes to *sum.
+// Values as int8, the largest as 127 or -127; `count` is a multiple of 16. Returns the scale, and adds the codes to
+// *sum.
 inline float round_to_int8(const float* x, int count, int8_t* codes, int32_t* sum) {
   Lanes most = broadcast(0.0f);
   for (int i = 0; i < count; i += 16) most = largest_magnitude(most, load(x + i));

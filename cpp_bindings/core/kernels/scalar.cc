@@ -64,8 +64,7 @@ uint64_t int8_loop(int rounds) {
 }  // namespace
 
 extern const Kernels kScalar;
-const Kernels kScalar = {"scalar",      16,        rms_norm, quantize,        integer_product,
-                         dense_product, silu_gate, rotate,   store_key_value, attend,
-                         int8_loop,     fp32_loop};
+const Kernels kScalar = {"scalar",  16,     rms_norm,        quantize, integer_product, dense_product,
+                         silu_gate, rotate, store_key_value, attend,   int8_loop,       fp32_loop};
 
 }  // namespace owl2
