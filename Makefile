@@ -52,7 +52,8 @@ types: $(VENV)/.dev
 	@for folder in export runtime quant; do ln -sfn ../../../$$folder build/typecheck/owl2/$$folder; done
 	@ln -sfn ../../../package/__init__.py build/typecheck/owl2/__init__.py
 	$(BIN)/mypy -p owl2
-	MYPYPATH=build/typecheck:sample:scripts:scripts/witness:tests $(BIN)/mypy --explicit-package-bases sample scripts tests
+	MYPYPATH=build/typecheck:sample:scripts:scripts/witness:benchmarks:tests $(BIN)/mypy --explicit-package-bases \
+		sample scripts benchmarks tests
 
 unit: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not slow"

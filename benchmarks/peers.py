@@ -5,7 +5,9 @@ after the other, so that a noisy machine disturbs all of them alike. ik_llama.cp
 new process each time. What is needed beside a bundle (``owl2 bench --shape 7b`` writes one of random weights):
 
 * llama.cpp: ``CMAKE_ARGS=-DGGML_NATIVE=ON pip install --no-binary llama-cpp-python llama-cpp-python gguf`` in an
-  environment of its own, and a model of the same shapes: ``random_gguf.py``, run there.
+  environment of its own, and a model of the same shapes: ``random_gguf.py FILE``, run there. gcc 12 miscompiles its AMX
+  kernels (``_tile_loadconfig`` says that it reads 8 bytes, and the stores of the others are dropped): every prompt
+  ends in a segmentation fault. ``-DCMAKE_CXX_FLAGS="-fno-dse -fno-tree-dse"`` mends it.
 * ik_llama.cpp: its source, ``cmake -G Ninja -B build -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON`` and
   ``ninja -C build llama-bench``.
 
@@ -21,7 +23,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 HERE = Path(__file__).parent
 PREFILLS = (32, 128, 512)
@@ -36,19 +38,19 @@ class Worker:
 
     name: str
     process: subprocess.Popen[str]
+    requests: IO[str]
+    answers: IO[str]
     loaded: dict[str, float]
 
     def ask(self, *request: object) -> Any:  # noqa: ANN401 - JSON
         """Its answer."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
+        self.requests.write(json.dumps(request) + "\n")
+        self.requests.flush()
+        return json.loads(self.answers.readline())
 
     def close(self) -> None:
         """End it."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
+        self.requests.close()
         self.process.wait()
 
 
@@ -57,11 +59,12 @@ def start(name: str, command: list[str]) -> Worker:
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
-    assert process.stdout is not None
+    if process.stdin is None or process.stdout is None:
+        raise RuntimeError("the worker has no pipes")
     line = process.stdout.readline()
     if not line:
         raise SystemExit(f"{name} ended before it was loaded: {' '.join(command)}")
-    return Worker(name, process, json.loads(line))
+    return Worker(name, process, process.stdin, process.stdout, json.loads(line))
 
 
 def ik_seconds(options: argparse.Namespace, *arguments: str) -> float:

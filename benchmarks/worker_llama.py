@@ -4,12 +4,15 @@
 keys and values in float16, one context for each length, so that none attends over the cells of another.
 """
 
+from __future__ import annotations
+
 import json
 import random
 import re
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 
@@ -17,7 +20,7 @@ TOKENS = 8
 BATCH = 512
 
 
-def memory():
+def memory() -> dict[str, int]:
     """Private and mapped bytes of this process."""
     found = dict(re.findall(r"^(\w+):\s+(\d+) kB$", Path("/proc/self/smaps_rollup").read_text(), re.MULTILINE))
     private = int(found["Anonymous"]) * 1024
@@ -27,7 +30,7 @@ def memory():
 class Context:
     """A context of one sequence."""
 
-    def __init__(self, model, threads, size):
+    def __init__(self, model: Any, threads: int, size: int) -> None:  # noqa: ANN401 - a pointer
         settings = llama_cpp.llama_context_default_params()
         settings.n_ctx = (size + 255) // 256 * 256
         settings.n_batch = settings.n_ubatch = BATCH
@@ -38,7 +41,7 @@ class Context:
         self.batch = llama_cpp.llama_batch_init(BATCH, 0, 1)
         self.length = 0
 
-    def fill(self, tokens, first, last):
+    def fill(self, tokens: list[int], first: int, *, last: bool) -> None:
         """Put tokens into the batch, from this position on; the logits of the last are wanted at the end."""
         self.batch.n_tokens = len(tokens)
         for i, token in enumerate(tokens):
@@ -46,7 +49,7 @@ class Context:
             self.batch.n_seq_id[i], self.batch.seq_id[i][0] = 1, 0
             self.batch.logits[i] = last and i == len(tokens) - 1
 
-    def run(self, count):
+    def run(self, count: int) -> float:
         """Seconds of so many more tokens, with the logits of the last."""
         tokens = [random.randrange(300, 32000) for _ in range(count)]
         began = time.perf_counter()
@@ -60,15 +63,15 @@ class Context:
         self.length += count
         return seconds
 
-    def cut(self, length):
+    def cut(self, length: int) -> None:
         """Forget what follows."""
         llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(self.handle), 0, length, -1)
         self.length = length
 
 
-def main(path, threads):
+def main(path: str, given: str) -> None:
     """Answer requests until stdin ends."""
-    threads = int(threads)
+    threads = int(given)
     llama_cpp.llama_backend_init()
     began = time.perf_counter()
     model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
@@ -76,12 +79,12 @@ def main(path, threads):
     ready = time.perf_counter()
     prompts.run(20)
     print(json.dumps({"load": ready - began, "first_token": time.perf_counter() - began}), flush=True)
-    contexts = {}
+    contexts: dict[int, Context] = {}
     for line in sys.stdin:
         request = json.loads(line)
         if request[0] == "prefill":
             prompts.cut(0)
-            answer = prompts.run(request[1])
+            answer: object = prompts.run(request[1])
         elif request[0] == "decode":
             length = request[1]
             if length not in contexts:

@@ -27,10 +27,10 @@ SUBMESSAGES: dict[str, dict[int, str]] = {
     "sparse": {1: "tensor", 2: "tensor"},
 }
 """By message, the fields that hold messages in which there may be tensors."""
-NODE_OPERATOR = 4
+NODE_INPUT, NODE_OUTPUT, NODE_OPERATOR = 1, 2, 4
 LOADS_FILES = ("EPContext",)
 """Operators that load files by themselves."""
-MODEL_GRAPH, GRAPH_INITIALIZER, GRAPH_INPUT, GRAPH_OUTPUT = 7, 5, 11, 12
+MODEL_GRAPH, GRAPH_NODE, GRAPH_INITIALIZER, GRAPH_INPUT, GRAPH_OUTPUT = 7, 1, 5, 11, 12
 VALUE_NAME, VALUE_TYPE, TYPE_TENSOR, TENSOR_TYPE_SHAPE, SHAPE_DIM, DIM_VALUE = 1, 2, 1, 2, 1, 1
 TENSOR_DIMS, TENSOR_TYPE, TENSOR_NAME, TENSOR_RAW, TENSOR_EXTERNAL = 1, 2, 8, 9, 13
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
@@ -129,6 +129,20 @@ def external_tensors(path: Path) -> list[ExternalTensor]:
 def graph_initializers(path: Path) -> list[Initializer]:
     """The initializers of the main graph; raises as :func:`external_tensors`."""
     return [_initializer(list(_fields(tensor, MAX_FIELDS))) for tensor in _graph_parts(path, GRAPH_INITIALIZER)]
+
+
+def gathered_by(path: Path) -> dict[str, str]:
+    """The indices of a Gather by the weights that its result is multiplied with; raises as :func:`external_tensors`.
+
+    Both are names: of the second inputs of the Gather and of the node that takes its result first.
+    """
+    nodes = []
+    for node in _graph_parts(path, GRAPH_NODE):
+        fields = list(_fields(node, MAX_FIELDS))
+        named = [[_text(value) for number, value in fields if number == wanted] for wanted in (NODE_INPUT, NODE_OUTPUT)]
+        nodes.append((next((_text(value) for number, value in fields if number == NODE_OPERATOR), ""), *named))
+    indices = {outputs[0]: inputs[1] for name, inputs, outputs in nodes if name == "Gather" and len(inputs) == 2}
+    return {inputs[1]: indices[inputs[0]] for _, inputs, _ in nodes if len(inputs) > 1 and inputs[0] in indices}
 
 
 def graph_shapes(path: Path) -> dict[str, tuple[int | None, ...]]:

@@ -17,8 +17,8 @@ ORDERS = (3, 2)
 """Lengths of the sequences that are looked up, the longest first."""
 SHORTEST, LONGEST = 3, 15
 """Tokens of a draft: the first, and after others were right."""
-START = 1.0
-SHARE = 0.02
+START = 0.5
+SHARE = 0.01
 MOST = 4.0
 SMOOTHING = 0.2
 
@@ -62,7 +62,7 @@ class LookupAccount:
     """What drafts have saved and cost, in steps of one row; threads may share it.
 
     The balance starts with ``START`` and every step of one row adds ``SHARE``, which bounds the loss where drafts are
-    never right: to one step, and two in a hundred. It is at most ``MOST``, so that drafts end soon where they were
+    never right: to half a step, and one in a hundred. It is at most ``MOST``, so that drafts end soon where they were
     right before and are no longer.
     """
 

@@ -9,8 +9,10 @@ from typing import Literal
 
 from owl2.runtime.errors import BackendError, BundleCorruptError
 from owl2.runtime.foreign import ForeignError, reason
-from owl2.runtime.graph_file import graph_initializers, graph_shapes
+from owl2.runtime.graph_file import gathered_by, graph_initializers, graph_shapes
 
+CODES = ".codes"
+"""How the names of a linear layer's integers end."""
 TensorType = Literal["uint8", "int8", "int4", "int64", "float16", "float32"]
 ONNX_TYPES: dict[int, TensorType] = {1: "float32", 2: "uint8", 3: "int8", 7: "int64", 10: "float16", 22: "int4"}
 
@@ -39,20 +41,28 @@ class StoredTensor:
 def stored_tensors(path: Path) -> Mapping[str, StoredTensor]:
     """The initializers of a graph by name.
 
+    Where a Gather puts the input of a linear layer into the order of its columns, the order is ``NAME.columns``.
+
     Raises:
         BundleCorruptError: the file cannot be read as a graph.
     """
     try:
-        found = graph_initializers(path)
+        found, gathered = graph_initializers(path), gathered_by(path)
     except (ForeignError, OSError) as error:
         raise BundleCorruptError(f"{path} cannot be read as a graph: {reason(error)}") from error
-    return {
+    tensors = {
         entry.name: StoredTensor(
             entry.name, ONNX_TYPES[entry.element], entry.shape, entry.offset, entry.size, entry.data
         )
         for entry in found
         if entry.element in ONNX_TYPES
     }
+    orders = {
+        codes.removesuffix(CODES) + ".columns": tensors[order]
+        for codes, order in gathered.items()
+        if codes.endswith(CODES) and order in tensors
+    }
+    return tensors | orders
 
 
 def check_shapes(path: Path, expected: Mapping[str, tuple[int | None, ...]]) -> None:

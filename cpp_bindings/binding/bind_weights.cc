@@ -7,6 +7,15 @@
 namespace owl2 {
 namespace {
 
+// Checked once, so that a step need not.
+const int64_t* column_order(const View& columns, int inputs) {
+  const int64_t* const order = columns.as<int64_t>(static_cast<size_t>(inputs), "columns");
+  for (int k = 0; k < inputs; k++)
+    if (order[k] < 0 || order[k] >= inputs)
+      throw std::invalid_argument("columns has the index " + std::to_string(order[k]));
+  return order;
+}
+
 using MaybeView = std::optional<View>;
 
 Linear integer_linear(int outputs, int inputs, int bits, int group, const View& codes, const View& scales,
@@ -26,7 +35,7 @@ Linear integer_linear(int outputs, int inputs, int bits, int group, const View& 
   const size_t zero_bytes = (static_cast<size_t>(matrix.groups()) * bits + 7) / 8;
   if (zero_points) matrix.zero_points = zero_points->as<uint8_t>(rows * zero_bytes, "zero points");
   if (bias) linear.bias = bias->as<float>(rows, "bias");
-  if (columns) linear.columns = columns->as<int64_t>(inputs, "columns");
+  if (columns) linear.columns = column_order(*columns, inputs);
   return linear;
 }
 
@@ -45,7 +54,7 @@ Linear dense_linear(int outputs, int inputs, bool half, const View& values, cons
   else
     matrix.values = values.as<float>(count, "values");
   if (bias) linear.bias = bias->as<float>(outputs, "bias");
-  if (columns) linear.columns = columns->as<int64_t>(inputs, "columns");
+  if (columns) linear.columns = column_order(*columns, inputs);
   return linear;
 }
 

@@ -3,8 +3,11 @@
 // A register sums 16 parts of one (output, group) pair. Four outputs by four groups of them are turned into one
 // register of whole sums, lane 4 * group + output, and enter the float sums group by group.
 
-// Outputs whose weights are fetched ahead: the hardware's own prefetching stops at the end of a page.
-constexpr int kAhead = 12;
+// Outputs whose weights are fetched ahead: the hardware's own prefetching stops at the end of a page. One row reads four
+// streams, in which two more outputs are enough.
+constexpr int ahead(int rows) {
+  return rows <= 4 ? 2 : 12;
+}
 
 // The 64, 32 or 16 bytes of a group as codes in the order of the activations: `low` the first 64 of them, `high` the
 // rest.
@@ -57,13 +60,14 @@ inline __m512i added_halves(__m512i a, __m512i b) {
   return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
 }
 
-// parts[4 * group + output] -> sums in lane 4 * group + output.
-inline __m512i whole_sums(const __m512i* parts) {
-  __m512i outputs[4];
-  for (int g = 0; g < 4; g++)
-    outputs[g] =
-        added_quads(added_pairs(parts[4 * g], parts[4 * g + 1]), added_pairs(parts[4 * g + 2], parts[4 * g + 3]));
-  return added_halves(added_halves(outputs[0], outputs[1]), added_halves(outputs[2], outputs[3]));
+// Parts of the sums of four outputs -> a quarter of each in lanes 4 * i + output.
+inline __m512i quarter_sums(__m512i a, __m512i b, __m512i c, __m512i d) {
+  return added_quads(added_pairs(a, b), added_pairs(c, d));
+}
+
+// quarters[group] -> whole sums in lane 4 * group + output.
+inline __m512i whole_sums(const __m512i* quarters) {
+  return added_halves(added_halves(quarters[0], quarters[1]), added_halves(quarters[2], quarters[3]));
 }
 
 // Scales [4 outputs][count <= 4 groups] at `scales`, rows `stride` apart -> lane 4 * group + output.
@@ -102,31 +106,33 @@ struct RowProduct {
   // Groups g .. g + count - 1 of four outputs.
   inline __attribute__((always_inline)) void add_groups(const int* outputs, const size_t* scales, int g, int count,
                                                         int row, __m128* sums) const {
-    __m512i parts[R][16];
+    __m512i quarters[R][4];
     for (int j = 0; j < 4; j++) {
       if (j >= count) {
-        for (int i = 0; i < 4; i++)
-          for (int r = 0; r < R; r++) parts[r][4 * j + i] = _mm512_setzero_si512();
+        for (int r = 0; r < R; r++) quarters[r][j] = _mm512_setzero_si512();
         continue;
       }
+      Unpacked codes[4];
       for (int i = 0; i < 4; i++) {
         const uint8_t* bytes = w.codes + outputs[i] * w.row_bytes() + (g + j) * w.group_bytes();
-        _mm_prefetch(reinterpret_cast<const char*>(bytes + kAhead * w.row_bytes()), _MM_HINT_T1);
-        const Unpacked codes = unpack_group<Bits, Group>(bytes);
-        for (int r = 0; r < R; r++) {
-          const int8_t* q = x.codes + (static_cast<size_t>(row + r) * x.groups + g + j) * Group;
-          parts[r][4 * j + i] = dot_group<Group>(codes, q, _mm512_setzero_si512());
-        }
+        _mm_prefetch(reinterpret_cast<const char*>(bytes + ahead(R) * w.row_bytes()), _MM_HINT_T1);
+        codes[i] = unpack_group<Bits, Group>(bytes);
+      }
+      for (int r = 0; r < R; r++) {
+        const int8_t* q = x.codes + (static_cast<size_t>(row + r) * x.groups + g + j) * Group;
+        const __m512i none = _mm512_setzero_si512();
+        quarters[r][j] = quarter_sums(dot_group<Group>(codes[0], q, none), dot_group<Group>(codes[1], q, none),
+                                      dot_group<Group>(codes[2], q, none), dot_group<Group>(codes[3], q, none));
       }
     }
     for (int i = 0; i < 4; i++)
-      _mm_prefetch(reinterpret_cast<const char*>(w.scales + scales[i] + kAhead * w.groups() + g), _MM_HINT_T1);
+      _mm_prefetch(reinterpret_cast<const char*>(w.scales + scales[i] + ahead(R) * w.groups() + g), _MM_HINT_T1);
     const __m512 weights = output_scales(w.scales + g, scales, count);
     const __m512i zero = zeros(outputs, g, count);
     for (int r = 0; r < R; r++) {
       const size_t place = static_cast<size_t>(row + r) * x.groups + g;
       const __m512i taken = _mm512_mullo_epi32(zero, repeated(x.sums + place, count));
-      const __m512 dots = _mm512_cvtepi32_ps(_mm512_sub_epi32(whole_sums(parts[r]), taken));
+      const __m512 dots = _mm512_cvtepi32_ps(_mm512_sub_epi32(whole_sums(quarters[r]), taken));
       const __m512 both = _mm512_mul_ps(weights, _mm512_castsi512_ps(repeated(x.scales + place, count)));
       sums[r] = _mm_fmadd_ps(_mm512_castps512_ps128(dots), _mm512_castps512_ps128(both), sums[r]);
       if (count > 1) sums[r] = _mm_fmadd_ps(_mm512_extractf32x4_ps(dots, 1), _mm512_extractf32x4_ps(both, 1), sums[r]);
@@ -135,26 +141,35 @@ struct RowProduct {
     }
   }
 
-  void run(int begin, int end, int row) const {
+  // Four outputs, the first `step` apart from the second and so on; those from `end` on are not written.
+  void four(int first, int step, int end, int row) const {
     const int groups = w.groups();
-    for (int n = begin; n < end; n += 4) {
-      int outputs[4];
-      size_t scales[4];
-      for (int i = 0; i < 4; i++) {
-        outputs[i] = n + i < end ? n + i : end - 1;
-        scales[i] = static_cast<size_t>(outputs[i]) * groups;
-      }
-      __m128 sums[R];
-      for (int r = 0; r < R; r++) sums[r] = _mm_setzero_ps();
-      int g = 0;
-      for (; g + 4 <= groups; g += 4) add_groups(outputs, scales, g, 4, row, sums);
-      if (g < groups) add_groups(outputs, scales, g, groups - g, row, sums);
-      for (int r = 0; r < R; r++) {
-        float y[4];
-        _mm_storeu_ps(y, sums[r]);
-        for (int i = 0; i < 4 && n + i < end; i++) write_one(out, row + r, n + i, y[i]);
-      }
+    int outputs[4];
+    size_t scales[4];
+    for (int i = 0; i < 4; i++) {
+      outputs[i] = first + i * step < end ? first + i * step : end - 1;
+      scales[i] = static_cast<size_t>(outputs[i]) * groups;
     }
+    __m128 sums[R];
+    for (int r = 0; r < R; r++) sums[r] = _mm_setzero_ps();
+    int g = 0;
+    for (; g + 4 <= groups; g += 4) add_groups(outputs, scales, g, 4, row, sums);
+    if (g < groups) add_groups(outputs, scales, g, groups - g, row, sums);
+    for (int r = 0; r < R; r++) {
+      float y[4];
+      _mm_storeu_ps(y, sums[r]);
+      for (int i = 0; i < 4 && first + i * step < end; i++) write_one(out, row + r, first + i * step, y[i]);
+    }
+  }
+
+  void run(int begin, int end, int row) const {
+    for (int n = begin; n < end; n += 4) four(n, 1, end, row);
+  }
+
+  // Memory is read faster in several streams: the outputs of each quarter are one.
+  void run_in_streams(int begin, int end, int row) const {
+    const int quarter = (end - begin + 3) / 4;
+    for (int n = begin; n < begin + quarter; n++) four(n, quarter, end, row);
   }
 };
 
@@ -163,6 +178,10 @@ constexpr int kRowsPiece = 16;
 
 template <int Bits, int Group>
 void rows_product(const IntegerMatrix& w, const Activations& x, int begin, int end, const Output& out) {
+  if (out.last - out.first == 1) return RowProduct<Bits, Group, 1>{w, x, out}.run_in_streams(begin, end, out.first);
+  if (out.last - out.first == 2) return RowProduct<Bits, Group, 2>{w, x, out}.run_in_streams(begin, end, out.first);
+  if (out.last - out.first == 3) return RowProduct<Bits, Group, 3>{w, x, out}.run_in_streams(begin, end, out.first);
+  if (out.last - out.first == 4) return RowProduct<Bits, Group, 4>{w, x, out}.run_in_streams(begin, end, out.first);
   for (int n = begin; n < end; n += kRowsPiece) {
     const int last = n + kRowsPiece < end ? n + kRowsPiece : end;
     int row = out.first;

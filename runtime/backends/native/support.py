@@ -55,10 +55,6 @@ def obstacle(manifest: Manifest) -> str | None:
         f"the native core has no groups of {weights.group_size} columns": (
             grouped and weights.group_size not in GROUP_SIZES
         ),
-        # Only the graph has that order: without it answers would be wrong, unnoticed.
-        "the native core does not read the order of columns that integers of a GPTQ checkpoint may have": (
-            weights.method == "gptq checkpoint"
-        ),
         f"the native core has no heads of {head_dim} values": head_dim > WIDEST_HEAD,
     }
     return next((sentence for sentence, applies in obstacles.items() if applies), None)

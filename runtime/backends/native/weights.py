@@ -33,6 +33,7 @@ class _Reader:
     def __init__(self, tensors: Mapping[str, StoredTensor], mapped: _native.MappedFile, group_size: int) -> None:
         self._tensors, self._mapped, self._group_size = tensors, mapped, group_size
         self.views: list[_native.View] = []
+        self._orders: dict[str, _native.View] = {}
 
     def tensor(self, name: str) -> StoredTensor:
         if name not in self._tensors:
@@ -51,8 +52,17 @@ class _Reader:
     def optional(self, name: str) -> _native.View | None:
         return self.view(name) if name in self._tensors else None
 
+    def _order(self, name: str) -> _native.View | None:
+        """The order of a layer's columns: one view for all layers that share it, so that the core orders rows once."""
+        if name not in self._tensors:
+            return None
+        shared = self._tensors[name].name
+        if shared not in self._orders:
+            self._orders[shared] = self.view(name)
+        return self._orders[shared]
+
     def linear(self, name: str, outputs: int, inputs: int) -> _native.Linear:
-        bias, columns = self.optional(f"{name}.bias"), self.optional(f"{name}.columns")
+        bias, columns = self.optional(f"{name}.bias"), self._order(f"{name}.columns")
         if f"{name}.weight" in self._tensors:
             half = self.tensor(f"{name}.weight").type == "float16"
             return _native.Linear.floats(outputs, inputs, half, self.view(f"{name}.weight"), bias, columns)

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from conftest import NEEDS_NATIVE
 
 from owl2.runtime.backends.choose import resolve_options
 from owl2.runtime.backends.native import support
-from owl2.runtime.backends.native.support import obstacle, reason_against
+from owl2.runtime.backends.native.support import reason_against
 from owl2.runtime.bundle import read_manifest
 from owl2.runtime.engine import EngineOptions
 from owl2.runtime.errors import BackendUnavailableError
@@ -74,13 +73,6 @@ def test_it_computes_what_onnxruntime_does(sample_bundle: Path) -> None:
     assert np.sqrt((difference**2).mean()) < 0.03
     ours.close()
     theirs.close()
-
-
-def test_integers_of_a_gptq_checkpoint_are_left_to_onnxruntime(sample_bundle: Path) -> None:
-    manifest = read_manifest(sample_bundle)
-    assert obstacle(manifest) is None
-    kept = replace(manifest, weights=replace(manifest.weights, method="gptq checkpoint"))
-    assert "order of columns" in (obstacle(kept) or "")
 
 
 def test_a_processor_without_fast_kernels_is_left_to_onnxruntime(
