@@ -75,7 +75,7 @@ void Inputs::multiply(const Linear& linear, int begin, int end, Output out) cons
 }
 
 int chunk_outputs(int rows) {
-  return rows <= 4 ? 128 : rows <= 16 ? 96 : 128;
+  return rows > 4 && rows <= 16 ? 96 : 128;
 }
 
 void multiply_all(Inputs* inputs, Pool* pool, int rows, const std::vector<Product>& products) {

@@ -44,18 +44,23 @@ struct GroupScales {
 // stay unsigned, and what the zero point takes off is subtracted from the dots.
 template <int Bits, int Group>
 inline void unpack_weights(const IntegerMatrix& w, int n, int width, int g, int8_t* codes, GroupScales* weights) {
-  const size_t row_bytes = w.row_bytes();
-  const uint8_t* bytes = w.codes + n * row_bytes + g * w.group_bytes();
+  constexpr size_t kBytes = Group * Bits / 8;
+  const size_t groups = w.groups(), row_bytes = groups * kBytes;
+  const uint8_t* const bytes = w.codes + n * row_bytes + g * kBytes;
+  const float* const scales = w.scales + n * groups + g;
+  // Of the next outputs, a part at a time in the order of memory.
+  const uint8_t* const next = w.codes + (n + kPanelOutputs) * row_bytes + g * kPanelOutputs * kBytes;
   for (int i = 0; i < kPanelOutputs; i++) {
-    const uint8_t* const row = bytes + (i < width ? i : 0) * row_bytes;
-    _mm_prefetch(reinterpret_cast<const char*>(row) + kPanelOutputs * row_bytes, _MM_HINT_T1);
-    const Unpacked part = unpack_group<Bits, Group>(row);
-    const int output = n + (i < width ? i : 0), zero_point = w.zero_point(output, g);
-    const __m512i zero = _mm512_set1_epi8(static_cast<char>(Bits == 4 ? zero_point : 0));
+    const int row = i < width ? i : 0;
+    weights->scales[i] = scales[row * groups];
+    weights->zeros[i] = w.zero_points == nullptr ? 1 << (Bits - 1) : w.zero_point(n + row, g);
+  }
+  for (int i = 0; i < kPanelOutputs; i++) {
+    _mm_prefetch(reinterpret_cast<const char*>(next + i * kBytes), _MM_HINT_T1);
+    const Unpacked part = unpack_group<Bits, Group>(bytes + (i < width ? i : 0) * row_bytes);
+    const __m512i zero = _mm512_set1_epi8(static_cast<char>(Bits == 4 ? weights->zeros[i] : 0));
     _mm512_store_si512(codes + i * 64, _mm512_sub_epi8(part.low, zero));
     if constexpr (Group == 128) _mm512_store_si512(codes + (kPanelOutputs + i) * 64, _mm512_sub_epi8(part.high, zero));
-    weights->scales[i] = w.scales[static_cast<size_t>(output) * w.groups() + g];
-    weights->zeros[i] = zero_point;
   }
 }
 

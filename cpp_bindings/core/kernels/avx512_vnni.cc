@@ -142,7 +142,7 @@ uint64_t int8_loop(int rounds) {
 }  // namespace
 
 extern const Kernels kAvx512Vnni;
-const Kernels kAvx512Vnni = {"avx512_vnni", 8,      rms_norm,        quantize, integer_product, dense_product,
+const Kernels kAvx512Vnni = {"avx512_vnni", 9,      rms_norm,        quantize, integer_product, dense_product,
                              silu_gate,     rotate, store_key_value, attend,   int8_loop,       fp32_loop};
 
 }  // namespace owl2

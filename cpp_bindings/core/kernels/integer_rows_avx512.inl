@@ -3,12 +3,6 @@
 // A register sums 16 parts of one (output, group) pair. Four outputs by four groups of them are turned into one
 // register of whole sums, lane 4 * group + output, and enter the float sums group by group.
 
-// Outputs whose weights are fetched ahead: the hardware's own prefetching stops at the end of a page. One row reads four
-// streams, in which two more outputs are enough.
-constexpr int ahead(int rows) {
-  return rows <= 4 ? 2 : 12;
-}
-
 // The 64, 32 or 16 bytes of a group as codes in the order of the activations: `low` the first 64 of them, `high` the
 // rest.
 struct Unpacked {
@@ -93,6 +87,7 @@ struct RowProduct {
   const IntegerMatrix& w;
   const Activations& x;
   const Output& out;
+  int ahead;  // outputs whose weights are fetched ahead: the hardware's own prefetching stops at the end of a page
 
   // What the zero points of four outputs and four groups take off, in units of the activations' sums.
   __m512i zeros(const int* outputs, int g, int count) const {
@@ -115,7 +110,7 @@ struct RowProduct {
       Unpacked codes[4];
       for (int i = 0; i < 4; i++) {
         const uint8_t* bytes = w.codes + outputs[i] * w.row_bytes() + (g + j) * w.group_bytes();
-        _mm_prefetch(reinterpret_cast<const char*>(bytes + ahead(R) * w.row_bytes()), _MM_HINT_T1);
+        _mm_prefetch(reinterpret_cast<const char*>(bytes + ahead * w.row_bytes()), _MM_HINT_T1);
         codes[i] = unpack_group<Bits, Group>(bytes);
       }
       for (int r = 0; r < R; r++) {
@@ -126,7 +121,7 @@ struct RowProduct {
       }
     }
     for (int i = 0; i < 4; i++)
-      _mm_prefetch(reinterpret_cast<const char*>(w.scales + scales[i] + ahead(R) * w.groups() + g), _MM_HINT_T1);
+      _mm_prefetch(reinterpret_cast<const char*>(w.scales + scales[i] + ahead * w.groups() + g), _MM_HINT_T1);
     const __m512 weights = output_scales(w.scales + g, scales, count);
     const __m512i zero = zeros(outputs, g, count);
     for (int r = 0; r < R; r++) {
@@ -162,32 +157,33 @@ struct RowProduct {
     }
   }
 
-  void run(int begin, int end, int row) const {
-    for (int n = begin; n < end; n += 4) four(n, 1, end, row);
-  }
-
   // Memory is read faster in several streams: the outputs of each quarter are one.
-  void run_in_streams(int begin, int end, int row) const {
+  void run(int begin, int end, int row) const {
     const int quarter = (end - begin + 3) / 4;
     for (int n = begin; n < begin + quarter; n++) four(n, quarter, end, row);
   }
 };
 
-// All rows see a piece of the weights before the next one is read: it is in the cache then.
-constexpr int kRowsPiece = 16;
-
 template <int Bits, int Group>
 void rows_product(const IntegerMatrix& w, const Activations& x, int begin, int end, const Output& out) {
-  if (out.last - out.first == 1) return RowProduct<Bits, Group, 1>{w, x, out}.run_in_streams(begin, end, out.first);
-  if (out.last - out.first == 2) return RowProduct<Bits, Group, 2>{w, x, out}.run_in_streams(begin, end, out.first);
-  if (out.last - out.first == 3) return RowProduct<Bits, Group, 3>{w, x, out}.run_in_streams(begin, end, out.first);
-  if (out.last - out.first == 4) return RowProduct<Bits, Group, 4>{w, x, out}.run_in_streams(begin, end, out.first);
-  for (int n = begin; n < end; n += kRowsPiece) {
-    const int last = n + kRowsPiece < end ? n + kRowsPiece : end;
+  // More than four rows see a piece of the weights before the next one is read: it is in the cache then.
+  const bool pieces = out.last - out.first > 4;
+  const int piece = pieces ? 16 : end - begin, ahead = pieces ? 12 : 2;
+  for (int n = begin; n < end; n += piece) {
+    const int last = n + piece < end ? n + piece : end;
     int row = out.first;
-    for (; row + 4 <= out.last; row += 4) RowProduct<Bits, Group, 4>{w, x, out}.run(n, last, row);
-    for (; row + 2 <= out.last; row += 2) RowProduct<Bits, Group, 2>{w, x, out}.run(n, last, row);
-    for (; row < out.last; row++) RowProduct<Bits, Group, 1>{w, x, out}.run(n, last, row);
+    for (; row + 4 <= out.last; row += 4) RowProduct<Bits, Group, 4>{w, x, out, ahead}.run(n, last, row);
+    switch (out.last - row) {
+      case 3:
+        RowProduct<Bits, Group, 3>{w, x, out, ahead}.run(n, last, row);
+        break;
+      case 2:
+        RowProduct<Bits, Group, 2>{w, x, out, ahead}.run(n, last, row);
+        break;
+      case 1:
+        RowProduct<Bits, Group, 1>{w, x, out, ahead}.run(n, last, row);
+        break;
+    }
   }
 }
 
