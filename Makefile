@@ -18,7 +18,7 @@ help:
 	@echo "make soak   20 minutes of chats that stop, fork and fail, watched for memory and wrong answers; MINUTES=5"
 	@echo "make full   what takes long: accuracy of every kind of bundle, each choice of the quantizer, full-size layers"
 	@echo "make full-size   a whole model of 7B shapes: 25 GB in build/, about an hour"
-	@echo "make aarch64   the wheel on an emulated aarch64 machine: 1.1 GB in build/, ten minutes; needs Debian's apt"
+	@echo "make aarch64   the wheel, cross-built, on an emulated aarch64 machine: 1.1 GB in build/, fifteen minutes; needs Debian's apt"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -85,6 +85,14 @@ def round_of_loads(commands: dict[str, list[str]], samples: Samples) -> None:
         worker.close()
 
 
+def memory_of(name: str, command: list[str]) -> dict[str, int]:
+    """Bytes of a new process that holds one full context."""
+    worker = start(name, command)
+    answer = worker.ask("memory", CONTEXTS[-1])
+    worker.close()
+    return dict(answer)
+
+
 def round_of_steps(workers: list[Worker], options: argparse.Namespace, samples: Samples) -> None:
     """Measure everything once with each peer."""
 
@@ -128,7 +136,7 @@ def report(samples: Samples, memories: dict[str, dict[str, int]], reference: str
         lines.append(f"| {what} | " + " | ".join(cells) + " |")
     for part in ("private", "mapped"):
         sizes = [f"{memories[name][part] / 2**20:.0f} MiB" if name in memories else "" for name in names]
-        lines.append(f"| {part} memory | " + " | ".join(sizes) + " |")
+        lines.append(f"| {part} memory, context of {CONTEXTS[-1]} | " + " | ".join(sizes) + " |")
     return "\n".join(lines)
 
 
@@ -173,9 +181,9 @@ def main() -> int:
             for what, seconds in zip(("image and question", "second question"), worker.ask("picture")):
                 if number:
                     samples.setdefault(what, {}).setdefault(worker.name, []).append(seconds)
-    memories = {worker.name: worker.ask("memory") for worker in workers}
     for worker in workers:
         worker.close()
+    memories = {name: memory_of(name, command) for name, command in commands.items()}
     if options.json:
         options.json.write_text(json.dumps({"samples": samples, "memory": memories}, indent=2))
     print(f"{processor()}, {options.threads} threads, {options.rounds} rounds; seconds as median (least to most)\n")

@@ -68,6 +68,11 @@ class Context:
         llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(self.handle), 0, length, -1)
         self.length = length
 
+    def close(self) -> None:
+        """Give its memory back."""
+        llama_cpp.llama_batch_free(self.batch)
+        llama_cpp.llama_free(self.handle)
+
 
 def main(path: str, given: str) -> None:
     """Answer requests until stdin ends."""
@@ -93,6 +98,9 @@ def main(path: str, given: str) -> None:
             contexts[length].cut(length)
             answer = sum(contexts[length].run(1) for _ in range(TOKENS)) / TOKENS
         elif request[0] == "memory":
+            prompts.close()
+            held = Context(model, threads, request[1] + TOKENS)
+            held.run(request[1])
             answer = memory()
         else:
             answer = None

@@ -51,8 +51,12 @@ def main(folder: str, backend: str, threads: str) -> None:
             case ["picture"]:
                 first, second = work.conversation()
                 answer = [first.stats.time_to_first_token, second.stats.time_to_first_token]
-            case _:
+            case ["memory", int(context)]:
+                held = work.filled(context)
+                work.step(held, context)
                 answer = memory()
+            case _:
+                answer = None
         print(json.dumps(answer), flush=True)
 
 

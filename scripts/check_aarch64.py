@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from check_wheels import ROOT, build_wheel
+from check_wheels import CROSS, PURE, ROOT, build_wheel
 from emulated import (
     AARCH64_WHEELS,
     Interpreter,
@@ -43,8 +43,19 @@ NEWEST = "onnxruntime"
 # qemu's cortex-a76 has what Orin's Cortex-A78AE has (int8 dot products, fp16), its neoverse-n2 what Thor's
 # Neoverse-V3AE adds (SVE2, int8 matrix products, bf16).
 ORIN, THOR, HOST = "cortex-a76", "neoverse-n2", "host"
-MACHINES = ((HOST, NEWEST), (HOST, OLD), (ORIN, OLD), (ORIN, NEWEST), (THOR, NEWEST))
-"""Processors and versions of ONNX Runtime; the others are compared with the first."""
+NATIVE, PURE_WHEEL = "native", "onnxruntime"
+MACHINES = (
+    (HOST, NEWEST, NATIVE),
+    (HOST, OLD, PURE_WHEEL),
+    (ORIN, OLD, PURE_WHEEL),
+    (ORIN, OLD, NATIVE),
+    (ORIN, NEWEST, PURE_WHEEL),
+    (THOR, NEWEST, NATIVE),
+)
+"""Processors, versions of ONNX Runtime, and what runs the decoder; the others are compared with the first.
+
+The wheel with the native core uses it; the one without has ONNX Runtime do everything.
+"""
 
 CONVERSATIONS, CONVERSATIONS_SEED = 24, 7
 
@@ -99,6 +110,7 @@ class Result:
     Attributes:
         cpu: of qemu, or host.
         onnxruntime: its version.
+        decoder: what runs it.
         difference: of the bundle's logits and answers, from those of the first machine.
         verified: whether ``owl2 verify`` passes.
         verified_kl: the largest divergence from float activations that it finds, nats; None if it is not a number.
@@ -109,6 +121,7 @@ class Result:
 
     cpu: str
     onnxruntime: str
+    decoder: str
     difference: Difference
     verified: bool
     verified_kl: float | None
@@ -238,20 +251,32 @@ def golden_cases(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def interpreters(scratch: Path, mirror: str) -> dict[tuple[str, str], Interpreter]:
+def interpreters(scratch: Path, mirror: str) -> dict[tuple[str, str, str], Interpreter]:
     """A Python for every machine, with this project's wheel."""
     tree, qemu = make_tree(scratch, mirror), make_qemu(scratch, mirror)
-    fresh = scratch / "owl2"
-    shutil.rmtree(fresh, ignore_errors=True)
-    owl2 = make_site(fresh, [str(build_wheel(scratch / "wheel"))], ["--no-deps"])
     pythons = {}
-    for cpu, onnxruntime in MACHINES:
-        wheels = () if cpu == HOST else AARCH64_WHEELS
-        name = f"site-{HOST if cpu == HOST else 'aarch64'}-{onnxruntime}"
-        site = make_site(scratch / name, [*_dependencies(), onnxruntime], wheels)
-        path = (owl2, site)
-        pythons[cpu, onnxruntime] = host_python(path) if cpu == HOST else aarch64_python(tree, qemu, cpu, path)
+    for machine in MACHINES:
+        cpu, onnxruntime, decoder = machine
+        kind, wheels = (HOST, ()) if cpu == HOST else ("aarch64", AARCH64_WHEELS)
+        site = make_site(scratch / f"site-{kind}-{onnxruntime}", [*_dependencies(), onnxruntime], wheels)
+        path = (_installed(scratch, kind, decoder), site)
+        pythons[machine] = host_python(path) if cpu == HOST else aarch64_python(tree, qemu, cpu, path)
     return pythons
+
+
+def _installed(scratch: Path, kind: str, decoder: str) -> Path:
+    """Folder of this project's wheel, built for a kind of machine; anew, unless another machine has it too."""
+    name = f"owl2-{decoder}" if decoder == PURE_WHEEL else f"owl2-{decoder}-{kind}"
+    if name not in _BUILT:
+        shutil.rmtree(scratch / name, ignore_errors=True)
+        settings = PURE if decoder == PURE_WHEEL else {} if kind == HOST else CROSS
+        wheel = build_wheel(scratch / f"wheel-{name}", settings)
+        options = ["--no-deps", *(AARCH64_WHEELS if kind != HOST and decoder == NATIVE else ())]
+        _BUILT[name] = make_site(scratch / name, [str(wheel)], options)
+    return _BUILT[name]
+
+
+_BUILT: dict[str, Path] = {}
 
 
 def _dependencies() -> list[str]:
@@ -279,11 +304,12 @@ def record(python: Interpreter, bundle: Path, cases: Path, out: Path) -> Recordi
     return read_recording(out)
 
 
-def measure(cpu: str, python: Interpreter, folders: tuple[Path, Path, Path], reference: Recording | None) -> Result:
+def measure(cpu: str, decoder: str, python: Interpreter, folders: tuple[Path, Path, Path], reference: Recording | None) -> Result:
     """Run everything on one machine.
 
     Args:
         cpu: its name.
+        decoder: what runs it.
         python: runs on it.
         folders: of the bundle, of :func:`prepare`, and for the recordings.
         reference: the first machine's recording; None if this is the first.
@@ -301,6 +327,7 @@ def measure(cpu: str, python: Interpreter, folders: tuple[Path, Path, Path], ref
     return Result(
         cpu=cpu,
         onnxruntime=recording.onnxruntime,
+        decoder=decoder,
         difference=compare(reference or recording, recording),
         verified=verified["passed"],
         verified_kl=None if not divergences or None in divergences else max(divergences),
@@ -320,13 +347,13 @@ def finished(done: subprocess.CompletedProcess[str], codes: Sequence[int] = (0,)
 def table(results: Sequence[Result]) -> str:
     """Plain text: a line per machine, then failed checks and different answers."""
     titles = (
-        "processor,onnxruntime,verify,KL text,KL steps,KL image,largest KL,logit,same best,answers,nats/token,golden"
+        "processor,onnxruntime,decoder,verify,KL text,KL steps,KL image,largest KL,logit,same best,answers,nats/token,golden"
     )
     lines = [tuple(titles.split(",")), *map(_row, results)]
     widths = [max(map(len, column)) for column in zip(*lines)]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
     for result in results:
-        machine = f"{result.cpu}, onnxruntime {result.onnxruntime}"
+        machine = f"{result.cpu}, onnxruntime {result.onnxruntime}, decoder in {result.decoder}"
         text += [f"FAIL: {machine}: {problem}" for problem in result.problems]
         if result.difference.other_answers:
             text.append(f"{machine}: other greedy answers: {', '.join(result.difference.other_answers)}")
@@ -339,6 +366,7 @@ def _row(result: Result) -> tuple[str, ...]:
     return (
         result.cpu,
         result.onnxruntime,
+        result.decoder,
         f"{verified} {'pass' if result.verified else 'FAIL'}",
         *(f"{kl:.1e}" for kl in (difference.kl_text, difference.kl_steps, difference.kl_image, difference.largest_kl)),
         f"{difference.largest:.1e}",
@@ -362,10 +390,10 @@ def main() -> int:
     data = prepare(scratch)
     results: list[Result] = []
     reference: Recording | None = None
-    for number, ((cpu, _), python) in enumerate(interpreters(scratch, arguments.mirror or debian_mirror()).items()):
+    for number, ((cpu, _, decoder), python) in enumerate(interpreters(scratch, arguments.mirror or debian_mirror()).items()):
         out = scratch / "recordings" / str(number)
-        results.append(measure(cpu, python, (arguments.bundle.resolve(), data, out), reference))
-        print(f"{cpu}, onnxruntime {results[-1].onnxruntime}: done", file=sys.stderr, flush=True)
+        results.append(measure(cpu, decoder, python, (arguments.bundle.resolve(), data, out), reference))
+        print(f"{cpu}, onnxruntime {results[-1].onnxruntime}, decoder in {decoder}: done", file=sys.stderr, flush=True)
         reference = reference or read_recording(out / "bundle")
     if arguments.json:
         print(json.dumps([asdict(entry) | {"problems": entry.problems} for entry in results], indent=2))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from email import message_from_bytes
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from packaging.requirements import Requirement
@@ -53,14 +55,31 @@ def for_aarch64(python: str) -> list[str]:
     return ["--only-binary=:all:", "--implementation", "cp", "--python-version", python, *platforms]
 
 
-def build_wheel(folder: Path) -> Path:
+PURE = {"OWL2_PURE": "1"}
+"""Settings of a build without the native core."""
+CROSS = {
+    "CMAKE_ARGS": "-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 "
+    "-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++",
+    # How scikit-build-core and packaging name the module and the wheel. Both machines have the same sizes of C's types,
+    # so that this machine's headers of Python serve.
+    "SETUPTOOLS_EXT_SUFFIX": f".cpython-{sys.version_info[0]}{sys.version_info[1]}-aarch64-linux-gnu.so",
+    "_PYTHON_HOST_PLATFORM": "linux-aarch64",
+}
+"""Settings of a build for aarch64 with Debian's cross-compiler."""
+
+
+def build_wheel(folder: Path, settings: Mapping[str, str] = MappingProxyType({})) -> Path:
     """Build the wheel of this project into ``folder``.
+
+    Args:
+        folder: for the wheel.
+        settings: environment variables of the build.
 
     Raises:
         CalledProcessError: it cannot be built.
     """
     build = [sys.executable, "-m", "pip", "wheel", "-q", "--disable-pip-version-check", "--no-deps"]
-    subprocess.run([*build, "--wheel-dir", str(folder), str(ROOT)], check=True)
+    subprocess.run([*build, "--wheel-dir", str(folder), str(ROOT)], check=True, env=os.environ | settings)
     return max(folder.glob("owl2-*.whl"), key=lambda path: path.stat().st_mtime)
 
 

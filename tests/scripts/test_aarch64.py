@@ -46,7 +46,7 @@ def changed(recording: Any, **arrays: NDArray[Any]) -> Any:
 
 def result(check: ModuleType, difference: Any, **fields: Any) -> Any:
     good = {"verified": True, "verified_kl": 1e-3, "nats_per_token": 1.2, "golden": 1e-5, "golden_answers": True}
-    return check.Result(cpu="host", onnxruntime="1", difference=difference, **good | fields)
+    return check.Result(cpu="host", onnxruntime="1", decoder="native", difference=difference, **good | fields)
 
 
 class TestCompare:

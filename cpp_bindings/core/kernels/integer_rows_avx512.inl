@@ -110,7 +110,7 @@ struct RowProduct {
       Unpacked codes[4];
       for (int i = 0; i < 4; i++) {
         const uint8_t* bytes = w.codes + outputs[i] * w.row_bytes() + (g + j) * w.group_bytes();
-        _mm_prefetch(reinterpret_cast<const char*>(bytes + ahead * w.row_bytes()), _MM_HINT_T1);
+        _mm_prefetch(reinterpret_cast<const char*>(bytes + ahead * w.row_bytes()), _MM_HINT_T0);
         codes[i] = unpack_group<Bits, Group>(bytes);
       }
       for (int r = 0; r < R; r++) {
@@ -121,7 +121,7 @@ struct RowProduct {
       }
     }
     for (int i = 0; i < 4; i++)
-      _mm_prefetch(reinterpret_cast<const char*>(w.scales + scales[i] + ahead * w.groups() + g), _MM_HINT_T1);
+      _mm_prefetch(reinterpret_cast<const char*>(w.scales + scales[i] + ahead * w.groups() + g), _MM_HINT_T0);
     const __m512 weights = output_scales(w.scales + g, scales, count);
     const __m512i zero = zeros(outputs, g, count);
     for (int r = 0; r < R; r++) {
