@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from owl2.runtime.chat import (
         Chat as Chat,
     )
+    from owl2.runtime.encoded import EncodedImage as EncodedImage
     from owl2.runtime.errors import (
         BackendError as BackendError,
         BackendUnavailableError as BackendUnavailableError,
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
         PromptError as PromptError,
         QuantizationError as QuantizationError,
         ReferenceModelError as ReferenceModelError,
+        SavedChatError as SavedChatError,
     )
     from owl2.runtime.evaluation.evaluate import (
         Evaluation as Evaluation,
@@ -66,6 +68,7 @@ if TYPE_CHECKING:
     from owl2.runtime.image_files import ImageRecord as ImageRecord
     from owl2.runtime.owl import Owl2 as Owl2
     from owl2.runtime.preprocess import ImageReading as ImageReading
+    from owl2.runtime.saved_chat import saved_messages as saved_messages
     from owl2.runtime.sampling import GenerationConfig as GenerationConfig
     from owl2.runtime.stream import AnswerStream as AnswerStream
     from owl2.runtime.verification import LoadProgress as LoadProgress
@@ -76,6 +79,8 @@ _HOMES = {
     "owl2.runtime.bench.result": ("BenchResult",),
     "owl2.runtime.bundle": ("Bundle", "Manifest"),
     "owl2.runtime.chat": ("Chat",),
+    "owl2.runtime.encoded": ("EncodedImage",),
+    "owl2.runtime.saved_chat": ("saved_messages",),
     "owl2.runtime.stream": ("AnswerStream",),
     "owl2.runtime.fit.plan": ("Plan", "plan"),
     "owl2.runtime.generate": ("Answer", "Chunk", "FinishReason", "Stats"),
@@ -108,6 +113,7 @@ _HOMES = {
         "PromptError",
         "QuantizationError",
         "ReferenceModelError",
+        "SavedChatError",
     ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -237,6 +237,17 @@ def _migrated(data: dict[str, Any], version: int) -> dict[str, Any]:
         case {"model": {"decoder": {"eos_token_id": end, **decoder}, **model}} if version <= 4:  # there was one
             data = {**data, "model": {**model, "decoder": {**decoder, "eos_token_ids": [end]}}}
     return data
+
+
+def fingerprint(manifest: Manifest, names: Collection[str] | None = None) -> str:
+    """What tells bundles with other weights apart: a hash (hex) of the hashes of its files.
+
+    Args:
+        manifest: of the bundle.
+        names: of the files that count; None for all.
+    """
+    hashes = {name: entry.sha256 for name, entry in manifest.files.items() if names is None or name in names}
+    return content_digest(hashes)
 
 
 def content_digest(content: Mapping[str, Any]) -> str:

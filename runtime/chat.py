@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from owl2.runtime.config import IMAGE_TOKEN
 from owl2.runtime.errors import Owl2Error, PromptError
-from owl2.runtime.families.mplug_owl2.template import Message, render, with_images
+from owl2.runtime.families.mplug_owl2.template import with_images
 from owl2.runtime.generate import Answer, check_context
 from owl2.runtime.images import UNREAD, Images, as_list
 from owl2.runtime.load import Loaded
-from owl2.runtime.messages import ChatMessage, Turn, image_part, read_turns
+from owl2.runtime.messages import ChatMessage, Turn, image_part, read_turns, render_turns
 from owl2.runtime.preprocess import ImageReading
+from owl2.runtime.saved_chat import load_chat, save_chat
 from owl2.runtime.sampling import GenerationConfig, GenerationOptions, merge_options
 from owl2.runtime.stream import AnswerStream, stream_answer
 
@@ -111,12 +114,7 @@ class Chat:
             if not question and not sources:
                 raise PromptError("the question is empty; give at least one character or image")
             asked = with_images(question, len(sources))
-            history = [
-                message
-                for turn in self._turns
-                for message in (Message("USER", turn.question), Message("ASSISTANT", turn.answer))
-            ]
-            conversation = render([*history, Message("USER", asked), Message("ASSISTANT")])
+            conversation = render_turns(self._turns, asked)
             earlier = [image for turn in self._turns for image in turn.images]
             # Before an image is decoded: it may take long.
             check_context(self._cache, self._model.encode(conversation, earlier + [UNREAD] * len(sources)))
@@ -171,6 +169,27 @@ class Chat:
             other._turns = list(self._turns)
             self._cache.copy_to(other._cache)
             return other
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the finished turns with their images and the KV cache; :meth:`Owl2.load_chat` goes on from there.
+
+        The file is written as a whole or not at all, and readable for its owner alone. An older one is replaced.
+
+        Raises:
+            OSError: it cannot be written.
+            BusyError: another thread is using this chat.
+        """
+        self._check_own()
+        with self._lock:
+            self._check_own()
+            save_chat(Path(path), self._model, self._turns, self._cache)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: Loaded) -> Chat:
+        """Continue a saved conversation; :meth:`Owl2.load_chat` is the usual way, and tells more."""
+        chat = cls(model)
+        chat._turns = load_chat(Path(path), model, chat._cache)
+        return chat
 
     def reset(self) -> None:
         """Forget the conversation and release its KV cache; an answer that is being read ends.

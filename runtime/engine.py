@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeVar, get_args
 
@@ -26,6 +27,7 @@ PREFILL_BLOCK = 256
 """New positions of a prefill step, where a backend has no reason for another number."""
 CLOSED = "this model was closed; load the bundle again"
 """Message of the BackendError that every call raises after :meth:`Engine.close`."""
+NOT_SAVED = "keys and values cannot be saved or loaded on this device; save the messages alone"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,39 @@ class KvBuffers(Protocol):
         """Bytes of memory they take."""
 
 
+@dataclass(frozen=True)
+class SequenceRows:
+    """New rows of one sequence.
+
+    Attributes:
+        embeds: float32 [T, C].
+        modality: [T], 1 at image rows.
+        past: positions already in ``buffers``.
+        buffers: written in place; must hold past + T positions.
+    """
+
+    embeds: Floats
+    modality: Ints
+    past: int
+    buffers: KvBuffers
+
+
+@dataclass(frozen=True)
+class KvContent:
+    """Keys and values outside of their buffers.
+
+    Attributes:
+        form: what only buffers of the same form can hold: the type of the K/V cache, and more where that does not say
+            all.
+        positions: P.
+        parts: bytes of arrays [layers, heads, P, ...] by name.
+    """
+
+    form: str
+    positions: int
+    parts: Mapping[str, NDArray[np.uint8]]
+
+
 def check_threads(threads: int | None) -> None:
     """Refuse a number of threads that no machine like this one can use.
 
@@ -109,6 +144,20 @@ def own(buffers: KvBuffers, expected: type[Buffers], total: int = 0) -> Buffers:
     return buffers
 
 
+def check_content(content: KvContent, form: str | None, capacity: int) -> None:
+    """Refuse keys and values that buffers of ``form`` with room for ``capacity`` positions cannot hold.
+
+    Raises:
+        BackendError: they are of another form.
+        ConfigError: they are too many.
+    """
+    if form is None:
+        raise BackendError(NOT_SAVED)
+    if content.form != form:
+        raise BackendError(f"keys and values in {content.form} cannot be loaded into a K/V cache in {form}")
+    require(content.positions <= capacity, f"{content.positions} positions do not fit K/V buffers of {capacity}")
+
+
 class DecoderEngine(Protocol):
     """Runs the decoder graph. Arrays in, arrays out, the K/V buffers explicit.
 
@@ -119,6 +168,24 @@ class DecoderEngine(Protocol):
 
     def allocate(self, capacity: int, previous: KvBuffers | None) -> KvBuffers:
         """Buffers for ``capacity`` positions that begin with the content of ``previous``."""
+
+    @property
+    def kv_form(self) -> str | None:
+        """The form of :class:`KvContent` of this engine's buffers; None if they cannot be read and written."""
+
+    def read_kv(self, buffers: KvBuffers, positions: int) -> KvContent:
+        """The keys and values of the first positions.
+
+        Raises:
+            BackendError: :attr:`kv_form` is None.
+        """
+
+    def write_kv(self, content: KvContent, capacity: int) -> KvBuffers:
+        """Buffers for ``capacity`` positions that begin with ``content``.
+
+        Raises:
+            BackendError: :attr:`kv_form` is None, or another.
+        """
 
     def prefill(
         self,

@@ -134,6 +134,10 @@ class PromptError(Owl2Error, ValueError):
     """A prompt or message that cannot be used."""
 
 
+class SavedChatError(Owl2Error):
+    """A saved conversation is damaged, or of another bundle."""
+
+
 class ContextOverflowError(Owl2Error):
     """The conversation does not fit the context.
 

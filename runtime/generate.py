@@ -20,7 +20,7 @@ from owl2.runtime.image_files import ImageRecord
 from owl2.runtime.kv_cache import Claim, KvCache
 from owl2.runtime.load import Loaded
 from owl2.runtime.memory import peak_memory
-from owl2.runtime.sampling import GenerationConfig, StopFilter, log_softmax, sample
+from owl2.runtime.sampling import GenerationConfig, StopFilter, likeliest, log_softmax, sample
 from owl2.runtime.steps import Steps
 
 FinishReason = Literal["stop", "length", "context", "cancelled"]
@@ -36,12 +36,14 @@ class Chunk:
         token_id: the sampled id.
         logprob: natural log-probability of that id under the unmodified logits.
         finish_reason: of the answer, in its last chunk; None before.
+        top_logprobs: ids and log-probabilities of the likeliest tokens, if they were asked for.
     """
 
     text: str
     token_id: int
     logprob: float
     finish_reason: FinishReason | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +238,8 @@ def generate(
         now = time.perf_counter()
         first_token = first_token or now
         ids.append(token)
-        logprobs.append(float(log_softmax(logits)[token]))
+        distribution = log_softmax(logits)
+        logprobs.append(float(distribution[token]))
         text = ""
         if token in ends:
             reason = "stop"
@@ -253,7 +256,7 @@ def generate(
             rest, stopped = stop.feed(decoder.flush())
             text += rest if stopped else rest + stop.flush()
         texts.append(text)
-        yield Chunk(text, token, logprobs[-1], reason)
+        yield Chunk(text, token, logprobs[-1], reason, likeliest(distribution, config.top_logprobs))
         if reason is None and not cancellation:
             with suppress(StoppedError):
                 logits = steps.feed(token, config.max_new_tokens - len(ids) - 1, cancellation)

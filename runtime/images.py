@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
 from owl2.runtime.cancellation import NEVER, Cancellation
 from owl2.runtime.config import PreprocessConfig, require
+from owl2.runtime.encoded import SUFFIX, EncodedImage
 from owl2.runtime.engine import Engine, Floats
 from owl2.runtime.errors import ImageError
 from owl2.runtime.foreign import shorten
 from owl2.runtime.image_files import ImageInput, ImageRecord, held, is_image
 from owl2.runtime.preprocess import UPRIGHT, ImageReading, digest, load_image, preprocess, read_image
 
-Images = ImageInput | Sequence[ImageInput] | None
-"""One image or several, each as :data:`ImageInput`; None for none."""
+GivenImage: TypeAlias = ImageInput | EncodedImage
+Images = GivenImage | Sequence[GivenImage] | None
+"""One image or several, each as :data:`ImageInput` or encoded before; None for none."""
 
 CACHED_IMAGES = 16
 """Images whose decoder rows are kept after they were encoded; one takes about 1 MB in the 7B model."""
@@ -30,20 +34,23 @@ class PreparedImage:
 
     Attributes:
         digest: of the pixels; equal pixels are the same image wherever they came from.
-        pixels: float32 [3, R, R].
+        pixels: float32 [3, R, R]; empty if it is encoded.
         record: what was done to it.
+        encoded: its rows, if they were given.
     """
 
     digest: str
     pixels: Floats
     record: ImageRecord
+    encoded: EncodedImage | None = None
 
 
-UNREAD = PreparedImage("", np.empty((3, 0, 0), dtype=np.float32), ImageRecord((0, 0), (0, 0)))
+NO_PIXELS: Floats = np.empty((3, 0, 0), dtype=np.float32)
+UNREAD = PreparedImage("", NO_PIXELS, ImageRecord((0, 0), (0, 0)))
 """Stands for an image that has not been read yet, in a prompt whose length is wanted."""
 
 
-def as_list(images: Images) -> list[ImageInput]:
+def as_list(images: Images) -> list[GivenImage]:
     """The images that a caller gave, one by one; open files are read.
 
     Raises:
@@ -51,10 +58,12 @@ def as_list(images: Images) -> list[ImageInput]:
     """
     if images is None:
         return []
+    if isinstance(images, EncodedImage):
+        return [images]
     if is_image(images):
         return [held(images)]
     if isinstance(images, Sequence) and not isinstance(images, str | bytes | bytearray | memoryview):
-        return [held(image) for image in images]
+        return [image if isinstance(image, EncodedImage) else held(image) for image in images]
     load_image(images)  # raises: it says what can be given
     raise ImageError(f"images cannot be given as {type(images).__name__}; pass one image or a list")
 
@@ -72,10 +81,26 @@ def prepare_images(
     require(isinstance(reading, ImageReading), f"reading must be an ImageReading, got {shorten(reading)}")
     prepared = []
     for source in as_list(images):
-        read = read_image(source, reading)
+        encoded = as_encoded(source)
+        if encoded is not None:
+            # Another name than that of the pixels: rounded rows are not those of an image that is encoded here.
+            prepared.append(PreparedImage(f"encoded {encoded.digest}", NO_PIXELS, encoded.record, encoded))
+            continue
+        read = read_image(source, reading)  # type: ignore[arg-type]  # no EncodedImage any more
         pixels = preprocess(read.image, config, mode)
         prepared.append(PreparedImage(digest(pixels), pixels, read.record))
     return prepared
+
+
+def as_encoded(source: GivenImage) -> EncodedImage | None:
+    """The encoded image that is given, itself or by the name of its file; None for one that is not encoded.
+
+    Raises:
+        ImageError: the file is damaged.
+    """
+    if isinstance(source, str | os.PathLike) and os.fspath(source).endswith(SUFFIX):
+        return EncodedImage.load(source)
+    return source if isinstance(source, EncodedImage) else None
 
 
 class ImageEncoder:
@@ -97,6 +122,9 @@ class ImageEncoder:
         result: dict[str, Floats] = {}
         encoded = 0
         for image in images:
+            if image.encoded is not None:
+                result[image.digest] = image.encoded.rows
+                continue
             with self._lock:
                 rows = self._rows.get(image.digest)
             if rows is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from owl2.runtime.config import require
-from owl2.runtime.engine import Engine, KvBuffers
+from owl2.runtime.engine import Engine, KvBuffers, KvContent
 from owl2.runtime.errors import ContextOverflowError, Owl2Error
 
 Key = int | tuple[str, int]
@@ -53,6 +53,36 @@ class KvCache:
             (index for index, (held, wanted) in enumerate(pairs) if held != wanted),
             min(self.length, len(keys)),
         )
+
+    @property
+    def keys(self) -> Sequence[Key]:
+        """What the positions hold."""
+        return tuple(self._keys)
+
+    def content(self, positions: int) -> KvContent:
+        """Keys and values of the first positions, of at least one.
+
+        Raises:
+            BackendError: the device cannot give them.
+        """
+        require(0 < positions <= self.length, f"the cache holds {self.length} positions, not {positions}")
+        return self._engine.read_kv(self._reserve(0), positions)
+
+    def restore(self, keys: Sequence[Key], content: KvContent, longest: int) -> None:
+        """Fill this cache, which is empty, with what another one held.
+
+        Args:
+            keys: what its positions are.
+            content: their keys and values.
+            longest: of the other cache.
+
+        Raises:
+            BackendError: the device cannot hold them.
+            ValueError: they have not the shape of this model's.
+        """
+        capacity = min(self.context, -(-(len(keys) + 1) // GROWTH) * GROWTH)
+        self._buffers = self._engine.write_kv(content, capacity)
+        self._keys, self.longest = list(keys), longest
 
     def claim(self) -> Claim:
         """The right to write, which all earlier claims lose."""

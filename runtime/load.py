@@ -9,22 +9,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from owl2.runtime import spec
 from owl2.runtime.backends.choose import OpenEngine, find_backend, resolve_options
-from owl2.runtime.bundle import Bundle, Manifest, check_files, read_manifest, require_whole
+from owl2.runtime.bundle import Bundle, Manifest, check_files, fingerprint, read_manifest, require_whole
 from owl2.runtime.config import ModelConfig, require, resolve_context
+from owl2.runtime.encoded import EncodedImage
 from owl2.runtime.engine import Engine, EngineOptions
-from owl2.runtime.errors import BundleCorruptError, ConfigError, ContextOverflowError, PromptError
+from owl2.runtime.errors import BundleCorruptError, ConfigError, ContextOverflowError, ImageError, PromptError
 from owl2.runtime.families.mplug_owl2 import positions
 from owl2.runtime.families.mplug_owl2.positions import Prompt
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
 from owl2.runtime.foreign import listed
+from owl2.runtime.image_files import ImageInput
 from owl2.runtime.images import ImageEncoder, Images, PreparedImage, prepare_images
 from owl2.runtime.kv_cache import KvCache
 from owl2.runtime.lookup import LookupAccount
 from owl2.runtime.preprocess import ImageReading, check_mode
 from owl2.runtime.token_table import TokenTable
 from owl2.runtime.verification import LoadProgress, OnProgress, Signature, signatures_of
+
+
+VISION_FILES = (spec.VISION_GRAPH, f"{spec.VISION_GRAPH}.data")
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,8 @@ class Loaded:
         table: token embeddings [V, C].
         encoder: images to decoder rows.
         context: positions that a conversation may take.
+        fingerprint: tells bundles with other weights apart.
+        vision: the same of the tower and abstractor alone.
         lookup: what prompt lookup has saved and cost so far.
     """
 
@@ -49,6 +58,8 @@ class Loaded:
     table: TokenTable
     encoder: ImageEncoder
     context: int
+    fingerprint: str
+    vision: str
     lookup: LookupAccount = field(default_factory=LookupAccount)
     _caches: weakref.WeakSet[KvCache] = field(default_factory=weakref.WeakSet)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -61,8 +72,26 @@ class Loaded:
     def prepare(
         self, images: Images, mode: str | None = None, reading: ImageReading | None = None
     ) -> list[PreparedImage]:
-        """Load and preprocess images; raises as :func:`prepare_images`."""
-        return prepare_images(images, self.config.preprocess, mode, reading)
+        """Load and preprocess images; raises as :func:`prepare_images`, and ImageError for rows of another tower."""
+        prepared = prepare_images(images, self.config.preprocess, mode, reading)
+        for image in prepared:
+            if image.encoded is not None:
+                self._check_encoded(image.encoded)
+        return prepared
+
+    def _check_encoded(self, image: EncodedImage) -> None:
+        if image.vision != self.vision:
+            raise ImageError("the image was encoded with another vision tower; encode it with this bundle, or give the file")
+        expected = (self.config.rows_per_image, self.config.decoder.hidden_size)
+        if image.rows.shape != expected:
+            raise ImageError(f"the encoded image has rows of shape {list(image.rows.shape)}, expected {list(expected)}")
+
+    def encode_image(self, image: ImageInput, mode: str | None = None, reading: ImageReading | None = None) -> EncodedImage:
+        """Decoder rows of one image; raises as :meth:`prepare`."""
+        [prepared] = self.prepare([image], mode, reading)
+        rows = self.encoder.rows([prepared])[0][prepared.digest]
+        rounded = rows.astype(np.float16).astype(np.float32)
+        return EncodedImage(rounded, prepared.digest, self.vision, prepared.record)
 
     def encode(self, text: str, images: Sequence[PreparedImage]) -> Prompt:
         """Tokenize a prompt and put its images' rows in place.
@@ -163,7 +192,18 @@ class Preparation:
             on_error.pop_all()
         if on_progress is not None:
             on_progress(LoadProgress("loading", 1, 1))
-        return bundle, Loaded(str(self.folder), model, engine, tokenizer, table, ImageEncoder(engine), context)
+        vision = fingerprint(self.manifest, VISION_FILES)
+        return bundle, Loaded(
+            str(self.folder),
+            model,
+            engine,
+            tokenizer,
+            table,
+            ImageEncoder(engine),
+            context,
+            fingerprint(self.manifest),
+            vision,
+        )
 
     def _require_unchanged(self) -> None:
         """Refuse files that another program changed between their verification and their opening."""

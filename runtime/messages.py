@@ -11,7 +11,7 @@ from PIL import Image
 
 from owl2.runtime.config import IMAGE_TOKEN
 from owl2.runtime.errors import ContextOverflowError, PromptError
-from owl2.runtime.families.mplug_owl2.template import with_images
+from owl2.runtime.families.mplug_owl2.template import Message, render, with_images
 from owl2.runtime.foreign import shorten
 from owl2.runtime.image_files import ImageInput, held
 from owl2.runtime.images import PreparedImage
@@ -54,6 +54,12 @@ class Turn:
                 content += [{"type": "text", "text": text}] if text else []
                 content += [dict(image)] if image is not None else []
         return [{"role": "user", "content": content}, {"role": "assistant", "content": self.answer}]
+
+
+def render_turns(turns: Sequence[Turn], question: str) -> str:
+    """The prompt that asks a question after finished turns."""
+    said = [message for turn in turns for message in (Message("USER", turn.question), Message("ASSISTANT", turn.answer))]
+    return render([*said, Message("USER", question), Message("ASSISTANT")])
 
 
 def image_part(image: ImageInput, preprocess: str | None, reading: ImageReading | None) -> ChatMessage:

@@ -15,9 +15,11 @@ import numpy as np
 from owl2.runtime.arguments import checked
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.chat import Chat
+from owl2.runtime.encoded import EncodedImage
 from owl2.runtime.engine import BackendName, EngineOptions, Floats
 from owl2.runtime.errors import ContextOverflowError, Owl2Error
 from owl2.runtime.generate import Answer, check_context, prompt_logits
+from owl2.runtime.image_files import ImageInput
 from owl2.runtime.images import UNREAD, Images, as_list
 from owl2.runtime.load import Loaded, open_bundle
 from owl2.runtime.messages import ChatMessage
@@ -131,6 +133,33 @@ class Owl2:
             PromptError, ImageError: a message or an image in it cannot be used.
         """
         return Chat(self.model, messages)
+
+    @checked
+    def load_chat(self, path: str | os.PathLike[str]) -> Chat:
+        """Continue a conversation that :meth:`Chat.save` wrote with this bundle: nothing runs again.
+
+        Raises:
+            SavedChatError: the file is damaged, something else or of another bundle; says which. Its text alone:
+                ``owl.chat(owl2.saved_messages(path))``.
+            BackendError: the K/V cache has another type, which the message names; load with that.
+        """
+        return Chat.load(path, self.model)
+
+    def encode(
+        self, image: ImageInput, *, preprocess: str | None = None, reading: ImageReading | None = None
+    ) -> EncodedImage:
+        """Run an image through the vision tower, to save it or to send it to another device with the same tower.
+
+        Args:
+            image: a path, a ``data:`` URI, bytes of a file, an open binary file, a PIL image or a uint8 array [H, W, 3].
+            preprocess: ``resize``, ``pad`` or ``crop`` instead of the bundle's own mode.
+            reading: what to make of EXIF orientation and transparency.
+
+        Raises:
+            ImageError: the image cannot be read.
+            BackendError: the tower failed.
+        """
+        return self.model.encode_image(image, preprocess, reading)
 
     def generate(
         self,

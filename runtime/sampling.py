@@ -24,6 +24,8 @@ Logits = NDArray[np.float32]
 
 STOPS = 256
 """Most stop strings: every one is looked for after every token."""
+TOP_LOGPROBS = 20
+"""Most alternatives that are told of a token, as in OpenAI's interface."""
 STOP_LENGTH = 1000
 """Characters of a stop string, at most: so many are held back."""
 
@@ -45,6 +47,7 @@ class GenerationConfig:
         lookup: draft tokens that followed the same words before, and check several in a step (prompt lookup). None:
             where that changes no answer, which the native core promises; True: also elsewhere, where an answer may
             change as with another number of threads; False: never.
+        top_logprobs: likeliest tokens that each chunk tells, with their probabilities; at most 20.
 
     Numbers of NumPy are taken as well, and kept as those of Python.
     """
@@ -58,13 +61,14 @@ class GenerationConfig:
     seed: int | None = None
     stop: str | Sequence[str] = ()
     lookup: bool | None = None
+    top_logprobs: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         elif isinstance(self.stop, Sequence) and not isinstance(self.stop, bytes):
             object.__setattr__(self, "stop", tuple(self.stop))
-        for name in ("max_new_tokens", "top_k", "seed"):
+        for name in ("max_new_tokens", "top_k", "seed", "top_logprobs"):
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, int(value))
         for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
@@ -80,6 +84,10 @@ class GenerationConfig:
         require(
             0.01 <= self.repetition_penalty <= 100,
             f"repetition_penalty {self.repetition_penalty} must be between 0.01 and 100; 1 is off",
+        )
+        require(
+            0 <= self.top_logprobs <= TOP_LOGPROBS,
+            f"top_logprobs {self.top_logprobs} must be between 0 and {TOP_LOGPROBS}",
         )
         require(self.seed is None or self.seed >= 0, f"seed {self.seed} must be None or a number from 0 upwards")
         require(
@@ -118,6 +126,7 @@ class GenerationOptions(TypedDict, total=False):
     seed: int | None
     stop: str | Sequence[str]
     lookup: bool | None
+    top_logprobs: int
 
 
 def merge_options(config: GenerationConfig | None, options: Mapping[str, object]) -> GenerationConfig:
@@ -227,6 +236,17 @@ def sample(logits: Logits, config: GenerationConfig, rng: np.random.Generator, p
     mass = np.cumsum(_softmax(logits[candidates]))
     drawn = np.searchsorted(mass, rng.random() * mass[-1], side="right")
     return int(candidates[min(drawn, candidates.size - 1)])
+
+
+def likeliest(logprobs: Logits, count: int) -> tuple[tuple[int, float], ...]:
+    """The ``count`` likeliest tokens with their log-probabilities, in order; of equal ones the lower id first."""
+    if not count:
+        return ()
+    # Ids of equal probability at the edge must not depend on the algorithm.
+    edge = np.partition(logprobs, -count)[-count]
+    candidates = np.flatnonzero(logprobs >= edge)
+    order = candidates[np.argsort(-logprobs[candidates], kind="stable")][:count]
+    return tuple((int(token), float(logprobs[token])) for token in order)
 
 
 class StopFilter:

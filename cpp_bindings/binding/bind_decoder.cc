@@ -170,6 +170,51 @@ class Model {
   std::unique_ptr<Decoder> decoder_;
 };
 
+using Bytes = nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>;
+using GivenBytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+// Bytes of each part of a cache's first positions.
+std::vector<size_t> part_bytes(const KvCache& cache, int positions) {
+  const KvShape& shape = cache.shape();
+  if (positions <= 0 || positions > cache.capacity()) throw std::invalid_argument("positions that a K/V cache lacks");
+  const size_t places = static_cast<size_t>(shape.layers) * shape.heads * positions;
+  const size_t value = shape.type == KvType::f32 ? 4 : shape.type == KvType::f16 ? 2 : 1;
+  std::vector<size_t> sizes(2, places * shape.width * value);
+  if (shape.type == KvType::i8) sizes.resize(4, places * sizeof(float));
+  return sizes;
+}
+
+nb::object read_cache(const KvCache& cache, int positions) {
+  nb::list parts;
+  std::vector<uint8_t*> data(4, nullptr);
+  const std::vector<size_t> sizes = part_bytes(cache, positions);
+  for (size_t i = 0; i < sizes.size(); i++) {
+    data[i] = new uint8_t[sizes[i]];
+    const nb::capsule owner(data[i], [](void* p) noexcept { delete[] static_cast<uint8_t*>(p); });
+    parts.append(Bytes(data[i], {sizes[i]}, owner));
+  }
+  {
+    nb::gil_scoped_release release;
+    cache.read(positions, data[0], data[1], reinterpret_cast<float*>(data[2]), reinterpret_cast<float*>(data[3]));
+  }
+  return nb::tuple(parts);
+}
+
+void write_cache(KvCache* cache, int positions, const std::vector<GivenBytes>& parts) {
+  const std::vector<size_t> sizes = part_bytes(*cache, positions);
+  std::vector<const uint8_t*> data(4, nullptr);
+  if (parts.size() != sizes.size()) throw std::invalid_argument("parts of another type of K/V cache");
+  for (size_t i = 0; i < sizes.size(); i++) {
+    data[i] = parts[i].data();
+    if (parts[i].shape(0) != sizes[i] || reinterpret_cast<uintptr_t>(data[i]) % 4 != 0)
+      throw std::invalid_argument("a part of a K/V cache has " + std::to_string(parts[i].shape(0)) +
+                                  " bytes instead of " + std::to_string(sizes[i]) + ", or they are not aligned");
+  }
+  nb::gil_scoped_release release;
+  cache->write(positions, data[0], data[1], reinterpret_cast<const float*>(data[2]),
+               reinterpret_cast<const float*>(data[3]));
+}
+
 }  // namespace
 
 void bind_decoder(nb::module_& m) {
@@ -193,7 +238,13 @@ void bind_decoder(nb::module_& m) {
           nb::arg("layers"), nb::arg("heads"), nb::arg("width"), nb::arg("type"), nb::arg("capacity"))
       .def("resized", &KvCache::resized, nb::arg("capacity"), "A copy with room for other positions.")
       .def_prop_ro("capacity", &KvCache::capacity)
-      .def_prop_ro("nbytes", &KvCache::bytes);
+      .def_prop_ro("nbytes", &KvCache::bytes)
+      .def("read", &read_cache, nb::arg("positions"),
+           nb::sig("def read(self, positions: int) -> tuple[numpy.typing.NDArray[numpy.uint8], ...]"),
+           "Bytes of the keys and of the values [layers, heads, positions, width], and with int8 of their scales.")
+      .def("write", &write_cache, nb::arg("positions"), nb::arg("parts"),
+           nb::sig("def write(self, positions: int, parts: Sequence[numpy.typing.NDArray[numpy.uint8]]) -> None"),
+           "Make what read() gave the first positions.");
 
   nb::class_<Model>(m, "Decoder", "The decoder of a model. The views of its weights must outlive it.")
       .def(nb::init<int, int, int, int, float, int>(), nb::arg("width"), nb::arg("inner"), nb::arg("heads"),

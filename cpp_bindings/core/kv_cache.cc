@@ -1,6 +1,8 @@
 #include "kv_cache.h"
 
+#include <algorithm>
 #include <cstring>
+#include <stdexcept>
 
 namespace owl2 {
 namespace {
@@ -20,6 +22,31 @@ size_t row_bytes(const KvShape& shape) {
 
 int block_count(int positions) {
   return (positions + kBlockPositions - 1) / kBlockPositions;
+}
+
+// The first positions of a block of one head, from it or into it.
+template <class Value, bool Reading>
+void copy_positions(const HeadBlock& block, int count, Value* keys, Value* values) {
+  const int width = block.width, padded = padded_width(width);
+  auto* const block_keys = static_cast<Value*>(block.keys);
+  auto* const block_values = static_cast<Value*>(block.values);
+  for (int p = 0; p < count; p++) {
+    Value* const lanes = block_keys + static_cast<size_t>(p / kKeyLanes) * width * kKeyLanes + p % kKeyLanes;
+    Value* const key = keys + static_cast<size_t>(p) * width;
+    Value* const value = values + static_cast<size_t>(p) * width;
+    if constexpr (Reading) {
+      for (int d = 0; d < width; d++) key[d] = lanes[static_cast<size_t>(d) * kKeyLanes];
+      std::memcpy(value, block_values + static_cast<size_t>(p) * padded, width * sizeof(Value));
+    } else {
+      for (int d = 0; d < width; d++) lanes[static_cast<size_t>(d) * kKeyLanes] = key[d];
+      std::memcpy(block_values + static_cast<size_t>(p) * padded, value, width * sizeof(Value));
+    }
+  }
+}
+
+template <bool Reading>
+void copy_scales(float* block, float* outside, int count) {
+  std::memcpy(Reading ? outside : block, Reading ? block : outside, count * sizeof(float));
 }
 
 }  // namespace
@@ -66,6 +93,52 @@ HeadBlock KvCache::head_block(const Memory& memory, int head) const {
     block.value_scales = block.key_scales + kBlockPositions;
   }
   return block;
+}
+
+template <bool Reading>
+void KvCache::copy(int positions, char* keys, char* values, float* key_scales, float* value_scales) const {
+  const size_t bytes = value_bytes(shape_.type);
+  for (int layer = 0; layer < shape_.layers; layer++) {
+    for (int head = 0; head < shape_.heads; head++) {
+      for (int first = 0; first < positions; first += kBlockPositions) {
+        const int count = std::min(kBlockPositions, positions - first);
+        const HeadBlock block = head_block(*layers_[layer][first / kBlockPositions], head);
+        const size_t place = (static_cast<size_t>(layer) * shape_.heads + head) * positions + first;
+        const size_t at = place * shape_.width * bytes;
+        switch (bytes) {
+          case 4:
+            copy_positions<uint32_t, Reading>(block, count, reinterpret_cast<uint32_t*>(keys + at),
+                                              reinterpret_cast<uint32_t*>(values + at));
+            break;
+          case 2:
+            copy_positions<uint16_t, Reading>(block, count, reinterpret_cast<uint16_t*>(keys + at),
+                                              reinterpret_cast<uint16_t*>(values + at));
+            break;
+          default:
+            copy_positions<uint8_t, Reading>(block, count, reinterpret_cast<uint8_t*>(keys + at),
+                                             reinterpret_cast<uint8_t*>(values + at));
+        }
+        if (shape_.type != KvType::i8) continue;
+        copy_scales<Reading>(block.key_scales, key_scales + place, count);
+        copy_scales<Reading>(block.value_scales, value_scales + place, count);
+      }
+    }
+  }
+}
+
+void KvCache::read(int positions, void* keys, void* values, float* key_scales, float* value_scales) const {
+  for (const std::vector<Block>& blocks : layers_)
+    for (int b = 0; b < block_count(positions); b++)
+      if (blocks[b] == nullptr) throw std::invalid_argument("positions of a K/V cache that were never written");
+  copy<true>(positions, static_cast<char*>(keys), static_cast<char*>(values), key_scales, value_scales);
+}
+
+void KvCache::write(int positions, const void* keys, const void* values, const float* key_scales,
+                    const float* value_scales) {
+  prepare(0, positions);
+  // The direction is in the template: nothing is written to what is given.
+  copy<false>(positions, static_cast<char*>(const_cast<void*>(keys)), static_cast<char*>(const_cast<void*>(values)),
+              const_cast<float*>(key_scales), const_cast<float*>(value_scales));
 }
 
 void KvCache::head_blocks(int layer, int head, int last, std::vector<HeadBlock>* blocks) const {

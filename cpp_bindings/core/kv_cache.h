@@ -32,12 +32,20 @@ class KvCache {
   // Makes the blocks of positions first <= p < last this cache's own. Throws std::bad_alloc.
   void prepare(int first, int last);
 
+  // Copies the keys and values of the first positions, each [layers][heads][positions][width], and with int8 their
+  // scales [layers][heads][positions]. Throws std::invalid_argument for positions that were never written.
+  void read(int positions, void* keys, void* values, float* key_scales, float* value_scales) const;
+  // The inverse: makes them the first positions. Throws std::bad_alloc.
+  void write(int positions, const void* keys, const void* values, const float* key_scales, const float* value_scales);
+
   // Head blocks of one layer and head, in the order of positions: for `attend`.
   void head_blocks(int layer, int head, int last, std::vector<HeadBlock>* blocks) const;
 
  private:
   using Block = std::shared_ptr<Memory>;
 
+  template <bool Reading>
+  void copy(int positions, char* keys, char* values, float* key_scales, float* value_scales) const;
   size_t head_bytes() const;
   HeadBlock head_block(const Memory& memory, int head) const;
 

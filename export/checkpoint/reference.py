@@ -115,7 +115,7 @@ def open_checkpoint(folder: Path) -> Loaded:
     engine = TorchEngine(checkpoint)
     table = ArrayTable(checkpoint.tensor(TABLE).numpy())
     context = config.decoder.max_position_embeddings
-    return Loaded(str(folder), config, engine, tokenizer, table, ImageEncoder(engine), context)
+    return Loaded(str(folder), config, engine, tokenizer, table, ImageEncoder(engine), context, "", "")
 
 
 def _layers(checkpoint: Checkpoint) -> Callable[[int], DecoderLayer]:

@@ -10,6 +10,7 @@ from owl2.runtime.cli.chat import chat
 from owl2.runtime.cli.eval import eval_command
 from owl2.runtime.cli.info import info
 from owl2.runtime.cli.plan import plan_command
+from owl2.runtime.cli.serve import serve
 from owl2.runtime.cli.verify import verify_command
 from owl2.runtime.version import __version__
 
@@ -30,8 +31,9 @@ def cli() -> None:
       owl2 eval bundle/ --data questions.jsonl
       owl2 verify bundle/
       owl2 bench bundle/
+      owl2 serve bundle/
     """
 
 
-for command in (ask, chat, info, plan_command, eval_command, verify_command, bench_command):
+for command in (ask, chat, info, plan_command, eval_command, verify_command, bench_command, serve):
     cli.add_command(command)

@@ -137,7 +137,8 @@ def model_options(command: Command) -> Command:
 
     @functools.wraps(command)
     def gathered(**given: Any) -> None:  # noqa: ANN401 - click's parameters
-        generation = GenerationConfig(**{field.name: given.pop(field.name) for field in fields(GenerationConfig)})
+        names = [field.name for field in fields(GenerationConfig) if field.name in given]
+        generation = GenerationConfig(**{name: given.pop(name) for name in names})
         reading = image_reading(given.pop("orientation"), given.pop("background"))
         others = {field.name: given.pop(field.name) for field in fields(Options) if field.name in given}
         command(options=Options(generation=generation, reading=reading, **others), **given)

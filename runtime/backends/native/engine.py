@@ -16,7 +16,18 @@ from owl2.runtime.backends.native.weights import OpenWeights, open_weights
 from owl2.runtime.backends.ort.installation import check_onnxruntime, needs_onnxruntime
 from owl2.runtime.bundle import Bundle, Manifest
 from owl2.runtime.cancellation import NEVER, Cancellation, StoppedError
-from owl2.runtime.engine import CLOSED, EngineOptions, Floats, Ints, KvBuffers, check_threads, own
+from owl2.runtime.engine import (
+    CLOSED,
+    EngineOptions,
+    Floats,
+    Ints,
+    KvBuffers,
+    KvContent,
+    SequenceRows,
+    check_content,
+    check_threads,
+    own,
+)
 from owl2.runtime.errors import BackendError, BackendUnavailableError
 from owl2.runtime.rope import rotary_tables
 
@@ -34,6 +45,9 @@ def prepare(folder: Path, manifest: Manifest, options: EngineOptions) -> Callabl
     return lambda bundle: NativeEngine(bundle, options)
 
 
+KV_PARTS = ("keys", "values", "key_scales", "value_scales")
+
+
 @dataclass(frozen=True, eq=False)
 class NativeBuffers:
     """Keys and values of one conversation."""
@@ -47,23 +61,6 @@ class NativeBuffers:
     @property
     def nbytes(self) -> int:
         return self.cache.nbytes
-
-
-@dataclass(frozen=True)
-class SequenceRows:
-    """New rows of one sequence.
-
-    Attributes:
-        embeds: float32 [T, C].
-        modality: [T], 1 at image rows.
-        past: positions already in ``buffers``.
-        buffers: written in place; must hold past + T positions.
-    """
-
-    embeds: Floats
-    modality: Ints
-    past: int
-    buffers: KvBuffers
 
 
 class NativeEngine:
@@ -118,6 +115,20 @@ class NativeEngine:
         self._open()
         layers, heads = self._config.num_hidden_layers, self._config.num_attention_heads
         return NativeBuffers(_native.KvCache(layers, heads, self._config.head_dim, self._kv_type, capacity))
+
+    @property
+    def kv_form(self) -> str:
+        return self._kv_type
+
+    def read_kv(self, buffers: KvBuffers, positions: int) -> KvContent:
+        parts = own(buffers, NativeBuffers, positions).cache.read(positions)
+        return KvContent(self.kv_form, positions, dict(zip(KV_PARTS, parts)))
+
+    def write_kv(self, content: KvContent, capacity: int) -> NativeBuffers:
+        check_content(content, self.kv_form, capacity)
+        buffers = self.allocate(capacity, None)
+        buffers.cache.write(content.positions, [content.parts[name] for name in KV_PARTS if name in content.parts])
+        return buffers
 
     def prefill(
         self,

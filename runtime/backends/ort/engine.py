@@ -29,7 +29,18 @@ from owl2.runtime.backends.steps import TEXT_STEP, StepInputs, cache_names, row_
 from owl2.runtime.bundle import Bundle, Manifest
 from owl2.runtime.cancellation import NEVER, Cancellation
 from owl2.runtime.config import DecoderConfig, ModelConfig
-from owl2.runtime.engine import CLOSED, PREFILL_BLOCK, DecoderEngine, EngineOptions, Floats, Ints, KvBuffers, own
+from owl2.runtime.engine import (
+    CLOSED,
+    PREFILL_BLOCK,
+    DecoderEngine,
+    EngineOptions,
+    Floats,
+    Ints,
+    KvBuffers,
+    KvContent,
+    check_content,
+    own,
+)
 from owl2.runtime.errors import BackendError, BackendUnavailableError
 from owl2.runtime.placement import Placement
 from owl2.runtime.rope import rotary_tables
@@ -111,6 +122,19 @@ class OrtEngine:
         _, decoder = self._open(spec.DECODER_GRAPH)
         return decoder.allocate(capacity, previous)
 
+    @property
+    def kv_form(self) -> str | None:
+        _, decoder = self._open(spec.DECODER_GRAPH)
+        return decoder.kv_form
+
+    def read_kv(self, buffers: KvBuffers, positions: int) -> KvContent:
+        _, decoder = self._open(spec.DECODER_GRAPH)
+        return decoder.read_kv(buffers, positions)
+
+    def write_kv(self, content: KvContent, capacity: int) -> KvBuffers:
+        _, decoder = self._open(spec.DECODER_GRAPH)
+        return decoder.write_kv(content, capacity)
+
     def prefill(
         self,
         embeds: Floats,
@@ -167,6 +191,9 @@ def open_decoder(path: Path, manifest: GraphFormat, options: OrtOptions) -> Deco
     return OnnxDecoder(path, manifest.model.decoder, options)
 
 
+KV_PARTS = ("keys", "values")
+
+
 @dataclass(frozen=True, eq=False)
 class OrtBuffers:
     """K/V buffers on the decoder's device: key and value of each layer in turn, [1, H, capacity, padded D]."""
@@ -212,9 +239,30 @@ class OrtDecoder:
         """Each buffer is bound as past and as present of its layer, so that steps write in place."""
         if previous is None:
             shape = (1, self._config.num_attention_heads, capacity, self._width)
-            buffers = [self._memory.zeros(shape, self._kv_dtype) for _ in self._names]
-        else:
-            buffers = [self._memory.grown(old, capacity) for old in own(previous, OrtBuffers).buffers]
+            return self._bound([self._memory.zeros(shape, self._kv_dtype) for _ in self._names], capacity)
+        return self._bound([self._memory.grown(old, capacity) for old in own(previous, OrtBuffers).buffers], capacity)
+
+    @property
+    def kv_form(self) -> str:
+        # The scales of int8 are in the graph.
+        return "int8-calibrated" if self._kv_dtype == np.int8 else np.dtype(self._kv_dtype).name.replace("float", "fp")
+
+    def read_kv(self, buffers: KvBuffers, positions: int) -> KvContent:
+        arrays, width = own(buffers, OrtBuffers, positions).arrays, self._config.head_dim
+        kept = [np.ascontiguousarray(array[0, :, :positions, :width]) for array in arrays]
+        parts = {name: np.stack(kept[index::2]).view(np.uint8).ravel() for index, name in enumerate(KV_PARTS)}
+        return KvContent(self.kv_form, positions, parts)
+
+    def write_kv(self, content: KvContent, capacity: int) -> OrtBuffers:
+        check_content(content, self.kv_form, capacity)
+        heads, width = self._config.num_attention_heads, self._config.head_dim
+        layers = [content.parts[name].view(self._kv_dtype).reshape(-1, heads, content.positions, width) for name in KV_PARTS]
+        arrays = [np.zeros((1, heads, capacity, self._width), self._kv_dtype) for _ in self._names]
+        for index, array in enumerate(arrays):
+            array[0, :, : content.positions, :width] = layers[index % 2][index // 2]
+        return self._bound([self._memory.holding(array) for array in arrays], capacity)
+
+    def _bound(self, buffers: list[Buffer], capacity: int) -> OrtBuffers:
         binding = self._session.io_binding()
         for buffer, (past, present) in zip(buffers, self._names):
             binding.bind_ortvalue_input(past, buffer.value)

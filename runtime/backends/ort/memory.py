@@ -59,7 +59,7 @@ class Memory:
 
     def zeros(self, shape: Sequence[int], dtype: DTypeLike) -> Buffer:
         """A buffer of zeros: memory that is not cleared may hold NaN, which no mask takes away."""
-        return self._buffer(np.zeros(shape, dtype))
+        return self.holding(np.zeros(shape, dtype))
 
     def grown(self, old: Buffer, positions: int) -> Buffer:
         """A buffer [1, H, positions, D] that begins with as much of ``old`` as fits, followed by zeros."""
@@ -67,7 +67,7 @@ class Memory:
         kept = min(positions, old.positions)
         longer = np.zeros((*content.shape[:POSITION_AXIS], positions, content.shape[-1]), content.dtype)
         longer[:, :, :kept] = content[:, :, :kept]
-        return self._buffer(longer)
+        return self.holding(longer)
 
     def copy(self, array: Array) -> ort.OrtValue:
         """A copy of an array on the GPU."""
@@ -75,7 +75,8 @@ class Memory:
         value.update_inplace(array)
         return value
 
-    def _buffer(self, array: Array) -> Buffer:
+    def holding(self, array: Array) -> Buffer:
+        """A buffer [1, H, S, D] with this content: the array itself on the host."""
         if self.gpu is None:
             return Buffer(ort.OrtValue.ortvalue_from_numpy(array), array, array.shape[POSITION_AXIS], array.nbytes)
         return Buffer(self.copy(array), None, array.shape[POSITION_AXIS], array.nbytes)

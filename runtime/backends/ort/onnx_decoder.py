@@ -15,7 +15,8 @@ from owl2.runtime.backends.ort.session import OrtOptions, check_tensors, element
 from owl2.runtime.backends.steps import TEXT_STEP, StepInputs, cache_names, position_inputs, row_inputs
 from owl2.runtime.cancellation import NEVER, Cancellation
 from owl2.runtime.config import DecoderConfig
-from owl2.runtime.engine import Floats, Ints, KvBuffers, own
+from owl2.runtime.engine import NOT_SAVED, Floats, Ints, KvBuffers, KvContent, own
+from owl2.runtime.errors import BackendError
 
 Rows = NDArray[np.floating[Any]]
 
@@ -62,6 +63,14 @@ class OnnxDecoder:
                 kept = min(capacity, len(old))
                 rows[:kept] = old[:kept]
         return made
+
+    kv_form = None
+
+    def read_kv(self, buffers: KvBuffers, positions: int) -> KvContent:
+        raise BackendError(NOT_SAVED)
+
+    def write_kv(self, content: KvContent, capacity: int) -> KvBuffers:
+        raise BackendError(NOT_SAVED)
 
     def prefill(
         self,

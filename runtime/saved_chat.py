@@ -1,0 +1,181 @@
+"""Conversations in files: messages, rows of images, keys and values, and what they belong to."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from owl2.runtime.config import IMAGE_TOKEN
+from owl2.runtime.encoded import EncodedImage, record_of
+from owl2.runtime.engine import KvContent
+from owl2.runtime.errors import Owl2Error, SavedChatError
+from owl2.runtime.foreign import ForeignError, reading
+from owl2.runtime.images import NO_PIXELS, PreparedImage
+from owl2.runtime.kv_cache import Key, KvCache
+from owl2.runtime.load import Loaded
+from owl2.runtime.messages import Turn
+from owl2.runtime.stored import Array, Stored, read_description, read_stored, write_stored
+from owl2.runtime.version import __version__
+
+KIND = "conversation"
+SUFFIX = ".owl2chat"
+ADVICE = "owl2.saved_messages(path) may still give its text"
+TEXT = -1
+"""In place of an image's number, at positions that hold a token."""
+
+
+def save_chat(path: Path, model: Loaded, turns: Sequence[Turn], cache: KvCache) -> None:
+    """Write a conversation as a whole or not at all.
+
+    Args:
+        path: of the file, which may exist.
+        model: that holds the conversation.
+        turns: finished.
+        cache: of the conversation; what a device cannot give is left out, and computed again when it goes on.
+
+    Raises:
+        OSError: it cannot be written.
+        BackendError: an image that is not encoded any more cannot be.
+    """
+    images = {image.digest: image for turn in turns for image in turn.images}
+    numbers = {digest: number for number, digest in enumerate(images)}
+    rows, _ = model.encoder.rows(list(images.values()))
+    arrays: dict[str, Array] = {f"rows.{number}": rows[digest] for digest, number in numbers.items()}
+    keys = _known(cache.keys, numbers) if model.engine.kv_form is not None else []
+    description: dict[str, Any] = {
+        "owl2": __version__,
+        "bundle": model.fingerprint,
+        "vision": model.vision,
+        "turns": [
+            {
+                "question": turn.question,
+                "images": [numbers[image.digest] for image in turn.images],
+                "answer": turn.answer,
+            }
+            for turn in turns
+        ],
+        "images": [{"digest": image.digest, "record": asdict(image.record)} for image in images.values()],
+    }
+    if keys:
+        content = cache.content(len(keys))
+        description["cache"] = {"form": content.form, "longest": cache.longest}
+        arrays["keys"] = np.array(keys, np.int32)
+        arrays |= {f"kv.{name}": part for name, part in content.parts.items()}
+    write_stored(path, KIND, Stored(description, arrays))
+
+
+def _known(keys: Sequence[Key], numbers: Mapping[str, int]) -> list[tuple[int, int]]:
+    """Positions as (token, TEXT) or (row, image), up to the first of an image that the conversation does not have."""
+    known = []
+    for key in keys:
+        match key:
+            case int():
+                known.append((key, TEXT))
+            case (digest, row) if digest in numbers:
+                known.append((row, numbers[digest]))
+            case _:
+                break
+    return known
+
+
+def load_chat(path: Path, model: Loaded, cache: KvCache) -> list[Turn]:
+    """Read a conversation and put its keys and values into ``cache``, which is empty.
+
+    Raises:
+        SavedChatError: the file is damaged, something else, or of another bundle; ``cache`` is unchanged.
+        BackendError: the K/V cache is of another type.
+    """
+    with reading(path, SavedChatError, ADVICE):
+        stored = read_stored(path, KIND)
+        if stored.description.get("bundle") != model.fingerprint:
+            raise ForeignError("it was saved with another bundle, whose keys and values mean nothing to this one")
+        images = _images(stored, model)
+        turns = [_turn(turn, images) for turn in _list(stored.description, "turns")]
+        if "keys" in stored.arrays:
+            _restore(stored, [image.digest for image in images], model, cache)
+        return turns
+
+
+def saved_messages(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The texts of a saved conversation, as :meth:`Owl2.chat` takes them; needs no model.
+
+    Images are left out. Works too where keys and values are damaged or of another bundle.
+
+    Raises:
+        SavedChatError: the file is something else, or its texts are damaged.
+    """
+    with reading(path, SavedChatError, "there is no other copy of its text"):
+        description = read_description(Path(path), KIND)
+        turns = [_turn(turn, None) for turn in _list(description, "turns")]
+    return [
+        message
+        for turn in turns
+        for message in (
+            {"role": "user", "content": turn.question.replace(IMAGE_TOKEN, "") or "(an image)"},
+            {"role": "assistant", "content": turn.answer},
+        )
+    ]
+
+
+def _list(data: Mapping[str, Any], name: str) -> list[Any]:
+    value = data.get(name)
+    if not isinstance(value, list):
+        raise ForeignError(f"it has no list of {name}")
+    return value
+
+
+def _images(stored: Stored, model: Loaded) -> list[PreparedImage]:
+    expected = (model.config.rows_per_image, model.config.decoder.hidden_size)
+    images = []
+    for number, image in enumerate(_list(stored.description, "images")):
+        rows = stored.arrays.get(f"rows.{number}")
+        match image:
+            case {"digest": str(digest), "record": record} if rows is not None and rows.shape == expected:
+                given = EncodedImage(rows.astype(np.float32), digest, model.vision, record_of(record))
+                images.append(PreparedImage(digest, NO_PIXELS, given.record, given))
+            case _:
+                raise ForeignError(f"its image {number} is not whole")
+    return images
+
+
+def _turn(turn: object, images: Sequence[PreparedImage] | None) -> Turn:
+    match turn:
+        case {"question": str(question), "images": list(numbers), "answer": str(answer)}:
+            if images is None:
+                return Turn(question, (), (), answer)
+            if question.count(IMAGE_TOKEN) == len(numbers) and all(number in range(len(images)) for number in numbers):
+                shown = tuple(images[number] for number in numbers)
+                parts = tuple({"type": "image", "image": image.encoded} for image in shown)
+                return Turn(question, parts, shown, answer)
+    raise ForeignError("one of its turns is not whole")
+
+
+def _restore(stored: Stored, digests: Sequence[str], model: Loaded, cache: KvCache) -> None:
+    keys, rows = stored.arrays["keys"], model.config.rows_per_image
+    state = stored.description.get("cache")
+    parts = {name.removeprefix("kv."): part for name, part in stored.arrays.items() if name.startswith("kv.")}
+    match state:
+        case {"form": str(form), "longest": int(longest)} if longest >= len(keys):
+            pass
+        case _:
+            raise ForeignError("it does not say what its keys and values are")
+    if keys.ndim != 2 or keys.shape[1] != 2 or not 0 < len(keys) <= cache.context:
+        raise ForeignError(f"it has {len(keys)} positions; the context holds {cache.context}")
+    values, owners = keys[:, 0], keys[:, 1]
+    limits = np.where(owners == TEXT, model.config.decoder.vocab_size, rows)
+    if ((values < 0) | (values >= limits) | (owners < TEXT) | (owners >= len(digests))).any():
+        raise ForeignError("one of its positions holds neither a token nor a row of its images")
+    named: list[Key] = [
+        int(value) if owner == TEXT else (digests[owner], int(value)) for value, owner in zip(values, owners)
+    ]
+    try:
+        cache.restore(named, KvContent(form, len(named), parts), longest)
+    except ValueError as error:
+        if isinstance(error, Owl2Error):
+            raise
+        raise ForeignError(f"its keys and values do not fit this model ({error})") from error

@@ -1,0 +1,270 @@
+"""The server's addresses."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+import logging
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
+from owl2.runtime.foreign import ForeignError, parse_json
+from owl2.runtime.generate import Answer, Chunk
+from owl2.runtime.serve.answering import Answering
+from owl2.runtime.serve.guard import Guard
+from owl2.runtime.serve.metrics import Metrics
+from owl2.runtime.serve.requests import (
+    AnswerRequest,
+    ImageSources,
+    RequestError,
+    read_chat_request,
+    read_completion_request,
+)
+from owl2.runtime.serve.residence import Residence
+from owl2.runtime.serve.responses import DONE, ChatFormat, CompletionFormat, error_body, sse
+
+LOG = logging.getLogger("owl2.serve")
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """Settings of a server.
+
+    Attributes:
+        api_key: that clients must send; None for none.
+        allow_dir: folder whose images a request may name; None for no files.
+        active: answers at a time.
+        waiting: requests that may wait for their turn.
+        body_bytes: of a request, at most.
+        body_seconds: in which a request must have arrived.
+        answer_seconds: after which an answer ends.
+        stop_seconds: that answers have to end by themselves when the server stops.
+        cache_bytes: for the K/V caches of past conversations.
+        idle_seconds: without a request, after which the model's memory is given back; None for never.
+    """
+
+    api_key: str | None = None
+    allow_dir: Path | None = None
+    active: int = 16
+    waiting: int = 64
+    body_bytes: int = 64 << 20
+    body_seconds: float = 30.0
+    answer_seconds: float = 600.0
+    stop_seconds: float = 10.0
+    cache_bytes: int = 2 << 30
+    idle_seconds: float | None = None
+
+
+class Server:
+    """Handlers of the server's addresses."""
+
+    def __init__(self, name: str, tokenizer: Tokenizer, residence: Residence, options: ServeOptions) -> None:
+        """Serve a model.
+
+        Args:
+            name: of the model, for clients.
+            tokenizer: of the model; names tokens.
+            residence: of the model.
+            options: limits.
+        """
+        self._name, self._tokenizer, self._options = name, tokenizer, options
+        self._residence = residence
+        self._sources = ImageSources(options.allow_dir)
+        self._answering = Answering(residence, options.active, options.waiting)
+        self._metrics = Metrics(residence, self._answering)
+
+    def app(self) -> Starlette:
+        """The ASGI application."""
+        routes = [
+            Route("/v1/chat/completions", self._caught(self.chat), methods=["POST"]),
+            Route("/v1/completions", self._caught(self.completion), methods=["POST"]),
+            Route("/v1/models", self._caught(self.models)),
+            Route("/v1/models/{name:path}", self._caught(self.model)),
+            Route("/health", self.health),
+            Route("/metrics", self.metrics),
+        ]
+        app = Starlette(routes=routes, lifespan=self._lifespan, exception_handlers={404: _not_found, 405: _not_allowed})
+        app.add_middleware(Guard, api_key=self._options.api_key, body_bytes=self._options.body_bytes)
+        return app
+
+    async def chat(self, request: Request) -> Response:
+        """``/v1/chat/completions``."""
+        data = await self._json(request)
+        asked = await asyncio.to_thread(read_chat_request, data, self._sources)
+        form = ChatFormat.of(secrets.token_hex(12), self._name, self._tokenizer, logprobs=asked.logprobs)
+        return await self._respond(asked, form, request)
+
+    async def completion(self, request: Request) -> Response:
+        """``/v1/completions``."""
+        asked = read_completion_request(await self._json(request))
+        form = CompletionFormat.of(secrets.token_hex(12), self._name, self._tokenizer, logprobs=asked.logprobs)
+        return await self._respond(asked, form, request)
+
+    async def models(self, _request: Request) -> Response:
+        """``/v1/models``."""
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def model(self, request: Request) -> Response:
+        """``/v1/models/NAME``."""
+        if request.path_params["name"] != self._name:
+            raise RequestError(f"there is no such model here, only {self._name}", "model", 404)
+        return JSONResponse(self._model())
+
+    async def health(self, _request: Request) -> Response:
+        """``/health``: whether requests can be sent, and whether the first has to wait for the model."""
+        return JSONResponse({"status": "ok", "loaded": self._residence.loaded})
+
+    async def metrics(self, _request: Request) -> Response:
+        """``/metrics``, for Prometheus."""
+        content, media_type = self._metrics.exposition()
+        return Response(content, media_type=media_type)
+
+    def _model(self) -> dict[str, Any]:
+        return {"id": self._name, "object": "model", "created": 0, "owned_by": "owl2"}
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, _app: Starlette) -> AsyncIterator[None]:
+        idling = asyncio.create_task(self._unload_when_idle())
+        try:
+            yield
+        finally:
+            idling.cancel()
+            await self._answering.stop(self._options.stop_seconds)
+            await asyncio.to_thread(self._residence.close)
+
+    async def _unload_when_idle(self) -> None:
+        if self._options.idle_seconds is None:
+            return
+        while True:
+            await asyncio.sleep(min(5.0, self._options.idle_seconds / 4))
+            if await asyncio.to_thread(self._residence.unload_if_idle):
+                LOG.info("nobody asked for %g s: the model's memory is given back", self._options.idle_seconds)
+
+    def _caught(self, handler: Handler) -> Handler:
+        """The handler, with errors as responses."""
+
+        async def answer(request: Request) -> Response:
+            try:
+                return await handler(request)
+            except ClientDisconnect:
+                return Response(status_code=499)
+            except Exception as error:
+                return self._failed(error)
+
+        return answer
+
+    def _failed(self, error: Exception) -> JSONResponse:
+        status, body = self._error(error)
+        headers = {"Retry-After": "5"} if status in (429, 503) else None
+        return JSONResponse(body, status, headers=headers)
+
+    def _error(self, error: Exception) -> tuple[int, dict[str, Any]]:
+        status, body = error_body(error)
+        self._metrics.failed(status)
+        if status == 500:
+            LOG.error("a request failed unexpectedly", exc_info=error)
+        return status, body
+
+    async def _json(self, request: Request) -> object:
+        try:
+            async with asyncio.timeout(self._options.body_seconds):
+                body = await request.body()
+        except TimeoutError:
+            raise RequestError(f"the request did not arrive within {self._options.body_seconds:g} s", status=408) from None
+        try:
+            return await asyncio.to_thread(lambda: parse_json(body.decode()))
+        except (ForeignError, UnicodeDecodeError) as error:
+            raise RequestError(f"the request cannot be read: {error}") from error
+
+    async def _respond(self, asked: AnswerRequest, form: ChatFormat | CompletionFormat, request: Request) -> Response:
+        if not asked.stream:
+            return await self._whole(asked, form, request)
+        events = self._events(asked, form)
+        first = await anext(events)  # what is refused at once gets a status of its own
+        return StreamingResponse(_chained(first, events), media_type="text/event-stream", headers=NO_CACHE)
+
+    async def _whole(self, asked: AnswerRequest, form: ChatFormat | CompletionFormat, request: Request) -> Response:
+        chunks: list[Chunk] = []
+        gone = asyncio.create_task(_gone(request))
+        try:
+            async with asyncio.timeout(self._options.answer_seconds), self._answering.answer(asked) as events:
+                async for event in events:
+                    if gone.done():
+                        return Response(status_code=499)
+                    match event:
+                        case Chunk():
+                            chunks.append(event)
+                        case Answer():
+                            self._metrics.answered(event)
+                            reason = event.finish_reason
+                            return JSONResponse(form.whole(event.text, chunks, reason, event.stats), headers=NO_CACHE)
+        except TimeoutError:
+            raise RequestError(f"the answer took more than {self._options.answer_seconds:g} s", status=504) from None
+        finally:
+            gone.cancel()
+        raise RequestError("the answer was cancelled: the server is stopping", status=503)
+
+    async def _events(self, asked: AnswerRequest, form: ChatFormat | CompletionFormat) -> AsyncIterator[bytes]:
+        """A stream of an answer, errors in its course included."""
+        begun = False
+        try:
+            async with asyncio.timeout(self._options.answer_seconds), self._answering.answer(asked) as events:
+                async for event in events:
+                    if not begun and (head := form.first()) is not None:
+                        yield sse(head)
+                    begun = True
+                    match event:
+                        case Chunk():
+                            yield sse(form.piece(event))
+                        case Answer():
+                            self._metrics.answered(event)
+                            if asked.usage:
+                                yield sse(form.last(event.stats))
+        except TimeoutError:
+            late = RequestError(f"the answer took more than {self._options.answer_seconds:g} s", status=504)
+            yield sse(self._error(late)[1])
+        except Exception as error:
+            if not begun:
+                raise
+            yield sse(self._error(error)[1])
+        yield DONE
+
+
+NO_CACHE = {"Cache-Control": "no-store"}
+
+
+async def _chained(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    try:
+        yield first
+        async for part in rest:
+            yield part
+    finally:
+        await rest.aclose()  # type: ignore[attr-defined]
+
+
+async def _gone(request: Request) -> None:
+    """Return when the client has gone away."""
+    while not await request.is_disconnected():
+        await asyncio.sleep(0.1)
+
+
+async def _not_found(request: Request, _error: Exception) -> Response:
+    status, body = error_body(RequestError(f"there is nothing at {request.url.path}", status=404))
+    return JSONResponse(body, status)
+
+
+async def _not_allowed(request: Request, _error: Exception) -> Response:
+    status, body = error_body(RequestError(f"{request.url.path} does not take {request.method}", status=405))
+    return JSONResponse(body, status)

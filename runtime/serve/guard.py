@@ -1,0 +1,82 @@
+"""What is checked of every request before anything else sees it."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Mapping
+from urllib.parse import urlsplit
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from owl2.runtime.serve.requests import RequestError
+from owl2.runtime.serve.responses import error_body
+
+OPEN = ("/health",)
+"""Addresses without a key."""
+LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
+SECURITY_HEADERS = {
+    b"content-security-policy": b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
+    b"connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    b"x-content-type-options": b"nosniff",
+    b"referrer-policy": b"no-referrer",
+    b"cross-origin-resource-policy": b"same-origin",
+}
+
+
+class Guard:
+    """ASGI middleware: key, origin and host, size of the body, headers of every response."""
+
+    def __init__(self, app: ASGIApp, *, api_key: str | None, body_bytes: int) -> None:
+        self._app, self._api_key, self._body_bytes = app, api_key, body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        refusal = self._refusal(scope["path"], headers)
+
+        async def secured(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], *SECURITY_HEADERS.items()]
+            await send(message)
+
+        if refusal is not None:
+            status, body = error_body(refusal)
+            await JSONResponse(body, status)(scope, receive, secured)
+            return
+        await self._app(scope, self._limited(receive), secured)
+
+    def _refusal(self, path: str, headers: Mapping[str, str]) -> RequestError | None:
+        host = urlsplit(f"//{headers.get('host', '')}")
+        if self._api_key is None and host.hostname not in LOCAL:
+            # Another site's name that leads here: the browser would send it our answers.
+            return RequestError(f"this server answers as localhost only, not as {host.hostname}", status=403)
+        origin = headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != host.netloc:
+            return RequestError("requests from the pages of other sites are refused", status=403)
+        if self._api_key is not None and path not in OPEN:
+            scheme, _, key = headers.get("authorization", "").partition(" ")
+            if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self._api_key.encode()):
+                return RequestError("the API key is missing or wrong", status=401)
+        length = headers.get("content-length", "0")
+        if length.isdigit() and int(length) > self._body_bytes:
+            return self._too_large()
+        return None
+
+    def _too_large(self) -> RequestError:
+        return RequestError(f"the request has more than {self._body_bytes} bytes; scale its images down", status=413)
+
+    def _limited(self, receive: Receive) -> Receive:
+        read = 0
+
+        async def limited() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self._body_bytes:
+                raise self._too_large()
+            return message
+
+        return limited

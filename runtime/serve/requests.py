@@ -1,0 +1,244 @@
+"""What clients of OpenAI's interface send, in this project's terms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from owl2.runtime.errors import ConfigError
+from owl2.runtime.foreign import shorten
+from owl2.runtime.messages import ChatMessage
+from owl2.runtime.sampling import TOP_LOGPROBS, GenerationConfig
+
+DEFAULT_TOKENS = 1024
+"""Tokens of an answer whose length a client does not limit."""
+IGNORED = frozenset(
+    "model user metadata store service_tier parallel_tool_calls safety_identifier prompt_cache_key stream "
+    "stream_options n messages prompt logprobs top_logprobs".split()
+)
+"""Fields that change nothing here, or are read apart."""
+NEUTRAL: dict[str, tuple[object, ...]] = {
+    "frequency_penalty": (0, None),
+    "presence_penalty": (0, None),
+    "logit_bias": ({}, None),
+    "tools": ([], None),
+    "tool_choice": ("none", "auto", None),
+    "functions": ([], None),
+    "response_format": ({"type": "text"}, None),
+    "modalities": (["text"], None),
+    "best_of": (1, None),
+    "echo": (False, None),
+    "suffix": ("", None),
+}
+"""Fields that this server cannot follow, with the values that ask for nothing."""
+GENERATION = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "seed": "seed",
+    "stop": "stop",
+    "max_tokens": "max_new_tokens",
+    "max_completion_tokens": "max_new_tokens",
+}
+"""Fields that are options of generation."""
+
+
+class RequestError(ConfigError):
+    """A request that cannot be followed.
+
+    Attributes:
+        param: the field that is to blame.
+        status: of the response.
+    """
+
+    def __init__(self, message: str, param: str | None = None, status: int = 400) -> None:
+        super().__init__(message)
+        self.param, self.status = param, status
+
+
+@dataclass(frozen=True)
+class AnswerRequest:
+    """A question, and how to answer it.
+
+    Attributes:
+        messages: of a conversation, the last one the user's; none for a raw prompt.
+        prompt: raw, or none.
+        config: how to generate.
+        logprobs: whether to tell them.
+        stream: whether to send the answer as it is generated.
+        usage: whether a stream ends with token counts.
+    """
+
+    messages: Sequence[ChatMessage] | None
+    prompt: str | None
+    config: GenerationConfig
+    logprobs: bool
+    stream: bool
+    usage: bool
+
+
+@dataclass(frozen=True)
+class ImageSources:
+    """Where images may come from, besides the request itself.
+
+    Attributes:
+        folder: whose files a request may name; None for no files.
+    """
+
+    folder: Path | None = None
+
+    def resolve(self, url: str) -> str | Path:
+        """A ``data:`` URI, or the path of a file that may be read.
+
+        Raises:
+            RequestError: it is something else.
+        """
+        if url[:5].lower() == "data:":
+            return url
+        parts = urlsplit(url)
+        if parts.scheme not in ("", "file"):
+            raise RequestError(
+                "this server fetches nothing; send the image itself as a data: URI (data:image/jpeg;base64,…)", "messages"
+            )
+        if self.folder is None:
+            raise RequestError(
+                "this server reads no files; send the image as a data: URI, or start it with --allow-dir FOLDER", "messages"
+            )
+        path = Path(unquote(parts.path) if parts.scheme else url)
+        found = (self.folder / path).resolve()
+        if not found.is_relative_to(self.folder.resolve()):
+            raise RequestError("the file is outside of the folder that this server may read", "messages", 403)
+        return found
+
+
+def read_chat_request(data: object, sources: ImageSources) -> AnswerRequest:
+    """Read the body of ``/v1/chat/completions``; raises RequestError."""
+    fields = _fields(data, "messages")
+    messages = fields["messages"]
+    if not isinstance(messages, list) or not messages:
+        raise RequestError(f"messages must be a list with at least one message, got {shorten(messages)}", "messages")
+    top = fields.get("top_logprobs") or 0
+    logprobs = _flag(fields, "logprobs")
+    if top and not logprobs:
+        raise RequestError("top_logprobs needs logprobs: true", "top_logprobs")
+    return _request(fields, _messages(messages, sources), None, logprobs=logprobs, top=top)
+
+
+def read_completion_request(data: object) -> AnswerRequest:
+    """Read the body of ``/v1/completions``; raises RequestError."""
+    fields = _fields(data, "prompt")
+    prompt = fields["prompt"]
+    if isinstance(prompt, list) and len(prompt) == 1:
+        [prompt] = prompt
+    if not isinstance(prompt, str):
+        raise RequestError(f"prompt must be one text, got {shorten(prompt)}", "prompt")
+    top = fields.get("logprobs")
+    return _request(fields, None, prompt, logprobs=top is not None, top=top or 0)
+
+
+def _request(
+    fields: Mapping[str, Any], messages: list[ChatMessage] | None, prompt: str | None, *, logprobs: bool, top: object
+) -> AnswerRequest:
+    if fields.get("n") not in (None, 1):
+        raise RequestError(f"n {shorten(fields['n'])}: this server gives one answer to a request; ask again for more", "n")
+    for name, values in NEUTRAL.items():
+        if name in fields and fields[name] not in values:
+            raise RequestError(f"{name} {shorten(fields[name])} is not supported; leave it out", name)
+    known = IGNORED | NEUTRAL.keys() | GENERATION.keys()
+    unknown = sorted(fields.keys() - known)
+    if unknown:
+        raise RequestError(f"{shorten(unknown[0])} is not a field of this request", unknown[0])
+    if isinstance(top, bool) or not isinstance(top, int) or not 0 <= top <= TOP_LOGPROBS:
+        raise RequestError(f"at most {TOP_LOGPROBS} alternatives are told of a token, got {shorten(top)}", "top_logprobs")
+    options: dict[str, Any] = {"max_new_tokens": DEFAULT_TOKENS, "top_logprobs": top}
+    for name, option in GENERATION.items():
+        if fields.get(name) is not None:
+            options[option] = fields[name]
+    try:
+        config = GenerationConfig(**options)
+    except ConfigError as error:
+        raise RequestError(str(error)) from error
+    settings = fields.get("stream_options") or {}
+    usage = isinstance(settings, dict) and settings.get("include_usage") is True
+    return AnswerRequest(messages, prompt, config, logprobs, _flag(fields, "stream"), usage)
+
+
+def _fields(data: object, needed: str) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise RequestError(f"the request must be a JSON object, got {shorten(data)}")
+    if needed not in data:
+        raise RequestError(f"the request has no {needed}", needed)
+    return data
+
+
+def _flag(fields: Mapping[str, Any], name: str) -> bool:
+    value = fields.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise RequestError(f"{name} must be true or false, got {shorten(value)}", name)
+    return bool(value)
+
+
+def _messages(messages: Sequence[object], sources: ImageSources) -> list[ChatMessage]:
+    """Messages as :meth:`Owl2.chat` takes them.
+
+    The model knows no system message: its text goes in front of the first question.
+    """
+    preface: list[str] = []
+    read: list[ChatMessage] = []
+    for index, message in enumerate(messages):
+        match message:
+            case {"role": "system" | "developer", "content": content}:
+                preface.append(_text(content, index))
+            case {"role": "user", "content": content}:
+                parts = _parts(content, index, sources)
+                if preface:
+                    parts.insert(0, {"type": "text", "text": "\n".join((*preface, ""))})
+                    preface = []
+                read.append({"role": "user", "content": parts})
+            case {"role": "assistant", "content": content}:
+                read.append({"role": "assistant", "content": _text(content, index)})
+            case _:
+                raise RequestError(
+                    f"message {index} is {shorten(message)}, expected the role system, user or assistant, and a content",
+                    "messages",
+                )
+    if not read or read[-1]["role"] != "user":
+        raise RequestError("the last message must be the user's", "messages")
+    return read
+
+
+def _text(content: object, index: int) -> str:
+    match content:
+        case str():
+            return content
+        case list() if all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+            return "".join(str(part.get("text", "")) for part in content)
+    raise RequestError(f"the content of message {index} must be a text, got {shorten(content)}", "messages")
+
+
+def _parts(content: object, index: int, sources: ImageSources) -> list[dict[str, Any]]:
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}] if content else []
+    if not isinstance(content, list):
+        raise RequestError(
+            f"the content of message {index} must be a text or a list of parts, got {shorten(content)}", "messages"
+        )
+    parts: list[dict[str, Any]] = []
+    for part in content:
+        match part:
+            case {"type": "text", "text": str(words)}:
+                parts.append({"type": "text", "text": words})
+            case {"type": "image_url", "image_url": {"url": str(url)}} | {"type": "image_url", "image_url": str(url)}:
+                parts.append({"type": "image", "image": sources.resolve(url)})
+            case _:
+                raise RequestError(
+                    f"message {index} has the part {shorten(part)}, expected {{'type': 'text', 'text': …}} or "
+                    "{'type': 'image_url', 'image_url': {'url': …}}",
+                    "messages",
+                )
+    return parts

@@ -1,0 +1,75 @@
+"""A server in a process of its own: the socket, the signals, the end."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+
+import uvicorn
+
+from owl2.runtime.errors import ConfigError
+from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
+from owl2.runtime.load import Loaded
+from owl2.runtime.serve.app import Server, ServeOptions
+from owl2.runtime.serve.residence import Residence
+
+BACKLOG = 128
+
+
+def run_server(
+    name: str,
+    tokenizer: Tokenizer,
+    load: Callable[[], Loaded],
+    options: ServeOptions,
+    host: str,
+    port: int,
+    tell: Callable[[str], None],
+) -> None:
+    """Serve until SIGINT or SIGTERM; the model is loaded before the first request is taken.
+
+    Args:
+        name: of the model, for clients.
+        tokenizer: of the model.
+        load: loads the model.
+        options: limits.
+        host: address to listen at.
+        port: 0 for a free one.
+        tell: a line for people.
+
+    Raises:
+        ConfigError: the address cannot be used.
+        Owl2Error: the model cannot be loaded.
+    """
+    listening = _listen(host, port)
+    with listening:
+        residence = Residence(load, options.cache_bytes, options.idle_seconds)
+        with residence.use():
+            pass
+        address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
+        tell(f"{name} answers at {address}/v1 (Ctrl-C stops)")
+        app = Server(name, tokenizer, residence, options).app()
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=30,
+            timeout_graceful_shutdown=int(options.stop_seconds) + 5,
+            backlog=BACKLOG,
+        )
+        uvicorn.Server(config).run(sockets=[listening])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise ConfigError(f"--host {host} is not an address of this machine: {error.strerror or error}") from error
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+    except OSError as error:
+        listening.close()
+        raise ConfigError(f"cannot listen at {host} port {port}: {error.strerror or error}; give another --port") from error
+    return listening
