@@ -56,10 +56,10 @@ class Turn:
         return [{"role": "user", "content": content}, {"role": "assistant", "content": self.answer}]
 
 
-def render_turns(turns: Sequence[Turn], question: str) -> str:
-    """The prompt that asks a question after finished turns."""
+def render_turns(turns: Sequence[Turn], question: str, begun: str = "") -> str:
+    """The prompt that asks a question after finished turns, or goes on with an answer that was begun."""
     said = [message for turn in turns for message in (Message("USER", turn.question), Message("ASSISTANT", turn.answer))]
-    return render([*said, Message("USER", question), Message("ASSISTANT")])
+    return render([*said, Message("USER", question), Message("ASSISTANT")]) + (f" {begun}" if begun else "")
 
 
 def image_part(image: ImageInput, preprocess: str | None, reading: ImageReading | None) -> ChatMessage:

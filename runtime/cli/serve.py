@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import click
+import platformdirs
 
 from owl2.runtime.cli.console import load_progress, notice, reports_errors
 from owl2.runtime.cli.options import (
@@ -63,6 +64,8 @@ def _seconds(_context: click.Context, _option: click.Parameter, text: str | None
 @click.option("--max-waiting", type=click.IntRange(0), default=64, show_default=True, help="Requests that may wait.")
 @click.option("--max-body", default="64MiB", show_default=True, callback=_size, help="Size of a request.")
 @click.option("--idle-unload", callback=_seconds, metavar="TIME", help="Give the memory back after this long (10m).")
+@click.option("--store", type=click.Path(path_type=Path), show_default="this user's data folder", help="Where the page keeps conversations.")
+@click.option("--open", "open_page", is_flag=True, help="Open the page in the browser.")
 @threads_option
 @context_option
 @device_option
@@ -82,6 +85,8 @@ def serve(  # noqa: PLR0913 - one parameter per option
     max_waiting: int,
     max_body: int,
     idle_unload: float | None,
+    store: Path | None,
+    open_page: bool,
     threads: int | None,
     context: int | None,
     device: str,
@@ -116,6 +121,7 @@ def serve(  # noqa: PLR0913 - one parameter per option
             return open_bundle(bundle, engine, check_memory=check_memory, verify=verify, on_progress=progress)[1]
 
     options = ServeOptions(
+        store=store or platformdirs.user_data_path("owl2", appauthor=False) / "serve",
         api_key=api_key,
         allow_dir=allow_dir,
         active=max_active,
@@ -124,7 +130,7 @@ def serve(  # noqa: PLR0913 - one parameter per option
         cache_bytes=cache_bytes,
         idle_seconds=idle_unload,
     )
-    run_server(bundle.resolve().name, Tokenizer.load(bundle), load, options, host, port, notice)
+    run_server(bundle.resolve().name, Tokenizer.load(bundle), load, options, host, port, notice, open_page=open_page)
 
 
 def _is_loopback(host: str) -> bool:

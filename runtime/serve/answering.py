@@ -20,15 +20,16 @@ Event = Chunk | Answer
 class Answering:
     """Runs so many answers at once, and lets so many requests wait, in the order in which they came."""
 
-    def __init__(self, residence: Residence, active: int, waiting: int) -> None:
+    def __init__(self, residence: Residence, active: int, waiting: int, seconds: float) -> None:
         """Answer with a model.
 
         Args:
             residence: of the model.
             active: answers at a time, at least one.
             waiting: requests that may wait for their turn.
+            seconds: after which an answer ends.
         """
-        self._residence = residence
+        self._residence, self._seconds = residence, seconds
         self._places = asyncio.Semaphore(active)
         self._active, self._waiting = active, waiting
         self._open = 0
@@ -59,9 +60,12 @@ class Answering:
             async with self._places:
                 running = _Running(self._residence, request, asyncio.get_running_loop())
                 self._running.add(running)
+                late = RequestError(f"the answer took more than {self._seconds:g} s", status=504)
+                limit = asyncio.get_running_loop().call_later(self._seconds, running.end, late)
                 try:
                     yield running.events()
                 finally:
+                    limit.cancel()
                     running.cancel()
                     self._running.discard(running)
                     # Its cache is given back before the next one looks for it.
@@ -76,7 +80,7 @@ class Answering:
         while self._open and asyncio.get_running_loop().time() < until:
             await asyncio.sleep(0.05)
         for running in list(self._running):
-            running.cancel()
+            running.end(RequestError("the answer was cancelled: the server is stopping", status=503))
 
 
 class _Running:
@@ -101,6 +105,11 @@ class _Running:
         if self._stream is not None:
             self._stream.cancel()
 
+    def end(self, reason: RequestError) -> None:
+        """Cancel, and tell why."""
+        self._events.put_nowait(reason)
+        self.cancel()
+
     def _run(self) -> None:
         try:
             with self._residence.use() as resident:
@@ -116,9 +125,10 @@ class _Running:
         if request.messages is None:
             text, images = request.prompt or "", []
         else:
-            # The answer that is wanted takes the place of the last one.
-            *turns, last = read_turns(model, [*request.messages, {"role": "assistant", "content": ""}])
-            text = render_turns(turns, last.question)
+            begun = request.messages[-1]["role"] == "assistant"
+            wanted = [] if begun else [{"role": "assistant", "content": ""}]
+            *turns, last = read_turns(model, [*request.messages, *wanted])
+            text = render_turns(turns, last.question, last.answer)
             images = [image for turn in (*turns, last) for image in turn.images]
         prompt = model.encode(text, images)
         cache = resident.caches.take(prompt.keys)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
-import json
+import io
 import logging
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from starlette.routing import Route
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
 from owl2.runtime.foreign import ForeignError, parse_json
 from owl2.runtime.generate import Answer, Chunk
+from owl2.runtime.image_files import opened
+from owl2.runtime.preprocess import MAX_PIXELS, read_image
 from owl2.runtime.serve.answering import Answering
 from owl2.runtime.serve.guard import Guard
 from owl2.runtime.serve.metrics import Metrics
@@ -33,6 +35,7 @@ from owl2.runtime.serve.requests import (
 )
 from owl2.runtime.serve.residence import Residence
 from owl2.runtime.serve.responses import DONE, ChatFormat, CompletionFormat, error_body, sse
+from owl2.runtime.serve.store import Store
 
 LOG = logging.getLogger("owl2.serve")
 Handler = Callable[[Request], Awaitable[Response]]
@@ -44,6 +47,7 @@ class ServeOptions:
 
     Attributes:
         api_key: that clients must send; None for none.
+        store: folder of the page's conversations.
         allow_dir: folder whose images a request may name; None for no files.
         active: answers at a time.
         waiting: requests that may wait for their turn.
@@ -55,6 +59,7 @@ class ServeOptions:
         idle_seconds: without a request, after which the model's memory is given back; None for never.
     """
 
+    store: Path
     api_key: str | None = None
     allow_dir: Path | None = None
     active: int = 16
@@ -81,13 +86,20 @@ class Server:
         """
         self._name, self._tokenizer, self._options = name, tokenizer, options
         self._residence = residence
-        self._sources = ImageSources(options.allow_dir)
-        self._answering = Answering(residence, options.active, options.waiting)
+        self._store = Store(options.store)
+        self._store.prepare()
+        self._sources = ImageSources(options.allow_dir, self._store)
+        self._answering = Answering(residence, options.active, options.waiting, options.answer_seconds)
         self._metrics = Metrics(residence, self._answering)
 
     def app(self) -> Starlette:
         """The ASGI application."""
         routes = [
+            *(Route(path, _page_file(name, kind)) for path, name, kind in PAGE),
+            Route("/owl2/conversations", self._caught(self.conversations)),
+            Route("/owl2/conversations/{name}", self._caught(self.conversation), methods=["GET", "PUT", "DELETE"]),
+            Route("/owl2/pictures", self._caught(self.add_picture), methods=["POST"]),
+            Route("/owl2/pictures/{name}", self._caught(self.picture)),
             Route("/v1/chat/completions", self._caught(self.chat), methods=["POST"]),
             Route("/v1/completions", self._caught(self.completion), methods=["POST"]),
             Route("/v1/models", self._caught(self.models)),
@@ -124,7 +136,39 @@ class Server:
 
     async def health(self, _request: Request) -> Response:
         """``/health``: whether requests can be sent, and whether the first has to wait for the model."""
-        return JSONResponse({"status": "ok", "loaded": self._residence.loaded})
+        return JSONResponse({"status": "ok", "loaded": self._residence.loaded, "model": self._name})
+
+    async def conversations(self, _request: Request) -> Response:
+        """``/owl2/conversations``: those of the page."""
+        return JSONResponse(await asyncio.to_thread(self._store.listed), headers=NO_CACHE)
+
+    async def conversation(self, request: Request) -> Response:
+        """``/owl2/conversations/ID``: one of them."""
+        name = request.path_params["name"]
+        match request.method:
+            case "PUT":
+                await asyncio.to_thread(self._store.write, name, await self._json(request))
+            case "DELETE":
+                await asyncio.to_thread(self._store.delete, name)
+            case _:
+                return JSONResponse(await asyncio.to_thread(self._store.read, name), headers=NO_CACHE)
+        return Response(status_code=204)
+
+    async def add_picture(self, request: Request) -> Response:
+        """``/owl2/pictures``: keep an image that can be read."""
+        content = await self._body(request)
+        kind = await asyncio.to_thread(_image_kind, content)
+        name = await asyncio.to_thread(self._store.add_picture, content)
+        return JSONResponse({"id": name, "type": kind})
+
+    async def picture(self, request: Request) -> Response:
+        """``/owl2/pictures/ID``: the file, upright and in a format that browsers show."""
+        path = self._store.picture(request.path_params["name"])
+        try:
+            content, kind = await asyncio.to_thread(_shown, path)
+        except FileNotFoundError:
+            raise RequestError("there is no such picture", status=404) from None
+        return Response(content, media_type=kind, headers={"Cache-Control": "private, max-age=31536000, immutable"})
 
     async def metrics(self, _request: Request) -> Response:
         """``/metrics``, for Prometheus."""
@@ -177,12 +221,14 @@ class Server:
             LOG.error("a request failed unexpectedly", exc_info=error)
         return status, body
 
-    async def _json(self, request: Request) -> object:
+    async def _body(self, request: Request) -> bytes:
         try:
-            async with asyncio.timeout(self._options.body_seconds):
-                body = await request.body()
-        except TimeoutError:
+            return await asyncio.wait_for(request.body(), self._options.body_seconds)
+        except asyncio.TimeoutError:
             raise RequestError(f"the request did not arrive within {self._options.body_seconds:g} s", status=408) from None
+
+    async def _json(self, request: Request) -> object:
+        body = await self._body(request)
         try:
             return await asyncio.to_thread(lambda: parse_json(body.decode()))
         except (ForeignError, UnicodeDecodeError) as error:
@@ -199,7 +245,7 @@ class Server:
         chunks: list[Chunk] = []
         gone = asyncio.create_task(_gone(request))
         try:
-            async with asyncio.timeout(self._options.answer_seconds), self._answering.answer(asked) as events:
+            async with self._answering.answer(asked) as events:
                 async for event in events:
                     if gone.done():
                         return Response(status_code=499)
@@ -210,17 +256,15 @@ class Server:
                             self._metrics.answered(event)
                             reason = event.finish_reason
                             return JSONResponse(form.whole(event.text, chunks, reason, event.stats), headers=NO_CACHE)
-        except TimeoutError:
-            raise RequestError(f"the answer took more than {self._options.answer_seconds:g} s", status=504) from None
         finally:
             gone.cancel()
-        raise RequestError("the answer was cancelled: the server is stopping", status=503)
+        return Response(status_code=499)
 
     async def _events(self, asked: AnswerRequest, form: ChatFormat | CompletionFormat) -> AsyncIterator[bytes]:
         """A stream of an answer, errors in its course included."""
         begun = False
         try:
-            async with asyncio.timeout(self._options.answer_seconds), self._answering.answer(asked) as events:
+            async with self._answering.answer(asked) as events:
                 async for event in events:
                     if not begun and (head := form.first()) is not None:
                         yield sse(head)
@@ -232,9 +276,6 @@ class Server:
                             self._metrics.answered(event)
                             if asked.usage:
                                 yield sse(form.last(event.stats))
-        except TimeoutError:
-            late = RequestError(f"the answer took more than {self._options.answer_seconds:g} s", status=504)
-            yield sse(self._error(late)[1])
         except Exception as error:
             if not begun:
                 raise
@@ -243,6 +284,42 @@ class Server:
 
 
 NO_CACHE = {"Cache-Control": "no-store"}
+PAGE = (
+    ("/", "index.html", "text/html"),
+    ("/page.css", "page.css", "text/css"),
+    ("/page.js", "page.js", "text/javascript"),
+)
+"""Address, file and type of the page's parts."""
+AS_THEY_ARE = {"JPEG": "image/jpeg", "PNG": "image/png", "GIF": "image/gif", "WEBP": "image/webp"}
+"""Formats that every browser shows."""
+SHOWN_PIXELS = 1600
+"""Longer side of what is shown of an image in another format."""
+
+
+def _page_file(name: str, kind: str) -> Callable[[Request], Awaitable[Response]]:
+    async def handler(_request: Request) -> Response:
+        content = resources.files("owl2.runtime.serve").joinpath("page", name).read_bytes()
+        return Response(content, media_type=kind, headers={"Cache-Control": "no-cache"})
+
+    return handler
+
+
+def _image_kind(content: bytes) -> str:
+    """Format of an image that can be read; raises ImageError."""
+    with opened(content, MAX_PIXELS) as (image, _):
+        return image.format or "image"
+
+
+def _shown(path: Path) -> tuple[bytes, str]:
+    content = path.read_bytes()
+    kind = AS_THEY_ARE.get(_image_kind(content))
+    if kind is not None:
+        return content, kind
+    image = read_image(content).image
+    image.thumbnail((SHOWN_PIXELS, SHOWN_PIXELS))
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue(), "image/png"
 
 
 async def _chained(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
 from owl2.runtime.errors import ConfigError
@@ -48,6 +48,10 @@ GENERATION = {
 """Fields that are options of generation."""
 
 
+PICTURE = "owl2-picture:"
+"""Begins the address of a picture that was sent to ``/owl2/pictures`` before."""
+
+
 class RequestError(ConfigError):
     """A request that cannot be followed.
 
@@ -66,7 +70,7 @@ class AnswerRequest:
     """A question, and how to answer it.
 
     Attributes:
-        messages: of a conversation, the last one the user's; none for a raw prompt.
+        messages: of a conversation; where the last one is the assistant's, the answer continues it. None for a raw prompt.
         prompt: raw, or none.
         config: how to generate.
         logprobs: whether to tell them.
@@ -82,15 +86,24 @@ class AnswerRequest:
     usage: bool
 
 
+class Pictures(Protocol):
+    """Pictures that were sent before."""
+
+    def picture(self, name: str) -> Path:
+        """The file of one; raises RequestError."""
+
+
 @dataclass(frozen=True)
 class ImageSources:
     """Where images may come from, besides the request itself.
 
     Attributes:
         folder: whose files a request may name; None for no files.
+        pictures: of the page.
     """
 
-    folder: Path | None = None
+    folder: Path | None
+    pictures: Pictures
 
     def resolve(self, url: str) -> str | Path:
         """A ``data:`` URI, or the path of a file that may be read.
@@ -100,6 +113,8 @@ class ImageSources:
         """
         if url[:5].lower() == "data:":
             return url
+        if url.startswith(PICTURE):
+            return self.pictures.picture(url.removeprefix(PICTURE))
         parts = urlsplit(url)
         if parts.scheme not in ("", "file"):
             raise RequestError(
@@ -207,8 +222,8 @@ def _messages(messages: Sequence[object], sources: ImageSources) -> list[ChatMes
                     f"message {index} is {shorten(message)}, expected the role system, user or assistant, and a content",
                     "messages",
                 )
-    if not read or read[-1]["role"] != "user":
-        raise RequestError("the last message must be the user's", "messages")
+    if not read or preface:
+        raise RequestError("there is no message of the user", "messages")
     return read
 
 

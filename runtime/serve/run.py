@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import webbrowser
 from collections.abc import Callable
 
 import uvicorn
@@ -24,6 +25,8 @@ def run_server(
     host: str,
     port: int,
     tell: Callable[[str], None],
+    *,
+    open_page: bool = False,
 ) -> None:
     """Serve until SIGINT or SIGTERM; the model is loaded before the first request is taken.
 
@@ -35,6 +38,7 @@ def run_server(
         host: address to listen at.
         port: 0 for a free one.
         tell: a line for people.
+        open_page: whether to open the browser.
 
     Raises:
         ConfigError: the address cannot be used.
@@ -46,8 +50,11 @@ def run_server(
         with residence.use():
             pass
         address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
-        tell(f"{name} answers at {address}/v1 (Ctrl-C stops)")
+        tell(f"{name} is at {address}, for OpenAI's clients at {address}/v1; Ctrl-C stops")
+        if open_page:
+            webbrowser.open(address)  # waits in the backlog until the server is up
         app = Server(name, tokenizer, residence, options).app()
+        listening.listen(BACKLOG)
         config = uvicorn.Config(
             app,
             log_level="warning",

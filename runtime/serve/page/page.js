@@ -1,0 +1,323 @@
+// The page of owl2 serve. Every text is set as text, never as HTML.
+const $ = (id) => document.getElementById(id);
+const state = { id: null, messages: [], pending: [], running: null };
+
+function element(name, properties = {}, ...children) {
+  const made = Object.assign(document.createElement(name), properties);
+  made.append(...children);
+  return made;
+}
+
+async function call(path, options = {}) {
+  let response;
+  try {
+    response = await fetch(path, options);
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Error("The server does not answer. Is it still running?");
+  }
+  if (response.ok) return response;
+  let told = `The server answered with ${response.status}.`;
+  try {
+    told = (await response.json()).error.message;
+  } catch { /* no JSON */ }
+  throw new Error(told);
+}
+
+function say(text, bad = false) {
+  $("state").textContent = text;
+  $("state").classList.toggle("bad", bad);
+}
+
+const pictureUrl = (picture) => `/owl2/pictures/${picture.id}`;
+
+// Conversations
+
+const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(8)), (b) => b.toString(16).padStart(2, "0")).join("");
+
+async function showList() {
+  const entries = await (await call("/owl2/conversations")).json();
+  $("list").replaceChildren(...entries.map((entry) => {
+    const open = element("button", { type: "button", className: "open", textContent: entry.title });
+    open.setAttribute("aria-current", String(entry.id === state.id));
+    open.onclick = () => openConversation(entry.id);
+    const remove = element("button", { type: "button", textContent: "×", title: "Delete this conversation" });
+    remove.setAttribute("aria-label", `Delete: ${entry.title}`);
+    remove.onclick = async () => {
+      if (!confirm(`Delete “${entry.title}”?`)) return;
+      await call(`/owl2/conversations/${entry.id}`, { method: "DELETE" });
+      if (entry.id === state.id) begin();
+      await showList();
+    };
+    return element("li", {}, open, remove);
+  }));
+}
+
+async function openConversation(id) {
+  stop();
+  try {
+    const data = await (await call(`/owl2/conversations/${id}`)).json();
+    Object.assign(state, { id, messages: data.messages ?? [], pending: [] });
+    location.hash = id;
+    say("");
+  } catch (error) {
+    say(error.message, true);
+  }
+  closeMenu();
+  show();
+  await showList();
+}
+
+function begin() {
+  stop();
+  Object.assign(state, { id: null, messages: [], pending: [] });
+  location.hash = "";
+  say("");
+  closeMenu();
+  show();
+  $("question").focus();
+}
+
+async function save() {
+  if (!state.messages.length) return;
+  state.id ??= newId();
+  location.hash = state.id;
+  const body = JSON.stringify({ messages: state.messages });
+  await call(`/owl2/conversations/${state.id}`, { method: "PUT", headers: { "Content-Type": "application/json" }, body });
+  await showList();
+}
+
+// Messages
+
+function pictures(list) {
+  return element("div", { className: "pictures" }, ...list.map((picture) => {
+    const link = element("a", { href: pictureUrl(picture), target: "_blank", rel: "noopener" });
+    link.append(element("img", { src: pictureUrl(picture), alt: picture.name || "image", loading: "lazy" }));
+    return link;
+  }));
+}
+
+function figures(message) {
+  const t = message.timings;
+  if (!t) return "";
+  const reused = t.reused_tokens ? `, ${t.reused_tokens} tokens reused` : "";
+  const speed = t.tokens_per_second ? `, ${t.tokens_per_second.toFixed(1)} tokens/s` : "";
+  return `first word after ${t.time_to_first_token.toFixed(2)} s${speed}${reused}`;
+}
+
+function tool(text, action) {
+  const button = element("button", { type: "button", textContent: text });
+  button.onclick = action;
+  return button;
+}
+
+function messageItem(message, index) {
+  const item = element("li", { className: message.role });
+  item.setAttribute("aria-label", message.role === "user" ? "You" : "Answer");
+  if (message.pictures?.length) item.append(pictures(message.pictures));
+  item.append(element("div", { className: "text", textContent: message.text }));
+  const tools = element("div", { className: "tools" });
+  if (message.role === "user") {
+    tools.append(tool("Edit", () => edit(index)));
+  } else {
+    tools.append(
+      tool("Copy", () => navigator.clipboard.writeText(message.text)),
+      tool("Again", () => again(index)),
+    );
+    if (message.stopped && index === state.messages.length - 1) tools.append(tool("Continue", () => answer(true)));
+    tools.append(element("span", { className: "figures", textContent: figures(message) }));
+  }
+  if (message.error) tools.append(element("span", { className: "bad", textContent: message.error }));
+  item.append(tools);
+  return item;
+}
+
+function show() {
+  $("turns").replaceChildren(...state.messages.map(messageItem));
+  $("turns").scrollTop = $("turns").scrollHeight;
+  $("title").textContent = state.messages[0]?.text || (state.messages.length ? "(an image)" : "New conversation");
+  $("pending").replaceChildren(...state.pending.map((picture, index) => {
+    const remove = element("button", { type: "button", textContent: "×" });
+    remove.setAttribute("aria-label", `Remove ${picture.name}`);
+    remove.onclick = () => { state.pending.splice(index, 1); show(); };
+    return element("li", {}, element("img", { src: pictureUrl(picture), alt: picture.name }), remove);
+  }));
+  const running = state.running !== null;
+  $("stop").hidden = !running;
+  $("send").disabled = running;
+}
+
+function edit(index) {
+  stop();
+  const message = state.messages[index];
+  $("question").value = message.text;
+  state.pending = [...(message.pictures ?? [])];
+  state.messages.length = index;
+  show();
+  $("question").focus();
+}
+
+function again(index) {
+  stop();
+  state.messages.length = index;
+  answer();
+}
+
+// Answers
+
+function request(message) {
+  const content = (message.pictures ?? []).map((picture) => ({ type: "image_url", image_url: { url: `owl2-picture:${picture.id}` } }));
+  if (message.text) content.push({ type: "text", text: message.text });
+  return { role: message.role, content: message.role === "user" ? content : message.text };
+}
+
+async function* events(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let held = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    held += value;
+    const parts = held.split("\n\n");
+    held = parts.pop();
+    for (const part of parts) {
+      if (part === "data: [DONE]") return;
+      if (part.startsWith("data: ")) yield JSON.parse(part.slice(6));
+    }
+  }
+}
+
+async function answer(goOn = false) {
+  const messages = state.messages.map(request);
+  if (!goOn) state.messages.push({ role: "assistant", text: "" });
+  const message = state.messages.at(-1);
+  delete message.stopped;
+  delete message.error;
+  const controller = new AbortController();
+  const seed = Math.floor(Math.random() * 2 ** 31);
+  const began = state.messages;
+  state.running = controller;
+  show();
+  const item = $("turns").lastElementChild.querySelector(".text");
+  const body = JSON.stringify({
+    messages, stream: true, stream_options: { include_usage: true }, seed,
+    temperature: Number($("temperature").value), max_tokens: Number($("length").value),
+  });
+  let whole = false;
+  try {
+    const options = { method: "POST", headers: { "Content-Type": "application/json" }, body, signal: controller.signal };
+    for await (const event of events(await call("/v1/chat/completions", options))) {
+      if (event.error) throw new Error(event.error.message);
+      if (event.timings) message.timings = event.timings;
+      const text = event.choices?.[0]?.delta?.content ?? "";
+      if (event.choices?.[0]?.finish_reason) {
+        whole = true;
+        message.stopped = event.choices[0].finish_reason === "length";
+      }
+      if (!text) continue;
+      message.text += text;
+      item.textContent = message.text;
+      if ($("turns").scrollHeight - $("turns").scrollTop - $("turns").clientHeight < 120) $("turns").scrollTop = $("turns").scrollHeight;
+    }
+    if (!whole) throw new Error("The answer broke off: the connection to the server was lost.");
+  } catch (error) {
+    message.stopped = message.text !== "";
+    if (error.name !== "AbortError") message.error = error.message;
+  }
+  if (state.running === controller) state.running = null;
+  if (state.messages !== began) return; // another conversation was opened meanwhile
+  if (!message.text && !message.error && message.stopped !== undefined && !whole) state.messages.pop();
+  show();
+  try {
+    await save();
+  } catch (error) {
+    say(`The conversation could not be saved: ${error.message}`, true);
+  }
+}
+
+function stop() {
+  state.running?.abort();
+  state.running = null;
+}
+
+// Images
+
+async function add(files) {
+  for (const file of files) {
+    try {
+      say(`Adding ${file.name || "image"} …`);
+      const made = await (await call("/owl2/pictures", { method: "POST", body: file })).json();
+      state.pending.push({ id: made.id, name: file.name || "image" });
+      say("");
+    } catch (error) {
+      say(`${file.name || "The image"}: ${error.message}`, true);
+    }
+  }
+  show();
+}
+
+// Wiring
+
+function closeMenu() {
+  $("side").classList.remove("shown");
+  $("menu").setAttribute("aria-expanded", "false");
+}
+
+function ask(event) {
+  event.preventDefault();
+  const text = $("question").value.trim();
+  if (state.running || (!text && !state.pending.length)) return;
+  state.messages.push({ role: "user", text, pictures: state.pending });
+  state.pending = [];
+  $("question").value = "";
+  answer();
+}
+
+$("ask").onsubmit = ask;
+$("stop").onclick = stop;
+$("new").onclick = begin;
+$("menu").onclick = () => {
+  const shown = $("side").classList.toggle("shown");
+  $("menu").setAttribute("aria-expanded", String(shown));
+};
+$("files").onchange = () => { add($("files").files); $("files").value = ""; };
+$("copy").onclick = () => navigator.clipboard.writeText(state.messages.map((message) => {
+  const shown = (message.pictures ?? []).map((picture) => `![${picture.name}](${picture.name})\n\n`).join("");
+  return `**${message.role === "user" ? "You" : "Answer"}**\n\n${shown}${message.text}`;
+}).join("\n\n"));
+$("question").onkeydown = (event) => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) ask(event);
+};
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape") { stop(); closeMenu(); }
+});
+document.addEventListener("paste", (event) => {
+  const files = [...event.clipboardData.files].filter((file) => file.type.startsWith("image/"));
+  if (files.length) { event.preventDefault(); add(files); }
+});
+document.addEventListener("dragover", (event) => { event.preventDefault(); document.body.classList.add("dropping"); });
+document.addEventListener("dragleave", () => document.body.classList.remove("dropping"));
+document.addEventListener("drop", (event) => {
+  event.preventDefault();
+  document.body.classList.remove("dropping");
+  add([...event.dataTransfer.files]);
+});
+for (const name of ["temperature", "length"]) {
+  $(name).value = localStorage.getItem(name) ?? $(name).value;
+  $(name).onchange = () => localStorage.setItem(name, $(name).value);
+}
+
+async function start() {
+  try {
+    const health = await (await call("/health")).json();
+    $("system").textContent = health.model ? `${health.model}, K/V cache ${health.kv_cache}, context ${health.context}` : "";
+    if (!health.loaded) say("The model is not in memory now; the first answer takes a little longer.");
+    await showList();
+    const wanted = location.hash.slice(1);
+    if (wanted) await openConversation(wanted);
+    else show();
+  } catch (error) {
+    say(error.message, true);
+  }
+}
+start();

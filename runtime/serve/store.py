@@ -1,0 +1,118 @@
+"""Conversations and pictures of the page, in a folder; every file is written as a whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from owl2.runtime.foreign import ForeignError, read_json
+from owl2.runtime.serve.requests import RequestError
+
+NAME = re.compile(r"[0-9a-f]{16,64}")
+TITLE = 80
+PRIVATE_FOLDER, PRIVATE_FILE = 0o700, 0o600
+CONVERSATIONS, PICTURES = "conversations", "pictures"
+
+
+@dataclass(frozen=True)
+class Store:
+    """What the page keeps.
+
+    Attributes:
+        folder: that is this user's alone.
+    """
+
+    folder: Path
+
+    def prepare(self) -> None:
+        """Make the folders; raises OSError."""
+        for name in (CONVERSATIONS, PICTURES):
+            (self.folder / name).mkdir(mode=PRIVATE_FOLDER, parents=True, exist_ok=True)
+
+    def listed(self) -> list[dict[str, Any]]:
+        """Id, title and time of every conversation, the newest first; damaged ones are named as such."""
+        found = []
+        for path in (self.folder / CONVERSATIONS).glob("*.json"):
+            if NAME.fullmatch(path.stem):
+                found.append({"id": path.stem, "title": self._title(path), "updated": path.stat().st_mtime})
+        return sorted(found, key=lambda entry: -float(str(entry["updated"])))
+
+    def read(self, name: str) -> dict[str, Any]:
+        """A conversation as the page gave it; raises RequestError."""
+        try:
+            data = read_json(self._conversation(name), 64 << 20)
+        except FileNotFoundError:
+            raise RequestError("there is no such conversation", status=404) from None
+        except (ForeignError, OSError) as error:
+            raise RequestError(f"the conversation cannot be read: {error}", status=500) from error
+        return data if isinstance(data, dict) else {}
+
+    def write(self, name: str, data: object) -> None:
+        """Keep a conversation: ``{"messages": [...]}``; raises RequestError, OSError."""
+        match data:
+            case {"messages": list()}:
+                _write(self._conversation(name), json.dumps(data, ensure_ascii=False).encode())
+            case _:
+                raise RequestError("a conversation must be an object with messages")
+
+    def delete(self, name: str) -> None:
+        """Forget a conversation; its pictures stay for others that show them until :meth:`sweep`."""
+        self._conversation(name).unlink(missing_ok=True)
+        self.sweep()
+
+    def sweep(self) -> None:
+        """Delete pictures that no conversation shows any more."""
+        shown = set()
+        for path in (self.folder / CONVERSATIONS).glob("*.json"):
+            shown.update(re.findall(r"[0-9a-f]{64}", path.read_text(encoding="utf-8", errors="replace")))
+        for path in (self.folder / PICTURES).iterdir():
+            if path.name not in shown:
+                path.unlink(missing_ok=True)
+
+    def add_picture(self, content: bytes) -> str:
+        """Keep a picture's file; returns its id, the same for the same content."""
+        name = hashlib.sha256(content).hexdigest()
+        path = self.picture(name)
+        if not path.exists():
+            _write(path, content)
+        return name
+
+    def picture(self, name: str) -> Path:
+        """Path of a picture; raises RequestError for what cannot be an id."""
+        if not re.fullmatch(r"[0-9a-f]{64}", name):
+            raise RequestError("that is not the id of a picture", status=404)
+        return self.folder / PICTURES / name
+
+    def _conversation(self, name: str) -> Path:
+        if not NAME.fullmatch(name):
+            raise RequestError("that is not the id of a conversation", status=404)
+        return self.folder / CONVERSATIONS / f"{name}.json"
+
+    def _title(self, path: Path) -> str:
+        try:
+            data = read_json(path, 64 << 20)
+        except (ForeignError, OSError):
+            return "(damaged)"
+        match data:
+            case {"messages": [{"text": str(text)}, *_]}:
+                return text[:TITLE] or "(an image)"
+        return "(empty)"
+
+
+def _write(path: Path, content: bytes) -> None:
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with open(partial, "wb", opener=lambda name, flags: os.open(name, flags | os.O_EXCL, PRIVATE_FILE)) as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
