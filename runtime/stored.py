@@ -147,7 +147,7 @@ def _header(content: bytes, kind: str) -> tuple[dict[str, Any], dict[str, str]]:
     if not isinstance(metadata, dict) or not all(isinstance(metadata.get(name), str) for name in wanted):
         raise ForeignError(f"it is not a saved {kind}")
     if metadata["kind"] != kind:
-        raise ForeignError(f"it is a saved {shorten(metadata['kind'])}, not a {kind}")
+        raise ForeignError(f"it holds a saved {shorten(metadata['kind'])}, expected a saved {kind}")
     if metadata["version"] != str(VERSION):
         raise ForeignError(f"it has version {shorten(metadata['version'])}, this owl2 reads version {VERSION}")
     if _hash_of(header, metadata) != metadata["hash"]:
