@@ -68,8 +68,8 @@ if TYPE_CHECKING:
     from owl2.runtime.image_files import ImageRecord as ImageRecord
     from owl2.runtime.owl import Owl2 as Owl2
     from owl2.runtime.preprocess import ImageReading as ImageReading
-    from owl2.runtime.saved_chat import saved_messages as saved_messages
     from owl2.runtime.sampling import GenerationConfig as GenerationConfig
+    from owl2.runtime.saved_chat import saved_messages as saved_messages
     from owl2.runtime.stream import AnswerStream as AnswerStream
     from owl2.runtime.verification import LoadProgress as LoadProgress
     from owl2.runtime.version import __version__ as __version__

@@ -19,8 +19,8 @@ from owl2.runtime.images import UNREAD, Images, as_list
 from owl2.runtime.load import Loaded
 from owl2.runtime.messages import ChatMessage, Turn, image_part, read_turns, render_turns
 from owl2.runtime.preprocess import ImageReading
-from owl2.runtime.saved_chat import load_chat, save_chat
 from owl2.runtime.sampling import GenerationConfig, GenerationOptions, merge_options
+from owl2.runtime.saved_chat import load_chat, save_chat
 from owl2.runtime.stream import AnswerStream, stream_answer
 
 if sys.version_info >= (3, 11):

@@ -224,9 +224,8 @@ def generate(
             logits = made[0] if len(made) else None
         decoding = now = time.perf_counter()
 
-    rng, ends = np.random.default_rng(config.seed), model.end_ids
-    decoder, stop = StreamDecoder(model.tokenizer), StopFilter(config.stop)
-    steps = Steps(model, claim, prompt, lookup=config.lookup)
+    rng, steps = np.random.default_rng(config.seed), Steps(model, claim, prompt, lookup=config.lookup)
+    decoder, stop, ends = StreamDecoder(model.tokenizer), StopFilter(config.stop), model.end_ids
     history = [key for key in prompt.keys if isinstance(key, int)]
     texts: list[str] = []
     ids: list[int] = []

@@ -30,7 +30,6 @@ from owl2.runtime.preprocess import ImageReading, check_mode
 from owl2.runtime.token_table import TokenTable
 from owl2.runtime.verification import LoadProgress, OnProgress, Signature, signatures_of
 
-
 VISION_FILES = (spec.VISION_GRAPH, f"{spec.VISION_GRAPH}.data")
 
 
@@ -81,12 +80,16 @@ class Loaded:
 
     def _check_encoded(self, image: EncodedImage) -> None:
         if image.vision != self.vision:
-            raise ImageError("the image was encoded with another vision tower; encode it with this bundle, or give the file")
+            raise ImageError(
+                "the image was encoded with another vision tower; encode it with this bundle, or give the file"
+            )
         expected = (self.config.rows_per_image, self.config.decoder.hidden_size)
         if image.rows.shape != expected:
             raise ImageError(f"the encoded image has rows of shape {list(image.rows.shape)}, expected {list(expected)}")
 
-    def encode_image(self, image: ImageInput, mode: str | None = None, reading: ImageReading | None = None) -> EncodedImage:
+    def encode_image(
+        self, image: ImageInput, mode: str | None = None, reading: ImageReading | None = None
+    ) -> EncodedImage:
         """Decoder rows of one image; raises as :meth:`prepare`."""
         [prepared] = self.prepare([image], mode, reading)
         rows = self.encoder.rows([prepared])[0][prepared.digest]

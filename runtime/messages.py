@@ -58,7 +58,9 @@ class Turn:
 
 def render_turns(turns: Sequence[Turn], question: str, begun: str = "") -> str:
     """The prompt that asks a question after finished turns, or goes on with an answer that was begun."""
-    said = [message for turn in turns for message in (Message("USER", turn.question), Message("ASSISTANT", turn.answer))]
+    said = [
+        message for turn in turns for message in (Message("USER", turn.question), Message("ASSISTANT", turn.answer))
+    ]
     return render([*said, Message("USER", question), Message("ASSISTANT")]) + (f" {begun}" if begun else "")
 
 

@@ -151,7 +151,8 @@ class Owl2:
         """Run an image through the vision tower, to save it or to send it to another device with the same tower.
 
         Args:
-            image: a path, a ``data:`` URI, bytes of a file, an open binary file, a PIL image or a uint8 array [H, W, 3].
+            image: a path, a ``data:`` URI, bytes of a file, an open binary file, a PIL image or a uint8 array
+                [H, W, 3].
             preprocess: ``resize``, ``pad`` or ``crop`` instead of the bundle's own mode.
             reading: what to make of EXIF orientation and transparency.
 

@@ -56,7 +56,11 @@ def write_stored(path: Path, kind: str, content: Stored) -> None:
     header: dict[str, Any] = {}
     end = 0
     for name, array in content.arrays.items():
-        header[name] = {"dtype": NAMES[array.dtype], "shape": list(array.shape), "data_offsets": [end, end + array.nbytes]}
+        header[name] = {
+            "dtype": NAMES[array.dtype],
+            "shape": list(array.shape),
+            "data_offsets": [end, end + array.nbytes],
+        }
         end += array.nbytes
     hashes = {name: hashlib.sha256(_bytes(array)).hexdigest() for name, array in content.arrays.items()}
     metadata = {

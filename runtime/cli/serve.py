@@ -64,7 +64,12 @@ def _seconds(_context: click.Context, _option: click.Parameter, text: str | None
 @click.option("--max-waiting", type=click.IntRange(0), default=64, show_default=True, help="Requests that may wait.")
 @click.option("--max-body", default="64MiB", show_default=True, callback=_size, help="Size of a request.")
 @click.option("--idle-unload", callback=_seconds, metavar="TIME", help="Give the memory back after this long (10m).")
-@click.option("--store", type=click.Path(path_type=Path), show_default="this user's data folder", help="Where the page keeps conversations.")
+@click.option(
+    "--store",
+    type=click.Path(path_type=Path),
+    show_default="this user's data folder",
+    help="Where the page keeps conversations.",
+)
 @click.option("--open", "open_page", is_flag=True, help="Open the page in the browser.")
 @threads_option
 @context_option
@@ -74,7 +79,7 @@ def _seconds(_context: click.Context, _option: click.Parameter, text: str | None
 @memory_option
 @verify_option
 @reports_errors
-def serve(  # noqa: PLR0913 - one parameter per option
+def serve(  # noqa: PLR0913, PLR0917 - one parameter per option
     bundle: Path,
     host: str,
     port: int,

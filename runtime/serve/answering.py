@@ -52,9 +52,7 @@ class Answering:
         if self._stopping:
             raise RequestError("the server is stopping", status=503)
         if self._open >= self._active + self._waiting:
-            raise RequestError(
-                f"{self._open} requests are being answered or wait already; ask again later", status=429
-            )
+            raise RequestError(f"{self._open} requests are being answered or wait already; ask again later", status=429)
         self._open += 1
         try:
             async with self._places:

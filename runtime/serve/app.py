@@ -225,7 +225,9 @@ class Server:
         try:
             return await asyncio.wait_for(request.body(), self._options.body_seconds)
         except asyncio.TimeoutError:
-            raise RequestError(f"the request did not arrive within {self._options.body_seconds:g} s", status=408) from None
+            raise RequestError(
+                f"the request did not arrive within {self._options.body_seconds:g} s", status=408
+            ) from None
 
     async def _json(self, request: Request) -> object:
         body = await self._body(request)

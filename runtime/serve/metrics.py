@@ -19,9 +19,7 @@ class Metrics:
         self._answers = Counter("owl2_answers", "Answers, by how they ended.", ["finish_reason"], registry=registry)
         self._errors = Counter("owl2_errors", "Requests that were refused or failed.", ["status"], registry=registry)
         self._tokens = Counter("owl2_tokens", "Tokens.", ["kind"], registry=registry)
-        self._first = Histogram(
-            "owl2_time_to_first_token_seconds", "Of an answer.", buckets=SECONDS, registry=registry
-        )
+        self._first = Histogram("owl2_time_to_first_token_seconds", "Of an answer.", buckets=SECONDS, registry=registry)
         Gauge("owl2_requests_open", "Being answered or waiting.", registry=registry).set_function(
             lambda: answering.running
         )

@@ -1,4 +1,4 @@
-"""K/V caches of past conversations, found again by what they hold: a client that sends everything pays for what is new."""
+"""K/V caches of past conversations, found by what they hold: a client sends everything and pays for what is new."""
 
 from __future__ import annotations
 
@@ -30,10 +30,12 @@ class PrefixCaches:
             return sum(cache.nbytes for cache in self._idle)
 
     def take(self, keys: Sequence[Key]) -> KvCache:
-        """A cache for a prompt: with as much of its beginning as one holds, and nobody else's until :meth:`give_back`."""
+        """A cache with as much of a prompt's beginning as one holds, and nobody else's until :meth:`give_back`."""
         with self._lock:
             shared, best = max(
-                ((cache.shared_prefix(keys), cache) for cache in self._idle), key=lambda pair: pair[0], default=(0, None)
+                ((cache.shared_prefix(keys), cache) for cache in self._idle),
+                key=lambda pair: pair[0],
+                default=(0, None),
             )
             if best is None or shared < WORTH:
                 return self._model.new_cache()

@@ -16,8 +16,10 @@ from owl2.runtime.sampling import TOP_LOGPROBS, GenerationConfig
 DEFAULT_TOKENS = 1024
 """Tokens of an answer whose length a client does not limit."""
 IGNORED = frozenset(
-    "model user metadata store service_tier parallel_tool_calls safety_identifier prompt_cache_key stream "
-    "stream_options n messages prompt logprobs top_logprobs".split()
+    [
+        *("model", "user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier"),
+        *("prompt_cache_key", "stream", "stream_options", "n", "messages", "prompt", "logprobs", "top_logprobs"),
+    ]
 )
 """Fields that change nothing here, or are read apart."""
 NEUTRAL: dict[str, tuple[object, ...]] = {
@@ -70,7 +72,8 @@ class AnswerRequest:
     """A question, and how to answer it.
 
     Attributes:
-        messages: of a conversation; where the last one is the assistant's, the answer continues it. None for a raw prompt.
+        messages: of a conversation; where the last one is the assistant's, the answer continues it. None for a raw
+            prompt.
         prompt: raw, or none.
         config: how to generate.
         logprobs: whether to tell them.
@@ -118,11 +121,13 @@ class ImageSources:
         parts = urlsplit(url)
         if parts.scheme not in ("", "file"):
             raise RequestError(
-                "this server fetches nothing; send the image itself as a data: URI (data:image/jpeg;base64,…)", "messages"
+                "this server fetches nothing; send the image itself as a data: URI (data:image/jpeg;base64,…)",
+                "messages",
             )
         if self.folder is None:
             raise RequestError(
-                "this server reads no files; send the image as a data: URI, or start it with --allow-dir FOLDER", "messages"
+                "this server reads no files; send the image as a data: URI, or start it with --allow-dir FOLDER",
+                "messages",
             )
         path = Path(unquote(parts.path) if parts.scheme else url)
         found = (self.folder / path).resolve()
@@ -160,7 +165,9 @@ def _request(
     fields: Mapping[str, Any], messages: list[ChatMessage] | None, prompt: str | None, *, logprobs: bool, top: object
 ) -> AnswerRequest:
     if fields.get("n") not in (None, 1):
-        raise RequestError(f"n {shorten(fields['n'])}: this server gives one answer to a request; ask again for more", "n")
+        raise RequestError(
+            f"n {shorten(fields['n'])}: this server gives one answer to a request; ask again for more", "n"
+        )
     for name, values in NEUTRAL.items():
         if name in fields and fields[name] not in values:
             raise RequestError(f"{name} {shorten(fields[name])} is not supported; leave it out", name)
@@ -169,7 +176,9 @@ def _request(
     if unknown:
         raise RequestError(f"{shorten(unknown[0])} is not a field of this request", unknown[0])
     if isinstance(top, bool) or not isinstance(top, int) or not 0 <= top <= TOP_LOGPROBS:
-        raise RequestError(f"at most {TOP_LOGPROBS} alternatives are told of a token, got {shorten(top)}", "top_logprobs")
+        raise RequestError(
+            f"at most {TOP_LOGPROBS} alternatives are told of a token, got {shorten(top)}", "top_logprobs"
+        )
     options: dict[str, Any] = {"max_new_tokens": DEFAULT_TOKENS, "top_logprobs": top}
     for name, option in GENERATION.items():
         if fields.get(name) is not None:
@@ -219,7 +228,7 @@ def _messages(messages: Sequence[object], sources: ImageSources) -> list[ChatMes
                 read.append({"role": "assistant", "content": _text(content, index)})
             case _:
                 raise RequestError(
-                    f"message {index} is {shorten(message)}, expected the role system, user or assistant, and a content",
+                    f"message {index} is {shorten(message)}, expected a role (system, user, assistant) and a content",
                     "messages",
                 )
     if not read or preface:

@@ -42,7 +42,9 @@ def error_body(error: Exception) -> tuple[int, Json]:
             status = 503
         case ConfigError():
             status, kind = 400, "invalid_request_error"
-    message = str(error) if isinstance(error, Owl2Error) else "something unexpected went wrong; the server's log tells more"
+    message = (
+        str(error) if isinstance(error, Owl2Error) else "something unexpected went wrong; the server's log tells more"
+    )
     return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 

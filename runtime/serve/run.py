@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import webbrowser
 from collections.abc import Callable
@@ -11,10 +12,12 @@ import uvicorn
 from owl2.runtime.errors import ConfigError
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
 from owl2.runtime.load import Loaded
-from owl2.runtime.serve.app import Server, ServeOptions
+from owl2.runtime.serve.app import ServeOptions, Server
 from owl2.runtime.serve.residence import Residence
 
 BACKLOG = 128
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+"""Signals that end a server as people want it."""
 
 
 def run_server(
@@ -64,6 +67,9 @@ def run_server(
             timeout_graceful_shutdown=int(options.stop_seconds) + 5,
             backlog=BACKLOG,
         )
+        for number in STOPPING:
+            # uvicorn raises them again when it has ended, which is the end that was asked for.
+            signal.signal(number, signal.SIG_IGN)
         uvicorn.Server(config).run(sockets=[listening])
 
 
@@ -78,5 +84,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listening.bind(address)
     except OSError as error:
         listening.close()
-        raise ConfigError(f"cannot listen at {host} port {port}: {error.strerror or error}; give another --port") from error
+        raise ConfigError(
+            f"cannot listen at {host} port {port}: {error.strerror or error}; give another --port"
+        ) from error
     return listening

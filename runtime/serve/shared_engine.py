@@ -57,8 +57,8 @@ class Work:
 class SharedEngine:
     """See :class:`owl2.runtime.engine.Engine`; any number of threads may call it, each with buffers of its own.
 
-    Short steps of all that wait run as one where the engine can do that, and one after the other where it cannot. Between
-    two blocks of a long prompt every conversation that answers gets its next token.
+    Short steps of all that wait run as one where the engine can do that, and one after the other where it cannot.
+    Between two blocks of a long prompt every conversation that answers gets its next token.
     """
 
     def __init__(self, engine: Engine, stepping: SteppingEngine | None) -> None:

@@ -15,8 +15,8 @@ from owl2 import EncodedImage, ImageError, Owl2, Owl2Error, SavedChatError, save
 from owl2.runtime.saved_chat import KIND
 from owl2.runtime.stored import LENGTH_BYTES, METADATA, Stored, read_stored, write_stored
 
-PICTURE = GOLDEN / "images" / "noise.png"
 IMAGES = sorted((GOLDEN / "images").glob("*.png"))
+PICTURE = IMAGES[0]
 OPTIONS = {"max_new_tokens": 12}
 
 
@@ -107,7 +107,10 @@ DAMAGES: dict[str, tuple[Callable[[bytearray], None], str]] = {
     "cut in the header": (lambda content: content.__delitem__(slice(100, None)), "only its first 100 bytes"),
     "cut in the data": (lambda content: content.__delitem__(slice(-100, None)), "cut off or added to"),
     "something behind it": (lambda content: content.extend(b"more"), "cut off or added to"),
-    "another file": (lambda content: content.__setitem__(slice(0, 8), b"\x89PNG\r\n\x1a\n"), "not a saved conversation"),
+    "another file": (
+        lambda content: content.__setitem__(slice(0, 8), b"\x89PNG\r\n\x1a\n"),
+        "not a saved conversation",
+    ),
     "the header is no JSON": (lambda content: content.__setitem__(8, ord("[")), "not"),
     "no metadata": (_header(lambda header: header.pop(METADATA)), "not a saved conversation"),
     "another kind": (_header(lambda header: header[METADATA].update(kind="image")), "holds a saved .image."),
@@ -157,7 +160,7 @@ def test_contents_that_make_no_sense_are_named(owl: Owl2, saved: Path, tmp_path:
 
 
 def test_another_type_of_cache_is_refused_with_its_name(bundle_a1: Path, saved: Path, tmp_path: Path) -> None:
-    with Owl2.load(bundle_a1, backend="native", kv_cache="int8") as owl, pytest.raises(Owl2Error, match="fp32.*int8"):
+    with Owl2.load(bundle_a1, backend="native", kv_cache="int8") as owl, pytest.raises(Owl2Error, match=r"fp32.*int8"):
         owl.load_chat(saved)
 
 

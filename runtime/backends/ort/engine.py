@@ -256,7 +256,9 @@ class OrtDecoder:
     def write_kv(self, content: KvContent, capacity: int) -> OrtBuffers:
         check_content(content, self.kv_form, capacity)
         heads, width = self._config.num_attention_heads, self._config.head_dim
-        layers = [content.parts[name].view(self._kv_dtype).reshape(-1, heads, content.positions, width) for name in KV_PARTS]
+        layers = [
+            content.parts[name].view(self._kv_dtype).reshape(-1, heads, content.positions, width) for name in KV_PARTS
+        ]
         arrays = [np.zeros((1, heads, capacity, self._width), self._kv_dtype) for _ in self._names]
         for index, array in enumerate(arrays):
             array[0, :, : content.positions, :width] = layers[index % 2][index // 2]

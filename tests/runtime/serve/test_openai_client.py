@@ -8,11 +8,12 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
 from conftest import GOLDEN
-from serving import serving
+from serving import RunningServer, serving
 
 from owl2 import Owl2
 
@@ -30,11 +31,11 @@ def picture(url: str) -> dict[str, object]:
 
 
 @pytest.fixture
-def client(server) -> openai.OpenAI:
+def client(server: RunningServer) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0, timeout=60)
 
 
-def ask(client: openai.OpenAI, messages: list, **options):
+def ask(client: openai.OpenAI, messages: list[Any], **options: Any) -> Any:
     settings = {"model": "bundle", "max_tokens": LENGTH, "temperature": 0, **options}
     return client.chat.completions.create(messages=messages, **settings)
 
@@ -54,7 +55,11 @@ def test_images_and_streaming(owl: Owl2, client: openai.OpenAI) -> None:
     expected = owl.chat().ask(QUESTION, images=IMAGES[:2], max_new_tokens=LENGTH)
     content = [*(picture(data_uri(path)) for path in IMAGES[:2]), {"type": "text", "text": QUESTION}]
     stream = ask(
-        client, [{"role": "user", "content": content}], stream=True, stream_options={"include_usage": True}, logprobs=True
+        client,
+        [{"role": "user", "content": content}],
+        stream=True,
+        stream_options={"include_usage": True},
+        logprobs=True,
     )
     chunks = list(stream)
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
@@ -87,7 +92,9 @@ def test_logprobs(owl: Owl2, client: openai.OpenAI) -> None:
     for entry in content:
         assert len(entry.top_logprobs) == 3
         assert entry.top_logprobs[0].logprob == pytest.approx(entry.logprob)  # greedy
-        assert [top.logprob for top in entry.top_logprobs] == sorted((top.logprob for top in entry.top_logprobs), reverse=True)
+        assert [top.logprob for top in entry.top_logprobs] == sorted(
+            (top.logprob for top in entry.top_logprobs), reverse=True
+        )
 
 
 def test_seed_stop_and_system(owl: Owl2, client: openai.OpenAI) -> None:
@@ -113,11 +120,17 @@ def test_completions_and_models(owl: Owl2, client: openai.OpenAI) -> None:
 
 
 def test_files_of_the_allowed_folder_and_no_others(client: openai.OpenAI, tmp_path: Path) -> None:
-    def answer(url: str):
+    def answer(url: str) -> Any:
         return ask(client, [{"role": "user", "content": [picture(url), {"type": "text", "text": QUESTION}]}])
 
     assert answer(IMAGES[0].name).choices[0].message.content == answer(data_uri(IMAGES[0])).choices[0].message.content
-    for url in ("../a1_base_bin/prompts.json", f"file:///{tmp_path}/x.png", "/etc/passwd", "file:///etc/passwd", "%2e%2e/x"):
+    for url in (
+        "../a1_base_bin/prompts.json",
+        f"file:///{tmp_path}/x.png",
+        "/etc/passwd",
+        "file:///etc/passwd",
+        "%2e%2e/x",
+    ):
         with pytest.raises(openai.APIStatusError) as refused:
             answer(url)
         assert refused.value.status_code in (400, 403)
@@ -148,7 +161,9 @@ def test_what_cannot_be_done_is_said(client: openai.OpenAI, case: str) -> None:
 
 
 def test_many_clients_get_what_each_would_alone(owl: Owl2, client: openai.OpenAI) -> None:
-    questions = [f"Question {number} about {word}?" for number, word in enumerate("one two three four five six".split())]
+    questions = [
+        f"Question {number} about {word}?" for number, word in enumerate(["one", "two", "three", "four", "five", "six"])
+    ]
     expected = [owl.chat().ask(text, max_new_tokens=24).text for text in questions]
     got: dict[int, str] = {}
 
@@ -164,7 +179,7 @@ def test_many_clients_get_what_each_would_alone(owl: Owl2, client: openai.OpenAI
     assert [got[index] for index in range(len(questions))] == expected
 
 
-def test_a_client_that_goes_away_ends_its_answer(server, client: openai.OpenAI) -> None:
+def test_a_client_that_goes_away_ends_its_answer(server: RunningServer, client: openai.OpenAI) -> None:
     stream = ask(client, [{"role": "user", "content": QUESTION}], max_tokens=900, stream=True)
     next(iter(stream))
     stream.close()
@@ -179,7 +194,7 @@ def _get(url: str, **headers: str) -> str:
         return response.read().decode()
 
 
-def test_other_sites_and_names_are_refused(server) -> None:
+def test_other_sites_and_names_are_refused(server: RunningServer) -> None:
     for headers in ({"Origin": "http://evil.example"}, {"Host": "evil.example"}):
         with pytest.raises(urllib.error.HTTPError) as refused:
             _get(f"{server.address}/v1/models", **headers)
@@ -187,7 +202,7 @@ def test_other_sites_and_names_are_refused(server) -> None:
     assert json.loads(_get(f"{server.address}/health", Origin=server.address))["loaded"] is True
 
 
-def test_the_page_is_served_with_a_strict_policy(server) -> None:
+def test_the_page_is_served_with_a_strict_policy(server: RunningServer) -> None:
     with urllib.request.urlopen(server.address) as response:
         assert "default-src 'none'" in response.headers["Content-Security-Policy"]
         assert b"owl2" in response.read()
