@@ -271,8 +271,8 @@ def _installed(scratch: Path, kind: str, decoder: str) -> Path:
         shutil.rmtree(scratch / name, ignore_errors=True)
         settings = PURE if decoder == PURE_WHEEL else {} if kind == HOST else CROSS
         wheel = build_wheel(scratch / f"wheel-{name}", settings)
-        options = ["--no-deps", *(AARCH64_WHEELS if kind != HOST and decoder == NATIVE else ())]
-        _BUILT[name] = make_site(scratch / name, [str(wheel)], options)
+        foreign = (*AARCH64_WHEELS, "--platform", "linux_aarch64") if settings is CROSS else ()
+        _BUILT[name] = make_site(scratch / name, [str(wheel)], ["--no-deps", *foreign])
     return _BUILT[name]
 
 
