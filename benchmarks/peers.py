@@ -175,14 +175,14 @@ def main() -> int:
     for number in range(options.rounds):
         round_of_steps(workers, options, samples)
         print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
-    pictures = [worker for worker in workers if worker.name.startswith("owl2")]
+    pictures = [one for one in workers if one.name.startswith("owl2")]
     for number in range(options.rounds + 1):
-        for worker in pictures:
-            for what, seconds in zip(("image and question", "second question"), worker.ask("picture")):
+        for one in pictures:
+            for what, seconds in zip(("image and question", "second question"), one.ask("picture")):
                 if number:
-                    samples.setdefault(what, {}).setdefault(worker.name, []).append(seconds)
-    for worker in workers:
-        worker.close()
+                    samples.setdefault(what, {}).setdefault(one.name, []).append(seconds)
+    for one in workers:
+        one.close()
     memories = {name: memory_of(name, command) for name, command in commands.items()}
     if options.json:
         options.json.write_text(json.dumps({"samples": samples, "memory": memories}, indent=2))

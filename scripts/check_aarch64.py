@@ -271,8 +271,8 @@ def _installed(scratch: Path, kind: str, decoder: str) -> Path:
         shutil.rmtree(scratch / name, ignore_errors=True)
         settings = PURE if decoder == PURE_WHEEL else {} if kind == HOST else CROSS
         wheel = build_wheel(scratch / f"wheel-{name}", settings)
-        options = ["--no-deps", *(AARCH64_WHEELS if kind != HOST and decoder == NATIVE else ())]
-        _BUILT[name] = make_site(scratch / name, [str(wheel)], options)
+        foreign = (*AARCH64_WHEELS, "--platform", "linux_aarch64") if settings is CROSS else ()
+        _BUILT[name] = make_site(scratch / name, [str(wheel)], ["--no-deps", *foreign])
     return _BUILT[name]
 
 
@@ -304,7 +304,9 @@ def record(python: Interpreter, bundle: Path, cases: Path, out: Path) -> Recordi
     return read_recording(out)
 
 
-def measure(cpu: str, decoder: str, python: Interpreter, folders: tuple[Path, Path, Path], reference: Recording | None) -> Result:
+def measure(
+    cpu: str, decoder: str, python: Interpreter, folders: tuple[Path, Path, Path], reference: Recording | None
+) -> Result:
     """Run everything on one machine.
 
     Args:
@@ -347,7 +349,8 @@ def finished(done: subprocess.CompletedProcess[str], codes: Sequence[int] = (0,)
 def table(results: Sequence[Result]) -> str:
     """Plain text: a line per machine, then failed checks and different answers."""
     titles = (
-        "processor,onnxruntime,decoder,verify,KL text,KL steps,KL image,largest KL,logit,same best,answers,nats/token,golden"
+        "processor,onnxruntime,decoder,verify,KL text,KL steps,KL image,largest KL,logit,same best,answers,nats/token,"
+        "golden"
     )
     lines = [tuple(titles.split(",")), *map(_row, results)]
     widths = [max(map(len, column)) for column in zip(*lines)]
@@ -390,7 +393,8 @@ def main() -> int:
     data = prepare(scratch)
     results: list[Result] = []
     reference: Recording | None = None
-    for number, ((cpu, _, decoder), python) in enumerate(interpreters(scratch, arguments.mirror or debian_mirror()).items()):
+    machines = interpreters(scratch, arguments.mirror or debian_mirror())
+    for number, ((cpu, _, decoder), python) in enumerate(machines.items()):
         out = scratch / "recordings" / str(number)
         results.append(measure(cpu, decoder, python, (arguments.bundle.resolve(), data, out), reference))
         print(f"{cpu}, onnxruntime {results[-1].onnxruntime}, decoder in {decoder}: done", file=sys.stderr, flush=True)

@@ -160,7 +160,7 @@ def main() -> int:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         extras = f"[{','.join(arguments.extra)}]" if arguments.extra else ""
-        requirement = f"{build_wheel(Path(scratch))}{extras}"
+        requirement = f"{build_wheel(Path(scratch), PURE)}{extras}"
         resolutions = [resolve(requirement, python) for python in arguments.python or PYTHONS]
     print(json.dumps([asdict(entry) for entry in resolutions], indent=2) if arguments.json else table(resolutions))
     return int(any(resolution.problem for resolution in resolutions))

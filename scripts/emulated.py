@@ -21,7 +21,13 @@ from check_wheels import for_aarch64
 TREE_SUITE, PYTHON = "bookworm", "3.11"
 QEMU_SUITE = "trixie"
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
-TOOLS = {"apt-get": "apt", "dpkg-deb": "dpkg", "gpgv": "gpgv", "tar": "tar", "aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu"}
+TOOLS = {
+    "apt-get": "apt",
+    "dpkg-deb": "dpkg",
+    "gpgv": "gpgv",
+    "tar": "tar",
+    "aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu",
+}
 
 SOURCES = "deb [signed-by={keyring}] {mirror} {suite} main\n"
 APT = """
