@@ -83,6 +83,13 @@ class KvCache:
     def capacity(self) -> int: ...
     @property
     def nbytes(self) -> int: ...
+    def read(self, positions: int) -> tuple[numpy.typing.NDArray[numpy.uint8], ...]:
+        """
+        Bytes of the keys and of the values [layers, heads, positions, width], and with int8 of their scales.
+        """
+
+    def write(self, positions: int, parts: Sequence[numpy.typing.NDArray[numpy.uint8]]) -> None:
+        """Make what read() gave the first positions."""
 
 class Decoder:
     """The decoder of a model. The views of its weights must outlive it."""

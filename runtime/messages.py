@@ -14,7 +14,7 @@ from owl2.runtime.errors import ContextOverflowError, PromptError
 from owl2.runtime.families.mplug_owl2.template import Message, render, with_images
 from owl2.runtime.foreign import shorten
 from owl2.runtime.image_files import ImageInput, held
-from owl2.runtime.images import PreparedImage
+from owl2.runtime.images import GivenImage, PreparedImage
 from owl2.runtime.load import Loaded
 from owl2.runtime.preprocess import UPRIGHT, ImageReading
 
@@ -64,7 +64,7 @@ def render_turns(turns: Sequence[Turn], question: str, begun: str = "") -> str:
     return render([*said, Message("USER", question), Message("ASSISTANT")]) + (f" {begun}" if begun else "")
 
 
-def image_part(image: ImageInput, preprocess: str | None, reading: ImageReading | None) -> ChatMessage:
+def image_part(image: GivenImage, preprocess: str | None, reading: ImageReading | None) -> ChatMessage:
     """An image as part of a message, with the settings that are not the default."""
     # A copy: the caller may draw on it again.
     own = image.copy() if isinstance(image, np.ndarray | Image.Image) else image

@@ -105,7 +105,7 @@ def read_stored(path: Path, kind: str) -> Stored:
         for name, (dtype, shape, first, stop) in places.items():
             array = np.empty(stop - first, np.uint8)
             file.seek(begin + first)
-            if file.readinto(array.data) != array.nbytes:
+            if file.readinto(array.data) != array.nbytes:  # type: ignore[attr-defined]  # of every file that is opened
                 raise ForeignError(f"its part {name} ends early: the file was truncated while it was read")
             if hashlib.sha256(array.data).hexdigest() != hashes.get(name):
                 raise ForeignError(f"its part {name} was changed (its sha256 differs)")
@@ -132,7 +132,7 @@ def _start(file: BinaryIO, kind: str) -> tuple[dict[str, Any], dict[str, str], i
 
 
 def _bytes(array: Array) -> memoryview:
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _hash_of(header: Mapping[str, Any], metadata: Mapping[str, str]) -> str:

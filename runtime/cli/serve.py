@@ -117,7 +117,9 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per option
     try:
         from owl2.runtime.serve.app import ServeOptions
         from owl2.runtime.serve.run import run_server
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("owl2"):
+            raise
         raise ConfigError(f"owl2 serve needs another package ({error.name}): pip install 'owl2[serve]'") from error
     engine = EngineOptions(Placement.parse(device), threads, kv_cache, context, backend, warm=True)
 

@@ -9,7 +9,6 @@ import logging
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,9 @@ from starlette.routing import Route
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
 from owl2.runtime.foreign import ForeignError, parse_json
 from owl2.runtime.generate import Answer, Chunk
+from owl2.runtime.image_cost import MAX_PIXELS
 from owl2.runtime.image_files import opened
-from owl2.runtime.preprocess import MAX_PIXELS, read_image
+from owl2.runtime.preprocess import read_image
 from owl2.runtime.serve.answering import Answering
 from owl2.runtime.serve.guard import Guard
 from owl2.runtime.serve.metrics import Metrics
@@ -300,7 +300,7 @@ SHOWN_PIXELS = 1600
 
 def _page_file(name: str, kind: str) -> Callable[[Request], Awaitable[Response]]:
     async def handler(_request: Request) -> Response:
-        content = resources.files("owl2.runtime.serve").joinpath("page", name).read_bytes()
+        content = (Path(__file__).parent / "page" / name).read_bytes()
         return Response(content, media_type=kind, headers={"Cache-Control": "no-cache"})
 
     return handler

@@ -280,7 +280,7 @@ $("menu").onclick = () => {
   const shown = $("side").classList.toggle("shown");
   $("menu").setAttribute("aria-expanded", String(shown));
 };
-$("files").onchange = () => { add($("files").files); $("files").value = ""; };
+$("files").onchange = () => { add([...$("files").files]); $("files").value = ""; };
 $("copy").onclick = () => navigator.clipboard.writeText(state.messages.map((message) => {
   const shown = (message.pictures ?? []).map((picture) => `![${picture.name}](${picture.name})\n\n`).join("");
   return `**${message.role === "user" ? "You" : "Answer"}**\n\n${shown}${message.text}`;

@@ -1,0 +1,187 @@
+"""The page in a real browser."""
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import GOLDEN
+from serving import RunningServer, serving
+
+playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
+
+CHROMIUM = shutil.which("chromium")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+QUIET = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+IMAGES = sorted((GOLDEN / "images").glob("*.png"))
+SECONDS = 20_000
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator["playwright.Browser"]:
+    with playwright.sync_playwright() as running:
+        made = running.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        yield made
+        made.close()
+
+
+@pytest.fixture
+def page(browser: "playwright.Browser", server: RunningServer) -> Iterator["playwright.Page"]:
+    yield from opened(browser, server.address)
+
+
+def opened(browser: "playwright.Browser", address: str, **options: object) -> Iterator["playwright.Page"]:
+    """A page, which must ask nobody but its server and report no error."""
+    context = browser.new_context(**options)
+    page = context.new_page()
+    page.set_default_timeout(SECONDS)
+    asked: list[str] = []
+    errors: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    # A refusal is told on the page; the browser writes it to its console as well.
+    page.on(
+        "console",
+        lambda message: errors.append(message.text) if message.type == "error" and "400" not in message.text else None,
+    )
+    page.goto(address)
+    yield page
+    foreign = [url for url in asked if not url.startswith((address, "data:", "blob:"))]
+    context.close()
+    assert (foreign, errors) == ([], [])
+
+
+def ask(page: "playwright.Page", text: str) -> None:
+    page.get_by_label("Question", exact=True).fill(text)
+    page.get_by_role("button", name="Ask").click()
+    page.get_by_role("button", name="Stop").wait_for(state="hidden")
+
+
+def answers(page: "playwright.Page") -> list[str]:
+    return page.locator("#turns .assistant .text").all_inner_texts()
+
+
+def short(page: "playwright.Page", tokens: int = 12) -> None:
+    page.get_by_text("Settings").click()
+    page.get_by_label("Most tokens of an answer").fill(str(tokens))
+    page.get_by_text("Settings").click()
+
+
+def test_ask_about_pictures_and_go_on_after_a_reload(page: "playwright.Page") -> None:
+    short(page)
+    page.get_by_label("Images", exact=True).set_input_files([str(path) for path in IMAGES[:2]])
+    page.locator("#pending img").nth(1).wait_for()
+    ask(page, "What are these?")
+    assert len(answers(page)) == 1
+    assert page.locator("#turns .user img").count() == 2
+    page.locator("#turns .figures").last.wait_for()
+    ask(page, "Why?")
+    assert "tokens reused" in page.locator("#turns .figures").last.inner_text()
+    before = answers(page)
+    page.reload()
+    page.locator("#turns .assistant").nth(1).wait_for()
+    assert answers(page) == before
+    assert page.locator("#list .open").first.inner_text() == "What are these?"
+    ask(page, "And then?")
+    assert "tokens reused" in page.locator("#turns .figures").last.inner_text()
+
+
+def test_a_dropped_picture(page: "playwright.Page") -> None:
+    short(page)
+    drop = """async ([bytes, name]) => {
+      const data = new DataTransfer();
+      data.items.add(new File([new Uint8Array(bytes)], name, { type: "image/png" }));
+      document.dispatchEvent(new DragEvent("drop", { dataTransfer: data, bubbles: true, cancelable: true }));
+    }"""
+    page.evaluate(drop, [list(IMAGES[0].read_bytes()), "dropped.png"])
+    page.get_by_role("img", name="dropped.png").wait_for()
+    page.get_by_role("button", name="Remove dropped.png").click()
+    assert page.locator("#pending img").count() == 0
+    page.evaluate(drop, [[1, 2, 3], "broken.png"])
+    page.get_by_text("broken.png:").wait_for()
+
+
+def test_stop_continue_again_and_edit(page: "playwright.Page") -> None:
+    short(page, 900)
+    page.get_by_label("Question", exact=True).fill("Tell me a long story.")
+    # The small model is quicker than a hand.
+    page.evaluate("""new MutationObserver((_, observer) => {
+      if ((document.querySelector("#turns .assistant .text")?.textContent.length ?? 0) < 20) return;
+      observer.disconnect();
+      document.getElementById("stop").click();
+    }).observe(document.getElementById("turns"), { childList: true, subtree: true, characterData: true })""")
+    page.get_by_role("button", name="Ask").click()
+    page.get_by_role("button", name="Continue").wait_for()
+    [begun] = answers(page)
+    short(page, 8)
+    page.get_by_role("button", name="Continue").click()
+    page.get_by_role("button", name="Stop").wait_for(state="hidden")
+    [longer] = answers(page)
+    assert longer.startswith(begun)
+    assert len(longer) > len(begun)
+    page.get_by_role("button", name="Again").click()
+    page.get_by_role("button", name="Stop").wait_for(state="hidden")
+    [another] = answers(page)
+    assert another != longer
+    page.get_by_role("button", name="Edit").click()
+    assert page.get_by_label("Question", exact=True).input_value() == "Tell me a long story."
+    ask(page, "Tell me a short story.")
+    assert page.locator("#turns .user .text").all_inner_texts() == ["Tell me a short story."]
+
+
+def test_hostile_texts_are_text(page: "playwright.Page") -> None:
+    short(page, 4)
+    hostile = '<img src=x onerror="document.title=1"><script>document.title=2</script>[x](javascript:alert(1))'
+    ask(page, hostile)
+    assert page.locator("#turns .user .text").inner_text() == hostile
+    assert page.title() == "owl2"
+    page.evaluate("text => { document.querySelector('#turns .assistant .text').textContent = text }", hostile)
+    assert page.locator("#turns img, #turns script, #turns .text a").count() == 0
+
+
+def test_two_tabs_at_once(browser: "playwright.Browser", server: RunningServer) -> None:
+    tabs = [next(generator) for generator in (opened(browser, server.address), opened(browser, server.address))]
+    for number, tab in enumerate(tabs):
+        short(tab, 40)
+        tab.get_by_label("Question", exact=True).fill(f"Question {number}")
+        tab.get_by_role("button", name="Ask").click()
+    for number, tab in enumerate(tabs):
+        tab.get_by_role("button", name="Stop").wait_for(state="hidden")
+        assert tab.locator("#turns .user .text").all_inner_texts() == [f"Question {number}"]
+        assert len(answers(tab)) == 1
+
+
+def test_a_restarted_server_goes_on(browser: "playwright.Browser", bundle_a1: Path, tmp_path: Path) -> None:
+    with serving(bundle_a1, tmp_path / "store", log=tmp_path / "first.log") as first:
+        for page in opened(browser, first.address):
+            short(page)
+            page.get_by_label("Images", exact=True).set_input_files(str(IMAGES[0]))
+            page.locator("#pending img").wait_for()
+            ask(page, "What is this?")
+            before, place = answers(page), page.url.partition("#")[2]
+            time.sleep(0.5)  # until it is saved
+        first.process.kill()
+    with serving(bundle_a1, tmp_path / "store", log=tmp_path / "second.log") as second:
+        for page in opened(browser, f"{second.address}/#{place}"):
+            page.locator("#turns .assistant").wait_for()
+            assert answers(page) == before
+            ask(page, "Why?")
+            assert len(answers(page)) == 2
+            break
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 820, 1280])
+def test_it_fits_every_width(
+    browser: "playwright.Browser", server: RunningServer, tmp_path: Path, width: int, scheme: str
+) -> None:
+    for page in opened(browser, server.address, viewport={"width": width, "height": 800}, color_scheme=scheme):
+        page.get_by_label("Images", exact=True).set_input_files(str(IMAGES[0]))
+        page.locator("#pending img").wait_for()
+        ask(page, "What is this? " + "wideword" * 30)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        page.screenshot(path=tmp_path / f"{width}-{scheme}.png")
