@@ -20,6 +20,7 @@
     │   └── InsufficientMemoryError     the model does not fit the free memory
     ├── ImageError (ValueError)         an image that cannot be read or is too large
     ├── PromptError (ValueError)        a prompt or message that cannot be used
+    ├── SavedChatError                  a saved conversation that is damaged or of another bundle
     └── ContextOverflowError            the conversation does not fit the context
 
 Owl2Warning (UserWarning) is not an error: everything works for now.

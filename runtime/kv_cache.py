@@ -14,6 +14,12 @@ Key = int | tuple[str, int]
 GROWTH = 256
 
 
+def common_prefix(held: Sequence[Key], wanted: Sequence[Key]) -> int:
+    """Number of positions in which two sequences begin alike."""
+    pairs = enumerate(zip(held, wanted))
+    return next((index for index, (one, other) in pairs if one != other), min(len(held), len(wanted)))
+
+
 class KvCache:
     """Keys and values of one conversation, kept across steps and turns.
 
@@ -48,11 +54,7 @@ class KvCache:
 
     def shared_prefix(self, keys: Sequence[Key]) -> int:
         """Number of positions at the start of ``keys`` that the cache holds already."""
-        pairs = zip(self._keys, keys)
-        return next(
-            (index for index, (held, wanted) in enumerate(pairs) if held != wanted),
-            min(self.length, len(keys)),
-        )
+        return common_prefix(self._keys, keys)
 
     @property
     def keys(self) -> Sequence[Key]:

@@ -13,7 +13,7 @@ from owl2.runtime.config import IMAGE_TOKEN
 from owl2.runtime.errors import ContextOverflowError, PromptError
 from owl2.runtime.families.mplug_owl2.template import Message, render, with_images
 from owl2.runtime.foreign import shorten
-from owl2.runtime.image_files import ImageInput, held
+from owl2.runtime.image_files import held
 from owl2.runtime.images import GivenImage, PreparedImage
 from owl2.runtime.load import Loaded
 from owl2.runtime.preprocess import UPRIGHT, ImageReading

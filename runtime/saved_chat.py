@@ -12,21 +12,19 @@ import numpy as np
 
 from owl2.runtime.config import IMAGE_TOKEN
 from owl2.runtime.encoded import EncodedImage, record_of
-from owl2.runtime.engine import KvContent
-from owl2.runtime.errors import Owl2Error, SavedChatError
+from owl2.runtime.errors import SavedChatError
 from owl2.runtime.foreign import ForeignError, reading
 from owl2.runtime.images import NO_PIXELS, PreparedImage
-from owl2.runtime.kv_cache import Key, KvCache
+from owl2.runtime.kv_cache import KvCache
 from owl2.runtime.load import Loaded
 from owl2.runtime.messages import Turn
+from owl2.runtime.saved_cache import restore_cache, stored_cache
 from owl2.runtime.stored import Array, Stored, read_description, read_stored, write_stored
 from owl2.runtime.version import __version__
 
 KIND = "conversation"
 SUFFIX = ".owl2chat"
 ADVICE = "owl2.saved_messages(path) may still give its text"
-TEXT = -1
-"""In place of an image's number, at positions that hold a token."""
 
 
 def save_chat(path: Path, model: Loaded, turns: Sequence[Turn], cache: KvCache) -> None:
@@ -46,7 +44,6 @@ def save_chat(path: Path, model: Loaded, turns: Sequence[Turn], cache: KvCache) 
     numbers = {digest: number for number, digest in enumerate(images)}
     rows, _ = model.encoder.rows(list(images.values()))
     arrays: dict[str, Array] = {f"rows.{number}": rows[digest] for digest, number in numbers.items()}
-    keys = _known(cache.keys, numbers) if model.engine.kv_form is not None else []
     description: dict[str, Any] = {
         "owl2": __version__,
         "bundle": model.fingerprint,
@@ -61,26 +58,9 @@ def save_chat(path: Path, model: Loaded, turns: Sequence[Turn], cache: KvCache) 
         ],
         "images": [{"digest": image.digest, "record": asdict(image.record)} for image in images.values()],
     }
-    if keys:
-        content = cache.content(len(keys))
-        description["cache"] = {"form": content.form, "longest": cache.longest}
-        arrays["keys"] = np.array(keys, np.int32)
-        arrays |= {f"kv.{name}": part for name, part in content.parts.items()}
+    description["cache"], held = stored_cache(model, cache, numbers)
+    arrays |= held
     write_stored(path, KIND, Stored(description, arrays))
-
-
-def _known(keys: Sequence[Key], numbers: Mapping[str, int]) -> list[tuple[int, int]]:
-    """Positions as (token, TEXT) or (row, image), up to the first of an image that the conversation does not have."""
-    known = []
-    for key in keys:
-        match key:
-            case int():
-                known.append((key, TEXT))
-            case (digest, row) if digest in numbers:
-                known.append((row, numbers[digest]))
-            case _:
-                break
-    return known
 
 
 def load_chat(path: Path, model: Loaded, cache: KvCache) -> list[Turn]:
@@ -97,7 +77,7 @@ def load_chat(path: Path, model: Loaded, cache: KvCache) -> list[Turn]:
         images = _images(stored, model)
         turns = [_turn(turn, images) for turn in _list(stored.description, "turns")]
         if "keys" in stored.arrays:
-            _restore(stored, [image.digest for image in images], model, cache)
+            restore_cache(stored, [image.digest for image in images], model, cache)
         return turns
 
 
@@ -153,29 +133,3 @@ def _turn(turn: object, images: Sequence[PreparedImage] | None) -> Turn:
                 parts = tuple({"type": "image", "image": image.encoded} for image in shown)
                 return Turn(question, parts, shown, answer)
     raise ForeignError("one of its turns is not whole")
-
-
-def _restore(stored: Stored, digests: Sequence[str], model: Loaded, cache: KvCache) -> None:
-    keys, rows = stored.arrays["keys"], model.config.rows_per_image
-    state = stored.description.get("cache")
-    parts = {name.removeprefix("kv."): part for name, part in stored.arrays.items() if name.startswith("kv.")}
-    match state:
-        case {"form": str(form), "longest": int(longest)} if longest >= len(keys):
-            pass
-        case _:
-            raise ForeignError("it does not say what its keys and values are")
-    if keys.ndim != 2 or keys.shape[1] != 2 or not 0 < len(keys) <= cache.context:
-        raise ForeignError(f"it has {len(keys)} positions; the context holds {cache.context}")
-    values, owners = keys[:, 0], keys[:, 1]
-    limits = np.where(owners == TEXT, model.config.decoder.vocab_size, rows)
-    if ((values < 0) | (values >= limits) | (owners < TEXT) | (owners >= len(digests))).any():
-        raise ForeignError("one of its positions holds neither a token nor a row of its images")
-    named: list[Key] = [
-        int(value) if owner == TEXT else (digests[owner], int(value)) for value, owner in zip(values, owners)
-    ]
-    try:
-        cache.restore(named, KvContent(form, len(named), parts), longest)
-    except ValueError as error:
-        if isinstance(error, Owl2Error):
-            raise
-        raise ForeignError(f"its keys and values do not fit this model ({error})") from error

@@ -47,6 +47,16 @@ class Stored:
     arrays: Mapping[str, Array]
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where an array is: bytes first to stop behind the header."""
+
+    dtype: type[np.generic]
+    shape: tuple[int, ...]
+    first: int
+    stop: int
+
+
 def write_stored(path: Path, kind: str, content: Stored) -> None:
     """Write a file as a whole or not at all: under another name first, then in the place of an older one.
 
@@ -96,21 +106,18 @@ def read_stored(path: Path, kind: str) -> Stored:
     """
     with open_file(path, FILE_BYTES) as file:
         header, metadata, begin = _start(file, kind)
-        places, end = _places(header), os.fstat(file.fileno()).st_size - begin
-        expected = max((stop for *_, stop in places.values()), default=0)
-        if end != expected:
-            raise ForeignError(f"it has {end} bytes of data instead of {expected}: it was cut off or added to")
-        hashes = _object(metadata["hashes"], "the list of hashes")
-        arrays = {}
-        for name, (dtype, shape, first, stop) in places.items():
-            array = np.empty(stop - first, np.uint8)
-            file.seek(begin + first)
-            if file.readinto(array.data) != array.nbytes:  # type: ignore[attr-defined]  # of every file that is opened
-                raise ForeignError(f"its part {name} ends early: the file was truncated while it was read")
-            if hashlib.sha256(array.data).hexdigest() != hashes.get(name):
-                raise ForeignError(f"its part {name} was changed (its sha256 differs)")
-            arrays[name] = array.view(dtype).reshape(shape)
+        places, hashes = _checked_places(header, metadata, os.fstat(file.fileno()).st_size - begin)
+        arrays = {name: _array(file, begin, name, place, hashes.get(name)) for name, place in places.items()}
     return Stored(_object(metadata["description"], "its description"), arrays)
+
+
+def read_array(path: Path, kind: str, name: str) -> tuple[Mapping[str, Any], Array]:
+    """The description and one array alone; raises as :func:`read_stored`, and KeyError without such an array."""
+    with open_file(path, FILE_BYTES) as file:
+        header, metadata, begin = _start(file, kind)
+        places, hashes = _checked_places(header, metadata, os.fstat(file.fileno()).st_size - begin)
+        array = _array(file, begin, name, places[name], hashes.get(name))
+    return _object(metadata["description"], "its description"), array
 
 
 def read_description(path: Path, kind: str) -> Mapping[str, Any]:
@@ -159,9 +166,10 @@ def _header(content: bytes, kind: str) -> tuple[dict[str, Any], dict[str, str]]:
     return header, metadata
 
 
-def _places(header: Mapping[str, Any]) -> dict[str, tuple[type[np.generic], tuple[int, ...], int, int]]:
-    """Type, shape, first byte and end of each array, one behind the other."""
-    places, end = {}, 0
+def _places(header: Mapping[str, Any]) -> dict[str, Place]:
+    """Places of the arrays, one behind the other."""
+    places: dict[str, Place] = {}
+    end = 0
     for name, entry in header.items():
         if name == METADATA:
             continue
@@ -172,11 +180,32 @@ def _places(header: Mapping[str, Any]) -> dict[str, tuple[type[np.generic], tupl
                 and first == end
                 and stop - first == math.prod(shape) * np.dtype(TYPES[kind]).itemsize
             ):
-                places[name] = TYPES[kind], tuple(shape), first, stop
+                places[name] = Place(TYPES[kind], tuple(shape), first, stop)
                 end = stop
             case _:
                 raise ForeignError(f"its part {shorten(name)} has no sensible place: {shorten(entry)}")
     return places
+
+
+def _checked_places(
+    header: Mapping[str, Any], metadata: Mapping[str, str], end: int
+) -> tuple[dict[str, Place], dict[str, Any]]:
+    """Places and hashes of the arrays, which must fill the file."""
+    places = _places(header)
+    expected = max((place.stop for place in places.values()), default=0)
+    if end != expected:
+        raise ForeignError(f"it has {end} bytes of data instead of {expected}: it was cut off or added to")
+    return places, _object(metadata["hashes"], "the list of hashes")
+
+
+def _array(file: BinaryIO, begin: int, name: str, place: Place, expected: object) -> Array:
+    array = np.empty(place.stop - place.first, np.uint8)
+    file.seek(begin + place.first)
+    if file.readinto(array.data) != array.nbytes:  # type: ignore[attr-defined]  # of every file that is opened
+        raise ForeignError(f"its part {name} ends early: the file was truncated while it was read")
+    if hashlib.sha256(array.data).hexdigest() != expected:
+        raise ForeignError(f"its part {name} was changed (its sha256 differs)")
+    return array.view(place.dtype).reshape(place.shape)
 
 
 def _object(text: str, what: str) -> dict[str, Any]:

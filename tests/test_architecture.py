@@ -21,10 +21,10 @@ from owl2.runtime.backends.native.support import is_installed
 
 RUNTIME_DEPENDENCIES = {
     "numpy", "onnxruntime", "packaging", "PIL", "pillow_heif", "click", "matplotlib", "platformdirs", "psutil",
-    "sentencepiece", "typing_extensions",
+    "prometheus_client", "sentencepiece", "starlette", "typing_extensions", "uvicorn",
 }  # fmt: skip
 """Packages that the runtime may import: ``packaging`` comes with ONNX Runtime, ``psutil`` is for Windows,
-``matplotlib`` only for a plot."""
+``matplotlib`` only for a plot, ``starlette``, ``uvicorn`` and ``prometheus_client`` for the server."""
 
 ROOMS = {
     "runtime": "",
@@ -37,9 +37,10 @@ ROOMS = {
     "runtime.load": "runtime runtime.families runtime.backends runtime.fit",
     "runtime.evaluation": "runtime runtime.families runtime.backends.tensorrt runtime.load",
     "runtime.bench": "runtime runtime.families runtime.backends runtime.backends.native runtime.fit runtime.load",
+    "runtime.serve": "runtime runtime.families runtime.load",
     "runtime.cli": (
         "runtime runtime.bench runtime.families runtime.backends runtime.backends.native runtime.backends.ort "
-        "runtime.backends.tensorrt runtime.fit runtime.load runtime.evaluation"
+        "runtime.backends.tensorrt runtime.fit runtime.load runtime.evaluation runtime.serve"
     ),
     "quant": "runtime runtime.families runtime.evaluation",
     # The stages in the root call their checks and run within a job; both know the stages' settings and results.
@@ -63,7 +64,7 @@ Two rooms may name each other, as a folder and its subfolders do; single modules
 ``runtime`` is its root without the modules that open backends: these, ``runtime.load`` and what stands on it, count as
 ``runtime.load`` here.
 """
-ON_LOAD = {"load", "steps", "generate", "stream", "messages", "chat", "owl"}
+ON_LOAD = {"load", "steps", "generate", "stream", "messages", "saved_cache", "saved_chat", "chat", "owl"}
 """Modules in the root of the runtime that run a loaded bundle."""
 
 

@@ -27,17 +27,22 @@ from owl2.runtime.cli.input import read_lines
 from owl2.runtime.cli.options import Options, bundle_argument, model_options
 from owl2.runtime.cli.signals import must_end
 from owl2.runtime.cli.table import table
+from owl2.runtime.encoded import EncodedImage
 from owl2.runtime.errors import ContextOverflowError, ImageError, Owl2Error
 from owl2.runtime.generate import Answer
 from owl2.runtime.image_files import ReadImage
+from owl2.runtime.images import as_encoded
 from owl2.runtime.owl import Owl2
 from owl2.runtime.preprocess import ImageReading, preprocess, read_image
+from owl2.runtime.saved_chat import SUFFIX
 from owl2.runtime.version import __version__
 
 LEAVING = "/quit or Ctrl-D leaves"
 COMMANDS = (
     ("/image PATH", "attach an image to the next question; repeatable"),
     ("/undo", "take the last question and its answer back"),
+    ("/save PATH", "write the conversation to a file, its cache included"),
+    ("/load PATH", "go on with a saved conversation; this one ends"),
     ("/reset", "begin a new conversation, without the attached images"),
     ("/stats", "show the figures of the last answer"),
     ("/help", "show this list"),
@@ -59,7 +64,7 @@ class ChatState:
     owl: Owl2
     chat: Chat
     options: Options
-    images: list[ReadImage] = field(default_factory=list)
+    images: list[ReadImage | EncodedImage] = field(default_factory=list)
     answer: Answer | None = None
     done: bool = False
     failed: bool = False
@@ -136,8 +141,8 @@ def _obey(state: ChatState, line: str) -> None:
     name, _, argument = line.partition(" ")
     try:
         match name:
-            case "/image":
-                _image(state, argument.strip())
+            case "/image" | "/save" | "/load":
+                {"/image": _image, "/save": _save, "/load": _load}[name](state, argument.strip())
             case "/undo":
                 state.chat.undo()
                 state.answer = None
@@ -188,12 +193,39 @@ def _keep(state: ChatState, answer: Answer) -> None:
         tell(describe(answer))
 
 
+def _save(state: ChatState, argument: str) -> None:
+    path = _path(argument, "/save")
+    try:
+        state.chat.save(path)
+    except OSError as error:
+        raise Owl2Error(f"{path} cannot be written: {error.strerror or error}") from error
+    notice(f"saved to {path}, {path.stat().st_size / 2**20:.1f} MiB; /load goes on from there")
+
+
+def _load(state: ChatState, argument: str) -> None:
+    state.chat = state.owl.load_chat(_path(argument, "/load"))
+    state.images, state.answer = [], None
+    turns = state.chat.messages
+    notice(f"loaded, {len(turns) // 2} questions with their answers; the last answer was:")
+    tell(turns[-1]["content"] if turns else "")
+
+
+def _path(argument: str, command: str) -> Path:
+    if not argument:
+        raise Owl2Error(f"{command} needs the path of a file, as in {command} ~/talk{SUFFIX}")
+    return Path(os.path.expanduser(argument))  # noqa: PTH111 - Path's own raises for an unknown ~user
+
+
 def _image(state: ChatState, argument: str) -> None:
     if not argument:
         raise Owl2Error("/image needs the path of an image, as in /image ~/cat.jpg")
-    image = _open(argument, state.options.reading)
+    encoded = as_encoded(os.path.expanduser(argument))  # noqa: PTH111
+    image = encoded or _open(argument, state.options.reading)
     # Now, not with the question: an image that cannot be used must not block later ones.
-    preprocess(image.image, state.owl.config.preprocess, state.options.preprocess)
+    if isinstance(image, ReadImage):
+        preprocess(image.image, state.owl.config.preprocess, state.options.preprocess)
+    else:
+        state.owl.model.prepare([image])
     state.images.append(image)
     notice_image(argument, image.record)
     notice(_attached(state))

@@ -60,6 +60,14 @@ def _seconds(_context: click.Context, _option: click.Parameter, text: str | None
 @click.option(
     "--cache", "cache_bytes", default="2GiB", show_default=True, callback=_size, help="Memory for past conversations."
 )
+@click.option(
+    "--disk-cache",
+    "disk_bytes",
+    default="0",
+    show_default="none",
+    callback=_size,
+    help="Room on the disk for those that the memory has none for, and for all when the server stops.",
+)
 @click.option("--max-active", type=click.IntRange(1, 256), default=16, show_default=True, help="Answers at a time.")
 @click.option("--max-waiting", type=click.IntRange(0), default=64, show_default=True, help="Requests that may wait.")
 @click.option("--max-body", default="64MiB", show_default=True, callback=_size, help="Size of a request.")
@@ -86,6 +94,7 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per option
     api_key: str | None,
     allow_dir: Path | None,
     cache_bytes: int,
+    disk_bytes: int,
     max_active: int,
     max_waiting: int,
     max_body: int,
@@ -127,8 +136,10 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per option
         with load_progress() as progress:
             return open_bundle(bundle, engine, check_memory=check_memory, verify=verify, on_progress=progress)[1]
 
+    store = store or platformdirs.user_data_path("owl2", appauthor=False) / "serve"
     options = ServeOptions(
-        store=store or platformdirs.user_data_path("owl2", appauthor=False) / "serve",
+        store=store,
+        disk=(store / "caches", disk_bytes) if disk_bytes else None,
         api_key=api_key,
         allow_dir=allow_dir,
         active=max_active,

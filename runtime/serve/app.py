@@ -56,6 +56,7 @@ class ServeOptions:
         answer_seconds: after which an answer ends.
         stop_seconds: that answers have to end by themselves when the server stops.
         cache_bytes: for the K/V caches of past conversations.
+        disk: folder for those that have no room, and the bytes that they may take there; None for no such folder.
         idle_seconds: without a request, after which the model's memory is given back; None for never.
     """
 
@@ -69,6 +70,7 @@ class ServeOptions:
     answer_seconds: float = 600.0
     stop_seconds: float = 10.0
     cache_bytes: int = 2 << 30
+    disk: tuple[Path, int] | None = None
     idle_seconds: float | None = None
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from owl2.runtime.kv_cache import Key, KvCache
 from owl2.runtime.load import Loaded
+from owl2.runtime.serve.disk_caches import DiskCaches
 
 WORTH = 16
 """Positions in common from which on a cache is worth to be looked for."""
@@ -17,9 +18,9 @@ MOSTLY = 0.75
 class PrefixCaches:
     """Caches that no answer is using, the most recently used last; any thread may call."""
 
-    def __init__(self, model: Loaded, budget: int) -> None:
-        """Keep caches of ``model`` that take ``budget`` bytes at most."""
-        self._model, self._budget = model, budget
+    def __init__(self, model: Loaded, budget: int, disk: DiskCaches | None = None) -> None:
+        """Keep caches of ``model`` that take ``budget`` bytes at most; others go to ``disk``, if there is one."""
+        self._model, self._budget, self._disk = model, budget, disk
         self._idle: list[KvCache] = []
         self._lock = threading.Lock()
 
@@ -37,6 +38,10 @@ class PrefixCaches:
                 key=lambda pair: pair[0],
                 default=(0, None),
             )
+            if self._disk is not None and self._disk.shared(keys) >= shared + WORTH:
+                loaded = self._disk.take(keys)
+                if loaded is not None:
+                    return loaded
             if best is None or shared < WORTH:
                 return self._model.new_cache()
             if shared >= MOSTLY * best.length:
@@ -55,4 +60,15 @@ class PrefixCaches:
             if cache.length:
                 self._idle.append(cache)
             while self._idle and sum(one.nbytes for one in self._idle) > self._budget:
-                self._idle.pop(0).clear()
+                self._leave(self._idle.pop(0))
+
+    def close(self) -> None:
+        """Forget all, on the disk if there is one."""
+        with self._lock:
+            while self._idle:
+                self._leave(self._idle.pop(0))
+
+    def _leave(self, cache: KvCache) -> None:
+        if self._disk is not None and cache.length >= WORTH:
+            self._disk.put(cache)
+        cache.clear()

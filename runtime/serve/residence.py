@@ -7,9 +7,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from owl2.runtime.images import ImageEncoder
 from owl2.runtime.load import Loaded
+from owl2.runtime.serve.disk_caches import DiskCaches
 from owl2.runtime.serve.prefix_caches import PrefixCaches
 from owl2.runtime.serve.shared_engine import SharedEngine
 
@@ -32,15 +34,22 @@ class Resident:
 class Residence:
     """Loads and unloads the model; any thread may call."""
 
-    def __init__(self, load: Callable[[], Loaded], cache_bytes: int, idle_seconds: float | None = None) -> None:
+    def __init__(
+        self,
+        load: Callable[[], Loaded],
+        cache_bytes: int,
+        idle_seconds: float | None = None,
+        disk: tuple[Path, int] | None = None,
+    ) -> None:
         """Nothing is loaded yet.
 
         Args:
             load: loads the model.
             cache_bytes: for the caches of past conversations.
             idle_seconds: without a request, after which the memory is given back; None for never.
+            disk: folder for caches that have no room, and the bytes that they may take there.
         """
-        self._load, self._cache_bytes, self._idle_seconds = load, cache_bytes, idle_seconds
+        self._load, self._cache_bytes, self._idle_seconds, self._disk = load, cache_bytes, idle_seconds, disk
         self._resident: Resident | None = None
         self._loading = threading.Lock()
         self._state = threading.Condition()
@@ -96,9 +105,11 @@ class Residence:
         stepping = model.engine if hasattr(model.engine, "step") else None
         engine = SharedEngine(model.engine, stepping)  # type: ignore[arg-type]
         shared = replace(model, engine=engine, encoder=ImageEncoder(engine))
-        return Resident(shared, engine, PrefixCaches(shared, self._cache_bytes))
+        disk = None if self._disk is None else DiskCaches(*self._disk, shared)
+        return Resident(shared, engine, PrefixCaches(shared, self._cache_bytes, disk))
 
     def _close(self) -> None:
         if self._resident is not None:
+            self._resident.caches.close()
             self._resident.model.close()
             self._resident = None

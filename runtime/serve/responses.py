@@ -18,8 +18,8 @@ from owl2.runtime.errors import (
     Owl2Error,
     PromptError,
 )
-from owl2.runtime.families.mplug_owl2.tokenizer_files import SPACE
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
+from owl2.runtime.families.mplug_owl2.tokenizer_files import SPACE
 from owl2.runtime.generate import Chunk, FinishReason, Stats
 from owl2.runtime.serve.requests import RequestError
 

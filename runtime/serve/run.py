@@ -6,6 +6,7 @@ import signal
 import socket
 import webbrowser
 from collections.abc import Callable
+from types import FrameType
 
 import uvicorn
 
@@ -49,7 +50,7 @@ def run_server(
     """
     listening = _listen(host, port)
     with listening:
-        residence = Residence(load, options.cache_bytes, options.idle_seconds)
+        residence = Residence(load, options.cache_bytes, options.idle_seconds, options.disk)
         with residence.use():
             pass
         address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
@@ -67,10 +68,15 @@ def run_server(
             timeout_graceful_shutdown=int(options.stop_seconds) + 5,
             backlog=BACKLOG,
         )
+        server = uvicorn.Server(config)
+
+        def stop(_number: int, _frame: FrameType | None) -> None:
+            server.should_exit = True
+
+        # uvicorn hears them while it runs and raises them again at its end, which is the end that was asked for.
         for number in STOPPING:
-            # uvicorn raises them again when it has ended, which is the end that was asked for.
-            signal.signal(number, signal.SIG_IGN)
-        uvicorn.Server(config).run(sockets=[listening])
+            signal.signal(number, stop)
+        server.run(sockets=[listening])
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -52,6 +52,36 @@ def test_reset_forgets_everything(run: RunCommand, bundle_a1: Path, owl: Owl2, i
     assert "new conversation, no images attached" in result.stderr
 
 
+def test_a_conversation_is_saved_and_goes_on(
+    run: RunCommand, bundle_a1: Path, owl: Owl2, image: Path, tmp_path: Path
+) -> None:
+    saved = tmp_path / "talk.owl2chat"
+    first = run("chat", bundle_a1, *SHORT, stdin=f"/image {image}\nWhat?\n/save {saved}\n")
+    assert first.exit_code == 0
+    assert "goes on from there" in first.stderr
+    second = run("chat", bundle_a1, *SHORT, "--stats", stdin=f"/load {saved}\nAnd its colour?\n")
+    chat = owl.chat()
+    answers = [
+        chat.ask(text, images, max_new_tokens=12).text for text, images in (("What?", [image]), ("And its colour?", []))
+    ]
+    assert second.stdout.endswith(f"{answers[1]}\n")
+    assert answers[0] in second.stderr
+    bad = run("chat", bundle_a1, stdin=f"/load {image}\n/save\n/save {tmp_path}/missing/a\n")
+    assert bad.exit_code == 1
+    assert bad.stderr.count("owl2: error") == 3
+
+
+def test_an_encoded_image_can_be_attached(
+    run: RunCommand, bundle_a1: Path, owl: Owl2, image: Path, tmp_path: Path
+) -> None:
+    encoded = owl.encode(image)
+    encoded.save(tmp_path / "a.owl2image")
+    expected = owl.chat().ask("What?", [encoded], max_new_tokens=12).text
+    chatted = run("chat", bundle_a1, *SHORT, stdin=f"/image {tmp_path / 'a.owl2image'}\nWhat?\n")
+    asked = run("ask", bundle_a1, "What?", "--image", tmp_path / "a.owl2image", *SHORT)
+    assert chatted.stdout == asked.stdout == expected + "\n"
+
+
 def test_quit_leaves_at_once(run: RunCommand, bundle_a1: Path) -> None:
     result = run("chat", bundle_a1, stdin="/quit\nA question?\n")
     assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")

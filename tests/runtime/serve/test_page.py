@@ -50,7 +50,8 @@ def opened(browser: "playwright.Browser", address: str, **options: object) -> It
     )
     page.goto(address)
     yield page
-    foreign = [url for url in asked if not url.startswith((address, "data:", "blob:"))]
+    own = (address.partition("/#")[0], "data:", "blob:")
+    foreign = [url for url in asked if not url.startswith(own)]
     context.close()
     assert (foreign, errors) == ([], [])
 
@@ -156,7 +157,8 @@ def test_two_tabs_at_once(browser: "playwright.Browser", server: RunningServer) 
 
 
 def test_a_restarted_server_goes_on(browser: "playwright.Browser", bundle_a1: Path, tmp_path: Path) -> None:
-    with serving(bundle_a1, tmp_path / "store", log=tmp_path / "first.log") as first:
+    options = ("--disk-cache", "100MiB")
+    with serving(bundle_a1, tmp_path / "store", *options, log=tmp_path / "first.log") as first:
         for page in opened(browser, first.address):
             short(page)
             page.get_by_label("Images", exact=True).set_input_files(str(IMAGES[0]))
@@ -164,14 +166,20 @@ def test_a_restarted_server_goes_on(browser: "playwright.Browser", bundle_a1: Pa
             ask(page, "What is this?")
             before, place = answers(page), page.url.partition("#")[2]
             time.sleep(0.5)  # until it is saved
-        first.process.kill()
-    with serving(bundle_a1, tmp_path / "store", log=tmp_path / "second.log") as second:
+        assert first.stop() == 0
+    with serving(bundle_a1, tmp_path / "store", *options, log=tmp_path / "second.log") as second:
         for page in opened(browser, f"{second.address}/#{place}"):
             page.locator("#turns .assistant").wait_for()
             assert answers(page) == before
             ask(page, "Why?")
             assert len(answers(page)) == 2
-            break
+            assert "tokens reused" in page.locator("#turns .figures").last.inner_text()
+        second.process.kill()
+    with serving(bundle_a1, tmp_path / "store", *options, log=tmp_path / "third.log") as third:
+        for page in opened(browser, f"{third.address}/#{place}"):
+            page.locator("#turns .assistant").nth(1).wait_for()
+            ask(page, "And now?")  # killed at once: the text is whole, its cache is not
+            assert len(answers(page)) == 3
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -1,0 +1,100 @@
+"""Caches of past conversations on the disk: those that have no room in memory, and all while the model is unloaded."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from owl2.runtime.errors import Owl2Error
+from owl2.runtime.families.mplug_owl2.positions import digests_of
+from owl2.runtime.foreign import ForeignError
+from owl2.runtime.kv_cache import Key, KvCache, common_prefix
+from owl2.runtime.load import Loaded
+from owl2.runtime.saved_cache import named_keys, restore_cache, stored_cache
+from owl2.runtime.stored import Stored, read_array, read_stored, write_stored
+
+KIND = "cache"
+PATTERN = "*.owl2cache"
+LOG = logging.getLogger("owl2.serve")
+
+
+@dataclass(frozen=True)
+class OnDisk:
+    """A cache in a file.
+
+    Attributes:
+        path: of the file.
+        keys: that it holds.
+        nbytes: of the file.
+    """
+
+    path: Path
+    keys: Sequence[Key]
+    nbytes: int
+
+
+class DiskCaches:
+    """A folder of caches, the most recently used last; one thread at a time."""
+
+    def __init__(self, folder: Path, budget: int, model: Loaded) -> None:
+        """Find what a server has left in ``folder``; what is damaged or of another bundle is deleted.
+
+        Args:
+            folder: is made if it is missing.
+            budget: bytes.
+            model: of the caches.
+        """
+        self._folder, self._budget, self._model = folder, budget, model
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._held: list[OnDisk] = []
+        for path in sorted(folder.glob(PATTERN), key=lambda path: path.stat().st_mtime):
+            self._find(path)
+
+    def shared(self, keys: Sequence[Key]) -> int:
+        """Most positions that one of them shares with the beginning of a prompt."""
+        return max((common_prefix(held.keys, keys) for held in self._held), default=0)
+
+    def take(self, keys: Sequence[Key]) -> KvCache | None:
+        """Load the one that shares most with a prompt, and delete its file; None if it cannot be read."""
+        held = max(self._held, key=lambda held: common_prefix(held.keys, keys))
+        self._held.remove(held)
+        cache = self._model.new_cache()
+        try:
+            stored = read_stored(held.path, KIND)
+            restore_cache(stored, list(stored.description["images"]), self._model, cache)
+        except (ForeignError, Owl2Error, OSError, KeyError) as error:
+            LOG.warning("%s is left out: %s", held.path, error)
+            return None
+        finally:
+            held.path.unlink(missing_ok=True)
+        return cache
+
+    def put(self, cache: KvCache) -> None:
+        """Write a cache; the least recently used files go where there is no room."""
+        digests = digests_of(cache.keys)
+        state, arrays = stored_cache(self._model, cache, {digest: number for number, digest in enumerate(digests)})
+        if state is None:
+            return
+        path = self._folder / f"{secrets.token_hex(8)}{PATTERN[1:]}"
+        description = {"bundle": self._model.fingerprint, "cache": state, "images": digests}
+        try:
+            write_stored(path, KIND, Stored(description, arrays))
+        except OSError as error:
+            LOG.warning("a conversation's cache cannot be kept on the disk: %s", error)
+            return
+        self._held.append(OnDisk(path, tuple(cache.keys), path.stat().st_size))
+        while sum(held.nbytes for held in self._held) > self._budget:
+            self._held.pop(0).path.unlink(missing_ok=True)
+
+    def _find(self, path: Path) -> None:
+        try:
+            description, keys = read_array(path, KIND, "keys")
+            if description["bundle"] != self._model.fingerprint:
+                raise ForeignError("it is of another bundle")
+            self._held.append(OnDisk(path, named_keys(keys, description["images"]), path.stat().st_size))
+        except (ForeignError, OSError, KeyError, IndexError, TypeError) as error:
+            LOG.warning("%s is deleted: %s", path, error)
+            path.unlink(missing_ok=True)
