@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Mapping
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -12,8 +12,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from owl2.runtime.serve.requests import RequestError
 from owl2.runtime.serve.responses import error_body
 
-OPEN = ("/health",)
-"""Addresses without a key."""
+OPEN = ("/health", "/", "/page.css", "/page.js")
+"""Addresses without a key: the page asks for it."""
+COOKIE = "owl2_key"
+"""Where the page keeps the key: images are shown by requests that carry no other header."""
 LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
 SECURITY_HEADERS = {
     b"content-security-policy": b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
@@ -22,6 +24,11 @@ SECURITY_HEADERS = {
     b"referrer-policy": b"no-referrer",
     b"cross-origin-resource-policy": b"same-origin",
 }
+
+
+def _cookie(header: str) -> str:
+    pairs = (pair.strip().partition("=") for pair in header.split(";"))
+    return next((value for name, _, value in pairs if name == COOKIE), "")
 
 
 class Guard:
@@ -58,7 +65,8 @@ class Guard:
             return RequestError("requests from the pages of other sites are refused", status=403)
         if self._api_key is not None and path not in OPEN:
             scheme, _, key = headers.get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self._api_key.encode()):
+            given = key.strip() if scheme.lower() == "bearer" else unquote(_cookie(headers.get("cookie", "")))
+            if not hmac.compare_digest(given.encode(), self._api_key.encode()):
                 return RequestError("the API key is missing or wrong", status=401)
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > self._body_bytes:

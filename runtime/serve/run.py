@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import signal
 import socket
 import webbrowser
@@ -9,6 +11,7 @@ from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from owl2.runtime.errors import ConfigError
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
@@ -17,8 +20,22 @@ from owl2.runtime.serve.app import ServeOptions, Server
 from owl2.runtime.serve.residence import Residence
 
 BACKLOG = 128
+HEAD_SECONDS = 10.0
+"""In which the head of a connection's first request must have arrived."""
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 """Signals that end a server as people want it."""
+
+
+class HurriedProtocol(H11Protocol):
+    """Closes connections whose first request does not come: each takes a file of the process."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.loop.call_later(HEAD_SECONDS, self._close_without_request)
+
+    def _close_without_request(self) -> None:
+        if self.cycle is None and not self.transport.is_closing():
+            self.transport.close()
 
 
 def run_server(
@@ -48,6 +65,7 @@ def run_server(
         ConfigError: the address cannot be used.
         Owl2Error: the model cannot be loaded.
     """
+    _allow_files()
     listening = _listen(host, port)
     with listening:
         residence = Residence(load, options.cache_bytes, options.idle_seconds, options.disk)
@@ -61,6 +79,7 @@ def run_server(
         listening.listen(BACKLOG)
         config = uvicorn.Config(
             app,
+            http=HurriedProtocol,
             log_level="warning",
             access_log=False,
             server_header=False,
@@ -77,6 +96,15 @@ def run_server(
         for number in STOPPING:
             signal.signal(number, stop)
         server.run(sockets=[listening])
+
+
+def _allow_files() -> None:
+    """Let the process have as many open files, connections among them, as the system allows."""
+    with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no such limit
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _listen(host: str, port: int) -> socket.socket:

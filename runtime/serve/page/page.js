@@ -17,6 +17,13 @@ async function call(path, options = {}) {
     throw new Error("The server does not answer. Is it still running?");
   }
   if (response.ok) return response;
+  if (response.status === 401) {
+    const key = prompt("This server asks for its API key:");
+    if (key) {
+      document.cookie = `owl2_key=${encodeURIComponent(key)}; SameSite=Strict; path=/`;
+      return call(path, options);
+    }
+  }
   let told = `The server answered with ${response.status}.`;
   try {
     told = (await response.json()).error.message;

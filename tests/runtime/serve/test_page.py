@@ -134,6 +134,20 @@ def test_stop_continue_again_and_edit(page: "playwright.Page") -> None:
     assert page.locator("#turns .user .text").all_inner_texts() == ["Tell me a short story."]
 
 
+def test_the_page_asks_for_the_key(browser: "playwright.Browser", bundle_a1: Path, tmp_path: Path) -> None:
+    with serving(bundle_a1, tmp_path / "store", "--api-key", "päss word;1") as server:
+        context = browser.new_context()
+        page = context.new_page()
+        page.on("dialog", lambda dialog: dialog.accept("päss word;1"))
+        page.goto(server.address)
+        short(page)
+        page.get_by_label("Images", exact=True).set_input_files(str(IMAGES[0]))
+        page.wait_for_function("document.querySelector('#pending img')?.naturalWidth > 0")
+        ask(page, "What is this?")
+        assert len(answers(page)) == 1
+        context.close()
+
+
 def test_hostile_texts_are_text(page: "playwright.Page") -> None:
     short(page, 4)
     hostile = '<img src=x onerror="document.title=1"><script>document.title=2</script>[x](javascript:alert(1))'

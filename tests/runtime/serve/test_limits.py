@@ -1,0 +1,147 @@
+"""What a server does to requests that mean it no good; honest ones go on."""
+
+import contextlib
+import json
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from serving import RunningServer, serving
+
+KEY = "secret"
+ASK = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
+
+
+@pytest.fixture(scope="module")
+def strict(bundle_a1: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    store = tmp_path_factory.mktemp("strict") / "store"
+    options = ("--api-key", KEY, "--max-body", "100k", "--max-active", "1", "--max-waiting", "1")
+    with serving(bundle_a1, store, *options) as it:
+        yield it
+
+
+def send(
+    server: RunningServer, path: str = "/v1/chat/completions", data: object = ASK, **headers: str
+) -> tuple[int, Any]:
+    body = data if isinstance(data, bytes) or data is None else json.dumps(data).encode()
+    settings = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json", **headers}
+    request = urllib.request.Request(server.address + path, data=body, headers=settings)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, json.loads(response.read() or b"null")
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read() or b"null")
+
+
+def test_an_honest_client_is_answered(strict: RunningServer) -> None:
+    status, answer = send(strict)
+    assert status == 200
+    assert answer["usage"]["completion_tokens"] == 4
+
+
+@pytest.mark.parametrize("key", ["", "Bearer", "Bearer wrong", "Basic secret", "Bearer secret2", "secret"])
+def test_a_wrong_key(strict: RunningServer, key: str) -> None:
+    for path, data in (("/v1/chat/completions", ASK), ("/v1/models", None), ("/metrics", None)):
+        status, body = send(strict, path, data, Authorization=key)
+        assert (status, body["error"]["message"]) == (401, "the API key is missing or wrong")
+    assert send(strict, "/health", None, Authorization=key)[0] == 200
+
+
+def test_bodies_that_are_too_large(strict: RunningServer) -> None:
+    status, body = send(strict, data=b" " * 200_000)
+    assert status == 413
+    assert "102400 bytes" in body["error"]["message"]
+    # One that does not say its size.
+    with _connected(strict) as raw:
+        raw.sendall(_head("Transfer-Encoding: chunked"))
+        with contextlib.suppress(OSError):
+            for _ in range(300):
+                raw.sendall(b"400\r\n" + b"x" * 1024 + b"\r\n")
+        assert b"413" in raw.recv(100)
+    assert send(strict)[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"", "not JSON"),
+        (b"[" * 50_000, "nested"),
+        (b"\xff\xfe", "cannot be read"),
+        (b'{"messages": [], "messages": []}', "more than once"),
+        (b'{"messages": 1}', "must be a list"),
+        (b"[]", "JSON object"),
+        (b"{}", "no messages"),
+    ],
+)
+def test_bodies_that_make_no_sense(strict: RunningServer, body: bytes, message: str) -> None:
+    status, answer = send(strict, data=body)
+    assert status == 400
+    assert message in answer["error"]["message"]
+
+
+@pytest.mark.parametrize("name", ["..", "%2e%2e%2fx", "a" * 16 + "/../../x", "A" * 16, "", "x" * 5000])
+def test_names_that_lead_elsewhere(strict: RunningServer, name: str) -> None:
+    for path in (f"/owl2/conversations/{name}", f"/owl2/pictures/{name}"):
+        status, _ = send(strict, path, None)
+        assert status in (404, 405, 200 if name == "" and "conv" in path else 404)
+
+
+def test_a_bomb_is_not_kept(strict: RunningServer) -> None:
+    png = (
+        b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
+        + (100_000).to_bytes(4, "big") * 2
+        + b"\x08\x02\x00\x00\x00\x00\x00\x00\x00"
+    )
+    status, body = send(strict, "/owl2/pictures", png)
+    assert status == 400
+    assert "error" in body
+
+
+def test_no_more_than_may_wait(strict: RunningServer) -> None:
+    long = {**ASK, "max_tokens": 4000, "temperature": 1.5, "messages": [{"role": "user", "content": "go on"}]}
+    results: list[int] = []
+    threads = [threading.Thread(target=lambda: results.append(send(strict, data=long)[0])) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(results) == {200, 429}
+    assert send(strict)[0] == 200
+
+
+def test_idle_connections_are_closed_and_disturb_nobody(strict: RunningServer) -> None:
+    with contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(_connected(strict)) for _ in range(1000)]
+        idle[0].sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: ")  # never ends
+        began = time.monotonic()
+        assert send(strict)[0] == 200
+        assert time.monotonic() - began < 5
+        idle[0].settimeout(20)
+        assert idle[0].recv(1) == b""
+        assert idle[-1].recv(1) == b""
+
+
+def _connected(server: RunningServer) -> socket.socket:
+    parts = urlsplit(server.address)
+    assert parts.hostname is not None
+    return socket.create_connection((parts.hostname, parts.port or 0), timeout=20)
+
+
+def _head(*lines: str) -> bytes:
+    fixed = ("POST /v1/chat/completions HTTP/1.1", "Host: 127.0.0.1", f"Authorization: Bearer {KEY}", *lines)
+    return ("\r\n".join(fixed) + "\r\n\r\n").encode()
+
+
+def test_another_interface_needs_a_key(bundle_a1: Path, tmp_path: Path) -> None:
+    with (
+        pytest.raises(AssertionError, match="lets other machines in"),
+        serving(bundle_a1, tmp_path / "store", "--host", "0.0.0.0"),
+    ):
+        pass
