@@ -142,7 +142,7 @@ def test_the_page_asks_for_the_key(browser: "playwright.Browser", bundle_a1: Pat
         page.goto(server.address)
         short(page)
         page.get_by_label("Images", exact=True).set_input_files(str(IMAGES[0]))
-        page.wait_for_function("document.querySelector('#pending img')?.naturalWidth > 0")
+        page.locator("#pending img").evaluate("image => image.decode()")  # raises if it cannot be shown
         ask(page, "What is this?")
         assert len(answers(page)) == 1
         context.close()
