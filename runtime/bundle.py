@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from owl2.runtime.verification import FileEntry, OnProgress, require_file_names,
 MANIFEST_BYTES = 1 << 20
 READ_VERSIONS = (3, 4, spec.FORMAT_VERSION)
 FIRST_WITH_DIGEST = 5
+VERSION = re.compile(r"\d+(\.\w+)*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,8 @@ class Manifest:
         for kv_type in self.kv_cache:
             require(kv_type in spec.DECODER_GRAPHS, f"kv_cache: {shorten(kv_type)} is not known; known: {known}")
         require(self.activations in self.kv_cache, f"kv_cache: {self.activations}, the type of activations, is missing")
+        for name, minimum in (("minimum_onnxruntime", self.minimum_onnxruntime), *self.kv_cache.items()):
+            require(VERSION.fullmatch(minimum) is not None, f"{name} {shorten(minimum)} is not a version such as 1.22")
         require_file_names(self.files, "files")
         require_file_names(self.engines, "engines")
         require(spec.MANIFEST not in self.files, f"files: {spec.MANIFEST} cannot list itself")

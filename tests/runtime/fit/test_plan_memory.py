@@ -60,7 +60,8 @@ print(json.dumps([loaded, held("RssAnon") - before - loaded]))
 CHAT = """
 from owl2 import ContextOverflowError, Owl2
 
-owl = Owl2.load(sys.argv[1], threads=1, verify=True)  # a first load hashes, which leaves some MiB
+# A first load hashes, which leaves some MiB.
+owl = Owl2.load(sys.argv[1], threads=1, verify=True, backend="onnxruntime", kv_cache="fp32")
 chat = owl.chat()
 images = [np.full((90, 90, 3), 90 * i, np.uint8) for i in range(2)]
 try:
