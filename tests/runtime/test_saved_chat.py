@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,18 +13,20 @@ from conftest import BACKENDS, GOLDEN, rehash
 from numpy.testing import assert_array_equal
 
 from owl2 import EncodedImage, ImageError, Owl2, Owl2Error, SavedChatError, saved_messages
+from owl2.runtime.engine import BackendName
 from owl2.runtime.saved_chat import KIND
+from owl2.runtime.spec import KvType
 from owl2.runtime.stored import LENGTH_BYTES, METADATA, Stored, read_stored, write_stored
 
 IMAGES = sorted((GOLDEN / "images").glob("*.png"))
 PICTURE = IMAGES[0]
-OPTIONS = {"max_new_tokens": 12}
+OPTIONS: dict[str, Any] = {"max_new_tokens": 12}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kv_cache", ["fp32", "fp16", "int8"])
 def test_a_loaded_chat_goes_on_as_if_never_interrupted(
-    bundle_a1: Path, tmp_path: Path, backend: str, kv_cache: str
+    bundle_a1: Path, tmp_path: Path, backend: BackendName, kv_cache: KvType
 ) -> None:
     if backend == "onnxruntime" and kv_cache != "fp32":
         pytest.skip("this bundle has one type of K/V cache in ONNX Runtime")
@@ -88,7 +91,7 @@ def _flip(place: float) -> Callable[[bytearray], None]:
     return damage
 
 
-def _header(change: Callable[[dict], None]) -> Callable[[bytearray], None]:
+def _header(change: Callable[[dict[str, Any]], None]) -> Callable[[bytearray], None]:
     """A change of the header that keeps its length's field right."""
 
     def damage(content: bytearray) -> None:
@@ -133,7 +136,7 @@ def test_damage_is_named(owl: Owl2, saved: Path, tmp_path: Path, damage: str) ->
         owl.load_chat(tmp_path / "chat")
 
 
-INSIDE: dict[str, tuple[Callable[[dict, dict], object], str]] = {
+INSIDE: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], object], str]] = {
     "another bundle": (lambda told, _: told.update(bundle="0"), "another bundle"),
     "no turns": (lambda told, _: told.pop("turns"), "no list of turns"),
     "half a turn": (lambda told, _: told["turns"][0].pop("answer"), "turns is not whole"),

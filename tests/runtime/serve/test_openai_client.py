@@ -98,7 +98,7 @@ def test_logprobs(owl: Owl2, client: openai.OpenAI) -> None:
 
 
 def test_seed_stop_and_system(owl: Owl2, client: openai.OpenAI) -> None:
-    options = {"temperature": 1.0, "seed": 5}
+    options: dict[str, Any] = {"temperature": 1.0, "seed": 5}
     expected = owl.chat().ask(f"Be short.\n{QUESTION}", max_new_tokens=LENGTH, **options)
     messages = [{"role": "system", "content": "Be short."}, {"role": "user", "content": QUESTION}]
     answer = ask(client, messages, **options)
@@ -139,7 +139,7 @@ def test_files_of_the_allowed_folder_and_no_others(client: openai.OpenAI, tmp_pa
         answer("http://127.0.0.1/x.png")
 
 
-BAD = {
+BAD: dict[str, tuple[dict[str, Any], str]] = {
     "n": ({"n": 2}, "one answer"),
     "temperature": ({"temperature": -1}, "temperature"),
     "top_logprobs alone": ({"top_logprobs": 3}, "needs logprobs"),
@@ -191,7 +191,7 @@ def test_a_client_that_goes_away_ends_its_answer(server: RunningServer, client: 
 
 def _get(url: str, **headers: str) -> str:
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers)) as response:
-        return response.read().decode()
+        return str(response.read().decode())
 
 
 def test_other_sites_and_names_are_refused(server: RunningServer) -> None:

@@ -4,12 +4,12 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import GOLDEN
+from playwright.sync_api import Browser, Page, sync_playwright
 from serving import RunningServer, serving
-
-playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
@@ -22,19 +22,19 @@ SECONDS = 20_000
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator["playwright.Browser"]:
-    with playwright.sync_playwright() as running:
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as running:
         made = running.chromium.launch(executable_path=CHROMIUM, args=QUIET)
         yield made
         made.close()
 
 
 @pytest.fixture
-def page(browser: "playwright.Browser", server: RunningServer) -> Iterator["playwright.Page"]:
+def page(browser: Browser, server: RunningServer) -> Iterator[Page]:
     yield from opened(browser, server.address)
 
 
-def opened(browser: "playwright.Browser", address: str, **options: object) -> Iterator["playwright.Page"]:
+def opened(browser: Browser, address: str, **options: Any) -> Iterator[Page]:
     """A page, which must ask nobody but its server and report no error."""
     context = browser.new_context(**options)
     page = context.new_page()
@@ -56,23 +56,23 @@ def opened(browser: "playwright.Browser", address: str, **options: object) -> It
     assert (foreign, errors) == ([], [])
 
 
-def ask(page: "playwright.Page", text: str) -> None:
+def ask(page: Page, text: str) -> None:
     page.get_by_label("Question", exact=True).fill(text)
     page.get_by_role("button", name="Ask").click()
     page.get_by_role("button", name="Stop").wait_for(state="hidden")
 
 
-def answers(page: "playwright.Page") -> list[str]:
-    return page.locator("#turns .assistant .text").all_inner_texts()
+def answers(page: Page) -> list[str]:
+    return list(page.locator("#turns .assistant .text").all_inner_texts())
 
 
-def short(page: "playwright.Page", tokens: int = 12) -> None:
+def short(page: Page, tokens: int = 12) -> None:
     page.get_by_text("Settings").click()
     page.get_by_label("Most tokens of an answer").fill(str(tokens))
     page.get_by_text("Settings").click()
 
 
-def test_ask_about_pictures_and_go_on_after_a_reload(page: "playwright.Page") -> None:
+def test_ask_about_pictures_and_go_on_after_a_reload(page: Page) -> None:
     short(page)
     page.get_by_label("Images", exact=True).set_input_files([str(path) for path in IMAGES[:2]])
     page.locator("#pending img").nth(1).wait_for()
@@ -91,7 +91,7 @@ def test_ask_about_pictures_and_go_on_after_a_reload(page: "playwright.Page") ->
     assert "tokens reused" in page.locator("#turns .figures").last.inner_text()
 
 
-def test_a_dropped_picture(page: "playwright.Page") -> None:
+def test_a_dropped_picture(page: Page) -> None:
     short(page)
     drop = """async ([bytes, name]) => {
       const data = new DataTransfer();
@@ -106,7 +106,7 @@ def test_a_dropped_picture(page: "playwright.Page") -> None:
     page.get_by_text("broken.png:").wait_for()
 
 
-def test_stop_continue_again_and_edit(page: "playwright.Page") -> None:
+def test_stop_continue_again_and_edit(page: Page) -> None:
     short(page, 900)
     page.get_by_label("Question", exact=True).fill("Tell me a long story.")
     # The small model is quicker than a hand.
@@ -134,7 +134,7 @@ def test_stop_continue_again_and_edit(page: "playwright.Page") -> None:
     assert page.locator("#turns .user .text").all_inner_texts() == ["Tell me a short story."]
 
 
-def test_the_page_asks_for_the_key(browser: "playwright.Browser", bundle_a1: Path, tmp_path: Path) -> None:
+def test_the_page_asks_for_the_key(browser: Browser, bundle_a1: Path, tmp_path: Path) -> None:
     with serving(bundle_a1, tmp_path / "store", "--api-key", "päss word;1") as server:
         context = browser.new_context()
         page = context.new_page()
@@ -148,7 +148,7 @@ def test_the_page_asks_for_the_key(browser: "playwright.Browser", bundle_a1: Pat
         context.close()
 
 
-def test_hostile_texts_are_text(page: "playwright.Page") -> None:
+def test_hostile_texts_are_text(page: Page) -> None:
     short(page, 4)
     hostile = '<img src=x onerror="document.title=1"><script>document.title=2</script>[x](javascript:alert(1))'
     ask(page, hostile)
@@ -158,7 +158,7 @@ def test_hostile_texts_are_text(page: "playwright.Page") -> None:
     assert page.locator("#turns img, #turns script, #turns .text a").count() == 0
 
 
-def test_two_tabs_at_once(browser: "playwright.Browser", server: RunningServer) -> None:
+def test_two_tabs_at_once(browser: Browser, server: RunningServer) -> None:
     tabs = [next(generator) for generator in (opened(browser, server.address), opened(browser, server.address))]
     for number, tab in enumerate(tabs):
         short(tab, 40)
@@ -170,7 +170,7 @@ def test_two_tabs_at_once(browser: "playwright.Browser", server: RunningServer) 
         assert len(answers(tab)) == 1
 
 
-def test_a_restarted_server_goes_on(browser: "playwright.Browser", bundle_a1: Path, tmp_path: Path) -> None:
+def test_a_restarted_server_goes_on(browser: Browser, bundle_a1: Path, tmp_path: Path) -> None:
     options = ("--disk-cache", "100MiB")
     with serving(bundle_a1, tmp_path / "store", *options, log=tmp_path / "first.log") as first:
         for page in opened(browser, first.address):
@@ -198,9 +198,7 @@ def test_a_restarted_server_goes_on(browser: "playwright.Browser", bundle_a1: Pa
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 820, 1280])
-def test_it_fits_every_width(
-    browser: "playwright.Browser", server: RunningServer, tmp_path: Path, width: int, scheme: str
-) -> None:
+def test_it_fits_every_width(browser: Browser, server: RunningServer, tmp_path: Path, width: int, scheme: str) -> None:
     for page in opened(browser, server.address, viewport={"width": width, "height": 800}, color_scheme=scheme):
         page.get_by_label("Images", exact=True).set_input_files(str(IMAGES[0]))
         page.locator("#pending img").wait_for()

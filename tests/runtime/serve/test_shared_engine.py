@@ -12,7 +12,7 @@ from conftest import BACKENDS
 
 from owl2 import BackendError, Owl2
 from owl2.runtime.cancellation import Cancellation, StoppedError
-from owl2.runtime.engine import Floats, Ints
+from owl2.runtime.engine import BackendName, Floats, Ints
 from owl2.runtime.images import ImageEncoder
 from owl2.runtime.load import Loaded
 from owl2.runtime.sampling import GenerationConfig
@@ -57,7 +57,7 @@ def answers_together(model: Loaded, engine: SharedEngine, **options: object) -> 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_each_gets_what_it_would_alone(bundle_a1: Path, backend: str) -> None:
+def test_each_gets_what_it_would_alone(bundle_a1: Path, backend: BackendName) -> None:
     owl = Owl2.load(bundle_a1, backend=backend)
     expected = {prompt: owl.generate(prompt, max_new_tokens=40).ids for prompt in PROMPTS}
     model, engine, counting = shared(owl.model)

@@ -112,7 +112,8 @@ def test_every_instruction_set_gives_the_same_logits(sample_bundle: Path, monkey
 @pytest.mark.parametrize("kv_cache", ["fp32", "fp16", "int8"])
 def test_a_sequence_among_others_is_as_alone(sample_bundle: Path, kv_cache: KvType) -> None:
     """Sequences of different lengths and pasts, in any order, in one step."""
-    from owl2.runtime.backends.native.engine import NativeEngine, SequenceRows
+    from owl2.runtime.backends.native.engine import NativeEngine
+    from owl2.runtime.engine import SequenceRows
 
     model = opened(sample_bundle, kv_cache)
     engine = model.engine
