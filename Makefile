@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 NATIVE_TEST = $(BIN)/cmake -S cpp_bindings -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo
 FOLDERS := package export runtime quant sample scripts tests benchmarks
 
-.PHONY: help demo test lint types unit native-test native-threads native-aarch64 native-format wheel bench fuzz soak full full-size aarch64 clean
+.PHONY: help demo test lint types unit native-test native-threads native-aarch64 native-format wheel bench fuzz soak load full full-size aarch64 clean
 
 help:
 	@echo "make demo   set up, convert the sample model, ask about an image"
@@ -16,6 +16,7 @@ help:
 	@echo "make bench  speed of a conversation with the sample model"
 	@echo "make fuzz   100,000 hostile inputs, under 20 minutes; MINUTES=5, INPUTS=1000, SURFACES=images,data, SEED=1, REPEAT=FILE"
 	@echo "make soak   20 minutes of chats that stop, fork and fail, watched for memory and wrong answers; MINUTES=5"
+	@echo "make load   1, 4 and 16 clients of the server, ten minutes, each answer checked; SECONDS=60"
 	@echo "make full   what takes long: accuracy of every kind of bundle, each choice of the quantizer, full-size layers"
 	@echo "make full-size   a whole model of 7B shapes: 25 GB in build/, about an hour"
 	@echo "make aarch64   the wheel, cross-built, on an emulated aarch64 machine: 1.1 GB in build/, fifteen minutes; needs Debian's apt"
@@ -94,6 +95,9 @@ fuzz: $(VENV)/.dev
 
 soak: $(VENV)/.dev bundles/sample/owl2.json
 	$(BIN)/python scripts/soak.py bundles/sample sample/pictures --minutes $(or $(MINUTES),20)
+
+load: $(VENV)/.dev bundles/sample/owl2.json
+	$(BIN)/python scripts/load_server.py bundles/sample sample/pictures --seconds $(or $(SECONDS),200)
 
 full: $(VENV)/.dev native-threads
 	PYTHON=$(BIN)/python scripts/measure-sample build/measure
