@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
@@ -16,6 +16,7 @@ from owl2.runtime.errors import ContextOverflowError
 from owl2.runtime.families.mplug_owl2 import positions
 from owl2.runtime.families.mplug_owl2.positions import Prompt
 from owl2.runtime.families.mplug_owl2.tokenizer import StreamDecoder
+from owl2.runtime.grammar import Grammar
 from owl2.runtime.image_files import ImageRecord
 from owl2.runtime.kv_cache import Claim, KvCache
 from owl2.runtime.load import Loaded
@@ -191,6 +192,17 @@ def prompt_logits(model: Loaded, cache: KvCache, prompt: Prompt, first: int = 0)
     return prefill(model, claim, prompt, rows, first)
 
 
+def choose(
+    logits: Floats, config: GenerationConfig, rng: np.random.Generator, history: Sequence[int], grammar: Grammar | None
+) -> int:
+    """The next token, of those that the grammar allows; it is told."""
+    if grammar is None:
+        return sample(logits, config, rng, history)
+    token = sample(logits, config, rng, history, grammar.allowed(len(logits)))
+    grammar.accept(token)
+    return token
+
+
 def generate(
     model: Loaded,
     claim: Claim,
@@ -198,6 +210,7 @@ def generate(
     config: GenerationConfig,
     cancellation: Cancellation,
     preprocess_seconds: float = 0.0,
+    grammar: Grammar | None = None,
 ) -> Generator[Chunk, None, Answer]:
     """Answer a prompt, a chunk per token; returns the whole answer.
 
@@ -210,6 +223,7 @@ def generate(
         config: how tokens are chosen and when to stop.
         cancellation: looked at before each step, and stops the one that runs.
         preprocess_seconds: counted in the time to the first token.
+        grammar: that the answer follows.
     """
     cache, last = claim.cache, len(prompt.keys) - 1
     began = prefilling = decoding = now = time.perf_counter()
@@ -233,7 +247,7 @@ def generate(
     reason: FinishReason | None = None
     first_token = 0.0
     while logits is not None and reason is None and not cancellation:
-        token = sample(logits, config, rng, history)
+        token = choose(logits, config, rng, history, grammar)
         now = time.perf_counter()
         first_token = first_token or now
         ids.append(token)

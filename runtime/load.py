@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from owl2.runtime.families.mplug_owl2 import positions
 from owl2.runtime.families.mplug_owl2.positions import Prompt
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
 from owl2.runtime.foreign import listed
+from owl2.runtime.grammar import GrammarCompiler
 from owl2.runtime.image_files import ImageInput
 from owl2.runtime.images import ImageEncoder, Images, PreparedImage, prepare_images
 from owl2.runtime.kv_cache import KvCache
@@ -67,6 +69,16 @@ class Loaded:
     def end_ids(self) -> frozenset[int]:
         """Tokens that end an answer: those that the checkpoint lists, and the separator of the conversation."""
         return frozenset((*self.config.decoder.eos_token_ids, self.tokenizer.eos_id))
+
+    @functools.cached_property
+    def grammars(self) -> GrammarCompiler:
+        """Makes grammars for the tokenizer; raises ConfigError if llguidance is not installed."""
+        tokenizer = self.tokenizer
+        return GrammarCompiler(
+            tuple(map(tokenizer.surface_bytes, range(self.config.decoder.vocab_size))),
+            tuple(sorted({*tokenizer.special_ids, *self.end_ids})),
+            tokenizer.eos_id,
+        )
 
     def prepare(
         self, images: Images, mode: str | None = None, reading: ImageReading | None = None

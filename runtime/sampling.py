@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Real
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +48,9 @@ class GenerationConfig:
             where that changes no answer, which the native core promises; True: also elsewhere, where an answer may
             change as with another number of threads; False: never.
         top_logprobs: likeliest tokens that each chunk tells, with their probabilities; at most 20.
+        schema: a JSON schema that the answer follows; needs ``pip install 'owl2[grammar]'``, as the next two do.
+        regex: a regular expression that the answer matches as a whole.
+        choices: the answer is one of these texts. Kept as a tuple.
 
     Numbers of NumPy are taken as well, and kept as those of Python.
     """
@@ -62,6 +65,9 @@ class GenerationConfig:
     stop: str | Sequence[str] = ()
     lookup: bool | None = None
     top_logprobs: int = 0
+    schema: Mapping[str, Any] | None = None
+    regex: str | None = None
+    choices: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -85,6 +91,15 @@ class GenerationConfig:
             0.01 <= self.repetition_penalty <= 100,
             f"repetition_penalty {self.repetition_penalty} must be between 0.01 and 100; 1 is off",
         )
+        object.__setattr__(self, "choices", tuple(self.choices))
+        require(self.schema is None or isinstance(self.schema, Mapping), f"schema {shorten(self.schema)} is no object")
+        require(self.regex is None or isinstance(self.regex, str), f"regex {shorten(self.regex)} is no text")
+        require(
+            all(isinstance(choice, str) and choice for choice in self.choices),
+            f"choices {shorten(self.choices)} must be non-empty texts",
+        )
+        given = [name for name in ("schema", "regex", "choices") if getattr(self, name) not in (None, ())]
+        require(len(given) < 2, f"{' and '.join(given)} exclude each other; give one of them")
         require(
             0 <= self.top_logprobs <= TOP_LOGPROBS,
             f"top_logprobs {self.top_logprobs} must be between 0 and {TOP_LOGPROBS}",
@@ -100,6 +115,11 @@ class GenerationConfig:
             f"stop has {len(self.stop)} strings, the longest of {longest} characters; give at most {STOPS} of "
             f"{STOP_LENGTH} characters",
         )
+
+    @property
+    def is_constrained(self) -> bool:
+        """Whether answers follow a schema, an expression or a list."""
+        return self.schema is not None or self.regex is not None or bool(self.choices)
 
 
 def _number(name: str, value: object) -> float:
@@ -127,6 +147,9 @@ class GenerationOptions(TypedDict, total=False):
     stop: str | Sequence[str]
     lookup: bool | None
     top_logprobs: int
+    schema: Mapping[str, Any] | None
+    regex: str | None
+    choices: Sequence[str]
 
 
 def merge_options(config: GenerationConfig | None, options: Mapping[str, object]) -> GenerationConfig:
@@ -208,7 +231,13 @@ def keep_min_p(logits: Logits, min_p: float) -> Logits:
     return _keep(logits, probabilities >= min_p * probabilities.max())
 
 
-def sample(logits: Logits, config: GenerationConfig, rng: np.random.Generator, previous_ids: Sequence[int] = ()) -> int:
+def sample(
+    logits: Logits,
+    config: GenerationConfig,
+    rng: np.random.Generator,
+    previous_ids: Sequence[int] = (),
+    allowed: NDArray[np.bool_] | None = None,
+) -> int:
     """Choose the next token.
 
     Args:
@@ -226,6 +255,8 @@ def sample(logits: Logits, config: GenerationConfig, rng: np.random.Generator, p
             f"{broken} of {logits.size} logits are NaN or infinite: the model's arithmetic overflowed; "
             "use another device or a bundle of higher precision"
         )
+    if allowed is not None:
+        logits = _keep(logits, allowed)
     if config.repetition_penalty != 1.0:
         logits = apply_repetition_penalty(logits, previous_ids, config.repetition_penalty)
     if config.temperature == 0:

@@ -160,7 +160,11 @@ def stream_answer(
         preprocess_seconds: counted in the time to the first token.
         lock: held during each step; None if nothing else uses the cache.
         finish: told the answer, unless it was cancelled.
+
+    Raises:
+        ConfigError: a schema or an expression that cannot be followed.
     """
+    grammar = model.grammars.compile(config) if config.is_constrained else None  # first: it may be refused
     claim, cancellation = cache.claim(), Cancellation()
-    chunks = generate(model, claim, prompt, config, cancellation, preprocess_seconds)
+    chunks = generate(model, claim, prompt, config, cancellation, preprocess_seconds, grammar)
     return AnswerStream(chunks, claim, cancellation, lock or threading.Lock(), finish or (lambda _: None))

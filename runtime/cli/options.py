@@ -14,6 +14,7 @@ from owl2.runtime.cli.console import load_progress
 from owl2.runtime.cli.types import PATH, integer
 from owl2.runtime.engine import BackendName
 from owl2.runtime.errors import ConfigError
+from owl2.runtime.foreign import read_json, reading
 from owl2.runtime.owl import Owl2
 from owl2.runtime.placement import CPU, KINDS, Placement
 from owl2.runtime.preprocess import MODES, UPRIGHT, ImageReading, Orientation
@@ -149,6 +150,16 @@ def model_options(command: Command) -> Command:
     return with_options
 
 
+def _read_schema(_context: click.Context, _option: click.Parameter, path: str | None) -> Any:  # noqa: ANN401 - JSON
+    if path is None:
+        return None
+    try:
+        with reading(path, ConfigError, "give a file with a JSON schema"):
+            return read_json(Path(path))
+    except ConfigError as error:
+        raise click.BadParameter(str(error)) from error
+
+
 def _generation(name: str, value_type: Callable[[str], object], text: str) -> Callable[[Command], Command]:
     default = getattr(DEFAULTS, name)
     flag = f"--{name.replace('_', '-')}"
@@ -173,6 +184,14 @@ _OPTIONS = (
         help="Draft tokens that followed the same words before, and check several at once: faster where an answer "
         "quotes. By default where it changes no answer.",
     ),
+    click.option(
+        "--schema",
+        callback=_read_schema,
+        metavar="FILE",
+        help="Answer in JSON that follows this JSON schema; needs owl2[grammar], as the next two do.",
+    ),
+    click.option("--regex", metavar="EXPRESSION", help="Answer with a text that matches this as a whole."),
+    click.option("--choice", "choices", multiple=True, metavar="TEXT", help="Answer with one of these; repeatable."),
     threads_option,
     context_option,
     device_option,

@@ -19,6 +19,7 @@ IGNORED = frozenset(
     [
         *("model", "user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier"),
         *("prompt_cache_key", "stream", "stream_options", "n", "messages", "prompt", "logprobs", "top_logprobs"),
+        "response_format",
     ]
 )
 """Fields that change nothing here, or are read apart."""
@@ -29,7 +30,6 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "tools": ([], None),
     "tool_choice": ("none", "auto", None),
     "functions": ([], None),
-    "response_format": ({"type": "text"}, None),
     "modalities": (["text"], None),
     "best_of": (1, None),
     "echo": (False, None),
@@ -43,6 +43,8 @@ GENERATION = {
     "min_p": "min_p",
     "repetition_penalty": "repetition_penalty",
     "seed": "seed",
+    "regex": "regex",
+    "choices": "choices",
     "stop": "stop",
     "max_tokens": "max_new_tokens",
     "max_completion_tokens": "max_new_tokens",
@@ -183,6 +185,8 @@ def _request(
     for name, option in GENERATION.items():
         if fields.get(name) is not None:
             options[option] = fields[name]
+    if (schema := _schema(fields.get("response_format"))) is not None:
+        options["schema"] = schema
     try:
         config = GenerationConfig(**options)
     except ConfigError as error:
@@ -190,6 +194,21 @@ def _request(
     settings = fields.get("stream_options") or {}
     usage = isinstance(settings, dict) and settings.get("include_usage") is True
     return AnswerRequest(messages, prompt, config, logprobs, _flag(fields, "stream"), usage)
+
+
+def _schema(wanted: object) -> Mapping[str, Any] | None:
+    """The JSON schema of a ``response_format``; None where any text will do."""
+    match wanted:
+        case None | {"type": "text"}:
+            return None
+        case {"type": "json_object"}:
+            return {"type": "object"}
+        case {"type": "json_schema", "json_schema": {"schema": dict(schema)}}:
+            return schema
+    raise RequestError(
+        f"response_format is {shorten(wanted)}, expected the type text, json_object, or json_schema with a schema",
+        "response_format",
+    )
 
 
 def _fields(data: object, needed: str) -> dict[str, Any]:

@@ -72,13 +72,9 @@ def run_server(
         with residence.use():
             pass
         address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
-        tell(f"{name} is at {address}, for OpenAI's clients at {address}/v1; Ctrl-C stops")
-        if open_page:
-            webbrowser.open(address)  # waits in the backlog until the server is up
-        app = Server(name, tokenizer, residence, options).app()
         listening.listen(BACKLOG)
         config = uvicorn.Config(
-            app,
+            Server(name, tokenizer, residence, options).app(),
             http=HurriedProtocol,
             log_level="warning",
             access_log=False,
@@ -95,6 +91,9 @@ def run_server(
         # uvicorn hears them while it runs and raises them again at its end, which is the end that was asked for.
         for number in STOPPING:
             signal.signal(number, stop)
+        tell(f"{name} is at {address}, for OpenAI's clients at {address}/v1; Ctrl-C stops")
+        if open_page:
+            webbrowser.open(address)  # waits in the backlog until the server is up
         server.run(sockets=[listening])
 
 

@@ -115,6 +115,19 @@ class Tokenizer:
             if token.id >= pieces or token.id not in self.special_ids
         }
 
+    def surface_bytes(self, token: int) -> bytes:
+        """What a token adds to a text in UTF-8, its leading space included.
+
+        Nothing for one that is not a token, or is the byte of a space: of all spaces it alone would stay at the
+        beginning of a text, and pieces with a space do for the others.
+        """
+        if token in self.special_ids or token >= len(self.surfaces):
+            return b""
+        surface = self.surfaces[token]
+        if isinstance(surface, bytes):
+            return b"" if surface == b" " else surface
+        return surface.replace(SPACE, " ").encode()
+
     def encode_prompt(self, prompt: str, *, parse_special: bool = True) -> list[int]:
         """Ids of a prompt, with -200 for every image placeholder.
 

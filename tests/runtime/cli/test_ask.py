@@ -148,3 +148,14 @@ def test_interrupt(bundle_a1: Path) -> None:
     assert process.returncode == 130
     assert errors == "owl2: stopped\n"
     assert written.endswith("\n")
+
+
+def test_answers_that_follow_a_schema_a_list_or_an_expression(run: RunCommand, bundle_a1: Path, tmp_path: Path) -> None:
+    (tmp_path / "schema.json").write_text('{"type": "boolean"}')
+    assert run("ask", bundle_a1, "Sharp?", "--schema", tmp_path / "schema.json").stdout in ("true\n", "false\n")
+    assert run("ask", bundle_a1, "Sharp?", "--choice", "yes", "--choice", "no").stdout in ("yes\n", "no\n")
+    assert run("ask", bundle_a1, "Sharp?", "--regex", "[ab]c").stdout in ("ac\n", "bc\n")
+    for bad in (("--schema", tmp_path / "missing"), ("--regex", "(("), ("--regex", "a", "--choice", "b")):
+        result = run("ask", bundle_a1, "Sharp?", *bad)
+        assert result.exit_code != 0
+        assert "error: " in result.stderr.lower()

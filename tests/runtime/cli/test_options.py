@@ -51,5 +51,6 @@ def test_version(run: RunCommand) -> None:
 @pytest.mark.parametrize(("name", "arguments"), [("ask", ["bundle", "q"]), ("chat", ["bundle"])])
 def test_defaults_are_those_of_the_library(name: str, arguments: list[str]) -> None:
     given = cli.commands[name].make_context(name, arguments).params
-    config = GenerationConfig()
-    assert {field: given[field] for field in config.__slots__} == asdict(config)
+    config = asdict(GenerationConfig())
+    del config["top_logprobs"]  # nothing that the commands could show
+    assert {field: given[field] for field in config} == config

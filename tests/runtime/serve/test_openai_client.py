@@ -139,6 +139,20 @@ def test_files_of_the_allowed_folder_and_no_others(client: openai.OpenAI, tmp_pa
         answer("http://127.0.0.1/x.png")
 
 
+def test_json_that_follows_a_schema(owl: Owl2, client: openai.OpenAI) -> None:
+    schema = {"type": "object", "properties": {"sharp": {"type": "boolean"}}, "required": ["sharp"]}
+    expected = owl.chat().ask(QUESTION, schema=schema, max_new_tokens=200)
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    answer = ask(client, [{"role": "user", "content": QUESTION}], response_format=wanted, max_tokens=200)
+    assert answer.choices[0].message.content == expected.text
+    chosen = ask(client, [{"role": "user", "content": QUESTION}], extra_body={"choices": ["yes", "no"]})
+    assert chosen.choices[0].message.content in ("yes", "no")
+    unicorn = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "unicorn"}}}
+    for bad in (unicorn, {"type": "xml"}):
+        with pytest.raises(openai.BadRequestError, match=r"unicorn|xml"):
+            ask(client, [{"role": "user", "content": QUESTION}], response_format=bad)
+
+
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "n": ({"n": 2}, "one answer"),
     "temperature": ({"temperature": -1}, "temperature"),
@@ -199,6 +213,7 @@ def test_other_sites_and_names_are_refused(server: RunningServer) -> None:
         with pytest.raises(urllib.error.HTTPError) as refused:
             _get(f"{server.address}/v1/models", **headers)
         assert refused.value.code == 403
+        refused.value.close()
     assert json.loads(_get(f"{server.address}/health", Origin=server.address))["loaded"] is True
 
 
