@@ -83,8 +83,7 @@ def prepare_images(
     for source in as_list(images):
         encoded = as_encoded(source)
         if encoded is not None:
-            # Another name than that of the pixels: rounded rows are not those of an image that is encoded here.
-            prepared.append(PreparedImage(f"encoded {encoded.digest}", NO_PIXELS, encoded.record, encoded))
+            prepared.append(PreparedImage(encoded.name, NO_PIXELS, encoded.record, encoded))
             continue
         read = read_image(source, reading)  # type: ignore[arg-type]  # no EncodedImage any more
         pixels = preprocess(read.image, config, mode)
@@ -98,7 +97,7 @@ def as_encoded(source: GivenImage) -> EncodedImage | None:
     Raises:
         ImageError: the file is damaged.
     """
-    if isinstance(source, str | os.PathLike) and os.fspath(source).endswith(SUFFIX):
+    if isinstance(source, str | os.PathLike) and str(source).endswith(SUFFIX) and str(source)[:5].lower() != "data:":
         return EncodedImage.load(source)
     return source if isinstance(source, EncodedImage) else None
 

@@ -76,7 +76,7 @@ def restore_cache(stored: Stored, digests: Sequence[str], model: Loaded, cache: 
             pass
         case _:
             raise ForeignError("it does not say what its keys and values are")
-    if keys.ndim != 2 or keys.shape[1] != 2 or not 0 < len(keys) <= cache.context:
+    if keys.dtype != np.int32 or keys.ndim != 2 or keys.shape[1] != 2 or not 0 < len(keys) <= cache.context:
         raise ForeignError(f"it has {len(keys)} positions; the context holds {cache.context}")
     values, owners = keys[:, 0], keys[:, 1]
     limits = np.where(owners == TEXT, model.config.decoder.vocab_size, rows)

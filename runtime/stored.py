@@ -25,6 +25,7 @@ VERSION = 1
 LENGTH_BYTES = 8
 HEADER_BYTES = 64 << 20
 FILE_BYTES = 1 << 40
+DIMENSIONS = 8
 METADATA = "__metadata__"
 TYPES: dict[str, type[np.generic]] = {"F32": np.float32, "I32": np.int32, "U8": np.uint8, "F16": np.float16}
 NAMES = {np.dtype(kind): name for name, kind in TYPES.items()}
@@ -176,7 +177,8 @@ def _places(header: Mapping[str, Any]) -> dict[str, Place]:
         match entry:
             case {"dtype": str(kind), "shape": list(shape), "data_offsets": [int(first), int(stop)]} if (
                 kind in TYPES
-                and all(isinstance(length, int) and length >= 0 for length in shape)
+                and len(shape) <= DIMENSIONS
+                and all(isinstance(length, int) and 0 <= length < FILE_BYTES for length in shape)
                 and first == end
                 and stop - first == math.prod(shape) * np.dtype(TYPES[kind]).itemsize
             ):

@@ -119,6 +119,8 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per option
       curl http://127.0.0.1:8080/v1/chat/completions -H 'Content-Type: application/json' \\
         -d '{"messages": [{"role": "user", "content": "Hello!"}]}'
     """
+    if api_key is not None and not api_key.strip():
+        raise ConfigError("--api-key is empty; give one that cannot be guessed, or leave it out")
     if api_key is None and not _is_loopback(host):
         raise ConfigError(
             f"--host {host} lets other machines in: give an --api-key, which they must send, or leave --host out"

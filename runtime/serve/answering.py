@@ -7,6 +7,8 @@ import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import anyio
+
 from owl2.runtime.generate import Answer, Chunk, check_context
 from owl2.runtime.messages import read_turns, render_turns
 from owl2.runtime.serve.requests import AnswerRequest, RequestError
@@ -56,6 +58,8 @@ class Answering:
         self._open += 1
         try:
             async with self._places:
+                if self._stopping:
+                    raise RequestError("the server is stopping", status=503)
                 running = _Running(self._residence, request, asyncio.get_running_loop())
                 self._running.add(running)
                 late = RequestError(f"the answer took more than {self._seconds:g} s", status=504)
@@ -65,9 +69,10 @@ class Answering:
                 finally:
                     limit.cancel()
                     running.cancel()
-                    self._running.discard(running)
                     # Its cache is given back before the next one looks for it.
-                    await asyncio.shield(running.ended.wait())
+                    with anyio.CancelScope(shield=True):
+                        await running.ended.wait()
+                    self._running.discard(running)
         finally:
             self._open -= 1
 

@@ -10,12 +10,14 @@ import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import anyio
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
 from owl2.runtime.foreign import ForeignError, parse_json
@@ -38,6 +40,7 @@ from owl2.runtime.serve.responses import DONE, ChatFormat, CompletionFormat, err
 from owl2.runtime.serve.store import Store
 
 LOG = logging.getLogger("owl2.serve")
+Result = TypeVar("Result")
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -113,6 +116,10 @@ class Server:
         app.add_middleware(Guard, api_key=self._options.api_key, body_bytes=self._options.body_bytes)
         return app
 
+    async def stop(self) -> None:
+        """Take no further requests; answers may go on for a while, then they end."""
+        await self._answering.stop(self._options.stop_seconds)
+
     async def chat(self, request: Request) -> Response:
         """``/v1/chat/completions``."""
         data = await self._json(request)
@@ -187,16 +194,17 @@ class Server:
             yield
         finally:
             idling.cancel()
-            await self._answering.stop(self._options.stop_seconds)
-            await asyncio.to_thread(self._residence.close)
 
     async def _unload_when_idle(self) -> None:
         if self._options.idle_seconds is None:
             return
         while True:
             await asyncio.sleep(min(5.0, self._options.idle_seconds / 4))
-            if await asyncio.to_thread(self._residence.unload_if_idle):
-                LOG.info("nobody asked for %g s: the model's memory is given back", self._options.idle_seconds)
+            try:
+                if await asyncio.to_thread(self._residence.unload_if_idle):
+                    LOG.info("nobody asked for %g s: the model's memory is given back", self._options.idle_seconds)
+            except Exception:
+                LOG.exception("the model could not be unloaded")
 
     def _caught(self, handler: Handler) -> Handler:
         """The handler, with errors as responses."""
@@ -240,29 +248,24 @@ class Server:
 
     async def _respond(self, asked: AnswerRequest, form: ChatFormat | CompletionFormat, request: Request) -> Response:
         if not asked.stream:
-            return await self._whole(asked, form, request)
+            return await _unless_gone(request, self._whole(asked, form))
         events = self._events(asked, form)
-        first = await anext(events)  # what is refused at once gets a status of its own
-        return StreamingResponse(_chained(first, events), media_type="text/event-stream", headers=NO_CACHE)
+        # What is refused at once gets a status of its own.
+        first = await _unless_gone(request, anext(events))
+        return EventResponse(_chained(first, events), media_type="text/event-stream", headers=NO_CACHE)
 
-    async def _whole(self, asked: AnswerRequest, form: ChatFormat | CompletionFormat, request: Request) -> Response:
+    async def _whole(self, asked: AnswerRequest, form: ChatFormat | CompletionFormat) -> Response:
         chunks: list[Chunk] = []
-        gone = asyncio.create_task(_gone(request))
-        try:
-            async with self._answering.answer(asked) as events:
-                async for event in events:
-                    if gone.done():
-                        return Response(status_code=499)
-                    match event:
-                        case Chunk():
-                            chunks.append(event)
-                        case Answer():
-                            self._metrics.answered(event)
-                            reason = event.finish_reason
-                            return JSONResponse(form.whole(event.text, chunks, reason, event.stats), headers=NO_CACHE)
-        finally:
-            gone.cancel()
-        return Response(status_code=499)
+        async with self._answering.answer(asked) as events:
+            async for event in events:
+                match event:
+                    case Chunk():
+                        chunks.append(event)
+                    case Answer():
+                        self._metrics.answered(event)
+                        whole = form.whole(event.text, chunks, event.finish_reason, event.stats)
+                        return JSONResponse(whole, headers=NO_CACHE)
+        raise RequestError("the answer was cancelled", status=503)
 
     async def _events(self, asked: AnswerRequest, form: ChatFormat | CompletionFormat) -> AsyncIterator[bytes]:
         """A stream of an answer, errors in its course included."""
@@ -333,6 +336,32 @@ async def _chained(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[by
             yield part
     finally:
         await rest.aclose()  # type: ignore[attr-defined]
+
+
+async def _unless_gone(request: Request, awaitable: Awaitable[Result]) -> Result:
+    """The result, unless the client goes away first, which ends the work and raises ClientDisconnect."""
+    work, gone = asyncio.ensure_future(awaitable), asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise ClientDisconnect
+        return await work
+    finally:
+        gone.cancel()
+        if not work.done():
+            work.cancel()
+            await asyncio.wait({work})
+
+
+class EventResponse(StreamingResponse):
+    """A stream whose source is closed also where the client goes away while it is written to."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self.body_iterator.aclose()  # type: ignore[attr-defined]
 
 
 async def _gone(request: Request) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import secrets
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from owl2.runtime.errors import Owl2Error
 from owl2.runtime.families.mplug_owl2.positions import digests_of
 from owl2.runtime.foreign import ForeignError
 from owl2.runtime.kv_cache import Key, KvCache, common_prefix
@@ -29,15 +30,17 @@ class OnDisk:
         path: of the file.
         keys: that it holds.
         nbytes: of the file.
+        written: when.
     """
 
     path: Path
     keys: Sequence[Key]
     nbytes: int
+    written: float
 
 
 class DiskCaches:
-    """A folder of caches, the most recently used last; one thread at a time."""
+    """A folder of caches, the most recently used last; any thread may call."""
 
     def __init__(self, folder: Path, budget: int, model: Loaded) -> None:
         """Find what a server has left in ``folder``; what is damaged or of another bundle is deleted.
@@ -48,29 +51,43 @@ class DiskCaches:
             model: of the caches.
         """
         self._folder, self._budget, self._model = folder, budget, model
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._lock = threading.Lock()
         self._held: list[OnDisk] = []
-        for path in sorted(folder.glob(PATTERN), key=lambda path: path.stat().st_mtime):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for path in folder.glob(f".{PATTERN}.*.partial"):  # of a server that was killed
+            path.unlink(missing_ok=True)
+        for path in sorted(folder.glob(PATTERN)):
             self._find(path)
+        self._held.sort(key=lambda held: held.written)
 
     def shared(self, keys: Sequence[Key]) -> int:
         """Most positions that one of them shares with the beginning of a prompt."""
-        return max((common_prefix(held.keys, keys) for held in self._held), default=0)
+        with self._lock:
+            return max((common_prefix(held.keys, keys) for held in self._held), default=0)
 
-    def take(self, keys: Sequence[Key]) -> KvCache | None:
-        """Load the one that shares most with a prompt, and delete its file; None if it cannot be read."""
-        held = max(self._held, key=lambda held: common_prefix(held.keys, keys))
-        self._held.remove(held)
-        cache = self._model.new_cache()
-        try:
-            stored = read_stored(held.path, KIND)
-            restore_cache(stored, list(stored.description["images"]), self._model, cache)
-        except (ForeignError, Owl2Error, OSError, KeyError) as error:
-            LOG.warning("%s is left out: %s", held.path, error)
-            return None
-        finally:
-            held.path.unlink(missing_ok=True)
-        return cache
+    def take(self, keys: Sequence[Key], mostly: float) -> KvCache | None:
+        """Load the one that shares most with a prompt; None if it cannot be read, and is deleted.
+
+        Its file goes too where most of it is shared; otherwise it belongs to another conversation, which may go on.
+        """
+        with self._lock:
+            held = max(self._held, key=lambda held: common_prefix(held.keys, keys), default=None)
+            if held is None:
+                return None
+            self._held.remove(held)
+            cache = self._model.new_cache()
+            try:
+                stored = read_stored(held.path, KIND)
+                restore_cache(stored, list(stored.description["images"]), self._model, cache)
+            except Exception as error:  # whatever a file may hold
+                LOG.warning("%s is deleted: %s", held.path, error)
+                held.path.unlink(missing_ok=True)
+                return None
+            if common_prefix(held.keys, keys) >= mostly * len(held.keys):
+                held.path.unlink(missing_ok=True)
+            else:
+                self._held.append(held)
+            return cache
 
     def put(self, cache: KvCache) -> None:
         """Write a cache; the least recently used files go where there is no room."""
@@ -79,22 +96,26 @@ class DiskCaches:
         if state is None:
             return
         path = self._folder / f"{secrets.token_hex(8)}{PATTERN[1:]}"
+        keys = tuple(cache.keys)
         description = {"bundle": self._model.fingerprint, "cache": state, "images": digests}
         try:
             write_stored(path, KIND, Stored(description, arrays))
         except OSError as error:
             LOG.warning("a conversation's cache cannot be kept on the disk: %s", error)
             return
-        self._held.append(OnDisk(path, tuple(cache.keys), path.stat().st_size))
-        while sum(held.nbytes for held in self._held) > self._budget:
-            self._held.pop(0).path.unlink(missing_ok=True)
+        with self._lock:
+            self._held.append(OnDisk(path, keys, path.stat().st_size, time.time()))
+            while sum(held.nbytes for held in self._held) > self._budget:
+                self._held.pop(0).path.unlink(missing_ok=True)
 
     def _find(self, path: Path) -> None:
         try:
             description, keys = read_array(path, KIND, "keys")
             if description["bundle"] != self._model.fingerprint:
                 raise ForeignError("it is of another bundle")
-            self._held.append(OnDisk(path, named_keys(keys, description["images"]), path.stat().st_size))
-        except (ForeignError, OSError, KeyError, IndexError, TypeError) as error:
+            status = path.stat()
+            named = named_keys(keys, description["images"])
+            self._held.append(OnDisk(path, named, status.st_size, status.st_mtime))
+        except Exception as error:  # whatever a file may hold
             LOG.warning("%s is deleted: %s", path, error)
             path.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import ipaddress
 from collections.abc import Mapping
 from urllib.parse import unquote, urlsplit
 
@@ -16,7 +17,6 @@ OPEN = ("/health", "/", "/page.css", "/page.js")
 """Addresses without a key: the page asks for it."""
 COOKIE = "owl2_key"
 """Where the page keeps the key: images are shown by requests that carry no other header."""
-LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
 SECURITY_HEADERS = {
     b"content-security-policy": b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
     b"connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -24,6 +24,13 @@ SECURITY_HEADERS = {
     b"referrer-policy": b"no-referrer",
     b"cross-origin-resource-policy": b"same-origin",
 }
+
+
+def _is_local(name: str) -> bool:
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return name == "localhost"
 
 
 def _cookie(header: str) -> str:
@@ -56,17 +63,20 @@ class Guard:
         await self._app(scope, self._limited(receive), secured)
 
     def _refusal(self, path: str, headers: Mapping[str, str]) -> RequestError | None:
-        host = urlsplit(f"//{headers.get('host', '')}")
-        if self._api_key is None and host.hostname not in LOCAL:
+        try:
+            host, origin = urlsplit(f"//{headers.get('host', '')}"), urlsplit(headers.get("origin", ""))
+        except ValueError:
+            return RequestError("the headers Host and Origin cannot be read", status=400)
+        if self._api_key is None and not _is_local(host.hostname or ""):
             # Another site's name that leads here: the browser would send it our answers.
             return RequestError(f"this server answers as localhost only, not as {host.hostname}", status=403)
-        origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host.netloc:
+        if "origin" in headers and origin.netloc != host.netloc:
             return RequestError("requests from the pages of other sites are refused", status=403)
         if self._api_key is not None and path not in OPEN:
             scheme, _, key = headers.get("authorization", "").partition(" ")
-            given = key.strip() if scheme.lower() == "bearer" else unquote(_cookie(headers.get("cookie", "")))
-            if not hmac.compare_digest(given.encode(), self._api_key.encode()):
+            cookie = unquote(_cookie(headers.get("cookie", "")))
+            given = key.strip().encode("latin-1") if scheme.lower() == "bearer" else cookie.encode()
+            if not hmac.compare_digest(given, self._api_key.encode()):
                 return RequestError("the API key is missing or wrong", status=401)
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > self._body_bytes:

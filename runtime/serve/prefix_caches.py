@@ -22,53 +22,60 @@ class PrefixCaches:
         """Keep caches of ``model`` that take ``budget`` bytes at most; others go to ``disk``, if there is one."""
         self._model, self._budget, self._disk = model, budget, disk
         self._idle: list[KvCache] = []
+        self._nbytes = 0
         self._lock = threading.Lock()
 
     @property
     def nbytes(self) -> int:
         """Memory of the caches that wait."""
-        with self._lock:
-            return sum(cache.nbytes for cache in self._idle)
+        return self._nbytes
 
     def take(self, keys: Sequence[Key]) -> KvCache:
         """A cache with as much of a prompt's beginning as one holds, and nobody else's until :meth:`give_back`."""
         with self._lock:
-            shared, best = max(
-                ((cache.shared_prefix(keys), cache) for cache in self._idle),
-                key=lambda pair: pair[0],
-                default=(0, None),
-            )
-            if self._disk is not None and self._disk.shared(keys) >= shared + WORTH:
-                loaded = self._disk.take(keys)
-                if loaded is not None:
-                    return loaded
-            if best is None or shared < WORTH:
+            shared = max((cache.shared_prefix(keys) for cache in self._idle), default=0)
+        if self._disk is not None and self._disk.shared(keys) >= shared + WORTH:
+            loaded = self._disk.take(keys, MOSTLY)
+            if loaded is not None:
+                return loaded
+        with self._lock:
+            best = max(self._idle, key=lambda cache: cache.shared_prefix(keys), default=None)
+            if best is None or best.shared_prefix(keys) < WORTH:
                 return self._model.new_cache()
-            if shared >= MOSTLY * best.length:
-                self._idle.remove(best)
-                return best
-            # Most of it belongs to another conversation, which may go on.
-            copy = self._model.new_cache()
-            best.copy_to(copy)
             self._idle.remove(best)
-            self._idle.append(best)
-            return copy
+            if best.shared_prefix(keys) < MOSTLY * best.length:
+                # Most of it belongs to another conversation, which may go on.
+                copy = self._model.new_cache()
+                best.copy_to(copy)
+                self._idle.append(best)
+                best = copy
+            self._count()
+            return best
 
     def give_back(self, cache: KvCache) -> None:
         """Keep a cache for a later prompt; those that were not used for longest go where there is no room."""
+        leaving: list[KvCache] = []
         with self._lock:
             if cache.length:
                 self._idle.append(cache)
-            while self._idle and sum(one.nbytes for one in self._idle) > self._budget:
-                self._leave(self._idle.pop(0))
+            self._count()
+            while self._idle and self._nbytes > self._budget:
+                leaving.append(self._idle.pop(0))
+                self._count()
+        self._leave(leaving)
 
     def close(self) -> None:
         """Forget all, on the disk if there is one."""
         with self._lock:
-            while self._idle:
-                self._leave(self._idle.pop(0))
+            leaving, self._idle = self._idle, []
+            self._count()
+        self._leave(leaving)
 
-    def _leave(self, cache: KvCache) -> None:
-        if self._disk is not None and cache.length >= WORTH:
-            self._disk.put(cache)
-        cache.clear()
+    def _count(self) -> None:
+        self._nbytes = sum(cache.nbytes for cache in self._idle)
+
+    def _leave(self, caches: Sequence[KvCache]) -> None:
+        for cache in caches:
+            if self._disk is not None and cache.length >= WORTH:
+                self._disk.put(cache)
+            cache.clear()

@@ -120,7 +120,10 @@ class ImageSources:
             return url
         if url.startswith(PICTURE):
             return self.pictures.picture(url.removeprefix(PICTURE))
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+        except ValueError as error:
+            raise RequestError(f"the address of an image cannot be read: {error}", "messages") from error
         if parts.scheme not in ("", "file"):
             raise RequestError(
                 "this server fetches nothing; send the image itself as a data: URI (data:image/jpeg;base64,…)",
@@ -132,6 +135,8 @@ class ImageSources:
                 "messages",
             )
         path = Path(unquote(parts.path) if parts.scheme else url)
+        if "\0" in str(path):
+            raise RequestError("the name of the image has a byte 0", "messages")
         found = (self.folder / path).resolve()
         if not found.is_relative_to(self.folder.resolve()):
             raise RequestError("the file is outside of the folder that this server may read", "messages", 403)

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from owl2.runtime.engine import CLOSED
+from owl2.runtime.errors import BackendError
 from owl2.runtime.images import ImageEncoder
 from owl2.runtime.load import Loaded
 from owl2.runtime.serve.disk_caches import DiskCaches
@@ -54,6 +56,7 @@ class Residence:
         self._loading = threading.Lock()
         self._state = threading.Condition()
         self._users = 0
+        self._closed = False
         self._used = time.monotonic()
 
     @property
@@ -96,20 +99,29 @@ class Residence:
             return True
 
     def close(self) -> None:
-        """Give the memory back; answers that are being generated end with an error."""
+        """Give the memory back for good; answers that are being generated end with an error."""
         with self._loading, self._state:
+            self._closed = True
             self._close()
 
     def _open(self) -> Resident:
+        if self._closed:
+            raise BackendError(CLOSED)
         model = self._load()
         stepping = model.engine if hasattr(model.engine, "step") else None
         engine = SharedEngine(model.engine, stepping)  # type: ignore[arg-type]
         shared = replace(model, engine=engine, encoder=ImageEncoder(engine))
-        disk = None if self._disk is None else DiskCaches(*self._disk, shared)
+        try:
+            disk = None if self._disk is None else DiskCaches(*self._disk, shared)
+        except BaseException:
+            shared.close()
+            raise
         return Resident(shared, engine, PrefixCaches(shared, self._cache_bytes, disk))
 
     def _close(self) -> None:
-        if self._resident is not None:
-            self._resident.caches.close()
-            self._resident.model.close()
-            self._resident = None
+        resident, self._resident = self._resident, None
+        if resident is not None:
+            try:
+                resident.caches.close()
+            finally:
+                resident.model.close()

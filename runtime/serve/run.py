@@ -26,6 +26,19 @@ STOPPING = (signal.SIGINT, signal.SIGTERM)
 """Signals that end a server as people want it."""
 
 
+class StoppingServer(uvicorn.Server):
+    """Tells the answers that it stops: uvicorn itself would wait for them, and then cut them."""
+
+    def __init__(self, config: uvicorn.Config, handlers: Server) -> None:
+        super().__init__(config)
+        self._handlers = handlers
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        stopping = asyncio.create_task(self._handlers.stop())
+        await super().shutdown(sockets)
+        await stopping
+
+
 class HurriedProtocol(H11Protocol):
     """Closes connections whose first request does not come: each takes a file of the process."""
 
@@ -73,8 +86,9 @@ def run_server(
             pass
         address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
         listening.listen(BACKLOG)
+        handlers = Server(name, tokenizer, residence, options)
         config = uvicorn.Config(
-            Server(name, tokenizer, residence, options).app(),
+            handlers.app(),
             http=HurriedProtocol,
             log_level="warning",
             access_log=False,
@@ -83,7 +97,7 @@ def run_server(
             timeout_graceful_shutdown=int(options.stop_seconds) + 5,
             backlog=BACKLOG,
         )
-        server = uvicorn.Server(config)
+        server = StoppingServer(config, handlers)
 
         def stop(_number: int, _frame: FrameType | None) -> None:
             server.should_exit = True
@@ -94,7 +108,10 @@ def run_server(
         tell(f"{name} is at {address}, for OpenAI's clients at {address}/v1; Ctrl-C stops")
         if open_page:
             webbrowser.open(address)  # waits in the backlog until the server is up
-        server.run(sockets=[listening])
+        try:
+            server.run(sockets=[listening])
+        finally:
+            residence.close()  # also after a second Ctrl-C: caches go to the disk
 
 
 def _allow_files() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import secrets
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from owl2.runtime.serve.requests import RequestError
 
 NAME = re.compile(r"[0-9a-f]{16,64}")
 TITLE = 80
+KEPT_SECONDS = 24 * 3600
+"""A picture may be of a question that is still being written."""
 PRIVATE_FOLDER, PRIVATE_FILE = 0o700, 0o600
 CONVERSATIONS, PICTURES = "conversations", "pictures"
 
@@ -67,19 +71,22 @@ class Store:
         self.sweep()
 
     def sweep(self) -> None:
-        """Delete pictures that no conversation shows any more."""
+        """Delete pictures that no conversation shows any more, and that were not sent in the last day."""
         shown = set()
         for path in (self.folder / CONVERSATIONS).glob("*.json"):
             shown.update(re.findall(r"[0-9a-f]{64}", path.read_text(encoding="utf-8", errors="replace")))
         for path in (self.folder / PICTURES).iterdir():
-            if path.name not in shown:
-                path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # another request was quicker
+                if path.name not in shown and time.time() - path.stat().st_mtime > KEPT_SECONDS:
+                    path.unlink()
 
     def add_picture(self, content: bytes) -> str:
         """Keep a picture's file; returns its id, the same for the same content."""
         name = hashlib.sha256(content).hexdigest()
         path = self.picture(name)
-        if not path.exists():
+        try:
+            os.utime(path)  # it is shown again
+        except FileNotFoundError:
             _write(path, content)
         return name
 

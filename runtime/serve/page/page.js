@@ -1,6 +1,6 @@
 // The page of owl2 serve. Every text is set as text, never as HTML.
 const $ = (id) => document.getElementById(id);
-const state = { id: null, messages: [], pending: [], running: null };
+const state = { id: null, messages: [], pending: [], running: null, turn: 0, saving: Promise.resolve(), deleted: new Set() };
 
 function element(name, properties = {}, ...children) {
   const made = Object.assign(document.createElement(name), properties);
@@ -52,8 +52,9 @@ async function showList() {
     remove.setAttribute("aria-label", `Delete: ${entry.title}`);
     remove.onclick = async () => {
       if (!confirm(`Delete “${entry.title}”?`)) return;
-      await call(`/owl2/conversations/${entry.id}`, { method: "DELETE" });
+      state.deleted.add(entry.id);
       if (entry.id === state.id) begin();
+      await call(`/owl2/conversations/${entry.id}`, { method: "DELETE" });
       await showList();
     };
     return element("li", {}, open, remove);
@@ -62,8 +63,12 @@ async function showList() {
 
 async function openConversation(id) {
   stop();
+  const turn = ++state.turn;
   try {
+    await state.saving;
     const data = await (await call(`/owl2/conversations/${id}`)).json();
+    if (turn !== state.turn) return; // something else was opened meanwhile
+    stop();
     Object.assign(state, { id, messages: data.messages ?? [], pending: [] });
     location.hash = id;
     say("");
@@ -77,6 +82,7 @@ async function openConversation(id) {
 
 function begin() {
   stop();
+  state.turn++;
   Object.assign(state, { id: null, messages: [], pending: [] });
   location.hash = "";
   say("");
@@ -85,13 +91,15 @@ function begin() {
   $("question").focus();
 }
 
-async function save() {
-  if (!state.messages.length) return;
-  state.id ??= newId();
-  location.hash = state.id;
-  const body = JSON.stringify({ messages: state.messages });
-  await call(`/owl2/conversations/${state.id}`, { method: "PUT", headers: { "Content-Type": "application/json" }, body });
-  await showList();
+// One after the other, so that an older state never replaces a newer one.
+function save(id, messages) {
+  const body = JSON.stringify({ messages });
+  state.saving = state.saving.catch(() => {}).then(async () => {
+    if (state.deleted.has(id)) return;
+    await call(`/owl2/conversations/${id}`, { method: "PUT", headers: { "Content-Type": "application/json" }, body });
+    await showList();
+  });
+  return state.saving.catch((error) => say(`The conversation could not be saved: ${error.message}`, true));
 }
 
 // Messages
@@ -202,9 +210,11 @@ async function answer(goOn = false) {
   delete message.error;
   const controller = new AbortController();
   const seed = Math.floor(Math.random() * 2 ** 31);
-  const began = state.messages;
+  const [id, began] = [state.id ??= newId(), state.messages];
+  location.hash = id;
   state.running = controller;
   show();
+  save(id, began); // the question at least, whatever becomes of the answer
   const item = $("turns").lastElementChild.querySelector(".text");
   const body = JSON.stringify({
     messages, stream: true, stream_options: { include_usage: true }, seed,
@@ -232,14 +242,10 @@ async function answer(goOn = false) {
     if (error.name !== "AbortError") message.error = error.message;
   }
   if (state.running === controller) state.running = null;
-  if (state.messages !== began) return; // another conversation was opened meanwhile
-  if (!message.text && !message.error && message.stopped !== undefined && !whole) state.messages.pop();
-  show();
-  try {
-    await save();
-  } catch (error) {
-    say(`The conversation could not be saved: ${error.message}`, true);
-  }
+  if (began.at(-1) !== message) return; // it was taken back meanwhile
+  if (!message.text && !message.error && !whole) began.pop();
+  if (state.messages === began) show();
+  await save(id, began);
 }
 
 function stop() {
@@ -250,10 +256,12 @@ function stop() {
 // Images
 
 async function add(files) {
+  const target = state.messages;
   for (const file of files) {
     try {
       say(`Adding ${file.name || "image"} …`);
       const made = await (await call("/owl2/pictures", { method: "POST", body: file })).json();
+      if (state.messages !== target) return; // another conversation is shown now
       state.pending.push({ id: made.id, name: file.name || "image" });
       say("");
     } catch (error) {
@@ -317,7 +325,7 @@ for (const name of ["temperature", "length"]) {
 async function start() {
   try {
     const health = await (await call("/health")).json();
-    $("system").textContent = health.model ? `${health.model}, K/V cache ${health.kv_cache}, context ${health.context}` : "";
+    $("system").textContent = health.model;
     if (!health.loaded) say("The model is not in memory now; the first answer takes a little longer.");
     await showList();
     const wanted = location.hash.slice(1);
