@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from conftest import GOLDEN
 from serving import RunningServer, serving
 
 KEY = "secret"
@@ -145,3 +146,60 @@ def test_another_interface_needs_a_key(bundle_a1: Path, tmp_path: Path) -> None:
         serving(bundle_a1, tmp_path / "store", "--host", "0.0.0.0"),
     ):
         pass
+
+
+def test_an_empty_key_is_no_key(bundle_a1: Path, tmp_path: Path) -> None:
+    options = ("--host", "0.0.0.0", "--api-key", "")
+    with pytest.raises(AssertionError, match="is empty"), serving(bundle_a1, tmp_path / "store", *options):
+        pass
+
+
+def test_clients_that_leave_before_their_turn_take_no_place(strict: RunningServer) -> None:
+    body = json.dumps({**ASK, "max_tokens": 4000}).encode()
+    for stream in (b"", b"stream"):
+        for _ in range(6):
+            with _connected(strict) as raw:
+                data = body.replace(b'"max_tokens"', b'"stream": true, "max_tokens"') if stream else body
+                raw.sendall(_head(f"Content-Length: {len(data)}") + data)
+        until = time.monotonic() + 10
+        while send(strict)[0] == 429:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+
+
+def test_the_end_is_told_to_those_who_wait(bundle_a1: Path, tmp_path: Path) -> None:
+    """SIGTERM: running answers end by themselves or with an error event, waiting ones are refused; exit code 0."""
+    with serving(bundle_a1, tmp_path / "store", "--max-active", "1") as server:
+        long = {**ASK, "max_tokens": 4000, "temperature": 1.5}
+        results: list[int] = []
+
+        def one() -> None:
+            with contextlib.suppress(OSError):
+                results.append(send(server, data=long)[0])
+
+        threads = [threading.Thread(target=one) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.2)
+        assert server.stop() == 0
+        for thread in threads:
+            thread.join()
+        assert set(results) <= {200, 503}
+        assert "Traceback" not in server.log.read_text()
+
+
+def test_pictures_that_are_not_shown_yet_are_kept(strict: RunningServer) -> None:
+    image = next(iter(sorted((GOLDEN / "images").glob("*.png")))).read_bytes()
+    status, made = send(strict, "/owl2/pictures", image)
+    assert status == 200
+    name = "0123456789abcdef"
+    url = f"{strict.address}/owl2/conversations/{name}"
+    for method, body in (("PUT", b'{"messages": []}'), ("DELETE", None)):
+        request = urllib.request.Request(url, data=body, method=method, headers={"Authorization": f"Bearer {KEY}"})
+        with urllib.request.urlopen(request) as response:
+            assert response.status == 204
+    picture = urllib.request.Request(
+        f"{strict.address}/owl2/pictures/{made['id']}", headers={"Authorization": f"Bearer {KEY}"}
+    )
+    with urllib.request.urlopen(picture) as response:
+        assert response.read() == image

@@ -148,6 +148,33 @@ def test_the_page_asks_for_the_key(browser: Browser, bundle_a1: Path, tmp_path: 
         context.close()
 
 
+def test_nothing_is_lost_when_something_else_is_done_meanwhile(page: Page) -> None:
+    short(page, 200)
+    for number in range(3):
+        page.get_by_label("Question", exact=True).fill(f"Unfinished {number}")
+        page.get_by_role("button", name="Ask").click()
+        page.get_by_role("button", name="New conversation").click()
+    for number in range(3):
+        page.locator("#list").get_by_text(f"Unfinished {number}").wait_for()
+    # One conversation is opened right after another: the later one is shown.
+    names = ["Unfinished 0", "Unfinished 2", "Unfinished 1"]
+    for name in names:
+        page.locator("#list").get_by_text(name, exact=True).click()
+    page.locator("#turns .user .text", has_text=names[-1]).wait_for()
+    short(page, 6)
+    # Again and Edit, while an answer runs.
+    ask(page, "Second")
+    before = page.locator("#turns > li").count()
+    for _ in range(3):
+        page.get_by_role("button", name="Again").last.click()
+    page.get_by_role("button", name="Stop").wait_for(state="hidden")
+    assert page.locator("#turns > li").count() == before
+    assert answers(page)[-1]
+    page.reload()
+    page.locator("#turns > li").nth(before - 1).wait_for()
+    assert answers(page)[-1]
+
+
 def test_hostile_texts_are_text(page: Page) -> None:
     short(page, 4)
     hostile = '<img src=x onerror="document.title=1"><script>document.title=2</script>[x](javascript:alert(1))'
