@@ -91,8 +91,9 @@ class Server:
     """A server in a process of its own."""
 
     def __init__(self, bundle: Path, folder: Path) -> None:
-        command = [sys.executable, "-m", "owl2.runtime", "serve", bundle, "--port", "0", "--store", folder / "store"]
-        self.process = subprocess.Popen([*command, "--cache", "200MiB", "--disk-cache", "1GiB"], stderr=subprocess.PIPE)
+        command = [sys.executable, "-m", "owl2.runtime", "serve", str(bundle), "--port", "0", "--cache", "200MiB"]
+        command += ["--store", str(folder / "store"), "--disk-cache", "1GiB"]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE)
         assert self.process.stderr is not None
         for line in self.process.stderr:
             found = re.search(rb"is at (http\S+),", line)

@@ -51,7 +51,7 @@ def valid(value: Any, schema: dict[str, Any]) -> bool:
 @pytest.mark.parametrize("seed", [None, 1, 2])
 @pytest.mark.parametrize("schema", SCHEMAS, ids=[str(index) for index in range(len(SCHEMAS))])
 def test_answers_follow_a_schema(owl: Owl2, schema: dict[str, Any], seed: int | None) -> None:
-    options = {} if seed is None else {"temperature": 2.0, "top_k": 0, "seed": seed}
+    options: dict[str, Any] = {} if seed is None else {"temperature": 2.0, "top_k": 0, "seed": seed}
     answer = owl.chat().ask("How good is it?", schema=schema, max_new_tokens=LONG, **options)
     assert answer.finish_reason == "stop"
     assert valid(json.loads(answer.text), schema)
