@@ -88,7 +88,8 @@ class Manifest:
             require(kv_type in spec.DECODER_GRAPHS, f"kv_cache: {shorten(kv_type)} is not known; known: {known}")
         require(self.activations in self.kv_cache, f"kv_cache: {self.activations}, the type of activations, is missing")
         for name, minimum in (("minimum_onnxruntime", self.minimum_onnxruntime), *self.kv_cache.items()):
-            require(VERSION.fullmatch(minimum) is not None, f"{name} {shorten(minimum)} is not a version such as 1.22")
+            fits = not minimum or VERSION.fullmatch(minimum) is not None  # none where ONNX Runtime runs no such graph
+            require(fits, f"{name} {shorten(minimum)} is not a version such as 1.22")
         require_file_names(self.files, "files")
         require_file_names(self.engines, "engines")
         require(spec.MANIFEST not in self.files, f"files: {spec.MANIFEST} cannot list itself")

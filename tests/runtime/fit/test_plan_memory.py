@@ -33,6 +33,8 @@ DECODER = DecoderConfig(
 )
 CONTEXT = 768
 MIB = 1 << 20
+SESSION = 12 * MIB
+"""What a session of ONNX Runtime takes besides, at most."""
 READ = """
 import re, sys, json
 from pathlib import Path
@@ -129,9 +131,10 @@ def test_a_decoder_takes_what_is_estimated(planned: Plan, tmp_path: Path, stored
     shape = json.dumps({name: getattr(DECODER, name) for name in DECODER.__slots__})
     loaded, grown = np.array(measured(RUN_DECODER, path, shape, CONTEXT))
     weights, kv, prefill = (parts[name] for name in ("decoder weights", "K/V cache", "prefill"))
-    assert weights.least - 2 * MIB < loaded < most * weights.size + 12 * MIB
+    assert weights.least - 2 * MIB < loaded < most * weights.size + SESSION
     assert grown > kv.least + prefill.least
-    assert loaded + grown == pytest.approx(weights.size + kv.size + prefill.size, rel=0.15)
+    estimated = weights.size + kv.size + prefill.size
+    assert 0.85 * estimated < loaded + grown < 1.15 * estimated + SESSION
 
 
 def test_the_sample_bundle_takes_what_is_estimated(planned: Plan, sample_bundle: Path) -> None:
