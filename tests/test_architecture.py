@@ -20,12 +20,12 @@ from owl2.runtime import errors
 from owl2.runtime.backends.native.support import is_installed
 
 RUNTIME_DEPENDENCIES = {
-    "click", "llguidance", "matplotlib", "numpy", "onnxruntime", "packaging", "PIL", "pillow_heif", "platformdirs",
+    "anyio", "click", "llguidance", "matplotlib", "numpy", "onnxruntime", "packaging", "PIL", "pillow_heif", "platformdirs",
     "prometheus_client", "psutil", "sentencepiece", "starlette", "typing_extensions", "uvicorn",
 }  # fmt: skip
 """Packages that the runtime may import: ``packaging`` comes with ONNX Runtime, ``psutil`` is for Windows,
-``matplotlib`` only for a plot, ``llguidance`` for grammars, ``starlette``, ``uvicorn`` and ``prometheus_client`` for
-the server."""
+``matplotlib`` only for a plot, ``llguidance`` for grammars, ``starlette`` with ``anyio``,
+``uvicorn`` and ``prometheus_client`` for the server."""
 
 ROOMS = {
     "runtime": "",
