@@ -20,8 +20,8 @@ from owl2.runtime import errors
 from owl2.runtime.backends.native.support import is_installed
 
 RUNTIME_DEPENDENCIES = {
-    "anyio", "click", "llguidance", "matplotlib", "numpy", "onnxruntime", "packaging", "PIL", "pillow_heif", "platformdirs",
-    "prometheus_client", "psutil", "sentencepiece", "starlette", "typing_extensions", "uvicorn",
+    "anyio", "click", "llguidance", "matplotlib", "numpy", "onnxruntime", "packaging", "PIL", "pillow_heif",
+    "platformdirs", "prometheus_client", "psutil", "sentencepiece", "starlette", "typing_extensions", "uvicorn",
 }  # fmt: skip
 """Packages that the runtime may import: ``packaging`` comes with ONNX Runtime, ``psutil`` is for Windows,
 ``matplotlib`` only for a plot, ``llguidance`` for grammars, ``starlette`` with ``anyio``,
