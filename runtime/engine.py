@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeVar, get_args
 
@@ -27,7 +27,6 @@ PREFILL_BLOCK = 256
 """New positions of a prefill step, where a backend has no reason for another number."""
 CLOSED = "this model was closed; load the bundle again"
 """Message of the BackendError that every call raises after :meth:`Engine.close`."""
-NOT_SAVED = "keys and values cannot be saved or loaded on this device; save the messages alone"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +108,22 @@ class KvContent:
     parts: Mapping[str, NDArray[np.uint8]]
 
 
+@dataclass(frozen=True)
+class KvTransfer:
+    """How keys and values leave an engine's buffers and return.
+
+    Attributes:
+        form: of the :class:`KvContent` that is read, and the only one that may be written.
+        read: keys and values of the first positions.
+        write: buffers with room for so many positions that begin with the content; raises ValueError if it has not the
+            shape of the model's.
+    """
+
+    form: str
+    read: Callable[[KvBuffers, int], KvContent]
+    write: Callable[[KvContent, int], KvBuffers]
+
+
 def check_threads(threads: int | None) -> None:
     """Refuse a number of threads that no machine like this one can use.
 
@@ -144,20 +159,6 @@ def own(buffers: KvBuffers, expected: type[Buffers], total: int = 0) -> Buffers:
     return buffers
 
 
-def check_content(content: KvContent, form: str | None, capacity: int) -> None:
-    """Refuse keys and values that buffers of ``form`` with room for ``capacity`` positions cannot hold.
-
-    Raises:
-        BackendError: they are of another form.
-        ConfigError: they are too many.
-    """
-    if form is None:
-        raise BackendError(NOT_SAVED)
-    if content.form != form:
-        raise BackendError(f"keys and values in {content.form} cannot be loaded into a K/V cache in {form}")
-    require(content.positions <= capacity, f"{content.positions} positions do not fit K/V buffers of {capacity}")
-
-
 class DecoderEngine(Protocol):
     """Runs the decoder graph. Arrays in, arrays out, the K/V buffers explicit.
 
@@ -170,22 +171,8 @@ class DecoderEngine(Protocol):
         """Buffers for ``capacity`` positions that begin with the content of ``previous``."""
 
     @property
-    def kv_form(self) -> str | None:
-        """The form of :class:`KvContent` of this engine's buffers; None if they cannot be read and written."""
-
-    def read_kv(self, buffers: KvBuffers, positions: int) -> KvContent:
-        """The keys and values of the first positions.
-
-        Raises:
-            BackendError: :attr:`kv_form` is None.
-        """
-
-    def write_kv(self, content: KvContent, capacity: int) -> KvBuffers:
-        """Buffers for ``capacity`` positions that begin with ``content``.
-
-        Raises:
-            BackendError: :attr:`kv_form` is None, or another.
-        """
+    def kv_transfer(self) -> KvTransfer | None:
+        """How keys and values leave the buffers and return; None if they cannot."""
 
     def prefill(
         self,

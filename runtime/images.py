@@ -17,7 +17,7 @@ from owl2.runtime.encoded import SUFFIX, EncodedImage
 from owl2.runtime.engine import Engine, Floats
 from owl2.runtime.errors import ImageError
 from owl2.runtime.foreign import shorten
-from owl2.runtime.image_files import ImageInput, ImageRecord, held, is_image
+from owl2.runtime.image_files import ImageInput, ImageRecord, ReadImage, held, is_image
 from owl2.runtime.preprocess import UPRIGHT, ImageReading, digest, load_image, preprocess, read_image
 
 GivenImage: TypeAlias = ImageInput | EncodedImage
@@ -81,25 +81,26 @@ def prepare_images(
     require(isinstance(reading, ImageReading), f"reading must be an ImageReading, got {shorten(reading)}")
     prepared = []
     for source in as_list(images):
-        encoded = as_encoded(source)
-        if encoded is not None:
-            prepared.append(PreparedImage(encoded.name, NO_PIXELS, encoded.record, encoded))
+        read = open_image(source, reading)
+        if isinstance(read, EncodedImage):
+            prepared.append(PreparedImage(read.name, NO_PIXELS, read.record, read))
             continue
-        read = read_image(source, reading)  # type: ignore[arg-type]  # no EncodedImage any more
         pixels = preprocess(read.image, config, mode)
         prepared.append(PreparedImage(digest(pixels), pixels, read.record))
     return prepared
 
 
-def as_encoded(source: GivenImage) -> EncodedImage | None:
-    """The encoded image that is given, itself or by the name of its file; None for one that is not encoded.
+def open_image(source: GivenImage, reading: ImageReading) -> ReadImage | EncodedImage:
+    """Read an image, or one that was encoded before, which is given itself or by the name of its file.
 
     Raises:
-        ImageError: the file is damaged.
+        ImageError: it cannot be read.
     """
+    if isinstance(source, EncodedImage):
+        return source
     if isinstance(source, str | os.PathLike) and str(source).endswith(SUFFIX) and str(source)[:5].lower() != "data:":
         return EncodedImage.load(source)
-    return source if isinstance(source, EncodedImage) else None
+    return read_image(source, reading)
 
 
 class ImageEncoder:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from owl2.runtime.config import require
-from owl2.runtime.engine import Engine, KvBuffers, KvContent
-from owl2.runtime.errors import ContextOverflowError, Owl2Error
+from owl2.runtime.engine import Engine, KvBuffers, KvContent, KvTransfer
+from owl2.runtime.errors import BackendError, ContextOverflowError, Owl2Error
 
 Key = int | tuple[str, int]
 """Content of a position: a token id, or a row of an image as (digest of its pixels, row)."""
@@ -68,7 +68,7 @@ class KvCache:
             BackendError: the device cannot give them.
         """
         require(0 < positions <= self.length, f"the cache holds {self.length} positions, not {positions}")
-        return self._engine.read_kv(self._reserve(0), positions)
+        return self._transfer().read(self._reserve(0), positions)
 
     def restore(self, keys: Sequence[Key], content: KvContent, longest: int) -> None:
         """Fill this cache, which is empty, with what another one held.
@@ -79,11 +79,15 @@ class KvCache:
             longest: of the other cache.
 
         Raises:
-            BackendError: the device cannot hold them.
+            BackendError: the device cannot take them, or they are in another form.
             ValueError: they have not the shape of this model's.
         """
-        capacity = min(self.context, -(-(len(keys) + 1) // GROWTH) * GROWTH)
-        self._buffers = self._engine.write_kv(content, capacity)
+        transfer = self._transfer()
+        if content.form != transfer.form:
+            raise BackendError(
+                f"keys and values in {content.form} cannot be loaded into a K/V cache in {transfer.form}"
+            )
+        self._buffers = transfer.write(content, self._room_for(len(keys) + 1))
         self._keys, self.longest = list(keys), longest
 
     def claim(self) -> Claim:
@@ -112,9 +116,18 @@ class KvCache:
                 "shorten the prompt, start a new chat or, where the model allows it, load with a larger context",
             )
         if self._buffers is None or self._buffers.capacity < needed:
-            capacity = min(self.context, -(-needed // GROWTH) * GROWTH)
-            self._buffers = self._engine.allocate(capacity, self._buffers)
+            self._buffers = self._engine.allocate(self._room_for(needed), self._buffers)
         return self._buffers
+
+    def _room_for(self, positions: int) -> int:
+        """Capacity of buffers for at least so many positions, or for the whole context."""
+        return min(self.context, -(-positions // GROWTH) * GROWTH)
+
+    def _transfer(self) -> KvTransfer:
+        transfer = self._engine.kv_transfer
+        if transfer is None:
+            raise BackendError("keys and values cannot be saved or loaded on this device; save the messages alone")
+        return transfer
 
     def _commit(self, keys: Sequence[Key]) -> None:
         self.longest = max(self.longest, self.length + len(keys))  # first: it may be too large, but not too small

@@ -28,7 +28,7 @@ def stored_cache(
         cache: up to the first position of an image without a number.
         numbers: of the images, by digest.
     """
-    keys = _known(cache.keys, numbers) if model.engine.kv_form is not None else []
+    keys = _known(cache.keys, numbers) if model.engine.kv_transfer is not None else []
     if not keys:
         return None, {}
     content = cache.content(len(keys))

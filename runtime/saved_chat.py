@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,14 +92,8 @@ def saved_messages(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     with reading(path, SavedChatError, "there is no other copy of its text"):
         description = read_description(Path(path), KIND)
         turns = [_turn(turn, None) for turn in _list(description, "turns")]
-    return [
-        message
-        for turn in turns
-        for message in (
-            {"role": "user", "content": turn.question.replace(IMAGE_TOKEN, "") or "(an image)"},
-            {"role": "assistant", "content": turn.answer},
-        )
-    ]
+    texts = (replace(turn, question=turn.question.replace(IMAGE_TOKEN, "") or "(an image)") for turn in turns)
+    return [message for turn in texts for message in turn.messages()]
 
 
 def _list(data: Mapping[str, Any], name: str) -> list[Any]:

@@ -7,11 +7,12 @@ is ever executed or unpickled.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -59,7 +60,7 @@ class Place:
 
 
 def write_stored(path: Path, kind: str, content: Stored) -> None:
-    """Write a file as a whole or not at all: under another name first, then in the place of an older one.
+    """Write a file as a whole or not at all.
 
     Raises:
         OSError: it cannot be written.
@@ -83,19 +84,34 @@ def write_stored(path: Path, kind: str, content: Stored) -> None:
     header[METADATA] = metadata | {"hash": _hash_of(header, metadata)}
     text = json.dumps(header, ensure_ascii=False).encode()
     text += b" " * (-len(text) % 64 + 64 - LENGTH_BYTES)  # arrays begin where any type may
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    start = len(text).to_bytes(LENGTH_BYTES, "little") + text
+    write_whole(path, itertools.chain([start], map(_bytes, content.arrays.values())))
+
+
+def write_whole(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+    """Write a file for its owner alone, as a whole or not at all: under another name, then in the older one's place.
+
+    A process that is killed leaves a file of the pattern :func:`partial_of` at most.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    partial = path.with_name(partial_of(path.name).replace("*", secrets.token_hex(4)))
     try:
         with open(partial, "wb", opener=lambda name, flags: os.open(name, flags | os.O_EXCL, PRIVATE)) as file:
-            file.write(len(text).to_bytes(LENGTH_BYTES, "little"))
-            file.write(text)
-            for array in content.arrays.values():
-                file.write(_bytes(array))
+            for part in parts:
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def partial_of(pattern: str) -> str:
+    """Pattern of the names under which files of this pattern are written."""
+    return f".{pattern}.*.partial"
 
 
 def read_stored(path: Path, kind: str) -> Stored:

@@ -27,8 +27,7 @@ from owl2.runtime.backends.ort.engine import OrtEngine
 from owl2.runtime.backends.ort.session import OrtOptions
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.cancellation import NEVER, Cancellation
-from owl2.runtime.engine import NOT_SAVED, EngineOptions, Floats, Ints, KvBuffers, KvContent
-from owl2.runtime.errors import BackendError
+from owl2.runtime.engine import EngineOptions, Floats, Ints, KvBuffers
 from owl2.runtime.evaluation.divergence import row_kl
 from owl2.runtime.families.mplug_owl2.template import Message, render, with_images
 from owl2.runtime.generate import prompt_logits
@@ -108,15 +107,7 @@ class EvenRows:
         asked = np.concatenate([logit_rows, logit_rows[-1:]]) if len(logit_rows) % 2 else logit_rows
         return self._engine.prefill(rows, kinds, past, buffers, asked, cancellation)[: len(logit_rows)]
 
-    kv_form = None
-
-    def read_kv(self, buffers: KvBuffers, positions: int) -> KvContent:
-        """Nothing is saved here."""
-        raise BackendError(NOT_SAVED)
-
-    def write_kv(self, content: KvContent, capacity: int) -> KvBuffers:
-        """Nothing is loaded here."""
-        raise BackendError(NOT_SAVED)
+    kv_transfer = None
 
     def decode(self, embeds: Floats, past: int, buffers: KvBuffers, cancellation: Cancellation = NEVER) -> Floats:
         """As that of an engine."""

@@ -19,8 +19,8 @@ from owl2.export.checkpoint.naming import TABLE
 from owl2.quant.models.mplug_owl2 import DecoderLayer, Routing
 from owl2.quant.models.mplug_owl2.decoder import KeyValue, rotary_slice
 from owl2.runtime.cancellation import NEVER, Cancellation
-from owl2.runtime.engine import NOT_SAVED, PREFILL_BLOCK, Floats, Ints, KvBuffers, KvContent, own
-from owl2.runtime.errors import BackendError, Owl2Warning
+from owl2.runtime.engine import PREFILL_BLOCK, Floats, Ints, KvBuffers, own
+from owl2.runtime.errors import Owl2Warning
 from owl2.runtime.images import ImageEncoder
 from owl2.runtime.load import Loaded
 from owl2.runtime.token_table import ArrayTable
@@ -68,13 +68,7 @@ class TorchEngine:
     def allocate(self, capacity: int, previous: KvBuffers | None) -> TorchBuffers:
         return TorchBuffers(capacity, list(previous.presents) if isinstance(previous, TorchBuffers) else [])
 
-    kv_form = None
-
-    def read_kv(self, buffers: KvBuffers, positions: int) -> KvContent:
-        raise BackendError(NOT_SAVED)
-
-    def write_kv(self, content: KvContent, capacity: int) -> KvBuffers:
-        raise BackendError(NOT_SAVED)
+    kv_transfer = None
 
     @torch.no_grad()
     def prefill(

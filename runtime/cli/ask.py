@@ -21,8 +21,7 @@ from owl2.runtime.cli.console import (
 from owl2.runtime.cli.input import read_text
 from owl2.runtime.cli.options import Options, bundle_argument, model_options
 from owl2.runtime.cli.types import PATH
-from owl2.runtime.images import as_encoded
-from owl2.runtime.preprocess import read_image
+from owl2.runtime.images import open_image
 
 
 @click.command()
@@ -47,9 +46,7 @@ def ask(options: Options, bundle: Path, question: str, images: tuple[Path, ...],
       owl2 ask bundle/ - --image page.png --json < question.txt
     """
     text = read_text().strip() if question == "-" else question
-    opened = [
-        as_encoded(path) or read_image(path, options.reading) for path in images
-    ]  # before the model, which may take long to load
+    opened = [open_image(path, options.reading) for path in images]  # before the model, which may take long to load
     for path, image in zip(images, opened):
         notice_image(str(path), image.record)
     began = time.perf_counter()

@@ -31,9 +31,9 @@ from owl2.runtime.encoded import EncodedImage
 from owl2.runtime.errors import ContextOverflowError, ImageError, Owl2Error
 from owl2.runtime.generate import Answer
 from owl2.runtime.image_files import ReadImage
-from owl2.runtime.images import as_encoded
+from owl2.runtime.images import open_image
 from owl2.runtime.owl import Owl2
-from owl2.runtime.preprocess import ImageReading, preprocess, read_image
+from owl2.runtime.preprocess import ImageReading, preprocess
 from owl2.runtime.saved_chat import SUFFIX
 from owl2.runtime.version import __version__
 
@@ -219,8 +219,7 @@ def _path(argument: str, command: str) -> Path:
 def _image(state: ChatState, argument: str) -> None:
     if not argument:
         raise Owl2Error("/image needs the path of an image, as in /image ~/cat.jpg")
-    encoded = as_encoded(os.path.expanduser(argument))  # noqa: PTH111
-    image = encoded or _open(argument, state.options.reading)
+    image = _open(argument, state.options.reading)
     # Now, not with the question: an image that cannot be used must not block later ones.
     if isinstance(image, ReadImage):
         preprocess(image.image, state.owl.config.preprocess, state.options.preprocess)
@@ -231,16 +230,16 @@ def _image(state: ChatState, argument: str) -> None:
     notice(_attached(state))
 
 
-def _open(text: str, reading: ImageReading) -> ReadImage:
+def _open(text: str, reading: ImageReading) -> ReadImage | EncodedImage:
     """Read an image whose path is written as people type or drop it: with ``~``, quoted or escaped."""
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         text = text[1:-1]
     try:
-        return read_image(os.path.expanduser(text), reading)  # noqa: PTH111 - Path's own raises for an unknown ~user
+        return open_image(os.path.expanduser(text), reading)  # noqa: PTH111 - Path's own raises for an unknown ~user
     except ImageError:
         if "\\" not in text:
             raise
-    return read_image(os.path.expanduser(re.sub(r"\\(.)", r"\1", text)), reading)  # noqa: PTH111
+    return open_image(os.path.expanduser(re.sub(r"\\(.)", r"\1", text)), reading)  # noqa: PTH111
 
 
 def _stats(state: ChatState) -> None:

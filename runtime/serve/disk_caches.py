@@ -15,7 +15,7 @@ from owl2.runtime.foreign import ForeignError
 from owl2.runtime.kv_cache import Key, KvCache, common_prefix
 from owl2.runtime.load import Loaded
 from owl2.runtime.saved_cache import named_keys, restore_cache, stored_cache
-from owl2.runtime.stored import Stored, read_array, read_stored, write_stored
+from owl2.runtime.stored import Stored, partial_of, read_array, read_stored, write_stored
 
 KIND = "cache"
 PATTERN = "*.owl2cache"
@@ -54,7 +54,7 @@ class DiskCaches:
         self._lock = threading.Lock()
         self._held: list[OnDisk] = []
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for path in folder.glob(f".{PATTERN}.*.partial"):  # of a server that was killed
+        for path in folder.glob(partial_of(PATTERN)):  # of a server that was killed
             path.unlink(missing_ok=True)
         for path in sorted(folder.glob(PATTERN)):
             self._find(path)
@@ -91,12 +91,12 @@ class DiskCaches:
 
     def put(self, cache: KvCache) -> None:
         """Write a cache; the least recently used files go where there is no room."""
-        digests = digests_of(cache.keys)
+        keys = cache.keys
+        digests = digests_of(keys)
         state, arrays = stored_cache(self._model, cache, {digest: number for number, digest in enumerate(digests)})
         if state is None:
             return
         path = self._folder / f"{secrets.token_hex(8)}{PATTERN[1:]}"
-        keys = tuple(cache.keys)
         description = {"bundle": self._model.fingerprint, "cache": state, "images": digests}
         try:
             write_stored(path, KIND, Stored(description, arrays))

@@ -54,7 +54,7 @@ class Residence:
         self._load, self._cache_bytes, self._idle_seconds, self._disk = load, cache_bytes, idle_seconds, disk
         self._resident: Resident | None = None
         self._loading = threading.Lock()
-        self._state = threading.Condition()
+        self._state = threading.Lock()
         self._users = 0
         self._closed = False
         self._used = time.monotonic()
@@ -74,12 +74,10 @@ class Residence:
     def use(self) -> Iterator[Resident]:
         """The model, loaded if it is not, and kept meanwhile; raises what loading raises."""
         with self._loading:
+            if self._resident is None:
+                self._resident = self._open()
+            resident = self._resident
             with self._state:
-                resident = self._resident
-            if resident is None:
-                resident = self._open()
-            with self._state:
-                self._resident = resident
                 self._users += 1
         try:
             yield resident
@@ -87,7 +85,6 @@ class Residence:
             with self._state:
                 self._users -= 1
                 self._used = time.monotonic()
-                self._state.notify_all()
 
     def unload_if_idle(self) -> bool:
         """Give the memory back if nobody has used the model for long enough; returns whether it was."""

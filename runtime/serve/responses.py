@@ -23,8 +23,14 @@ from owl2.runtime.families.mplug_owl2.tokenizer_files import SPACE
 from owl2.runtime.generate import Chunk, FinishReason, Stats
 from owl2.runtime.serve.requests import RequestError
 
-FINISH: Mapping[FinishReason, str] = {"stop": "stop", "length": "length", "context": "length", "cancelled": "stop"}
-"""OpenAI's word for the end of an answer."""
+FINISH: Mapping[FinishReason | None, str | None] = {
+    None: None,
+    "stop": "stop",
+    "length": "length",
+    "context": "length",
+    "cancelled": "stop",
+}
+"""OpenAI's word for the end of an answer; None for a token that is not the last."""
 Json = dict[str, Any]
 
 
@@ -49,24 +55,21 @@ def error_body(error: Exception) -> tuple[int, Json]:
     return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def usage(stats: Stats) -> Json:
-    """Token counts; image rows count as tokens of the prompt."""
-    return {
+def figures(stats: Stats) -> Json:
+    """Token counts as OpenAI gives them, image rows as tokens of the prompt; and this project's own, in seconds."""
+    usage = {
         "prompt_tokens": stats.prompt_tokens,
         "completion_tokens": stats.generated_tokens,
         "total_tokens": stats.prompt_tokens + stats.generated_tokens,
         "prompt_tokens_details": {"cached_tokens": stats.reused_tokens},
     }
-
-
-def timings(stats: Stats) -> Json:
-    """This project's own figures, for people who look; seconds."""
-    return {
+    timings = {
         "time_to_first_token": round(stats.time_to_first_token, 4),
         "tokens_per_second": round(stats.tokens_per_second, 2),
         "images_encoded": stats.images_encoded,
         "reused_tokens": stats.reused_tokens,
     }
+    return {"usage": usage, "timings": timings}
 
 
 @dataclass(frozen=True)
@@ -97,12 +100,11 @@ class ChatFormat:
 
     def piece(self, chunk: Chunk) -> Json:
         """A token of a stream."""
-        finish = None if chunk.finish_reason is None else FINISH[chunk.finish_reason]
-        return self._chunk({"content": chunk.text}, self._logprobs([chunk]), finish)
+        return self._chunk({"content": chunk.text}, self._logprobs([chunk]), FINISH[chunk.finish_reason])
 
     def last(self, stats: Stats) -> Json:
         """Token counts at the end of a stream."""
-        return {**self._head("chat.completion.chunk"), "choices": [], "usage": usage(stats), "timings": timings(stats)}
+        return {**self._head("chat.completion.chunk"), "choices": [], **figures(stats)}
 
     def whole(self, text: str, chunks: Sequence[Chunk], reason: FinishReason, stats: Stats) -> Json:
         """An answer that is not streamed."""
@@ -112,7 +114,7 @@ class ChatFormat:
             "logprobs": self._logprobs(chunks),
             "finish_reason": FINISH[reason],
         }
-        return {**self._head("chat.completion"), "choices": [choice], "usage": usage(stats), "timings": timings(stats)}
+        return {**self._head("chat.completion"), "choices": [choice], **figures(stats)}
 
     def _head(self, kind: str) -> Json:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
@@ -152,14 +154,13 @@ class CompletionFormat:
         return None
 
     def piece(self, chunk: Chunk) -> Json:
-        finish = None if chunk.finish_reason is None else FINISH[chunk.finish_reason]
-        return self._body(chunk.text, [chunk], finish)
+        return self._body(chunk.text, [chunk], FINISH[chunk.finish_reason])
 
     def last(self, stats: Stats) -> Json:
-        return {**self._body("", [], None), "choices": [], "usage": usage(stats), "timings": timings(stats)}
+        return {**self._body("", [], None), "choices": [], **figures(stats)}
 
     def whole(self, text: str, chunks: Sequence[Chunk], reason: FinishReason, stats: Stats) -> Json:
-        return {**self._body(text, chunks, FINISH[reason]), "usage": usage(stats), "timings": timings(stats)}
+        return {**self._body(text, chunks, FINISH[reason]), **figures(stats)}
 
     def _body(self, text: str, chunks: Sequence[Chunk], finish: str | None) -> Json:
         choice = {"index": 0, "text": text, "logprobs": self._logprobs(chunks), "finish_reason": finish}

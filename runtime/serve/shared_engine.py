@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from owl2.runtime.cancellation import NEVER, Cancellation, StoppedError
-from owl2.runtime.engine import CLOSED, Engine, Floats, Ints, KvBuffers, KvContent, SequenceRows
+from owl2.runtime.engine import CLOSED, Engine, Floats, Ints, KvBuffers, KvTransfer, SequenceRows
 from owl2.runtime.errors import BackendError
 
 SHORT = 16
@@ -90,17 +90,11 @@ class SharedEngine:
         return self._engine.rows_are_independent
 
     @property
-    def kv_form(self) -> str | None:
-        return self._engine.kv_form
+    def kv_transfer(self) -> KvTransfer | None:
+        return self._engine.kv_transfer
 
     def allocate(self, capacity: int, previous: KvBuffers | None) -> KvBuffers:
         return self._engine.allocate(capacity, previous)
-
-    def read_kv(self, buffers: KvBuffers, positions: int) -> KvContent:
-        return self._engine.read_kv(buffers, positions)
-
-    def write_kv(self, content: KvContent, capacity: int) -> KvBuffers:
-        return self._engine.write_kv(content, capacity)
 
     def encode_images(self, pixels: Floats, cancellation: Cancellation = NEVER) -> Floats:
         return self._engine.encode_images(pixels, cancellation)

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import re
-import secrets
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,15 @@ from typing import Any
 
 from owl2.runtime.foreign import ForeignError, read_json
 from owl2.runtime.serve.requests import RequestError
+from owl2.runtime.stored import write_whole
 
 NAME = re.compile(r"[0-9a-f]{16,64}")
 TITLE = 80
+LARGEST = 64 << 20
+"""Bytes of a conversation's file."""
 KEPT_SECONDS = 24 * 3600
 """A picture may be of a question that is still being written."""
-PRIVATE_FOLDER, PRIVATE_FILE = 0o700, 0o600
+PRIVATE_FOLDER = 0o700
 CONVERSATIONS, PICTURES = "conversations", "pictures"
 
 
@@ -50,7 +52,7 @@ class Store:
     def read(self, name: str) -> dict[str, Any]:
         """A conversation as the page gave it; raises RequestError."""
         try:
-            data = read_json(self._conversation(name), 64 << 20)
+            data = read_json(self._conversation(name), LARGEST)
         except FileNotFoundError:
             raise RequestError("there is no such conversation", status=404) from None
         except (ForeignError, OSError) as error:
@@ -61,7 +63,7 @@ class Store:
         """Keep a conversation: ``{"messages": [...]}``; raises RequestError, OSError."""
         match data:
             case {"messages": list()}:
-                _write(self._conversation(name), json.dumps(data, ensure_ascii=False).encode())
+                write_whole(self._conversation(name), [json.dumps(data, ensure_ascii=False).encode()])
             case _:
                 raise RequestError("a conversation must be an object with messages")
 
@@ -87,7 +89,7 @@ class Store:
         try:
             os.utime(path)  # it is shown again
         except FileNotFoundError:
-            _write(path, content)
+            write_whole(path, [content])
         return name
 
     def picture(self, name: str) -> Path:
@@ -103,23 +105,10 @@ class Store:
 
     def _title(self, path: Path) -> str:
         try:
-            data = read_json(path, 64 << 20)
+            data = read_json(path, LARGEST)
         except (ForeignError, OSError):
             return "(damaged)"
         match data:
             case {"messages": [{"text": str(text)}, *_]}:
                 return text[:TITLE] or "(an image)"
         return "(empty)"
-
-
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        with open(partial, "wb", opener=lambda name, flags: os.open(name, flags | os.O_EXCL, PRIVATE_FILE)) as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

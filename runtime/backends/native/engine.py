@@ -23,8 +23,8 @@ from owl2.runtime.engine import (
     Ints,
     KvBuffers,
     KvContent,
+    KvTransfer,
     SequenceRows,
-    check_content,
     check_threads,
     own,
 )
@@ -117,15 +117,14 @@ class NativeEngine:
         return NativeBuffers(_native.KvCache(layers, heads, self._config.head_dim, self._kv_type, capacity))
 
     @property
-    def kv_form(self) -> str:
-        return self._kv_type
+    def kv_transfer(self) -> KvTransfer:
+        return KvTransfer(self._kv_type, self._read_kv, self._write_kv)
 
-    def read_kv(self, buffers: KvBuffers, positions: int) -> KvContent:
+    def _read_kv(self, buffers: KvBuffers, positions: int) -> KvContent:
         parts = own(buffers, NativeBuffers, positions).cache.read(positions)
-        return KvContent(self.kv_form, positions, dict(zip(KV_PARTS, parts)))
+        return KvContent(self._kv_type, positions, dict(zip(KV_PARTS, parts)))
 
-    def write_kv(self, content: KvContent, capacity: int) -> NativeBuffers:
-        check_content(content, self.kv_form, capacity)
+    def _write_kv(self, content: KvContent, capacity: int) -> NativeBuffers:
         buffers = self.allocate(capacity, None)
         buffers.cache.write(content.positions, [content.parts[name] for name in KV_PARTS if name in content.parts])
         return buffers

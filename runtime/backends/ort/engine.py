@@ -38,7 +38,7 @@ from owl2.runtime.engine import (
     Ints,
     KvBuffers,
     KvContent,
-    check_content,
+    KvTransfer,
     own,
 )
 from owl2.runtime.errors import BackendError, BackendUnavailableError
@@ -123,17 +123,9 @@ class OrtEngine:
         return decoder.allocate(capacity, previous)
 
     @property
-    def kv_form(self) -> str | None:
+    def kv_transfer(self) -> KvTransfer | None:
         _, decoder = self._open(spec.DECODER_GRAPH)
-        return decoder.kv_form
-
-    def read_kv(self, buffers: KvBuffers, positions: int) -> KvContent:
-        _, decoder = self._open(spec.DECODER_GRAPH)
-        return decoder.read_kv(buffers, positions)
-
-    def write_kv(self, content: KvContent, capacity: int) -> KvBuffers:
-        _, decoder = self._open(spec.DECODER_GRAPH)
-        return decoder.write_kv(content, capacity)
+        return decoder.kv_transfer
 
     def prefill(
         self,
@@ -243,18 +235,18 @@ class OrtDecoder:
         return self._bound([self._memory.grown(old, capacity) for old in own(previous, OrtBuffers).buffers], capacity)
 
     @property
-    def kv_form(self) -> str:
+    def kv_transfer(self) -> KvTransfer:
         # The scales of int8 are in the graph.
-        return "int8-calibrated" if self._kv_dtype == np.int8 else np.dtype(self._kv_dtype).name.replace("float", "fp")
+        form = "int8-calibrated" if self._kv_dtype == np.int8 else np.dtype(self._kv_dtype).name.replace("float", "fp")
+        return KvTransfer(form, self._read_kv, self._write_kv)
 
-    def read_kv(self, buffers: KvBuffers, positions: int) -> KvContent:
+    def _read_kv(self, buffers: KvBuffers, positions: int) -> KvContent:
         arrays, width = own(buffers, OrtBuffers, positions).arrays, self._config.head_dim
         kept = [np.ascontiguousarray(array[0, :, :positions, :width]) for array in arrays]
         parts = {name: np.stack(kept[index::2]).view(np.uint8).ravel() for index, name in enumerate(KV_PARTS)}
-        return KvContent(self.kv_form, positions, parts)
+        return KvContent(self.kv_transfer.form, positions, parts)
 
-    def write_kv(self, content: KvContent, capacity: int) -> OrtBuffers:
-        check_content(content, self.kv_form, capacity)
+    def _write_kv(self, content: KvContent, capacity: int) -> OrtBuffers:
         heads, width = self._config.num_attention_heads, self._config.head_dim
         layers = [
             content.parts[name].view(self._kv_dtype).reshape(-1, heads, content.positions, width) for name in KV_PARTS

@@ -15,8 +15,7 @@ from owl2.runtime.backends.ort.session import OrtOptions, check_tensors, element
 from owl2.runtime.backends.steps import TEXT_STEP, StepInputs, cache_names, position_inputs, row_inputs
 from owl2.runtime.cancellation import NEVER, Cancellation
 from owl2.runtime.config import DecoderConfig
-from owl2.runtime.engine import NOT_SAVED, Floats, Ints, KvBuffers, KvContent, own
-from owl2.runtime.errors import BackendError
+from owl2.runtime.engine import Floats, Ints, KvBuffers, own
 
 Rows = NDArray[np.floating[Any]]
 
@@ -64,13 +63,7 @@ class OnnxDecoder:
                 rows[:kept] = old[:kept]
         return made
 
-    kv_form = None
-
-    def read_kv(self, buffers: KvBuffers, positions: int) -> KvContent:
-        raise BackendError(NOT_SAVED)
-
-    def write_kv(self, content: KvContent, capacity: int) -> KvBuffers:
-        raise BackendError(NOT_SAVED)
+    kv_transfer = None
 
     def prefill(
         self,

@@ -35,7 +35,7 @@ from owl2.runtime.backends.tensorrt.tensors import check_engine, decoder_tensors
 from owl2.runtime.bundle import Bundle, Manifest
 from owl2.runtime.cancellation import NEVER, Cancellation
 from owl2.runtime.config import require
-from owl2.runtime.engine import CLOSED, NOT_SAVED, PREFILL_BLOCK, EngineOptions, Floats, Ints, KvBuffers, KvContent, own
+from owl2.runtime.engine import CLOSED, PREFILL_BLOCK, EngineOptions, Floats, Ints, KvBuffers, own
 from owl2.runtime.errors import BackendError, BundleCorruptError
 from owl2.runtime.placement import EngineKind
 from owl2.runtime.verification import signatures_of
@@ -135,13 +135,7 @@ class TensorRtEngine:
             self._gpu.synchronize(stream)
         return made
 
-    kv_form = None
-
-    def read_kv(self, buffers: KvBuffers, positions: int) -> KvContent:
-        raise BackendError(NOT_SAVED)
-
-    def write_kv(self, content: KvContent, capacity: int) -> KvBuffers:
-        raise BackendError(NOT_SAVED)
+    kv_transfer = None
 
     def prefill(
         self,

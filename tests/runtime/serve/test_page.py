@@ -169,10 +169,11 @@ def test_nothing_is_lost_when_something_else_is_done_meanwhile(page: Page) -> No
         page.get_by_role("button", name="Again").last.click()
     page.get_by_role("button", name="Stop").wait_for(state="hidden")
     assert page.locator("#turns > li").count() == before
-    assert answers(page)[-1]
+    assert page.locator("#turns .bad").count() == 0
+    shown = answers(page)  # the last may be empty: a random model ends where it likes
     page.reload()
     page.locator("#turns > li").nth(before - 1).wait_for()
-    assert answers(page)[-1]
+    assert answers(page) == shown
 
 
 def test_hostile_texts_are_text(page: Page) -> None:
