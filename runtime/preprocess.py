@@ -162,14 +162,18 @@ def preprocess(image: Image.Image, config: PreprocessConfig, mode: str | None = 
     """
     if image.mode != "RGB":
         raise ImageError(f"preprocess expects an RGB image, got mode {image.mode}; pass it through load_image")
-    canvas, width, height = _plan(image, config, mode)
-    scaled = resized(canvas, width, height)
-    side = config.crop_size
-    left, top = (width - side) // 2, (height - side) // 2
-    cropped = np.asarray(scaled.crop((left, top, left + side, top + side)))
+    cropped = np.asarray(as_seen(image, config, mode))
     # As in CLIP, the scaling to 0..1 is done in float64, the rest in float32.
     mean, std = np.asarray(config.mean, np.float32), np.asarray(config.std, np.float32)
     return np.ascontiguousarray((((cropped * (1 / 255)).astype(np.float32) - mean) / std).transpose(2, 0, 1))
+
+
+def as_seen(image: Image.Image, config: PreprocessConfig, mode: str | None = None) -> Image.Image:
+    """What the model sees of an RGB image: R x R; arguments and errors as :func:`preprocess`."""
+    canvas, width, height = _plan(image, config, mode)
+    side = config.crop_size
+    left, top = (width - side) // 2, (height - side) // 2
+    return resized(canvas, width, height).crop((left, top, left + side, top + side))
 
 
 def check_mode(mode: str) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 import click
 import platformdirs
 
+from owl2.runtime.backends.choose import resolve_options
+from owl2.runtime.bundle import Manifest, read_manifest
 from owl2.runtime.cli.console import load_progress, notice, reports_errors
 from owl2.runtime.cli.options import (
     backend_option,
@@ -20,6 +22,7 @@ from owl2.runtime.cli.options import (
     threads_option,
     verify_option,
 )
+from owl2.runtime.config import resolve_context
 from owl2.runtime.engine import BackendName, EngineOptions
 from owl2.runtime.errors import ConfigError
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
@@ -57,6 +60,7 @@ def _seconds(_context: click.Context, _option: click.Parameter, text: str | None
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="Requests may name images in this folder.",
 )
+@click.option("--allow-fetch", is_flag=True, help="Requests may name images on the web, at public addresses.")
 @click.option(
     "--cache", "cache_bytes", default="2GiB", show_default=True, callback=_size, help="Memory for past conversations."
 )
@@ -93,6 +97,7 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per option
     port: int,
     api_key: str | None,
     allow_dir: Path | None,
+    allow_fetch: bool,
     cache_bytes: int,
     disk_bytes: int,
     max_active: int,
@@ -126,7 +131,7 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per option
             f"--host {host} lets other machines in: give an --api-key, which they must send, or leave --host out"
         )
     try:
-        from owl2.runtime.serve.app import ServeOptions
+        from owl2.runtime.serve.app import ServedModel, ServeOptions
         from owl2.runtime.serve.run import run_server
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("owl2"):
@@ -144,13 +149,27 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per option
         disk=(store / "caches", disk_bytes) if disk_bytes else None,
         api_key=api_key,
         allow_dir=allow_dir,
+        allow_fetch=allow_fetch,
         active=max_active,
         waiting=max_waiting,
         body_bytes=max_body,
         cache_bytes=cache_bytes,
         idle_seconds=idle_unload,
     )
-    run_server(bundle.resolve().name, Tokenizer.load(bundle), load, options, host, port, notice, open_page=open_page)
+    manifest = read_manifest(bundle)
+    name, facts = bundle.resolve().name, _facts(manifest, resolve_options(manifest, engine))
+    model = ServedModel(name, Tokenizer.load(bundle), manifest.model.preprocess, facts)
+    run_server(model, load, options, host, port, notice, open_page=open_page)
+
+
+def _facts(manifest: Manifest, options: EngineOptions) -> dict[str, str]:
+    backend = f", {options.backend}" if options.backend else ""
+    return {
+        "Weights": manifest.weights.decoder,
+        "K/V cache": str(options.kv_cache),
+        "Context": f"{resolve_context(manifest.model.decoder, options.context)} positions",
+        "Device": f"{options.device}{backend}",
+    }
 
 
 def _is_loopback(host: str) -> bool:

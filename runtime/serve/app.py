@@ -7,25 +7,28 @@ import contextlib
 import io
 import logging
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import anyio
+from PIL import Image
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
+from owl2.runtime.config import PreprocessConfig
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
 from owl2.runtime.foreign import ForeignError, parse_json
 from owl2.runtime.generate import Answer, Chunk
 from owl2.runtime.image_cost import MAX_PIXELS
 from owl2.runtime.image_files import opened
-from owl2.runtime.preprocess import read_image
+from owl2.runtime.preprocess import MODES, as_seen, check_mode, read_image
 from owl2.runtime.serve.answering import Answering
+from owl2.runtime.serve.fetch import Fetcher
 from owl2.runtime.serve.guard import Guard
 from owl2.runtime.serve.metrics import Metrics
 from owl2.runtime.serve.requests import (
@@ -34,6 +37,7 @@ from owl2.runtime.serve.requests import (
     RequestError,
     read_chat_request,
     read_completion_request,
+    web_images,
 )
 from owl2.runtime.serve.residence import Residence
 from owl2.runtime.serve.responses import DONE, ChatFormat, CompletionFormat, error_body, sse
@@ -52,6 +56,7 @@ class ServeOptions:
         api_key: that clients must send; None for none.
         store: folder of the page's conversations.
         allow_dir: folder whose images a request may name; None for no files.
+        allow_fetch: whether a request may name images on the web.
         active: answers at a time.
         waiting: requests that may wait for their turn.
         body_bytes: of a request, at most.
@@ -66,6 +71,7 @@ class ServeOptions:
     store: Path
     api_key: str | None = None
     allow_dir: Path | None = None
+    allow_fetch: bool = False
     active: int = 16
     waiting: int = 64
     body_bytes: int = 64 << 20
@@ -77,23 +83,40 @@ class ServeOptions:
     idle_seconds: float | None = None
 
 
+@dataclass(frozen=True)
+class ServedModel:
+    """What is known of a model whether it is in memory or not.
+
+    Attributes:
+        name: for clients.
+        tokenizer: names tokens.
+        preprocess: of images.
+        facts: for people, by name: weights, K/V cache and the like.
+    """
+
+    name: str
+    tokenizer: Tokenizer
+    preprocess: PreprocessConfig
+    facts: Mapping[str, str]
+
+
 class Server:
     """Handlers of the server's addresses."""
 
-    def __init__(self, name: str, tokenizer: Tokenizer, residence: Residence, options: ServeOptions) -> None:
+    def __init__(self, model: ServedModel, residence: Residence, options: ServeOptions) -> None:
         """Serve a model.
 
         Args:
-            name: of the model, for clients.
-            tokenizer: of the model; names tokens.
+            model: that is served.
             residence: of the model.
             options: limits.
         """
-        self._name, self._tokenizer, self._options = name, tokenizer, options
+        self._served, self._options = model, options
         self._residence = residence
         self._store = Store(options.store)
         self._store.prepare()
         self._sources = ImageSources(options.allow_dir, self._store)
+        self._fetcher = Fetcher(anyio.CapacityLimiter(FETCHES)) if options.allow_fetch else None
         self._answering = Answering(residence, options.active, options.waiting, options.answer_seconds)
         self._metrics = Metrics(residence, self._answering)
 
@@ -103,6 +126,7 @@ class Server:
             *(Route(path, _page_file(name, kind)) for path, name, kind in PAGE),
             Route("/owl2/conversations", self._caught(self.conversations)),
             Route("/owl2/conversations/{name}", self._caught(self.conversation), methods=["GET", "PUT", "DELETE"]),
+            Route("/owl2/model", self._caught(self.about)),
             Route("/owl2/pictures", self._caught(self.add_picture), methods=["POST"]),
             Route("/owl2/pictures/{name}", self._caught(self.picture)),
             Route("/v1/chat/completions", self._caught(self.chat), methods=["POST"]),
@@ -123,14 +147,19 @@ class Server:
     async def chat(self, request: Request) -> Response:
         """``/v1/chat/completions``."""
         data = await self._json(request)
-        asked = await asyncio.to_thread(read_chat_request, data, self._sources)
-        form = ChatFormat.of(secrets.token_hex(12), self._name, self._tokenizer, logprobs=asked.logprobs)
+        sources = self._sources
+        if self._fetcher is not None and (urls := web_images(data)):
+            sources = replace(sources, fetched=await _unless_gone(request, self._fetcher.all(urls)))
+        asked = await asyncio.to_thread(read_chat_request, data, sources)
+        form = ChatFormat.of(secrets.token_hex(12), self._served.name, self._served.tokenizer, logprobs=asked.logprobs)
         return await self._respond(asked, form, request)
 
     async def completion(self, request: Request) -> Response:
         """``/v1/completions``."""
         asked = read_completion_request(await self._json(request))
-        form = CompletionFormat.of(secrets.token_hex(12), self._name, self._tokenizer, logprobs=asked.logprobs)
+        form = CompletionFormat.of(
+            secrets.token_hex(12), self._served.name, self._served.tokenizer, logprobs=asked.logprobs
+        )
         return await self._respond(asked, form, request)
 
     async def models(self, _request: Request) -> Response:
@@ -139,13 +168,19 @@ class Server:
 
     async def model(self, request: Request) -> Response:
         """``/v1/models/NAME``."""
-        if request.path_params["name"] != self._name:
-            raise RequestError(f"there is no such model here, only {self._name}", "model", 404)
+        if request.path_params["name"] != self._served.name:
+            raise RequestError(f"there is no such model here, only {self._served.name}", "model", 404)
         return JSONResponse(self._model())
 
     async def health(self, _request: Request) -> Response:
         """``/health``: whether requests can be sent, and whether the first has to wait for the model."""
-        return JSONResponse({"status": "ok", "loaded": self._residence.loaded, "model": self._name})
+        return JSONResponse({"status": "ok", "loaded": self._residence.loaded, "model": self._served.name})
+
+    async def about(self, _request: Request) -> Response:
+        """``/owl2/model``: what the page tells of the model, and how it fits images."""
+        served = self._served
+        fits = {"usual": served.preprocess.mode, "known": list(MODES)}
+        return JSONResponse({"model": served.name, "facts": dict(served.facts), "preprocess": fits})
 
     async def conversations(self, _request: Request) -> Response:
         """``/owl2/conversations``: those of the page."""
@@ -171,10 +206,14 @@ class Server:
         return JSONResponse({"id": name, "type": kind})
 
     async def picture(self, request: Request) -> Response:
-        """``/owl2/pictures/ID``: the file, upright and in a format that browsers show."""
+        """``/owl2/pictures/ID``: in a format that browsers show, or with ``?seen=MODE`` as the model sees it."""
         path = self._store.picture(request.path_params["name"])
+        seen = request.query_params.get("seen")
         try:
-            content, kind = await asyncio.to_thread(_shown, path)
+            if seen is None:
+                content, kind = await asyncio.to_thread(_shown, path)
+            else:
+                content, kind = await asyncio.to_thread(_seen, path, self._served.preprocess, seen), "image/png"
         except FileNotFoundError:
             raise RequestError("there is no such picture", status=404) from None
         return Response(content, media_type=kind, headers={"Cache-Control": "private, max-age=31536000, immutable"})
@@ -185,7 +224,7 @@ class Server:
         return Response(content, media_type=media_type)
 
     def _model(self) -> dict[str, Any]:
-        return {"id": self._name, "object": "model", "created": 0, "owned_by": "owl2"}
+        return {"id": self._served.name, "object": "model", "created": 0, "owned_by": "owl2"}
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, _app: Starlette) -> AsyncIterator[None]:
@@ -252,7 +291,7 @@ class Server:
         events = self._events(asked, form)
         # What is refused at once gets a status of its own.
         first = await _unless_gone(request, anext(events))
-        return EventResponse(_chained(first, events), media_type="text/event-stream", headers=NO_CACHE)
+        return EventResponse(first, events)
 
     async def _whole(self, asked: AnswerRequest, form: ChatFormat | CompletionFormat) -> Response:
         chunks: list[Chunk] = []
@@ -267,7 +306,7 @@ class Server:
                         return JSONResponse(whole, headers=NO_CACHE)
         raise RequestError("the answer was cancelled", status=503)
 
-    async def _events(self, asked: AnswerRequest, form: ChatFormat | CompletionFormat) -> AsyncIterator[bytes]:
+    async def _events(self, asked: AnswerRequest, form: ChatFormat | CompletionFormat) -> AsyncGenerator[bytes]:
         """A stream of an answer, errors in its course included."""
         begun = False
         try:
@@ -290,6 +329,10 @@ class Server:
         yield DONE
 
 
+FETCHES = 16
+"""From the web, at a time."""
+SEND_SECONDS = 30.0
+"""A client that takes nothing of a stream for so long has gone."""
 NO_CACHE = {"Cache-Control": "no-store"}
 PAGE = (
     ("/", "index.html", "text/html"),
@@ -324,18 +367,24 @@ def _shown(path: Path) -> tuple[bytes, str]:
         return content, kind
     image = read_image(content).image
     image.thumbnail((SHOWN_PIXELS, SHOWN_PIXELS))
+    return _png(image), "image/png"
+
+
+def _seen(path: Path, config: PreprocessConfig, mode: str) -> bytes:
+    check_mode(mode)
+    return _png(as_seen(read_image(path.read_bytes()).image, config, mode))
+
+
+def _png(image: Image.Image) -> bytes:
     out = io.BytesIO()
     image.save(out, "PNG")
-    return out.getvalue(), "image/png"
+    return out.getvalue()
 
 
 async def _chained(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    try:
-        yield first
-        async for part in rest:
-            yield part
-    finally:
-        await rest.aclose()  # type: ignore[attr-defined]
+    yield first
+    async for part in rest:
+        yield part
 
 
 async def _unless_gone(request: Request, awaitable: Awaitable[Result]) -> Result:
@@ -354,14 +403,24 @@ async def _unless_gone(request: Request, awaitable: Awaitable[Result]) -> Result
 
 
 class EventResponse(StreamingResponse):
-    """A stream whose source is closed also where the client goes away while it is written to."""
+    """A stream of events; its source is closed too where the client goes away, or takes nothing for too long."""
+
+    def __init__(self, first: bytes, rest: AsyncGenerator[bytes], seconds: float = SEND_SECONDS) -> None:
+        super().__init__(_chained(first, rest), media_type="text/event-stream", headers=NO_CACHE)
+        self._rest, self._seconds = rest, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def hurried(message: Message) -> None:
+            with anyio.fail_after(self._seconds):
+                await send(message)
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, hurried)
+        except (TimeoutError, ClientDisconnect):
+            LOG.warning("an answer was ended: its client took nothing of it for %g s", self._seconds)
         finally:
             with anyio.CancelScope(shield=True):
-                await self.body_iterator.aclose()  # type: ignore[attr-defined]
+                await self._rest.aclose()
 
 
 async def _gone(request: Request) -> None:

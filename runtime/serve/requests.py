@@ -11,6 +11,7 @@ from urllib.parse import unquote, urlsplit
 from owl2.runtime.errors import ConfigError
 from owl2.runtime.foreign import shorten
 from owl2.runtime.messages import ChatMessage
+from owl2.runtime.preprocess import check_mode
 from owl2.runtime.sampling import TOP_LOGPROBS, GenerationConfig
 
 DEFAULT_TOKENS = 1024
@@ -105,19 +106,23 @@ class ImageSources:
     Attributes:
         folder: whose files a request may name; None for no files.
         pictures: of the page.
+        fetched: contents of the request's URLs; None if this server fetches none.
     """
 
     folder: Path | None
     pictures: Pictures
+    fetched: Mapping[str, bytes] | None = None
 
-    def resolve(self, url: str) -> str | Path:
-        """A ``data:`` URI, or the path of a file that may be read.
+    def resolve(self, url: str) -> str | Path | bytes:
+        """A ``data:`` URI, the path of a file that may be read, or what was fetched.
 
         Raises:
             RequestError: it is something else.
         """
         if url[:5].lower() == "data:":
             return url
+        if self.fetched is not None and url in self.fetched:
+            return self.fetched[url]
         if url.startswith(PICTURE):
             return self.pictures.picture(url.removeprefix(PICTURE))
         try:
@@ -125,8 +130,10 @@ class ImageSources:
         except ValueError as error:
             raise RequestError(f"the address of an image cannot be read: {error}", "messages") from error
         if parts.scheme not in ("", "file"):
+            web = ", or start it with --allow-fetch" if parts.scheme in ("http", "https") else ""
             raise RequestError(
-                "this server fetches nothing; send the image itself as a data: URI (data:image/jpeg;base64,…)",
+                f"this server fetches nothing from {parts.scheme}: addresses; send the image itself as a data: URI "
+                f"(data:image/jpeg;base64,…){web}",
                 "messages",
             )
         if self.folder is None:
@@ -141,6 +148,20 @@ class ImageSources:
         if not found.is_relative_to(self.folder.resolve()):
             raise RequestError("the file is outside of the folder that this server may read", "messages", 403)
         return found
+
+
+def web_images(data: object) -> set[str]:
+    """The http and https URLs that a request for a chat names as images."""
+    found = set()
+    messages = data.get("messages") if isinstance(data, dict) else None
+    for message in messages if isinstance(messages, list) else ():
+        content = message.get("content") if isinstance(message, dict) else None
+        for part in content if isinstance(content, list) else ():
+            match part:
+                case {"type": "image_url", "image_url": {"url": str(url)} | str(url)}:
+                    if url[:8].lower().startswith(("http://", "https://")):
+                        found.add(url)
+    return found
 
 
 def read_chat_request(data: object, sources: ImageSources) -> AnswerRequest:
@@ -269,6 +290,15 @@ def _text(content: object, index: int) -> str:
     raise RequestError(f"the content of message {index} must be a text, got {shorten(content)}", "messages")
 
 
+def _preprocess(image: object) -> dict[str, str]:
+    """How an image is fitted to the model's square, where a request says it."""
+    mode = image.get("preprocess") if isinstance(image, dict) else None
+    if mode is None:
+        return {}
+    check_mode(mode)
+    return {"preprocess": mode}
+
+
 def _parts(content: object, index: int, sources: ImageSources) -> list[dict[str, Any]]:
     if isinstance(content, str):
         return [{"type": "text", "text": content}] if content else []
@@ -281,8 +311,8 @@ def _parts(content: object, index: int, sources: ImageSources) -> list[dict[str,
         match part:
             case {"type": "text", "text": str(words)}:
                 parts.append({"type": "text", "text": words})
-            case {"type": "image_url", "image_url": {"url": str(url)}} | {"type": "image_url", "image_url": str(url)}:
-                parts.append({"type": "image", "image": sources.resolve(url)})
+            case {"type": "image_url", "image_url": {"url": str(url)} | str(url)}:
+                parts.append({"type": "image", "image": sources.resolve(url), **_preprocess(part["image_url"])})
             case _:
                 raise RequestError(
                     f"message {index} has the part {shorten(part)}, expected {{'type': 'text', 'text': …}} or "

@@ -14,9 +14,8 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from owl2.runtime.errors import ConfigError
-from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
 from owl2.runtime.load import Loaded
-from owl2.runtime.serve.app import ServeOptions, Server
+from owl2.runtime.serve.app import ServedModel, ServeOptions, Server
 from owl2.runtime.serve.residence import Residence
 
 BACKLOG = 128
@@ -52,8 +51,7 @@ class HurriedProtocol(H11Protocol):
 
 
 def run_server(
-    name: str,
-    tokenizer: Tokenizer,
+    model: ServedModel,
     load: Callable[[], Loaded],
     options: ServeOptions,
     host: str,
@@ -65,9 +63,8 @@ def run_server(
     """Serve until SIGINT or SIGTERM; the model is loaded before the first request is taken.
 
     Args:
-        name: of the model, for clients.
-        tokenizer: of the model.
-        load: loads the model.
+        model: that is served.
+        load: loads it.
         options: limits.
         host: address to listen at.
         port: 0 for a free one.
@@ -86,7 +83,7 @@ def run_server(
             pass
         address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
         listening.listen(BACKLOG)
-        handlers = Server(name, tokenizer, residence, options)
+        handlers = Server(model, residence, options)
         config = uvicorn.Config(
             handlers.app(),
             http=HurriedProtocol,
@@ -105,7 +102,7 @@ def run_server(
         # uvicorn hears them while it runs and raises them again at its end, which is the end that was asked for.
         for number in STOPPING:
             signal.signal(number, stop)
-        tell(f"{name} is at {address}, for OpenAI's clients at {address}/v1; Ctrl-C stops")
+        tell(f"{model.name} is at {address}, for OpenAI's clients at {address}/v1; Ctrl-C stops")
         if open_page:
             webbrowser.open(address)  # waits in the backlog until the server is up
         try:

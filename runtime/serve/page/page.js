@@ -1,6 +1,6 @@
 // The page of owl2 serve. Every text is set as text, never as HTML.
 const $ = (id) => document.getElementById(id);
-const state = { id: null, messages: [], pending: [], running: null, turn: 0, saving: Promise.resolve(), deleted: new Set() };
+const state = { id: null, messages: [], pending: [], running: null, turn: 0, fits: [], usualFit: "resize", saving: Promise.resolve(), deleted: new Set() };
 
 function element(name, properties = {}, ...children) {
   const made = Object.assign(document.createElement(name), properties);
@@ -37,6 +37,14 @@ function say(text, bad = false) {
 }
 
 const pictureUrl = (picture) => `/owl2/pictures/${picture.id}`;
+const seenUrl = (picture) => `${pictureUrl(picture)}?seen=${picture.fit ?? state.usualFit}`;
+const FITS = { resize: "stretching", pad: "padding", crop: "cropping" };
+
+function fitOptions(select, chosen) {
+  select.replaceChildren(...state.fits.map((fit) => element("option", { value: fit, textContent: FITS[fit] ?? fit })));
+  select.value = chosen;
+  return select;
+}
 
 // Conversations
 
@@ -134,6 +142,16 @@ function messageItem(message, index) {
   const tools = element("div", { className: "tools" });
   if (message.role === "user") {
     tools.append(tool("Edit", () => edit(index)));
+    if (message.pictures?.length) {
+      const seen = tool("As the model sees it", () => {
+        const pressed = seen.getAttribute("aria-pressed") !== "true";
+        seen.setAttribute("aria-pressed", String(pressed));
+        const address = pressed ? seenUrl : pictureUrl;
+        item.querySelectorAll(".pictures img").forEach((image, place) => { image.src = address(message.pictures[place]); });
+      });
+      seen.setAttribute("aria-pressed", "false");
+      tools.append(seen);
+    }
   } else {
     tools.append(
       tool("Copy", () => navigator.clipboard.writeText(message.text)),
@@ -155,7 +173,10 @@ function show() {
     const remove = element("button", { type: "button", textContent: "×" });
     remove.setAttribute("aria-label", `Remove ${picture.name}`);
     remove.onclick = () => { state.pending.splice(index, 1); show(); };
-    return element("li", {}, element("img", { src: pictureUrl(picture), alt: picture.name }), remove);
+    const fit = fitOptions(element("select", { title: "How the picture is fitted to the model's square" }), picture.fit ?? state.usualFit);
+    fit.setAttribute("aria-label", `How ${picture.name} is fitted`);
+    fit.onchange = () => { picture.fit = fit.value; show(); };
+    return element("li", {}, element("img", { src: seenUrl(picture), alt: picture.name }), fit, remove);
   }));
   const running = state.running !== null;
   $("stop").hidden = !running;
@@ -181,7 +202,9 @@ function again(index) {
 // Answers
 
 function request(message) {
-  const content = (message.pictures ?? []).map((picture) => ({ type: "image_url", image_url: { url: `owl2-picture:${picture.id}` } }));
+  const content = (message.pictures ?? []).map((picture) => ({
+    type: "image_url", image_url: { url: `owl2-picture:${picture.id}`, preprocess: picture.fit },
+  }));
   if (message.text) content.push({ type: "text", text: message.text });
   return { role: message.role, content: message.role === "user" ? content : message.text };
 }
@@ -204,6 +227,8 @@ async function* events(response) {
 
 async function answer(goOn = false) {
   const messages = state.messages.map(request);
+  const instructions = $("instructions").value.trim();
+  if (instructions) messages.unshift({ role: "system", content: instructions });
   if (!goOn) state.messages.push({ role: "assistant", text: "" });
   const message = state.messages.at(-1);
   delete message.stopped;
@@ -262,7 +287,7 @@ async function add(files) {
       say(`Adding ${file.name || "image"} …`);
       const made = await (await call("/owl2/pictures", { method: "POST", body: file })).json();
       if (state.messages !== target) return; // another conversation is shown now
-      state.pending.push({ id: made.id, name: file.name || "image" });
+      state.pending.push({ id: made.id, name: file.name || "image", fit: $("fit").value });
       say("");
     } catch (error) {
       say(`${file.name || "The image"}: ${error.message}`, true);
@@ -317,15 +342,22 @@ document.addEventListener("drop", (event) => {
   document.body.classList.remove("dropping");
   add([...event.dataTransfer.files]);
 });
-for (const name of ["temperature", "length"]) {
+for (const name of ["temperature", "length", "instructions"]) {
   $(name).value = localStorage.getItem(name) ?? $(name).value;
-  $(name).onchange = () => localStorage.setItem(name, $(name).value);
+  $(name).oninput = () => localStorage.setItem(name, $(name).value);
 }
 
 async function start() {
   try {
     const health = await (await call("/health")).json();
-    $("system").textContent = health.model;
+    const about = await (await call("/owl2/model")).json();
+    Object.assign(state, { fits: about.preprocess.known, usualFit: about.preprocess.usual });
+    const fit = localStorage.getItem("fit");
+    fitOptions($("fit"), state.fits.includes(fit) ? fit : state.usualFit);
+    $("fit").onchange = () => localStorage.setItem("fit", $("fit").value);
+    $("facts").replaceChildren(...Object.entries({ Model: about.model, ...about.facts }).flatMap(([name, value]) => [
+      element("dt", { textContent: name }), element("dd", { textContent: value }),
+    ]));
     if (!health.loaded) say("The model is not in memory now; the first answer takes a little longer.");
     await showList();
     const wanted = location.hash.slice(1);

@@ -1,15 +1,21 @@
 """The page in a real browser."""
 
+import json
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import GOLDEN
-from playwright.sync_api import Browser, Page, sync_playwright
+from numpy.typing import NDArray
+from playwright.sync_api import Browser, Locator, Page, Request, sync_playwright
 from serving import RunningServer, serving
+
+from owl2 import Owl2
+from owl2.runtime.preprocess import as_seen, read_image
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
@@ -104,6 +110,84 @@ def test_a_dropped_picture(page: Page) -> None:
     assert page.locator("#pending img").count() == 0
     page.evaluate(drop, [[1, 2, 3], "broken.png"])
     page.get_by_text("broken.png:").wait_for()
+
+
+TURNED = Path(__file__).parent.parent / "images" / "turned.jpg"
+HEIC = Path(__file__).parent.parent / "images" / "scene.heic"
+PIXELS = """image => image.decode().then(() => {
+  const canvas = document.createElement("canvas");
+  [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
+  const drawn = canvas.getContext("2d");
+  drawn.drawImage(image, 0, 0);
+  return [canvas.width, canvas.height, [...drawn.getImageData(0, 0, canvas.width, canvas.height).data]];
+})"""
+
+
+def pixels(image: Locator) -> NDArray[np.uint8]:
+    width, height, values = image.evaluate(PIXELS)
+    return np.array(values, np.uint8).reshape(height, width, 4)[..., :3]
+
+
+def sent(request: Request) -> dict[str, Any]:
+    body: dict[str, Any] = json.loads(request.post_data or "")
+    return body
+
+
+def test_pictures_are_shown_as_the_model_sees_them(page: Page, owl: Owl2) -> None:
+    def seen(mode: str) -> NDArray[np.uint8]:
+        return np.asarray(as_seen(read_image(TURNED).image, owl.config.preprocess, mode))
+
+    short(page)
+    page.get_by_label("Images", exact=True).set_input_files([str(TURNED)])
+    waiting = page.locator("#pending img")
+    for mode in ("pad", "crop", "resize", "pad"):
+        page.get_by_label("How turned.jpg is fitted").select_option(mode)
+        page.locator(f"#pending img[src$='seen={mode}']").wait_for()
+        np.testing.assert_array_equal(pixels(waiting), seen(mode))
+    with page.expect_request("**/v1/chat/completions") as asked:
+        ask(page, "What is it?")
+    [part, _] = sent(asked.value)["messages"][0]["content"]
+    assert part["image_url"]["preprocess"] == "pad"
+    chat = owl.chat()
+    assert answers(page) == [chat.ask("What is it?", [TURNED], preprocess="pad", max_new_tokens=12).text]
+    shown = page.locator("#turns .user img")
+    assert pixels(shown).shape[:2] == read_image(TURNED).image.size[::-1]
+    toggle = page.get_by_role("button", name="As the model sees it")
+    toggle.click()
+    assert toggle.get_attribute("aria-pressed") == "true"
+    np.testing.assert_array_equal(pixels(shown), seen("pad"))
+    toggle.click()
+    assert pixels(shown).shape[:2] == read_image(TURNED).image.size[::-1]
+
+
+def test_a_picture_that_browsers_do_not_know(page: Page) -> None:
+    page.get_by_label("Images", exact=True).set_input_files([str(HEIC)])
+    page.get_by_label("How scene.heic is fitted").wait_for()
+    page.locator("#pending img").evaluate("image => image.decode()")  # raises if it cannot be shown
+    short(page, 4)
+    ask(page, "What is it?")
+    assert pixels(page.locator("#turns .user img")).shape[:2] == read_image(HEIC).image.size[::-1]
+
+
+def test_settings(page: Page) -> None:
+    page.get_by_text("Settings").click()
+    facts = page.locator("#facts").inner_text().split("\n")
+    assert {"Weights", "fp32", "K/V cache", "Context", "2048 positions", "Device", "cpu, native"} <= set(facts)
+    page.get_by_label("Temperature").fill("0.7")
+    page.get_by_label("Most tokens of an answer").fill("5")
+    page.get_by_label("Instructions before the first question").fill("Answer in verse.")
+    page.get_by_label("Pictures are fitted by").select_option("crop")
+    page.reload()  # they stay
+    page.get_by_text("Settings").click()
+    assert page.get_by_label("Pictures are fitted by").input_value() == "crop"
+    page.get_by_label("Images", exact=True).set_input_files([str(IMAGES[0])])
+    page.locator("#pending img[src$='seen=crop']").wait_for()
+    with page.expect_request("**/v1/chat/completions") as asked:
+        ask(page, "What is it?")
+    request = sent(asked.value)
+    assert (request["temperature"], request["max_tokens"]) == (0.7, 5)
+    assert request["messages"][0] == {"role": "system", "content": "Answer in verse."}
+    assert request["messages"][1]["content"][0]["image_url"]["preprocess"] == "crop"
 
 
 def test_stop_continue_again_and_edit(page: Page) -> None:
