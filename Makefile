@@ -7,10 +7,11 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 NATIVE_TEST = $(BIN)/cmake -S cpp_bindings -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo
 FOLDERS := package export runtime quant sample scripts tests benchmarks
 
-.PHONY: help demo test lint types unit native-test native-threads native-aarch64 native-format wheel bench fuzz soak load full full-size aarch64 clean
+.PHONY: help demo page test lint types unit native-test native-threads native-aarch64 native-format wheel bench fuzz soak load full full-size aarch64 clean
 
 help:
 	@echo "make demo   set up, convert the sample model, ask about an image"
+	@echo "make page   the same, then a page in the browser to drop pictures on and ask about them"
 	@echo "make test   set up, lint, check types, run all tests, try the installed wheel"
 	@echo "make unit   the fast tests: all but those that export with GPTQ, build engines, kill and resume"
 	@echo "make bench  speed of a conversation with the sample model"
@@ -37,6 +38,10 @@ bundles/sample/owl2.json: $(VENV)/.export sample/checkpoint/model.safetensors
 
 demo: bundles/sample/owl2.json
 	$(BIN)/owl2 ask bundles/sample "Describe the picture." --image sample/pictures/scene3.png --stats
+
+page: bundles/sample/owl2.json
+	$(INSTALL) -e '.[cpu,export,serve]'
+	$(BIN)/owl2 serve bundles/sample --open
 
 test: lint types native-test
 	$(BIN)/python -m pytest
