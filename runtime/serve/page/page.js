@@ -125,7 +125,8 @@ function figures(message) {
   if (!t) return "";
   const reused = t.reused_tokens ? `, ${t.reused_tokens} tokens reused` : "";
   const speed = t.tokens_per_second ? `, ${t.tokens_per_second.toFixed(1)} tokens/s` : "";
-  return `first word after ${t.time_to_first_token.toFixed(2)} s${speed}${reused}`;
+  const first = t.time_to_first_token;
+  return `first word after ${first < 1 ? `${Math.max(1, Math.round(1000 * first))} ms` : `${first.toFixed(1)} s`}${speed}${reused}`;
 }
 
 function tool(text, action) {
@@ -320,6 +321,8 @@ $("menu").onclick = () => {
   const shown = $("side").classList.toggle("shown");
   $("menu").setAttribute("aria-expanded", String(shown));
 };
+// On a narrow screen the list covers the page: a touch beside it closes it.
+document.querySelector("main").addEventListener("click", (event) => { if (event.target !== $("menu")) closeMenu(); });
 $("files").onchange = () => { add([...$("files").files]); $("files").value = ""; };
 $("copy").onclick = () => navigator.clipboard.writeText(state.messages.map((message) => {
   const shown = (message.pictures ?? []).map((picture) => `![${picture.name}](${picture.name})\n\n`).join("");

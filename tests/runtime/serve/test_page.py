@@ -316,4 +316,9 @@ def test_it_fits_every_width(browser: Browser, server: RunningServer, tmp_path: 
         page.locator("#pending img").wait_for()
         ask(page, "What is this? " + "wideword" * 30)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+        if width == 390:
+            page.get_by_role("button", name="Conversations").click()
+            page.locator("#list .open").first.wait_for()
+            page.mouse.click(width - 10, 400)
+            page.locator("#list .open").first.wait_for(state="hidden")
         page.screenshot(path=tmp_path / f"{width}-{scheme}.png")
