@@ -70,6 +70,8 @@ if TYPE_CHECKING:
     from owl2.runtime.preprocess import ImageReading as ImageReading
     from owl2.runtime.sampling import GenerationConfig as GenerationConfig
     from owl2.runtime.saved_chat import saved_messages as saved_messages
+    from owl2.runtime.scoring.score import Score as Score
+    from owl2.runtime.scoring.scorer import Scorer as Scorer
     from owl2.runtime.stream import AnswerStream as AnswerStream
     from owl2.runtime.verification import LoadProgress as LoadProgress
     from owl2.runtime.version import __version__ as __version__
@@ -81,6 +83,8 @@ _HOMES = {
     "owl2.runtime.chat": ("Chat",),
     "owl2.runtime.encoded": ("EncodedImage",),
     "owl2.runtime.saved_chat": ("saved_messages",),
+    "owl2.runtime.scoring.score": ("Score",),
+    "owl2.runtime.scoring.scorer": ("Scorer",),
     "owl2.runtime.stream": ("AnswerStream",),
     "owl2.runtime.fit.plan": ("Plan", "plan"),
     "owl2.runtime.generate": ("Answer", "Chunk", "FinishReason", "Stats"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeVar, get_args
 
@@ -201,8 +201,28 @@ class DecoderEngine(Protocol):
         """Run one text position after ``past`` cached ones: embeds [1, C] -> logits [V]."""
 
 
+class SteppingEngine(Protocol):
+    """Runs new rows of several sequences in one step."""
+
+    def step(self, sequences: Sequence[SequenceRows], logit_rows: Ints, cancellation: Cancellation = NEVER) -> Floats:
+        """Run them; the results of each sequence are what it would get alone, bit for bit.
+
+        Args:
+            sequences: with different buffers.
+            logit_rows: [R], which of all rows' logits are wanted, counted over the sequences; R >= 1.
+            cancellation: stops the step.
+
+        Returns:
+            Logits [R, V].
+        """
+
+
 class Engine(DecoderEngine, Protocol):
     """Runs both graphs of a bundle."""
+
+    @property
+    def stepping(self) -> SteppingEngine | None:
+        """The same engine, where its steps may hold rows of several sequences."""
 
     @property
     def context(self) -> int | None:

@@ -26,6 +26,9 @@ from owl2.runtime.messages import ChatMessage
 from owl2.runtime.placement import CPU, Placement
 from owl2.runtime.preprocess import ImageReading
 from owl2.runtime.sampling import GenerationConfig, GenerationOptions, merge_options
+from owl2.runtime.scoring.scale import USUAL, ScaleSettings, load_preset, make_scale
+from owl2.runtime.scoring.score import Score
+from owl2.runtime.scoring.scorer import Scorer
 from owl2.runtime.spec import KvType
 from owl2.runtime.stream import AnswerStream, stream_answer
 from owl2.runtime.verification import OnProgress
@@ -233,6 +236,70 @@ class Owl2:
             raise ContextOverflowError(0, length, self.context, "shorten the prompt or use fewer images")
         encoded = self.model.encode(prompt, self.model.prepare(sources, preprocess, reading))
         return np.concatenate([logits for _, logits in prompt_logits(self.model, self.model.new_cache(), encoded)])
+
+    @checked
+    def scorer(
+        self,
+        task: str | Sequence[str] = "quality",
+        *,
+        video: bool = False,
+        preset: str | os.PathLike[str] | None = None,
+        levels: Sequence[str] | None = None,
+        weights: Sequence[float] | None = None,
+        prompt: str | None = None,
+        preprocess: str | None = None,
+    ) -> Scorer:
+        """What scores any number of images; see :meth:`score`, which is for a few.
+
+        Args:
+            task: one or several, which share the work of the vision tower.
+            video: whether the images of an item are the frames of a video.
+            preset: the way in which a kind of model is asked, by name or as a JSON file; None for that of Q-Align.
+            levels: words instead of the preset's, from the best to the worst.
+            weights: of the levels.
+            prompt: raw, with one ``<|image|>`` per image, instead of the preset's.
+            preprocess: ``resize``, ``pad`` or ``crop`` instead of the preset's.
+
+        Raises:
+            ConfigError: a preset or task that is not known, or words that the tokenizer cannot tell apart.
+        """
+        chosen = load_preset(USUAL if preset is None else preset)
+        tasks = [task] if isinstance(task, str) else list(task)
+        scales = [
+            make_scale(chosen, name, video=video, levels=levels, weights=weights, prompt=prompt, preprocess=preprocess)
+            for name in tasks
+        ]
+        return Scorer(self.model, scales)
+
+    def score(
+        self,
+        images: Images,
+        task: str = "quality",
+        *,
+        reading: ImageReading | None = None,
+        **settings: Unpack[ScaleSettings],
+    ) -> list[Score]:
+        """Score images, each alone, as Q-Align and its relatives do.
+
+        A score is the same bits whatever images are beside it.
+
+        Args:
+            images: one or several: paths, ``data:`` URIs, bytes of files, open binary files, PIL images, uint8 arrays
+                [H, W, 3], or encoded images.
+            task: ``quality`` or ``aesthetics``, or any name with a prompt of your own.
+            reading: what to make of EXIF orientation and transparency. The original ignores both:
+                ``ImageReading(orientation="stored", background=None)``.
+            settings: as in :meth:`scorer`.
+
+        Raises:
+            ImageError: an image cannot be read.
+            ConfigError: a setting that cannot work.
+            BackendError: a step failed.
+        """
+        scorer = self.scorer(task, **settings)
+        sources = as_list(images)
+        items = [scorer.prepare(source, reading) for source in sources]
+        return [scores[0] for scores in scorer.score(items, sources)]
 
     def __repr__(self) -> str:
         return f"<Owl2 {self.model.name} on {self.device}, context {self.context}>"

@@ -107,7 +107,7 @@ class EvenRows:
         asked = np.concatenate([logit_rows, logit_rows[-1:]]) if len(logit_rows) % 2 else logit_rows
         return self._engine.prefill(rows, kinds, past, buffers, asked, cancellation)[: len(logit_rows)]
 
-    kv_transfer = None
+    stepping = kv_transfer = None
 
     def decode(self, embeds: Floats, past: int, buffers: KvBuffers, cancellation: Cancellation = NEVER) -> Floats:
         """As that of an engine."""

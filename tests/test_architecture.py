@@ -35,9 +35,10 @@ ROOMS = {
     "runtime.backends.ort": "runtime runtime.backends",
     "runtime.backends.tensorrt": "runtime runtime.backends",
     "runtime.fit": "runtime runtime.backends runtime.backends.native",
-    "runtime.load": "runtime runtime.families runtime.backends runtime.fit",
+    "runtime.load": "runtime runtime.families runtime.backends runtime.fit runtime.scoring",
     "runtime.evaluation": "runtime runtime.families runtime.backends.tensorrt runtime.load",
     "runtime.bench": "runtime runtime.families runtime.backends runtime.backends.native runtime.fit runtime.load",
+    "runtime.scoring": "runtime runtime.families runtime.load",
     "runtime.serve": "runtime runtime.families runtime.load",
     "runtime.cli": (
         "runtime runtime.bench runtime.families runtime.backends runtime.backends.native runtime.backends.ort "

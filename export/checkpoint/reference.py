@@ -68,6 +68,7 @@ class TorchEngine:
     def allocate(self, capacity: int, previous: KvBuffers | None) -> TorchBuffers:
         return TorchBuffers(capacity, list(previous.presents) if isinstance(previous, TorchBuffers) else [])
 
+    stepping = None
     kv_transfer = None
 
     @torch.no_grad()

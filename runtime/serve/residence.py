@@ -105,8 +105,7 @@ class Residence:
         if self._closed:
             raise BackendError(CLOSED)
         model = self._load()
-        stepping = model.engine if hasattr(model.engine, "step") else None
-        engine = SharedEngine(model.engine, stepping)  # type: ignore[arg-type]
+        engine = SharedEngine(model.engine)
         shared = replace(model, engine=engine, encoder=ImageEncoder(engine))
         try:
             disk = None if self._disk is None else DiskCaches(*self._disk, shared)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 
@@ -20,13 +18,6 @@ SHORT = 16
 """Rows of a step that runs together with others: a token, or a token and its draft."""
 GATHER_SECONDS = 0.01
 """How long a step waits for the conversations of the step before: they are choosing their next token."""
-
-
-class SteppingEngine(Protocol):
-    """An engine whose steps may hold rows of several sequences."""
-
-    def step(self, sequences: Sequence[SequenceRows], logit_rows: Ints, cancellation: Cancellation = NEVER) -> Floats:
-        """See :meth:`owl2.runtime.backends.native.engine.NativeEngine.step`."""
 
 
 @dataclass(eq=False)
@@ -61,14 +52,12 @@ class SharedEngine:
     Between two blocks of a long prompt every conversation that answers gets its next token.
     """
 
-    def __init__(self, engine: Engine, stepping: SteppingEngine | None) -> None:
-        """Share an engine.
+    stepping = None
+    """Steps of several conversations are made here, of what their threads ask for."""
 
-        Args:
-            engine: that does the work.
-            stepping: the same engine, if it can run several sequences in one step.
-        """
-        self._engine, self._stepping = engine, stepping
+    def __init__(self, engine: Engine) -> None:
+        """Share an engine, which does the work."""
+        self._engine, self._stepping = engine, engine.stepping
         self._changed = threading.Condition()
         self._short: deque[Work] = deque()
         self._long: deque[Work] = deque()

@@ -117,6 +117,10 @@ class NativeEngine:
         return NativeBuffers(_native.KvCache(layers, heads, self._config.head_dim, self._kv_type, capacity))
 
     @property
+    def stepping(self) -> NativeEngine:
+        return self
+
+    @property
     def kv_transfer(self) -> KvTransfer:
         return KvTransfer(self._kv_type, self._read_kv, self._write_kv)
 
@@ -146,16 +150,7 @@ class NativeEngine:
         return logits
 
     def step(self, sequences: Sequence[SequenceRows], logit_rows: Ints, cancellation: Cancellation = NEVER) -> Floats:
-        """Run new rows of several sequences at once; the results of each are what it would get alone, bit for bit.
-
-        Args:
-            sequences: with different buffers.
-            logit_rows: [R], which of all rows' logits are wanted, counted over the sequences; R >= 1.
-            cancellation: stops the step.
-
-        Returns:
-            Logits [R, V].
-        """
+        """See :class:`owl2.runtime.engine.SteppingEngine`."""
         weights = self._open()
         self._data.check()
         angles = [self._angles(rows.past, len(rows.embeds)) for rows in sequences]

@@ -122,6 +122,8 @@ class OrtEngine:
         _, decoder = self._open(spec.DECODER_GRAPH)
         return decoder.allocate(capacity, previous)
 
+    stepping = None
+
     @property
     def kv_transfer(self) -> KvTransfer | None:
         _, decoder = self._open(spec.DECODER_GRAPH)

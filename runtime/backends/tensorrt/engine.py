@@ -135,6 +135,7 @@ class TensorRtEngine:
             self._gpu.synchronize(stream)
         return made
 
+    stepping = None
     kv_transfer = None
 
     def prefill(

@@ -35,8 +35,9 @@ class Counting:
 
 
 def shared(model: Loaded) -> tuple[Loaded, SharedEngine, Counting | None]:
-    counting = Counting(model.engine) if hasattr(model.engine, "step") else None
-    engine = SharedEngine(model.engine, counting)  # type: ignore[arg-type]
+    counting = None if model.engine.stepping is None else Counting(model.engine.stepping)
+    engine = SharedEngine(model.engine)
+    engine._stepping = counting  # type: ignore[assignment]
     return replace(model, engine=engine, encoder=ImageEncoder(engine)), engine, counting
 
 

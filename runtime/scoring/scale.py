@@ -1,0 +1,195 @@
+"""What is asked, and what the words of the answer are worth."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypedDict
+
+from owl2.runtime.config import IMAGE_TOKEN, require
+from owl2.runtime.errors import ConfigError
+from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
+from owl2.runtime.foreign import ForeignError, read_json, reading, shorten
+from owl2.runtime.preprocess import MODES, check_mode
+
+FOLDER = Path(__file__).parent / "presets"
+USUAL = "q-align"
+PRESETS = tuple(sorted(path.stem for path in FOLDER.glob("*.json")))
+"""Names of the presets that come with this package."""
+PRESET_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Level:
+    """One answer.
+
+    Attributes:
+        words: for it; where there are several, their logits are averaged.
+        weight: what it is worth.
+    """
+
+    words: tuple[str, ...]
+    weight: float
+
+    @property
+    def name(self) -> str:
+        """Its first word."""
+        return self.words[0]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What an image is asked, and how the answer becomes a number.
+
+    Attributes:
+        task: what is scored.
+        prompt: raw, with one ``<|image|>`` per image; a video's frames all take the place of the only one.
+        levels: the best first.
+        preprocess: mode of preprocessing.
+    """
+
+    task: str
+    prompt: str
+    levels: tuple[Level, ...]
+    preprocess: str
+
+    def __post_init__(self) -> None:
+        check_mode(self.preprocess)
+        require(len(self.levels) >= 2, f"a scale needs two levels at least, got {len(self.levels)}")
+        require(IMAGE_TOKEN in self.prompt, f"the prompt {shorten(self.prompt)} has no {IMAGE_TOKEN}")
+        require(
+            len({level.weight for level in self.levels}) > 1, "all weights are the same; give the levels different ones"
+        )
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How one kind of model is asked.
+
+    Attributes:
+        name: of it.
+        preprocess: mode of preprocessing.
+        levels: the best first.
+        image: prompt by task.
+        video: the same for the frames of a video.
+    """
+
+    name: str
+    preprocess: str
+    levels: tuple[Level, ...]
+    image: Mapping[str, str]
+    video: Mapping[str, str]
+
+
+class ScaleSettings(TypedDict, total=False):
+    """Keywords of :meth:`Owl2.scorer` and of what stands on it."""
+
+    preset: str | os.PathLike[str] | None
+    levels: Sequence[str] | None
+    weights: Sequence[float] | None
+    prompt: str | None
+    preprocess: str | None
+
+
+def load_preset(name: str | os.PathLike[str] = USUAL) -> Preset:
+    """A preset by its name, or from a JSON file of your own.
+
+    Raises:
+        ConfigError: there is none, or its file makes no sense.
+    """
+    if name in PRESETS:
+        path = FOLDER / f"{name}.json"
+    else:
+        path = Path(name)
+        require(
+            path.suffix == ".json",
+            f"preset {shorten(str(name))} is not known; use {', '.join(PRESETS)} or a .json file",
+        )
+    with reading(path, ConfigError, "docs/scoring.md describes presets"):
+        return _preset(path.stem, read_json(path, PRESET_BYTES))
+
+
+def make_scale(
+    preset: Preset,
+    task: str,
+    *,
+    video: bool = False,
+    levels: Sequence[str] | None = None,
+    weights: Sequence[float] | None = None,
+    prompt: str | None = None,
+    preprocess: str | None = None,
+) -> Scale:
+    """The scale of a task, or one with words, weights or a prompt of your own.
+
+    Raises:
+        ConfigError: the preset does not know the task and there is no prompt, or something makes no sense.
+    """
+    known = preset.video if video else preset.image
+    if prompt is None:
+        kind = "videos" if video else "images"
+        require(
+            isinstance(task, str) and task in known,
+            f"preset {preset.name} does not score {shorten(task)} of {kind}; it knows {', '.join(known) or 'nothing'}; "
+            "or give a prompt",
+        )
+        prompt = known[task]
+    made = preset.levels
+    if levels is not None:
+        words = all(isinstance(word, str) and word.strip() for word in levels) and not isinstance(levels, str)
+        require(words, f"levels must be words, got {shorten(levels)}")
+        require(
+            weights is not None or len(levels) == len(made),
+            f"{len(levels)} levels need as many weights; give them from the best to the worst",
+        )
+        made = tuple(Level((word,), old.weight) for word, old in zip(levels, made)) if weights is None else tuple(
+            Level((word,), 0.0) for word in levels
+        )  # fmt: skip
+    if weights is not None:
+        numbers = all(isinstance(weight, int | float) and not isinstance(weight, bool) for weight in weights)
+        require(numbers and len(weights) == len(made), f"weights must be {len(made)} numbers, got {shorten(weights)}")
+        made = tuple(replace(level, weight=float(weight)) for level, weight in zip(made, weights))
+    return Scale(task, prompt, made, preprocess or preset.preprocess)
+
+
+def level_ids(scale: Scale, tokenizer: Tokenizer) -> list[list[int]]:
+    """The ids of each level's words: the first one of each word, as in the original.
+
+    Raises:
+        ConfigError: a word has none, or two levels share one.
+    """
+    owners: dict[int, Level] = {}
+    result = []
+    for level in scale.levels:
+        ids = [tokenizer.encode(word)[0] for word in level.words if tokenizer.encode(word)]
+        require(len(ids) == len(level.words), f"a word of the level {shorten(level.name)} has no token")
+        for token in ids:
+            other = owners.setdefault(token, level)
+            require(
+                other is level,
+                f"the levels {shorten(other.name)} and {shorten(level.name)} begin with the same token; choose other "
+                "words",
+            )
+        result.append(ids)
+    return result
+
+
+def _preset(name: str, data: Any) -> Preset:  # noqa: ANN401 - JSON
+    match data:
+        case {"preprocess": str(mode), "levels": list(levels), "image": dict(image), "video": dict(video)} if (
+            mode in MODES and all(isinstance(text, str) for text in (*image.values(), *video.values()))
+        ):
+            return Preset(name, mode, tuple(map(_level, levels)), image, video)
+    raise ForeignError(
+        f"it is no preset: expected preprocess ({', '.join(MODES)}), levels, and prompts by task in image and video"
+    )
+
+
+def _level(data: Any) -> Level:  # noqa: ANN401 - JSON
+    match data:
+        case {"words": [str(), *_] as words, "weight": int() | float() as weight} if all(
+            isinstance(word, str) and word for word in words
+        ) and not isinstance(weight, bool):
+            return Level(tuple(words), float(weight))
+    raise ForeignError(f"a level is {shorten(data)}, expected words and a weight")
