@@ -21,10 +21,11 @@ from owl2.runtime.backends.native.support import is_installed
 
 RUNTIME_DEPENDENCIES = {
     "anyio", "click", "llguidance", "matplotlib", "numpy", "onnxruntime", "packaging", "PIL", "pillow_heif",
-    "platformdirs", "prometheus_client", "psutil", "sentencepiece", "starlette", "typing_extensions", "uvicorn",
+    "platformdirs", "prometheus_client", "psutil", "pyarrow", "sentencepiece", "starlette",
+    "typing_extensions", "uvicorn",
 }  # fmt: skip
 """Packages that the runtime may import: ``packaging`` comes with ONNX Runtime, ``psutil`` is for Windows,
-``matplotlib`` only for a plot, ``llguidance`` for grammars, ``starlette`` with ``anyio``,
+``matplotlib`` only for a plot, ``pyarrow`` for Parquet, ``llguidance`` for grammars, ``starlette`` with ``anyio``,
 ``uvicorn`` and ``prometheus_client`` for the server."""
 
 ROOMS = {
@@ -42,7 +43,7 @@ ROOMS = {
     "runtime.serve": "runtime runtime.families runtime.load",
     "runtime.cli": (
         "runtime runtime.bench runtime.families runtime.backends runtime.backends.native runtime.backends.ort "
-        "runtime.backends.tensorrt runtime.fit runtime.load runtime.evaluation runtime.serve"
+        "runtime.backends.tensorrt runtime.fit runtime.load runtime.evaluation runtime.scoring runtime.serve"
     ),
     "quant": "runtime runtime.families runtime.evaluation",
     # The stages in the root call their checks and run within a job; both know the stages' settings and results.

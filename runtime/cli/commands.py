@@ -10,6 +10,7 @@ from owl2.runtime.cli.chat import chat
 from owl2.runtime.cli.eval import eval_command
 from owl2.runtime.cli.info import info
 from owl2.runtime.cli.plan import plan_command
+from owl2.runtime.cli.score import score
 from owl2.runtime.cli.serve import serve
 from owl2.runtime.cli.verify import verify_command
 from owl2.runtime.version import __version__
@@ -27,6 +28,7 @@ def cli() -> None:
       owl2 info bundle/
       owl2 ask bundle/ "What is in the image?" --image cat.jpg
       owl2 chat bundle/
+      owl2 score bundle/ photos/ --out scores.csv
       owl2 plan bundle/ --device orin-nano-8gb
       owl2 eval bundle/ --data questions.jsonl
       owl2 verify bundle/
@@ -35,5 +37,5 @@ def cli() -> None:
     """
 
 
-for command in (ask, chat, info, plan_command, eval_command, verify_command, bench_command, serve):
+for command in (ask, chat, info, plan_command, eval_command, verify_command, bench_command, score, serve):
     cli.add_command(command)

@@ -1,0 +1,242 @@
+"""``owl2 score``: scores of images, one or a million."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from owl2.runtime.cli.console import duration, load_progress, notice, notice_interrupt, reports_errors, say
+from owl2.runtime.cli.options import (
+    backend_option,
+    background_option,
+    bundle_argument,
+    context_option,
+    device_option,
+    image_reading,
+    kv_cache_option,
+    memory_option,
+    orientation_option,
+    preprocess_option,
+    threads_option,
+    verify_option,
+)
+from owl2.runtime.cli.signals import stop_code
+from owl2.runtime.cli.types import PATH, integer
+from owl2.runtime.config import require
+from owl2.runtime.engine import BackendName
+from owl2.runtime.errors import Owl2Error
+from owl2.runtime.harmless import harmless
+from owl2.runtime.images import PreparedImage
+from owl2.runtime.owl import Owl2
+from owl2.runtime.preprocess import Orientation
+from owl2.runtime.scoring.report import report_page
+from owl2.runtime.scoring.results import ResultFile, Summary, find_images
+from owl2.runtime.scoring.scale import PRESETS, USUAL, load_preset, make_scale
+from owl2.runtime.scoring.score import Score
+from owl2.runtime.spec import KvType
+from owl2.runtime.stored import write_whole
+
+Outcome = tuple[Score, ...] | Owl2Error
+
+
+def _batch(_context: click.Context, _option: click.Parameter, text: str) -> int | None:
+    return None if text == "auto" else integer(text)
+
+
+@click.command()
+@bundle_argument
+@click.argument("paths", type=PATH, nargs=-1, required=True)
+@click.option(
+    "--task",
+    "tasks",
+    multiple=True,
+    default=("quality",),
+    show_default=True,
+    help="What to score: quality, aesthetics; repeatable, the work of the vision tower is shared.",
+)
+@click.option("--recursive", "-r", is_flag=True, help="Look for images in folders within folders, too.")
+@click.option("--out", type=PATH, help="Write a table: .csv, .jsonl or .parquet, each row as soon as it is known.")
+@click.option("--resume", is_flag=True, help="Go on with the table of a run that was stopped.")
+@click.option("--overwrite", is_flag=True, help="Replace an older table.")
+@click.option("--report", type=PATH, help="Write an HTML page: a histogram, the best and the worst images.")
+@click.option("--json", "as_json", is_flag=True, help="Write each score as a line of JSON.")
+@click.option(
+    "--preset",
+    default=USUAL,
+    show_default=True,
+    metavar=f"[{'|'.join(PRESETS)}|FILE.json]",
+    help="How the model is asked: the one that fits it.",
+)
+@click.option("--prompt", help="Ask this instead: raw, with <|image|> where the image goes.")
+@click.option("--level", "levels", multiple=True, help="A word of your own, from the best to the worst; repeatable.")
+@click.option("--weight", "weights", type=float, multiple=True, help="What each level is worth; repeatable.")
+@click.option("--workers", type=click.IntRange(1, 64), default=2, show_default=True, help="Threads that read images.")
+@click.option("--batch", default="auto", show_default=True, callback=_batch, help="Images that share a step.")
+@preprocess_option
+@orientation_option
+@background_option
+@threads_option
+@context_option
+@device_option
+@kv_cache_option
+@backend_option
+@memory_option
+@verify_option
+@reports_errors
+def score(  # noqa: PLR0913, PLR0917 - one parameter per option
+    bundle: Path,
+    paths: tuple[Path, ...],
+    tasks: tuple[str, ...],
+    recursive: bool,
+    out: Path | None,
+    resume: bool,
+    overwrite: bool,
+    report: Path | None,
+    as_json: bool,
+    preset: str,
+    prompt: str | None,
+    levels: tuple[str, ...],
+    weights: tuple[float, ...],
+    workers: int,
+    batch: int | None,
+    preprocess: str | None,
+    orientation: Orientation,
+    background: str,
+    threads: int | None,
+    context: int | None,
+    device: str,
+    kv_cache: KvType | None,
+    backend: BackendName | None,
+    check_memory: bool,
+    verify: bool,
+) -> None:
+    """Score images as Q-Align, OneAlign and their relatives do: 1 (bad) to 5 (excellent).
+
+    PATHS are images, and folders of images. The same image gets the same number, to the last bit, whatever is scored
+    beside it. One that is broken is a row with its error; the exit code is 1 if none could be scored.
+
+    \b
+    Examples:
+      owl2 score bundle/ cat.jpg dog.jpg
+      owl2 score bundle/ photos/ -r --out scores.csv --report scores.html
+      owl2 score bundle/ photos/ -r --out scores.csv --resume
+      owl2 score bundle/ photos/ --task quality --task aesthetics --json
+      owl2 score bundle/ cat.jpg --level sharp --level blurred --weight 1 --weight 0 \\
+        --prompt "USER: <|image|>Is the image sharp or blurred? ASSISTANT: It is"
+    """
+    require(not (resume and overwrite), "--resume and --overwrite exclude each other")
+    require(out is not None or not (resume or overwrite), "--resume and --overwrite are about a table; give --out")
+    settings: dict[str, Any] = {"preset": preset, "prompt": prompt, "preprocess": preprocess}
+    settings |= {"levels": list(levels) or None, "weights": list(weights) or None}
+    chosen = load_preset(preset)
+    for task in tasks:  # before the model, which may take long to load
+        make_scale(chosen, task, **{name: value for name, value in settings.items() if name != "preset"})
+    images, reading = find_images(paths, recursive=recursive), image_reading(orientation, background)
+    with load_progress() as progress:
+        owl = Owl2.load(
+            bundle,
+            device=device,
+            threads=threads,
+            context=context,
+            kv_cache=kv_cache,
+            backend=backend,
+            check_memory=check_memory,
+            verify=verify,
+            progress=progress,
+        )
+    with owl, ExitStack() as closing:
+        scorer = owl.scorer(list(tasks), **settings)
+        table = None
+        if out is not None:
+            table = ResultFile.open(out, scorer.scales, owl.model.fingerprint, resume=resume, overwrite=overwrite)
+            closing.callback(table.close)
+        done = {} if table is None else dict(table.rows)
+        todo = [image for image in images if image not in done]
+
+        def read(image: str) -> list[PreparedImage]:
+            return scorer.prepare(image, reading)
+
+        summary, began, count = Summary.of(done), time.perf_counter(), 0
+        try:
+            with _progress(len(images), len(done)) as advance:
+                for image, outcome in scorer.stream(todo, read, batch=batch, workers=workers):
+                    count += 1
+                    if table is not None:
+                        table.add(image, outcome, scorer.scales)
+                    _add(summary, image, outcome)
+                    if table is None or as_json:
+                        _say(image, outcome, tasks, as_json=as_json)
+                    advance()
+        except KeyboardInterrupt:
+            further = "" if table is None else "; --resume goes on"
+            notice_interrupt(f"stopped after {count} of {len(todo)} images{further}")
+            sys.exit(stop_code())
+        if table is not None:
+            table.finish()
+    if report is not None:
+        write_whole(report, [report_page(f"Scores of {len(images):,} images", summary)])
+    _tell(summary, count, time.perf_counter() - began, [str(path) for path in (out, report) if path is not None])
+    if not summary.values:
+        sys.exit(1)
+
+
+def _add(summary: Summary, image: str, outcome: Outcome) -> None:
+    if isinstance(outcome, Owl2Error):
+        summary.errors.append((image, str(outcome)))
+        return
+    for one in outcome:
+        summary.values.setdefault(one.task, []).append((one.value, image))
+
+
+def _say(image: str, outcome: Outcome, tasks: Sequence[str], *, as_json: bool) -> None:
+    if isinstance(outcome, Owl2Error):
+        if as_json:
+            say(json.dumps({"image": image, "error": str(outcome)}))
+        else:
+            notice(f"{harmless(image)}: {outcome}")
+        return
+    for one in outcome:
+        named = f"  {one.task}" if len(tasks) > 1 else ""
+        say(json.dumps(one.to_json()) if as_json else f"{one.value:.4f}{named}  {image}")
+
+
+def _tell(summary: Summary, count: int, seconds: float, written: Sequence[str]) -> None:
+    means = ", ".join(
+        f"{task} {statistics.fmean(value for value, _ in values):.3f}" for task, values in summary.values.items()
+    )
+    broken = f", {len(summary.errors)} could not be scored" if summary.errors else ""
+    files = f"; {', '.join(written)}" if written else ""
+    rate = f", {count / seconds:.2f} a second" if count > 1 else ""
+    mean = f"; mean {means}" if means else ""
+    plural = "s" * (count != 1)
+    notice(f"{count} image{plural} in {duration(seconds)}{rate}{broken}{mean}{files}")
+
+
+@contextmanager
+def _progress(total: int, done: int) -> Iterator[Any]:
+    """A bar on stderr, if that is a terminal and stdout is none or a single line would be too short for it."""
+    if not sys.stderr.isatty() or total < 2:
+        yield lambda: None
+        return
+    began, count = time.monotonic(), 0
+
+    def rate(_item: object) -> str:
+        return f"{count / (time.monotonic() - began):.2f} a second" if count else ""
+
+    with click.progressbar(length=total, label="scoring", show_pos=True, item_show_func=rate, file=sys.stderr) as bar:
+        bar.update(done)
+
+        def advance() -> None:
+            nonlocal count
+            count += 1
+            bar.update(1, bar.pos)
+
+        yield advance
