@@ -40,7 +40,7 @@ ROOMS = {
     "runtime.evaluation": "runtime runtime.families runtime.backends.tensorrt runtime.load",
     "runtime.bench": "runtime runtime.families runtime.backends runtime.backends.native runtime.fit runtime.load",
     "runtime.scoring": "runtime runtime.families runtime.load",
-    "runtime.serve": "runtime runtime.families runtime.load",
+    "runtime.serve": "runtime runtime.families runtime.load runtime.scoring",
     "runtime.cli": (
         "runtime runtime.bench runtime.families runtime.backends runtime.backends.native runtime.backends.ort "
         "runtime.backends.tensorrt runtime.fit runtime.load runtime.evaluation runtime.scoring runtime.serve"

@@ -104,6 +104,7 @@ class Scorer:
         *,
         batch: int | None = None,
         workers: int = 2,
+        cancellation: Cancellation = NEVER,
     ) -> Iterator[tuple[Source, tuple[Score, ...] | Owl2Error]]:
         """Scores of any number of items, in their order, in bounded memory.
 
@@ -112,6 +113,7 @@ class Scorer:
             open_item: reads and prepares one; runs ahead in ``workers`` threads. An Owl2Error takes its scores' place.
             batch: items at a time; None for as many as fill a step of the decoder.
             workers: threads.
+            cancellation: raises StoppedError.
         """
         require(batch is None or batch > 0, f"batch must be positive, got {batch}")
         require(workers > 0, f"workers must be positive, got {workers}")
@@ -125,7 +127,7 @@ class Scorer:
                     opened.extend((source, pool.submit(open_item, source)) for source in islice(waiting, ahead))
                     if not opened:
                         return
-                    yield from self._scored([opened.popleft() for _ in range(min(size, len(opened)))])
+                    yield from self._scored([opened.popleft() for _ in range(min(size, len(opened)))], cancellation)
             finally:
                 for _, future in opened:
                     future.cancel()
@@ -139,7 +141,7 @@ class Scorer:
         return min(MOST, max(1, self._model.engine.block // longest))
 
     def _scored(
-        self, opened: Sequence[tuple[Source, Future[Sequence[PreparedImage]]]]
+        self, opened: Sequence[tuple[Source, Future[Sequence[PreparedImage]]]], cancellation: Cancellation
     ) -> Iterator[tuple[Source, tuple[Score, ...] | Owl2Error]]:
         results: list[tuple[Score, ...] | Owl2Error | None] = [None] * len(opened)
         good: list[tuple[int, Sequence[PreparedImage]]] = []
@@ -152,7 +154,7 @@ class Scorer:
             except Owl2Error as error:
                 results[place] = error
         sources = [opened[place][0] for place, _ in good]
-        for (place, _), scores in zip(good, self.score([images for _, images in good], sources)):
+        for (place, _), scores in zip(good, self.score([images for _, images in good], sources, cancellation)):
             results[place] = scores
         for (source, _), result in zip(opened, results):
             assert result is not None  # every place was filled

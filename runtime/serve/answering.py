@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any, Generic, TypeVar
 
 import anyio
 
+from owl2.runtime.cancellation import Cancellation, StoppedError
+from owl2.runtime.errors import Owl2Error
 from owl2.runtime.generate import Answer, Chunk, check_context
 from owl2.runtime.messages import read_turns, render_turns
-from owl2.runtime.serve.requests import AnswerRequest, RequestError
+from owl2.runtime.scoring.score import Score
+from owl2.runtime.scoring.scorer import Scorer
+from owl2.runtime.serve.requests import AnswerRequest, RequestError, ScoreRequest
 from owl2.runtime.serve.residence import Residence, Resident
-from owl2.runtime.stream import AnswerStream, stream_answer
+from owl2.runtime.stream import stream_answer
 
-Event = Chunk | Answer
-"""The chunks of an answer, and in the end the whole of it."""
+EventT = TypeVar("EventT")
+Job = Callable[[Resident, "Running[EventT]"], None]
+"""Works with the model in a thread of its own, and tells what it makes."""
 
 
 class Answering:
@@ -35,7 +41,7 @@ class Answering:
         self._places = asyncio.Semaphore(active)
         self._active, self._waiting = active, waiting
         self._open = 0
-        self._running: set[_Running] = set()
+        self._running: set[Running[Any]] = set()
         self._stopping = False
 
     @property
@@ -44,12 +50,12 @@ class Answering:
         return self._open
 
     @asynccontextmanager
-    async def answer(self, request: AnswerRequest) -> AsyncIterator[AsyncIterator[Event]]:
-        """The events of an answer; leaving the context ends it.
+    async def run(self, job: Job[EventT]) -> AsyncIterator[AsyncIterator[EventT]]:
+        """What a job tells; leaving the context ends it.
 
         Raises:
             RequestError: too many are waiting, or the server is stopping.
-            Owl2Error: in the course of the iteration, what prompt and model raise.
+            Owl2Error: in the course of the iteration, what the job raises.
         """
         if self._stopping:
             raise RequestError("the server is stopping", status=503)
@@ -60,7 +66,7 @@ class Answering:
             async with self._places:
                 if self._stopping:
                     raise RequestError("the server is stopping", status=503)
-                running = _Running(self._residence, request, asyncio.get_running_loop())
+                running = Running(self._residence, job, asyncio.get_running_loop())
                 self._running.add(running)
                 late = RequestError(f"the answer took more than {self._seconds:g} s", status=504)
                 limit = asyncio.get_running_loop().call_later(self._seconds, running.end, late)
@@ -86,45 +92,61 @@ class Answering:
             running.end(RequestError("the answer was cancelled: the server is stopping", status=503))
 
 
-class _Running:
-    """An answer that is being generated."""
+class Running(Generic[EventT]):
+    """A job that runs, in a thread of its own."""
 
-    def __init__(self, residence: Residence, request: AnswerRequest, loop: asyncio.AbstractEventLoop) -> None:
-        self._residence, self._request, self._loop = residence, request, loop
-        self._events: asyncio.Queue[Event | Exception | None] = asyncio.Queue()
-        self._stream: AnswerStream | None = None
-        self._cancelled = False
+    def __init__(self, residence: Residence, job: Job[EventT], loop: asyncio.AbstractEventLoop) -> None:
+        self._residence, self._job, self._loop = residence, job, loop
+        self._events: asyncio.Queue[EventT | Exception | None] = asyncio.Queue()
+        self._on_cancel: Callable[[], object] | None = None
+        self.cancelled = False
         self.ended = asyncio.Event()
         threading.Thread(target=self._run, name="owl2 answer", daemon=True).start()
 
-    async def events(self) -> AsyncIterator[Event]:
+    async def events(self) -> AsyncIterator[EventT]:
+        """What the job tells; raises what it raises."""
         while (event := await self._events.get()) is not None:
             if isinstance(event, Exception):
                 raise event
             yield event
 
     def cancel(self) -> None:
-        self._cancelled = True
-        if self._stream is not None:
-            self._stream.cancel()
+        """Let the job end early."""
+        self.cancelled = True
+        if self._on_cancel is not None:
+            self._on_cancel()
 
     def end(self, reason: RequestError) -> None:
         """Cancel, and tell why."""
         self._events.put_nowait(reason)
         self.cancel()
 
+    def cancel_with(self, stop: Callable[[], object]) -> None:
+        """What ends the work of the job; called at once if it is cancelled already."""
+        self._on_cancel = stop
+        if self.cancelled:
+            stop()
+
+    def tell(self, event: EventT | Exception | None) -> None:
+        """Say something to the loop that asked."""
+        self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
     def _run(self) -> None:
         try:
             with self._residence.use() as resident:
-                self._generate(resident)
+                self._job(resident, self)
         except Exception as error:  # for the one who asked
-            self._tell(error)
+            self.tell(error)
         finally:
-            self._tell(None)
+            self.tell(None)
             self._loop.call_soon_threadsafe(self.ended.set)
 
-    def _generate(self, resident: Resident) -> None:
-        model, request = resident.model, self._request
+
+def answer_job(request: AnswerRequest) -> Job[Chunk | Answer]:
+    """Tells the chunks of an answer, and in the end the whole of it."""
+
+    def job(resident: Resident, running: Running[Chunk | Answer]) -> None:
+        model = resident.model
         if request.messages is None:
             text, images = request.prompt or "", []
         else:
@@ -137,16 +159,37 @@ class _Running:
         cache = resident.caches.take(prompt.keys)
         try:
             check_context(cache, prompt)
-            self._stream = stream_answer(model, cache, prompt, request.config)
-            if self._cancelled:
+            stream = stream_answer(model, cache, prompt, request.config)
+            running.cancel_with(stream.cancel)
+            if running.cancelled:
                 return
-            for chunk in self._stream:
-                self._tell(chunk)
-            self._tell(self._stream.answer)
+            for chunk in stream:
+                running.tell(chunk)
+            running.tell(stream.answer)
         finally:
             resident.engine.leave()
             cache.claim()
             resident.caches.give_back(cache)
 
-    def _tell(self, event: Event | Exception | None) -> None:
-        self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+    return job
+
+
+Scored = tuple[Score, ...] | Owl2Error
+
+
+def score_job(request: ScoreRequest) -> Job[list[Scored]]:
+    """Tells the scores of all items at once."""
+
+    def job(resident: Resident, running: Running[list[Scored]]) -> None:
+        scorer = Scorer(resident.model, request.scales)
+        cancellation = Cancellation()
+        running.cancel_with(cancellation.cancel)
+        try:
+            items = scorer.stream(request.images, scorer.prepare, workers=1, cancellation=cancellation)
+            running.tell([scores for _, scores in items])
+        except StoppedError:
+            pass  # nobody waits for it any more
+        finally:
+            resident.engine.leave()
+
+    return job

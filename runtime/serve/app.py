@@ -27,7 +27,7 @@ from owl2.runtime.generate import Answer, Chunk
 from owl2.runtime.image_cost import MAX_PIXELS
 from owl2.runtime.image_files import opened
 from owl2.runtime.preprocess import MODES, as_seen, check_mode, read_image
-from owl2.runtime.serve.answering import Answering
+from owl2.runtime.serve.answering import Answering, answer_job, score_job
 from owl2.runtime.serve.fetch import Fetcher
 from owl2.runtime.serve.guard import Guard
 from owl2.runtime.serve.metrics import Metrics
@@ -35,12 +35,14 @@ from owl2.runtime.serve.requests import (
     AnswerRequest,
     ImageSources,
     RequestError,
+    ScoreRequest,
     read_chat_request,
     read_completion_request,
+    read_score_request,
     web_images,
 )
 from owl2.runtime.serve.residence import Residence
-from owl2.runtime.serve.responses import DONE, ChatFormat, CompletionFormat, error_body, sse
+from owl2.runtime.serve.responses import DONE, ChatFormat, CompletionFormat, error_body, scores_body, sse
 from owl2.runtime.serve.store import Store
 
 LOG = logging.getLogger("owl2.serve")
@@ -131,6 +133,7 @@ class Server:
             Route("/owl2/pictures/{name}", self._caught(self.picture)),
             Route("/v1/chat/completions", self._caught(self.chat), methods=["POST"]),
             Route("/v1/completions", self._caught(self.completion), methods=["POST"]),
+            Route("/v1/score", self._caught(self.score), methods=["POST"]),
             Route("/v1/models", self._caught(self.models)),
             Route("/v1/models/{name:path}", self._caught(self.model)),
             Route("/health", self.health),
@@ -147,12 +150,29 @@ class Server:
     async def chat(self, request: Request) -> Response:
         """``/v1/chat/completions``."""
         data = await self._json(request)
-        sources = self._sources
-        if self._fetcher is not None and (urls := web_images(data)):
-            sources = replace(sources, fetched=await _unless_gone(request, self._fetcher.all(urls)))
-        asked = await asyncio.to_thread(read_chat_request, data, sources)
+        asked = await asyncio.to_thread(read_chat_request, data, await self._sources_of(data, request))
         form = ChatFormat.of(secrets.token_hex(12), self._served.name, self._served.tokenizer, logprobs=asked.logprobs)
         return await self._respond(asked, form, request)
+
+    async def score(self, request: Request) -> Response:
+        """``/v1/score``: scores of images; those of several requests share steps of the model."""
+        data = await self._json(request)
+        asked = await asyncio.to_thread(read_score_request, data, await self._sources_of(data, request))
+        return await _unless_gone(request, self._scores(asked))
+
+    async def _scores(self, asked: ScoreRequest) -> Response:
+        async with self._answering.run(score_job(asked)) as events:
+            async for scored in events:
+                self._metrics.scored(scored)
+                return JSONResponse(scores_body(self._served.name, scored), headers=NO_CACHE)
+        raise RequestError("the scores were cancelled", status=503)
+
+    async def _sources_of(self, data: object, request: Request) -> ImageSources:
+        """Where the images of a request come from, those of the web among them."""
+        urls = web_images(data)
+        if self._fetcher is None or not urls:
+            return self._sources
+        return replace(self._sources, fetched=await _unless_gone(request, self._fetcher.all(urls)))
 
     async def completion(self, request: Request) -> Response:
         """``/v1/completions``."""
@@ -295,7 +315,7 @@ class Server:
 
     async def _whole(self, asked: AnswerRequest, form: ChatFormat | CompletionFormat) -> Response:
         chunks: list[Chunk] = []
-        async with self._answering.answer(asked) as events:
+        async with self._answering.run(answer_job(asked)) as events:
             async for event in events:
                 match event:
                     case Chunk():
@@ -310,7 +330,7 @@ class Server:
         """A stream of an answer, errors in its course included."""
         begun = False
         try:
-            async with self._answering.answer(asked) as events:
+            async with self._answering.run(answer_job(asked)) as events:
                 async for event in events:
                     if not begun and (head := form.first()) is not None:
                         yield sse(head)

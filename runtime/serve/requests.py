@@ -10,9 +10,11 @@ from urllib.parse import unquote, urlsplit
 
 from owl2.runtime.errors import ConfigError
 from owl2.runtime.foreign import shorten
+from owl2.runtime.image_files import ImageInput
 from owl2.runtime.messages import ChatMessage
 from owl2.runtime.preprocess import check_mode
 from owl2.runtime.sampling import TOP_LOGPROBS, GenerationConfig
+from owl2.runtime.scoring.scale import PRESETS, USUAL, Scale, load_preset, make_scale
 
 DEFAULT_TOKENS = 1024
 """Tokens of an answer whose length a client does not limit."""
@@ -53,6 +55,8 @@ GENERATION = {
 """Fields that are options of generation."""
 
 
+SCORED_IMAGES, SCORED_TASKS = 256, 8
+NAMES = {str: "text", list: "list"}
 PICTURE = "owl2-picture:"
 """Begins the address of a picture that was sent to ``/owl2/pictures`` before."""
 
@@ -90,6 +94,19 @@ class AnswerRequest:
     logprobs: bool
     stream: bool
     usage: bool
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """Images, and what they are asked.
+
+    Attributes:
+        images: as :data:`ImageInput`.
+        scales: of each.
+    """
+
+    images: Sequence[ImageInput]
+    scales: Sequence[Scale]
 
 
 class Pictures(Protocol):
@@ -151,17 +168,22 @@ class ImageSources:
 
 
 def web_images(data: object) -> set[str]:
-    """The http and https URLs that a request for a chat names as images."""
-    found = set()
+    """The http and https URLs that a request names as images."""
+    images = data.get("images") if isinstance(data, dict) else None
+    found = {image for image in images if is_web(image)} if isinstance(images, list) else set()
     messages = data.get("messages") if isinstance(data, dict) else None
     for message in messages if isinstance(messages, list) else ():
         content = message.get("content") if isinstance(message, dict) else None
         for part in content if isinstance(content, list) else ():
             match part:
                 case {"type": "image_url", "image_url": {"url": str(url)} | str(url)}:
-                    if url[:8].lower().startswith(("http://", "https://")):
-                        found.add(url)
+                    found.update([url] if is_web(url) else [])
     return found
+
+
+def is_web(url: object) -> bool:
+    """Whether it is an http or https URL."""
+    return isinstance(url, str) and url[:8].lower().startswith(("http://", "https://"))
 
 
 def read_chat_request(data: object, sources: ImageSources) -> AnswerRequest:
@@ -175,6 +197,35 @@ def read_chat_request(data: object, sources: ImageSources) -> AnswerRequest:
     if top and not logprobs:
         raise RequestError("top_logprobs needs logprobs: true", "top_logprobs")
     return _request(fields, _messages(messages, sources), None, logprobs=logprobs, top=top)
+
+
+def read_score_request(data: object, sources: ImageSources) -> ScoreRequest:
+    """Read the body of ``/v1/score``; raises RequestError."""
+    fields = _fields(data, "images")
+    unknown = sorted(fields.keys() - {"images", "model", "task", "preset", "prompt", "levels", "weights", "preprocess"})
+    if unknown:
+        raise RequestError(f"{shorten(unknown[0])} is not a field of this request", unknown[0])
+    images = fields["images"]
+    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+        raise RequestError(f"images must be a list of data: URIs or names, got {shorten(images)}", "images")
+    if not 0 < len(images) <= SCORED_IMAGES:
+        raise RequestError(f"a request may have 1 to {SCORED_IMAGES} images, got {len(images)}", "images")
+    tasks = fields.get("task") or "quality"
+    tasks = [tasks] if isinstance(tasks, str) else tasks
+    preset = fields.get("preset") or USUAL
+    if not isinstance(tasks, list) or not 0 < len(tasks) <= SCORED_TASKS:
+        raise RequestError(f"task must be a name or a list of at most {SCORED_TASKS}, got {shorten(tasks)}", "task")
+    if preset not in PRESETS:  # no files
+        raise RequestError(f"preset {shorten(preset)} is not known; use {', '.join(PRESETS)}", "preset")
+    settings: dict[str, Any] = {name: fields.get(name) for name in ("prompt", "levels", "weights", "preprocess")}
+    for name, kind in (("prompt", str), ("levels", list), ("weights", list), ("preprocess", str)):
+        if not isinstance(settings[name], kind | None):
+            raise RequestError(f"{name} must be a {NAMES[kind]}, got {shorten(settings[name])}", name)
+    try:
+        scales = [make_scale(load_preset(preset), task, **settings) for task in tasks]
+    except ConfigError as error:
+        raise RequestError(str(error)) from error
+    return ScoreRequest([sources.resolve(image) for image in images], scales)
 
 
 def read_completion_request(data: object) -> AnswerRequest:

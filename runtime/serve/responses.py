@@ -21,6 +21,7 @@ from owl2.runtime.errors import (
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
 from owl2.runtime.families.mplug_owl2.tokenizer_files import SPACE
 from owl2.runtime.generate import Chunk, FinishReason, Stats
+from owl2.runtime.scoring.score import Score
 from owl2.runtime.serve.requests import RequestError
 
 FINISH: Mapping[FinishReason | None, str | None] = {
@@ -184,6 +185,17 @@ class CompletionFormat:
             "top_logprobs": tops,
             "text_offset": offsets,
         }
+
+
+def scores_body(model: str, scored: Sequence[tuple[Score, ...] | Owl2Error]) -> Json:
+    """Body of ``/v1/score``: for each image its scores, or its error."""
+    data: list[Json] = []
+    for index, scores in enumerate(scored):
+        if isinstance(scores, Owl2Error):
+            data.append({"index": index, **error_body(scores)[1]})
+        else:
+            data.append({"index": index, "scores": [score.to_json() | {"image": None} for score in scores]})
+    return {"object": "list", "model": model, "data": data}
 
 
 def token_entry(tokenizer: Tokenizer, token: int, logprob: float) -> Json:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -25,15 +26,15 @@ class Work:
     """A step that a conversation waits for.
 
     Attributes:
-        rows: to run.
-        logit_rows: counted from the first of ``rows``.
+        sequences: whose rows are to run; several where scores share a step.
+        logit_rows: counted over the rows of all sequences.
         cancellation: of the conversation.
         token: whether it is one token of text, for which engines have a way of their own.
         thread: that waits.
         logits: of the rows, once it has run.
     """
 
-    rows: SequenceRows
+    sequences: Sequence[SequenceRows]
     logit_rows: Ints
     cancellation: Cancellation
     token: bool = False
@@ -41,19 +42,17 @@ class Work:
     logits: Future[Floats] = field(default_factory=Future)
 
     @property
-    def short(self) -> bool:
-        return len(self.rows.embeds) <= SHORT
+    def count(self) -> int:
+        """Its rows."""
+        return sum(len(rows.embeds) for rows in self.sequences)
 
 
 class SharedEngine:
     """See :class:`owl2.runtime.engine.Engine`; any number of threads may call it, each with buffers of its own.
 
-    Short steps of all that wait run as one where the engine can do that, and one after the other where it cannot.
-    Between two blocks of a long prompt every conversation that answers gets its next token.
+    Short steps of all that wait run as one where the engine can do that, and one after the other where it cannot; so do
+    long ones, as many as fill a step. Between two long steps every conversation that answers gets its next token.
     """
-
-    stepping = None
-    """Steps of several conversations are made here, of what their threads ask for."""
 
     def __init__(self, engine: Engine) -> None:
         """Share an engine, which does the work."""
@@ -79,6 +78,10 @@ class SharedEngine:
         return self._engine.rows_are_independent
 
     @property
+    def stepping(self) -> SharedEngine | None:
+        return None if self._stepping is None else self
+
+    @property
     def kv_transfer(self) -> KvTransfer | None:
         return self._engine.kv_transfer
 
@@ -97,11 +100,14 @@ class SharedEngine:
         logit_rows: Ints,
         cancellation: Cancellation = NEVER,
     ) -> Floats:
-        return self._run(Work(SequenceRows(embeds, modality, past, buffers), logit_rows, cancellation))
+        return self._run(Work([SequenceRows(embeds, modality, past, buffers)], logit_rows, cancellation))
+
+    def step(self, sequences: Sequence[SequenceRows], logit_rows: Ints, cancellation: Cancellation = NEVER) -> Floats:
+        return self._run(Work(sequences, logit_rows, cancellation))
 
     def decode(self, embeds: Floats, past: int, buffers: KvBuffers, cancellation: Cancellation = NEVER) -> Floats:
         rows = SequenceRows(embeds, np.zeros(len(embeds), np.int64), past, buffers)
-        logits: Floats = self._run(Work(rows, np.zeros(1, np.int64), cancellation, token=True))[0]
+        logits: Floats = self._run(Work([rows], np.zeros(1, np.int64), cancellation, token=True))[0]
         return logits
 
     def leave(self) -> None:
@@ -123,7 +129,7 @@ class SharedEngine:
         with self._changed:
             if self._closed:
                 raise BackendError(CLOSED)
-            (self._short if work.short else self._long).append(work)
+            (self._short if work.count <= SHORT else self._long).append(work)
             self._changed.notify_all()
         return work.logits.result()
 
@@ -136,14 +142,26 @@ class SharedEngine:
                 self._gather()
                 short = list(self._short)
                 self._short.clear()
-                long = None if not self._long else self._long.popleft()
+                long = self._next_long()
                 self._answering = {work.thread for work in short}
-            if short:
-                self._run_together(short)
-            if long is not None:
-                self._run_alone(long)
+            for works in (short, long):
+                try:
+                    self._run_together(works)
+                except BaseException as error:  # a fault of this module: nobody may wait for ever
+                    for work in works:
+                        if not work.logits.done():
+                            work.logits.set_exception(error)
         for work in (*self._short, *self._long):
             work.logits.set_exception(BackendError(CLOSED))
+
+    def _next_long(self) -> list[Work]:
+        """Long steps that fill one together, in the order in which they came; one at least, if there is any."""
+        taken: list[Work] = []
+        count = 0
+        while self._long and (not taken or count + self._long[0].count <= self._engine.block):
+            taken.append(self._long.popleft())
+            count += taken[-1].count
+        return taken
 
     def _gather(self) -> None:
         """Wait a moment for those that took part in the last step."""
@@ -163,10 +181,10 @@ class SharedEngine:
             for work in wanted:
                 self._run_alone(work)
             return
-        starts = np.cumsum([0, *(len(work.rows.embeds) for work in wanted)])
+        starts = np.cumsum([0, *(work.count for work in wanted)])
         asked = np.concatenate([work.logit_rows + start for work, start in zip(wanted, starts)])
         try:
-            logits = self._stepping.step([work.rows for work in wanted], asked)
+            logits = self._stepping.step([rows for work in wanted for rows in work.sequences], asked)
         except Exception:  # perhaps of one of them alone
             for work in wanted:
                 self._run_alone(work)
@@ -176,9 +194,11 @@ class SharedEngine:
             work.logits.set_result(part)
 
     def _run_alone(self, work: Work) -> None:
-        rows = work.rows
+        rows = work.sequences[0]
         try:
-            if work.token:
+            if len(work.sequences) > 1 and self._stepping is not None:
+                logits = self._stepping.step(work.sequences, work.logit_rows, work.cancellation)
+            elif work.token:
                 logits = self._engine.decode(rows.embeds, rows.past, rows.buffers, work.cancellation)[None]
             else:
                 logits = self._engine.prefill(

@@ -17,7 +17,7 @@ from owl2.runtime.images import ImageEncoder
 from owl2.runtime.load import Loaded
 from owl2.runtime.sampling import GenerationConfig
 from owl2.runtime.serve.prefix_caches import PrefixCaches
-from owl2.runtime.serve.shared_engine import SharedEngine
+from owl2.runtime.serve.shared_engine import SHORT, SharedEngine
 from owl2.runtime.stream import stream_answer
 
 PROMPTS = [f"USER: {text} ASSISTANT:" for text in ("one", "two and more", "three", "a longer fourth question", "five")]
@@ -144,7 +144,7 @@ def test_a_token_does_not_wait_for_a_whole_prompt(bundle_a1: Path) -> None:
     run = engine._run_alone
 
     def recorded(work: object) -> None:
-        order.append("short" if work.short else "long")  # type: ignore[attr-defined]
+        order.append("short" if work.count <= SHORT else "long")  # type: ignore[attr-defined]
         time.sleep(0.01)
         run(work)  # type: ignore[arg-type]
 
