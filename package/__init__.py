@@ -66,10 +66,16 @@ if TYPE_CHECKING:
         Stats as Stats,
     )
     from owl2.runtime.image_files import ImageRecord as ImageRecord
+    from owl2.runtime.likelihood import ChoiceLikelihoods as ChoiceLikelihoods
     from owl2.runtime.owl import Owl2 as Owl2
     from owl2.runtime.preprocess import ImageReading as ImageReading
     from owl2.runtime.sampling import GenerationConfig as GenerationConfig
     from owl2.runtime.saved_chat import saved_messages as saved_messages
+    from owl2.runtime.scoring.adapters import (
+        Metric as Metric,
+        OneAlign as OneAlign,
+        create_metric as create_metric,
+    )
     from owl2.runtime.scoring.score import Score as Score
     from owl2.runtime.scoring.scorer import Scorer as Scorer
     from owl2.runtime.stream import AnswerStream as AnswerStream
@@ -82,7 +88,9 @@ _HOMES = {
     "owl2.runtime.bundle": ("Bundle", "Manifest"),
     "owl2.runtime.chat": ("Chat",),
     "owl2.runtime.encoded": ("EncodedImage",),
+    "owl2.runtime.likelihood": ("ChoiceLikelihoods",),
     "owl2.runtime.saved_chat": ("saved_messages",),
+    "owl2.runtime.scoring.adapters": ("Metric", "OneAlign", "create_metric"),
     "owl2.runtime.scoring.score": ("Score",),
     "owl2.runtime.scoring.scorer": ("Scorer",),
     "owl2.runtime.stream": ("AnswerStream",),

@@ -15,12 +15,16 @@ import numpy as np
 from owl2.runtime.arguments import checked
 from owl2.runtime.bundle import Bundle
 from owl2.runtime.chat import Chat
+from owl2.runtime.config import require
 from owl2.runtime.encoded import EncodedImage
 from owl2.runtime.engine import BackendName, EngineOptions, Floats
 from owl2.runtime.errors import ContextOverflowError, Owl2Error
+from owl2.runtime.families.mplug_owl2.template import render, with_images
+from owl2.runtime.foreign import shorten
 from owl2.runtime.generate import Answer, check_context, prompt_logits
 from owl2.runtime.image_files import ImageInput
 from owl2.runtime.images import UNREAD, Images, as_list
+from owl2.runtime.likelihood import ChoiceLikelihoods, choice_likelihoods
 from owl2.runtime.load import Loaded, open_bundle
 from owl2.runtime.messages import ChatMessage
 from owl2.runtime.placement import CPU, Placement
@@ -300,6 +304,45 @@ class Owl2:
         sources = as_list(images)
         items = [scorer.prepare(source, reading) for source in sources]
         return [scores[0] for scores in scorer.score(items, sources)]
+
+    def choose(
+        self,
+        question: str,
+        answers: Sequence[str],
+        images: Images = None,
+        *,
+        preprocess: str | None = None,
+        reading: ImageReading | None = None,
+    ) -> ChoiceLikelihoods:
+        """How likely each of several whole answers is: a forced choice, as in multiple-choice tests and Co-Instruct.
+
+        Example::
+
+            found = owl.choose("Which image is sharper?", ["the first", "the second"], ["a.jpg", "b.jpg"])
+            print(found.best, found.best_per_token, found.probabilities)
+
+        Args:
+            question: asked in the conversation template; images go first unless it says where with ``<|image|>``.
+            answers: two or more.
+            images: as in :meth:`score`.
+            preprocess: ``resize``, ``pad`` or ``crop`` instead of the bundle's own mode.
+            reading: what to make of EXIF orientation and transparency.
+
+        Raises:
+            ConfigError: fewer than two answers, or an empty one.
+            PromptError, ImageError, ContextOverflowError, BackendError: as :meth:`generate`.
+        """
+        texts = not isinstance(answers, str) and all(isinstance(answer, str) and answer.strip() for answer in answers)
+        require(texts and len(answers) > 1, f"answers must be two texts or more, got {shorten(answers)}")
+        prepared = self.model.prepare(images, preprocess, reading)
+        model, cache = self.model, self.model.new_cache()
+        return choice_likelihoods(
+            lambda messages: model.encode(render(messages), prepared),
+            lambda prompt, first: prompt_logits(model, cache, prompt, first),
+            model.tokenizer.eos_id,
+            with_images(question, len(prepared)),
+            answers,
+        )
 
     def __repr__(self) -> str:
         return f"<Owl2 {self.model.name} on {self.device}, context {self.context}>"

@@ -67,7 +67,7 @@ Two rooms may name each other, as a folder and its subfolders do; single modules
 ``runtime`` is its root without the modules that open backends: these, ``runtime.load`` and what stands on it, count as
 ``runtime.load`` here.
 """
-ON_LOAD = {"load", "steps", "generate", "stream", "messages", "saved_cache", "saved_chat", "chat", "owl"}
+ON_LOAD = {"likelihood", "load", "steps", "generate", "stream", "messages", "saved_cache", "saved_chat", "chat", "owl"}
 """Modules in the root of the runtime that run a loaded bundle."""
 
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from owl2.runtime.engine import Floats, Ints
 from owl2.runtime.families.mplug_owl2.positions import Prompt
+from owl2.runtime.likelihood import log_softmax_rows
 
 TEXT, IMAGE = 0, 1
 """Modalities of a position."""
@@ -83,19 +84,3 @@ def row_kl(reference: Floats, actual: Floats) -> NDArray[np.float64]:
     p, q = log_softmax_rows(reference), log_softmax_rows(actual)
     result: NDArray[np.float64] = (np.exp(p) * (p - q)).sum(-1)
     return result
-
-
-def log_softmax_rows(logits: Floats) -> NDArray[np.float64]:
-    """Natural logarithm of the probabilities of each row: [T, V] -> float64 [T, V]."""
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return result
-
-
-def token_logprobs(logits: Floats, ids: Ints) -> NDArray[np.float64]:
-    """Log-probability of one token per row, in nats: logits [T, V], ids [T] -> [T]."""
-    logprobs = [np.zeros(0)]
-    for start in range(0, len(ids), ROWS_AT_ONCE):
-        rows = slice(start, start + ROWS_AT_ONCE)
-        logprobs.append(np.take_along_axis(log_softmax_rows(logits[rows]), ids[rows, None], axis=1)[:, 0])
-    return np.concatenate(logprobs)

@@ -26,11 +26,12 @@ from owl2.runtime.evaluation.data import (
     placed_images,
     raise_problems,
 )
-from owl2.runtime.evaluation.divergence import Divergence, divergence, modality_of, token_logprobs
+from owl2.runtime.evaluation.divergence import Divergence, divergence, modality_of
 from owl2.runtime.evaluation.item_run import ItemRun
 from owl2.runtime.families.mplug_owl2.positions import Prompt
 from owl2.runtime.families.mplug_owl2.template import Message, render
-from owl2.runtime.kv_cache import Key, KvCache
+from owl2.runtime.kv_cache import KvCache, common_prefix
+from owl2.runtime.likelihood import ChoiceLikelihoods, choice_likelihoods, text_ids, token_logprobs
 from owl2.runtime.load import Loaded
 from owl2.runtime.preprocess import UPRIGHT, ImageReading, check_image, read_image
 
@@ -41,29 +42,6 @@ class Generation:
 
     text: str
     finish_reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class ChoiceLikelihoods:
-    """Likelihood of each choice.
-
-    Attributes:
-        logprobs: sum over the choice's tokens, nats.
-        tokens: how many.
-    """
-
-    logprobs: tuple[float, ...]
-    tokens: tuple[int, ...]
-
-    @property
-    def best(self) -> int:
-        """Index of the most likely choice."""
-        return int(np.argmax(self.logprobs))
-
-    @property
-    def best_per_token(self) -> int:
-        """Index of the choice whose tokens are most likely on average, which does not favour short ones."""
-        return int(np.argmax(np.divide(self.logprobs, self.tokens)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,28 +169,9 @@ def _measure(
 def _respond(run: ItemRun, task: Task, max_new_tokens: int) -> Output:
     prompt = run.encode(messages(task, None))
     if isinstance(task, Choice):
-        return _choice_likelihoods(run, task, prompt)
+        return choice_likelihoods(run.encode, run.logits, run.model.tokenizer.eos_id, task.question, task.choices)
     answer = run.answer(prompt, max_new_tokens)
     return Generation(answer.text, answer.finish_reason)
-
-
-def _choice_likelihoods(run: ItemRun, task: Choice, prompt: Prompt) -> ChoiceLikelihoods:
-    """Log-probability of each choice after the prompt, which runs once: a choice starts from its cached positions."""
-    sums, counts = [], []
-    for choice in task.choices:
-        keys = run.encode(messages(task, choice)).keys
-        if keys[-1] == run.model.tokenizer.eos_id:
-            keys = keys[:-1]
-        start = _shared_length(prompt.keys, keys)
-        ids = _ids(keys[start:])
-        # The last token predicts nothing; the one before the choice predicts its first.
-        logprobs = [
-            token_logprobs(logits, ids[position - start + 1 : position - start + 1 + len(logits)])
-            for position, logits in run.logits(Prompt(keys[:-1], prompt.images), start - 1)
-        ]
-        sums.append(math.fsum(np.concatenate(logprobs)))
-        counts.append(len(ids))
-    return ChoiceLikelihoods(tuple(sums), tuple(counts))
 
 
 def _text_likelihoods(runs: Sequence[ItemRun], item: Item, text: str) -> tuple[list[Likelihood], Divergence]:
@@ -233,7 +192,7 @@ def _answer_likelihoods(runs: Sequence[ItemRun], item: Item) -> tuple[list[Likel
     for index, turn in enumerate(turns):
         if turn.role == "ASSISTANT" and turn.text:
             ends = [*turns[:index], Message("ASSISTANT")], turns[: index + 1]
-            first, end = (_shared_length(runs[0].encode(end).keys, prompts[0].keys) for end in ends)
+            first, end = (common_prefix(runs[0].encode(end).keys, prompts[0].keys) for end in ends)
             spans.append((first, end))
     return _likelihoods(runs, item, prompts, _predicting(prompts[0], spans))
 
@@ -259,7 +218,7 @@ def _likelihoods(
     for blocks in zip(*streams, strict=True):
         start, actual = blocks[0]
         counted = np.flatnonzero(predicting[start : start + len(actual)])
-        ids = _ids([prompts[0].keys[start + row + 1] for row in counted])
+        ids = text_ids([prompts[0].keys[start + row + 1] for row in counted])
         for index, (_, logits) in enumerate(blocks):
             nats[index] -= math.fsum(token_logprobs(logits[counted], ids))
         if len(blocks) == 2:
@@ -275,12 +234,3 @@ def _predicting(prompt: Prompt, spans: Sequence[tuple[int, int]]) -> Ints:
         for position in range(first, end):
             predicting[position - 1] = isinstance(prompt.keys[position], int)
     return predicting
-
-
-def _shared_length(first: Sequence[Key], second: Sequence[Key]) -> int:
-    pairs = enumerate(zip(first, second))
-    return next((index for index, (a, b) in pairs if a != b), min(len(first), len(second)))
-
-
-def _ids(keys: Sequence[Key]) -> Ints:
-    return np.array([key for key in keys if isinstance(key, int)], dtype=np.int64)

@@ -12,8 +12,9 @@ from typing import Any
 from owl2.runtime.evaluation.captions import cider_d, rouge_l
 from owl2.runtime.evaluation.data import Caption, Choice, Conversation, Item, Question, Task
 from owl2.runtime.evaluation.divergence import IMAGE, TEXT, Divergence
-from owl2.runtime.evaluation.measure import ChoiceLikelihoods, Generation, ItemResult, Likelihood, Output
+from owl2.runtime.evaluation.measure import Generation, ItemResult, Likelihood, Output
 from owl2.runtime.evaluation.vqa import exact_match, vqa_accuracy
+from owl2.runtime.likelihood import ChoiceLikelihoods
 
 Score = Mapping[str, float]
 """Measures of one item, by name; empty where only sums over items mean something."""

@@ -7,10 +7,11 @@ import pytest
 
 from owl2.runtime.evaluation.captions import cider_d, longest_common_subsequence, rouge_l, words
 from owl2.runtime.evaluation.data import Item, Question
-from owl2.runtime.evaluation.divergence import Divergence, divergence, log_softmax_rows, row_kl, token_logprobs
+from owl2.runtime.evaluation.divergence import Divergence, divergence, row_kl
 from owl2.runtime.evaluation.measure import Generation, ItemResult
 from owl2.runtime.evaluation.summary import summarise
 from owl2.runtime.evaluation.vqa import CONTRACTIONS, exact_match, normalise, vqa_accuracy
+from owl2.runtime.likelihood import log_softmax_rows, token_logprobs
 
 
 class TestNormalise:

@@ -1,0 +1,153 @@
+"""Scores for code that was written for OneAlign's model class, or for pyiqa: one line of it changes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from owl2.runtime.config import require
+from owl2.runtime.errors import ConfigError
+from owl2.runtime.foreign import shorten
+from owl2.runtime.image_files import ImageInput
+from owl2.runtime.images import Images
+from owl2.runtime.owl import Owl2
+from owl2.runtime.placement import CPU
+from owl2.runtime.preprocess import ImageReading
+
+Values = NDArray[np.float32]
+ORIGINAL = ImageReading(orientation="stored", background=None)
+"""How both read images: they turn none, and drop transparency."""
+METRICS = ("qalign", "qalign_8bit", "qalign_4bit")
+
+
+class OneAlign:
+    """A bundle with the method :meth:`score` of OneAlign's model class.
+
+    Example::
+
+        model = OneAlign.from_pretrained("one-align-int4/")
+        model.score([Image.open("a.jpg")], task_="quality", input_="image")
+    """
+
+    def __init__(self, owl: Owl2) -> None:
+        self.owl = owl
+
+    @classmethod
+    def from_pretrained(cls, bundle: str | os.PathLike[str], *, device: str = CPU) -> OneAlign:
+        """Load a bundle; raises as :meth:`Owl2.load`."""
+        return cls(Owl2.load(bundle, device=device))
+
+    def score(
+        self,
+        images: Sequence[Images],
+        task_: str = "quality",
+        input_: str = "image",
+        return_dict: bool = False,
+    ) -> Values | dict[str, Values]:
+        """Scores from 1 to 5.
+
+        Args:
+            images: of Pillow; for videos a list of frames each.
+            task_: ``quality`` or ``aesthetics``.
+            input_: ``image`` or ``video``.
+            return_dict: whether to return the logits of the five words, too.
+
+        Returns:
+            float32 [N], or ``{"logits": [N, 5], "scores": [N]}``.
+
+        Raises:
+            ConfigError: a task or input that is not known.
+            ImageError: an image cannot be used.
+        """
+        require(input_ in ("image", "video"), f"input_ {shorten(input_)} is not known; use image or video")
+        scorer = self.owl.scorer(task_, video=input_ == "video")
+        items = [scorer.prepare(item, ORIGINAL) for item in images]
+        scores = [found[0] for found in scorer.score(items)]
+        values = np.array([score.value for score in scores], np.float32)
+        if not return_dict:
+            return values
+        return {"logits": np.array([list(score.logits.values()) for score in scores], np.float32), "scores": values}
+
+
+class Metric:
+    """A metric as pyiqa's :func:`create_metric` makes it: call it with images."""
+
+    metric_mode = "NR"
+    lower_better = False
+    score_range = "1, 5"
+
+    def __init__(self, name: str, owl: Owl2) -> None:
+        """A metric; :func:`create_metric` is the usual way."""
+        self.metric_name, self._model = name, OneAlign(owl)
+
+    def __call__(self, target: Any, ref: Any = None, *, task_: str = "quality", input_: str = "image") -> Any:  # noqa: ANN401
+        """Scores of images.
+
+        Args:
+            target: a path, a Pillow image, or an array or tensor N x 3 x H x W (or 3 x H x W, or one channel) of floats
+                from 0 to 1.
+            ref: not used: the metric needs no reference.
+            task_: ``quality`` or ``aesthetics``.
+            input_: ``image``; videos are scored by :class:`OneAlign`.
+
+        Returns:
+            float32 [N]: a tensor like the one that was given, or an array.
+
+        Raises:
+            ConfigError: numbers outside 0 to 1, another shape, or a task that is not known.
+            ImageError: an image cannot be used.
+        """
+        require(input_ == "image", f"input_ {shorten(input_)} is not supported here; OneAlign.score takes videos")
+        values = self._model.score(_images(target), task_)
+        return target.new_tensor(values) if hasattr(target, "new_tensor") else values
+
+    forward = __call__
+
+
+def create_metric(
+    metric_name: str,
+    as_loss: bool = False,
+    device: object = None,
+    *,
+    bundle: str | os.PathLike[str] | Owl2,
+) -> Metric:
+    """A metric with pyiqa's interface.
+
+    Args:
+        metric_name: ``qalign``; the bundle decides about the weights; ``qalign_8bit`` and ``qalign_4bit`` are the same.
+        as_loss: not supported: there are no gradients.
+        device: that of :meth:`Owl2.load`; None for the CPU.
+        bundle: folder, or a loaded bundle.
+
+    Raises:
+        ConfigError: another metric.
+        BundleError, BackendError: as :meth:`Owl2.load`.
+    """
+    require(metric_name in METRICS, f"metric {shorten(metric_name)} is not offered here; use {', '.join(METRICS)}")
+    require(not as_loss, "as_loss needs gradients, which this runtime does not have")
+    owl = bundle if isinstance(bundle, Owl2) else Owl2.load(bundle, device=CPU if device is None else str(device))
+    return Metric(metric_name, owl)
+
+
+def _images(target: Any) -> list[ImageInput]:  # noqa: ANN401
+    """Images of a batch; numbers are rounded to 8 bits."""
+    if isinstance(target, str | os.PathLike | Image.Image):
+        return [target]
+    try:
+        batch = np.asarray(target.detach().cpu() if hasattr(target, "detach") else target)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{shorten(target)} is no image: give a path, a Pillow image or N x 3 x H x W floats"
+        ) from error
+    batch = batch[None] if batch.ndim == 3 else batch
+    shaped = batch.ndim == 4 and batch.shape[1] in (1, 3) and np.issubdtype(batch.dtype, np.floating)
+    require(shaped, f"expected floats N x 3 x H x W, got {batch.dtype} {list(batch.shape)}")
+    low, high = (float(batch.min()), float(batch.max())) if batch.size else (0.0, 0.0)
+    require(low > -1e-6 and high < 1 + 1e-6, f"expected numbers from 0 to 1, got {low:.4g} to {high:.4g}")
+    pixels = np.rint(np.clip(batch, 0, 1) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
+    return [np.ascontiguousarray(one if one.shape[-1] == 3 else np.repeat(one, 3, -1)) for one in pixels]
