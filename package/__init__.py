@@ -78,6 +78,7 @@ if TYPE_CHECKING:
     )
     from owl2.runtime.scoring.score import Score as Score
     from owl2.runtime.scoring.scorer import Scorer as Scorer
+    from owl2.runtime.scoring.video import VideoScore as VideoScore
     from owl2.runtime.stream import AnswerStream as AnswerStream
     from owl2.runtime.verification import LoadProgress as LoadProgress
     from owl2.runtime.version import __version__ as __version__
@@ -93,6 +94,7 @@ _HOMES = {
     "owl2.runtime.scoring.adapters": ("Metric", "OneAlign", "create_metric"),
     "owl2.runtime.scoring.score": ("Score",),
     "owl2.runtime.scoring.scorer": ("Scorer",),
+    "owl2.runtime.scoring.video": ("VideoScore",),
     "owl2.runtime.stream": ("AnswerStream",),
     "owl2.runtime.fit.plan": ("Plan", "plan"),
     "owl2.runtime.generate": ("Answer", "Chunk", "FinishReason", "Stats"),

@@ -33,6 +33,7 @@ from owl2.runtime.sampling import GenerationConfig, GenerationOptions, merge_opt
 from owl2.runtime.scoring.scale import USUAL, ScaleSettings, load_preset, make_scale
 from owl2.runtime.scoring.score import Score
 from owl2.runtime.scoring.scorer import Scorer
+from owl2.runtime.scoring.video import MOST_FRAMES, PER_SECOND, WINDOW, VideoScore, read_frames, score_video
 from owl2.runtime.spec import KvType
 from owl2.runtime.stream import AnswerStream, stream_answer
 from owl2.runtime.verification import OnProgress
@@ -304,6 +305,36 @@ class Owl2:
         sources = as_list(images)
         items = [scorer.prepare(source, reading) for source in sources]
         return [scores[0] for scores in scorer.score(items, sources)]
+
+    def score_video(
+        self,
+        video: str | os.PathLike[str],
+        task: str = "quality",
+        *,
+        per_second: float = PER_SECOND,
+        window: int = WINDOW,
+        most_frames: int = MOST_FRAMES,
+        **settings: Unpack[ScaleSettings],
+    ) -> VideoScore:
+        """Score a video: the whole as the original does, where it fits the context, and windows of any length.
+
+        Args:
+            video: path.
+            task: ``quality``, or any name with a prompt of your own.
+            per_second: frames.
+            window: frames of a window.
+            most_frames: after which a video is refused: a stream need not end.
+            settings: as in :meth:`scorer`.
+
+        Raises:
+            ImageError: the video cannot be read.
+            ConfigError: PyAV is not installed (``pip install 'owl2[video]'``), or a setting that cannot work.
+            BackendError: a step failed.
+        """
+        scorer = self.scorer(task, video=True, **settings)
+        frames = (scorer.prepare(frame) for frame in read_frames(video, per_second, most_frames))
+        [score] = score_video(scorer, frames, os.fspath(video), per_second=per_second, window=window)
+        return score
 
     def choose(
         self,

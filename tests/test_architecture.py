@@ -20,13 +20,13 @@ from owl2.runtime import errors
 from owl2.runtime.backends.native.support import is_installed
 
 RUNTIME_DEPENDENCIES = {
-    "anyio", "click", "llguidance", "matplotlib", "numpy", "onnxruntime", "packaging", "PIL", "pillow_heif",
+    "anyio", "av", "click", "llguidance", "matplotlib", "numpy", "onnxruntime", "packaging", "PIL", "pillow_heif",
     "platformdirs", "prometheus_client", "psutil", "pyarrow", "sentencepiece", "starlette",
     "typing_extensions", "uvicorn",
 }  # fmt: skip
 """Packages that the runtime may import: ``packaging`` comes with ONNX Runtime, ``psutil`` is for Windows,
-``matplotlib`` only for a plot, ``pyarrow`` for Parquet, ``llguidance`` for grammars, ``starlette`` with ``anyio``,
-``uvicorn`` and ``prometheus_client`` for the server."""
+``matplotlib`` only for a plot, ``pyarrow`` for Parquet, ``av`` for videos, ``llguidance`` for grammars,
+``starlette`` with ``anyio``, ``uvicorn`` and ``prometheus_client`` for the server."""
 
 ROOMS = {
     "runtime": "",

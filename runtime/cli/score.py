@@ -6,8 +6,9 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +35,27 @@ from owl2.runtime.config import require
 from owl2.runtime.engine import BackendName
 from owl2.runtime.errors import Owl2Error
 from owl2.runtime.harmless import harmless
-from owl2.runtime.images import PreparedImage
 from owl2.runtime.owl import Owl2
 from owl2.runtime.preprocess import Orientation
 from owl2.runtime.scoring.report import report_page
-from owl2.runtime.scoring.results import ResultFile, Summary, find_images
+from owl2.runtime.scoring.results import SUFFIXES as IMAGES, ResultFile, Summary, find_files
 from owl2.runtime.scoring.scale import PRESETS, USUAL, load_preset, make_scale
 from owl2.runtime.scoring.score import Score
+from owl2.runtime.scoring.scorer import Scorer
+from owl2.runtime.scoring.video import (
+    MOST_FRAMES,
+    PER_SECOND,
+    SUFFIXES as VIDEOS,
+    WINDOW,
+    VideoScore,
+    read_frames,
+    score_video,
+    scores_of,
+)
 from owl2.runtime.spec import KvType
 from owl2.runtime.stored import write_whole
 
-Outcome = tuple[Score, ...] | Owl2Error
+Outcome = tuple[Score, ...] | list[VideoScore] | Owl2Error
 
 
 def _batch(_context: click.Context, _option: click.Parameter, text: str) -> int | None:
@@ -63,6 +74,10 @@ def _batch(_context: click.Context, _option: click.Parameter, text: str) -> int 
     help="What to score: quality, aesthetics; repeatable, the work of the vision tower is shared.",
 )
 @click.option("--recursive", "-r", is_flag=True, help="Look for images in folders within folders, too.")
+@click.option("--video", is_flag=True, help="Score videos; needs owl2[video].")
+@click.option("--per-second", type=float, default=PER_SECOND, show_default=True, help="Frames of a video.")
+@click.option("--window", type=integer, default=WINDOW, show_default=True, help="Frames that are scored together.")
+@click.option("--max-frames", type=integer, default=MOST_FRAMES, show_default=True, help="Refuse longer videos.")
 @click.option("--out", type=PATH, help="Write a table: .csv, .jsonl or .parquet, each row as soon as it is known.")
 @click.option("--resume", is_flag=True, help="Go on with the table of a run that was stopped.")
 @click.option("--overwrite", is_flag=True, help="Replace an older table.")
@@ -96,6 +111,10 @@ def score(  # noqa: PLR0913, PLR0917 - one parameter per option
     paths: tuple[Path, ...],
     tasks: tuple[str, ...],
     recursive: bool,
+    video: bool,
+    per_second: float,
+    window: int,
+    max_frames: int,
     out: Path | None,
     resume: bool,
     overwrite: bool,
@@ -123,6 +142,9 @@ def score(  # noqa: PLR0913, PLR0917 - one parameter per option
     PATHS are images, and folders of images. The same image gets the same number, to the last bit, whatever is scored
     beside it. One that is broken is a row with its error; the exit code is 1 if none could be scored.
 
+    With --video, PATHS are videos, and folders of videos. The score is that of the whole, or the mean of its windows
+    where it does not fit the context; --json has the curve.
+
     \b
     Examples:
       owl2 score bundle/ cat.jpg dog.jpg
@@ -138,8 +160,9 @@ def score(  # noqa: PLR0913, PLR0917 - one parameter per option
     settings |= {"levels": list(levels) or None, "weights": list(weights) or None}
     chosen = load_preset(preset)
     for task in tasks:  # before the model, which may take long to load
-        make_scale(chosen, task, **{name: value for name, value in settings.items() if name != "preset"})
-    images, reading = find_images(paths, recursive=recursive), image_reading(orientation, background)
+        make_scale(chosen, task, video=video, **{name: value for name, value in settings.items() if name != "preset"})
+    images = find_files(paths, VIDEOS if video else IMAGES, recursive=recursive)
+    reading = image_reading(orientation, background)
     with load_progress() as progress:
         owl = Owl2.load(
             bundle,
@@ -153,7 +176,7 @@ def score(  # noqa: PLR0913, PLR0917 - one parameter per option
             progress=progress,
         )
     with owl, ExitStack() as closing:
-        scorer = owl.scorer(list(tasks), **settings)
+        scorer = owl.scorer(list(tasks), video=video, **settings)
         table = None
         if out is not None:
             table = ResultFile.open(out, scorer.scales, owl.model.fingerprint, resume=resume, overwrite=overwrite)
@@ -161,26 +184,21 @@ def score(  # noqa: PLR0913, PLR0917 - one parameter per option
         done = {} if table is None else dict(table.rows)
         todo = [image for image in images if image not in done]
 
-        def read(image: str) -> list[PreparedImage]:
-            return scorer.prepare(image, reading)
+        def read_video(path: str) -> list[VideoScore]:
+            frames = (scorer.prepare(frame, reading) for frame in read_frames(path, per_second, max_frames))
+            return score_video(scorer, frames, path, per_second=per_second, window=window)
 
-        summary, began, count = Summary.of(done), time.perf_counter(), 0
-        try:
-            with _progress(len(images), len(done)) as advance:
-                for image, outcome in scorer.stream(todo, read, batch=batch, workers=workers):
-                    count += 1
-                    if table is not None:
-                        table.add(image, outcome, scorer.scales)
-                    _add(summary, image, outcome)
-                    if table is None or as_json:
-                        _say(image, outcome, tasks, as_json=as_json)
-                    advance()
-        except KeyboardInterrupt:
-            further = "" if table is None else "; --resume goes on"
-            notice_interrupt(f"stopped after {count} of {len(todo)} images{further}")
-            sys.exit(stop_code())
+        outcomes: Iterable[tuple[str, Outcome]]
+        if video:
+            outcomes = ((path, _or_error(read_video, path)) for path in todo)
+        else:
+            outcomes = scorer.stream(todo, partial(scorer.prepare, reading=reading), batch=batch, workers=workers)
+        summary, began = Summary.of(done), time.perf_counter()
+        with _progress(len(images), len(done)) as advance:
+            _collect(outcomes, summary, table, scorer, advance, tell=table is None or as_json, as_json=as_json)
         if table is not None:
             table.finish()
+    count = len(todo)
     if report is not None:
         write_whole(report, [report_page(f"Scores of {len(images):,} images", summary)])
     _tell(summary, count, time.perf_counter() - began, [str(path) for path in (out, report) if path is not None])
@@ -188,15 +206,44 @@ def score(  # noqa: PLR0913, PLR0917 - one parameter per option
         sys.exit(1)
 
 
-def _add(summary: Summary, image: str, outcome: Outcome) -> None:
-    if isinstance(outcome, Owl2Error):
-        summary.errors.append((image, str(outcome)))
-        return
-    for one in outcome:
-        summary.values.setdefault(one.task, []).append((one.value, image))
+def _collect(
+    outcomes: Iterable[tuple[str, Outcome]],
+    summary: Summary,
+    table: ResultFile | None,
+    scorer: Scorer,
+    advance: Callable[[], None],
+    *,
+    tell: bool,
+    as_json: bool,
+) -> None:
+    """Write and count what comes; ends the process where a signal does."""
+    count = 0
+    try:
+        for image, outcome in outcomes:
+            if table is not None:
+                table.add(image, outcome if isinstance(outcome, Owl2Error) else scores_of(outcome), scorer.scales)
+            if isinstance(outcome, Owl2Error):
+                summary.errors.append((image, str(outcome)))
+            else:
+                for one in outcome:
+                    summary.values.setdefault(one.task, []).append((one.value, image))
+            if tell:
+                _say(image, outcome, as_json=as_json)
+            advance()
+            count += 1
+    except KeyboardInterrupt:
+        notice_interrupt(f"stopped after {count}{'' if table is None else '; --resume goes on'}")
+        sys.exit(stop_code())
 
 
-def _say(image: str, outcome: Outcome, tasks: Sequence[str], *, as_json: bool) -> None:
+def _or_error(score: Callable[[str], list[VideoScore]], path: str) -> Outcome:
+    try:
+        return score(path)
+    except Owl2Error as error:
+        return error
+
+
+def _say(image: str, outcome: Outcome, *, as_json: bool) -> None:
     if isinstance(outcome, Owl2Error):
         if as_json:
             say(json.dumps({"image": image, "error": str(outcome)}))
@@ -204,7 +251,7 @@ def _say(image: str, outcome: Outcome, tasks: Sequence[str], *, as_json: bool) -
             notice(f"{harmless(image)}: {outcome}")
         return
     for one in outcome:
-        named = f"  {one.task}" if len(tasks) > 1 else ""
+        named = f"  {one.task}" if len(outcome) > 1 else ""
         say(json.dumps(one.to_json()) if as_json else f"{one.value:.4f}{named}  {image}")
 
 
@@ -217,7 +264,7 @@ def _tell(summary: Summary, count: int, seconds: float, written: Sequence[str]) 
     rate = f", {count / seconds:.2f} a second" if count > 1 else ""
     mean = f"; mean {means}" if means else ""
     plural = "s" * (count != 1)
-    notice(f"{count} image{plural} in {duration(seconds)}{rate}{broken}{mean}{files}")
+    notice(f"{count} file{plural} in {duration(seconds)}{rate}{broken}{mean}{files}")
 
 
 @contextmanager

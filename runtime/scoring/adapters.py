@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +41,16 @@ class OneAlign:
     def from_pretrained(cls, bundle: str | os.PathLike[str], *, device: str = CPU) -> OneAlign:
         """Load a bundle; raises as :meth:`Owl2.load`."""
         return cls(Owl2.load(bundle, device=device))
+
+    @overload
+    def score(
+        self, images: Sequence[Images], task_: str = ..., input_: str = ..., return_dict: Literal[False] = ...
+    ) -> Values: ...
+
+    @overload
+    def score(
+        self, images: Sequence[Images], task_: str = ..., input_: str = ..., *, return_dict: Literal[True]
+    ) -> dict[str, Values]: ...
 
     def score(
         self,

@@ -96,7 +96,7 @@ def _thumbnail(image: str) -> str:
     try:
         shown = read_image(Path(image)).image
     except Owl2Error:
-        return "<p>not there any more</p>"
+        return "<p>no preview</p>"
     shown.thumbnail((SIDE, SIDE))
     out = io.BytesIO()
     shown.save(out, "JPEG", quality=80)

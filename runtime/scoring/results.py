@@ -21,6 +21,13 @@ FORMATS = (".csv", ".jsonl", ".parquet")
 ANY_NAME = "surrogateescape"
 """How names of files that are no valid Unicode are kept."""
 ADVICE = "give another --out, or --overwrite"
+SUFFIXES = frozenset(
+    (
+        *(".avif", ".bmp", ".gif", ".heic", ".heif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm"),
+        *(".ppm", ".tga", ".tif", ".tiff", ".webp"),
+    )
+)
+"""Of the names of images in folders."""
 Row = dict[str, Any]
 
 
@@ -250,8 +257,8 @@ class Summary:
         return summary
 
 
-def find_images(paths: Iterable[Path], *, recursive: bool = False) -> list[str]:
-    """Paths of images: files as they are given, and of folders what is named like an image, sorted.
+def find_files(paths: Iterable[Path], suffixes: frozenset[str], *, recursive: bool = False) -> list[str]:
+    """Paths of files: as they are given, and of folders those whose names have one of the suffixes, sorted.
 
     Raises:
         ConfigError: a path does not exist, or there is nothing.
@@ -264,22 +271,13 @@ def find_images(paths: Iterable[Path], *, recursive: bool = False) -> list[str]:
             continue
         for folder, folders, names in os.walk(path):
             folders.sort()
-            inside = [*names, *(name for name in folders if Path(name).suffix.lower() in SUFFIXES)]
-            found.update((os.path.join(folder, name), None) for name in sorted(inside) if _is_named(name))  # noqa: PTH118
+            inside = [*names, *(name for name in folders if Path(name).suffix.lower() in suffixes)]
+            found.update((os.path.join(folder, name), None) for name in sorted(inside) if _is_named(name, suffixes))  # noqa: PTH118
             if not recursive:
                 break
-    require(bool(found), "there are no images; give their paths, or --recursive for folders within folders")
+    require(bool(found), "there is nothing to score; give files, or --recursive for folders within folders")
     return list(found)
 
 
-SUFFIXES = frozenset(
-    (
-        *(".avif", ".bmp", ".gif", ".heic", ".heif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm"),
-        *(".ppm", ".tga", ".tif", ".tiff", ".webp"),
-    )
-)
-"""Of the names of images in folders."""
-
-
-def _is_named(name: str) -> bool:
-    return Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
+def _is_named(name: str, suffixes: frozenset[str]) -> bool:
+    return Path(name).suffix.lower() in suffixes and not name.startswith(".")

@@ -133,6 +133,12 @@ class Scorer:
                     future.cancel()
 
     @property
+    def frames_that_fit(self) -> int:
+        """Frames of a video that fit the context, under the scale with the longest prompt."""
+        text = max(len(self._model.tokenizer.encode_prompt(scale.prompt)) for scale in self.scales)
+        return max(0, (self._model.context - text) // self._model.config.rows_per_image)
+
+    @property
     def batch(self) -> int:
         """Images that fill a step of the decoder."""
         if self._model.engine.stepping is None:

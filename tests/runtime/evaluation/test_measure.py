@@ -16,10 +16,10 @@ from owl2.runtime.engine import Engine, Floats
 from owl2.runtime.errors import BackendError, DataError
 from owl2.runtime.evaluation.data import Caption, Item, Question, Text, read_items
 from owl2.runtime.evaluation.item_run import ItemRun
-from owl2.runtime.evaluation.measure import ChoiceLikelihoods, Generation, ItemResult, Likelihood, measure
+from owl2.runtime.evaluation.measure import Generation, ItemResult, Likelihood, measure
 from owl2.runtime.evaluation.summary import summarise
 from owl2.runtime.families.mplug_owl2.positions import Prompt
-from owl2.runtime.likelihood import log_softmax_rows
+from owl2.runtime.likelihood import ChoiceLikelihoods, log_softmax_rows
 
 
 def run(owl: Owl2, items: Sequence[Item]) -> list[ItemResult]:

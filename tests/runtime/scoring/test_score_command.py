@@ -68,7 +68,7 @@ def test_scores_on_the_terminal(run: RunCommand, owl: Owl2, bundle_a1: Path) -> 
     assert result.exit_code == 0
     expected = [score.value for score in owl.score(IMAGES[:2])]
     assert result.stdout == "".join(f"{value:.4f}  {path}\n" for value, path in zip(expected, IMAGES))
-    assert "2 images in" in result.stderr
+    assert "2 files in" in result.stderr
     result = run("score", bundle_a1, IMAGES[0], "--task", "quality", "--task", "aesthetics", "--json")
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert [line["task"] for line in lines] == ["quality", "aesthetics"]
@@ -149,7 +149,7 @@ def test_what_is_refused(run: RunCommand, bundle_a1: Path, bundle_a2: Path, phot
         return str(result.stderr)
 
     assert "does not exist" in refused(tmp_path / "nothing.png")
-    assert "there are no images" in refused(tmp_path)
+    assert "there is nothing to score" in refused(tmp_path)
     assert "does not score 'smell'" in refused(photos, "--task", "smell")
     assert "use .csv, .jsonl, .parquet" in refused(photos, "--out", tmp_path / "scores.txt")
     assert "give --out" in refused(photos, "--resume")
