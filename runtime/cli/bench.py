@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ from owl2.runtime.cli.console import duration, load_progress, notice, reports_er
 from owl2.runtime.cli.options import backend_option, kv_cache_option, threads_option
 from owl2.runtime.cli.table import section, table
 from owl2.runtime.cli.types import PATH, integer
+from owl2.runtime.config import require
 from owl2.runtime.engine import BackendName
+from owl2.runtime.owl import Owl2
+from owl2.runtime.scoring.speed import ScoreSpeed, measure_speed
 from owl2.runtime.spec import KvType
 
 
@@ -34,6 +38,7 @@ from owl2.runtime.spec import KvType
 @threads_option
 @kv_cache_option
 @backend_option
+@click.option("--score", "scoring", is_flag=True, help="Measure scores of images instead, by stage and batch.")
 @click.option("--json", "as_json", is_flag=True, help="Write everything as JSON.")
 @click.option("--plot", "picture", type=PATH, help="Also draw speed and memory against context. Needs owl2[plot].")
 @reports_errors
@@ -46,6 +51,7 @@ def bench_command(  # noqa: PLR0913 - one parameter per option
     threads: int | None,
     kv_cache: KvType | None,
     backend: BackendName | None,
+    scoring: bool,
     as_json: bool,
     picture: Path | None,
 ) -> None:
@@ -61,12 +67,27 @@ def bench_command(  # noqa: PLR0913 - one parameter per option
       owl2 bench bundle/
       owl2 bench bundle/ --threads 2 --kv-cache int8 --plot speed.png
       owl2 bench --shape 7b --json > today.json
+      owl2 bench bundle/ --score
     """
     if (bundle is None) == (shape is None):
         raise click.UsageError("give a bundle, or --shape for random weights")
     if picture is not None:
         check_plot(picture)
     folder = bundle or _made(str(shape), scratch)
+    if scoring:
+        require(picture is None, "--plot is not for --score")
+        with (
+            load_progress() as show_load,
+            Owl2.load(
+                folder, threads=threads, kv_cache=kv_cache, backend=backend, warm=True, progress=show_load
+            ) as owl,
+        ):
+            speed = measure_speed(owl, rounds=rounds)
+        if as_json:
+            say_json(asdict(speed))
+        else:
+            say(_score_table(speed))
+        return
     with load_progress() as show_load, _progress() as show:
         result = bench(
             folder,
@@ -118,6 +139,16 @@ def _progress() -> Iterator[OnBenchProgress | None]:
             bar.update(progress.done - bar.pos, progress.part)
 
         yield show
+
+
+def _score_table(speed: ScoreSpeed) -> str:
+    rows: list[tuple[str, ...]] = [("images that share a step", "decoder", "with the tower", "images a second")]
+    for batch, seconds in speed.decoder.items():
+        whole = duration(speed.vision + seconds)
+        rows.append((str(batch), duration(seconds), whole, f"{speed.per_second(batch):.2f}"))
+    head = f"prompts of {speed.positions} positions; an image takes"
+    stages = [("to read a JPEG of 1024 x 768", duration(speed.read)), ("in the vision tower", duration(speed.vision))]
+    return "\n\n".join((section(head, table(stages, "<>")), table(rows, "<>>>")))
 
 
 def _table(result: BenchResult) -> str:

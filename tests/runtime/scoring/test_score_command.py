@@ -183,3 +183,14 @@ def test_a_name_that_is_no_unicode(run: RunCommand, bundle_a1: Path, tmp_path: P
             before = out.read_bytes()
             assert run("score", bundle_a1, folder, "--out", out, "--resume").exit_code == 0
             assert out.read_bytes() == before
+
+
+def test_speed_by_stage(run: RunCommand, bundle_a1: Path) -> None:
+    result = run("bench", bundle_a1, "--score", "--rounds", "1", "--json")
+    assert result.exit_code == 0
+    found = json.loads(result.stdout)
+    assert found["positions"] == 33  # 26 tokens and 7 rows
+    assert list(found["decoder"]) == ["1", "4", "16", "64"]
+    assert min(found["read"], found["vision"], *found["decoder"].values()) > 0
+    shown = run("bench", bundle_a1, "--score", "--rounds", "1")
+    assert "images a second" in shown.stdout
