@@ -137,15 +137,14 @@ def make_scale(
         prompt = known[task]
     made = preset.levels
     if levels is not None:
-        words = all(isinstance(word, str) and word.strip() for word in levels) and not isinstance(levels, str)
+        words = not isinstance(levels, str) and all(isinstance(word, str) and word.strip() for word in levels)
         require(words, f"levels must be words, got {shorten(levels)}")
+        weights = [level.weight for level in made] if weights is None else weights
         require(
-            weights is not None or len(levels) == len(made),
+            len(levels) == len(weights),
             f"{len(levels)} levels need as many weights; give them from the best to the worst",
         )
-        made = tuple(Level((word,), old.weight) for word, old in zip(levels, made)) if weights is None else tuple(
-            Level((word,), 0.0) for word in levels
-        )  # fmt: skip
+        made = tuple(Level((word,), 0.0) for word in levels)
     if weights is not None:
         numbers = all(isinstance(weight, int | float) and not isinstance(weight, bool) for weight in weights)
         require(numbers and len(weights) == len(made), f"weights must be {len(made)} numbers, got {shorten(weights)}")
@@ -162,8 +161,9 @@ def level_ids(scale: Scale, tokenizer: Tokenizer) -> list[list[int]]:
     owners: dict[int, Level] = {}
     result = []
     for level in scale.levels:
-        ids = [tokenizer.encode(word)[0] for word in level.words if tokenizer.encode(word)]
-        require(len(ids) == len(level.words), f"a word of the level {shorten(level.name)} has no token")
+        encoded = [tokenizer.encode(word) for word in level.words]
+        require(all(encoded), f"a word of the level {shorten(level.name)} has no token")
+        ids = [tokens[0] for tokens in encoded]
         for token in ids:
             other = owners.setdefault(token, level)
             require(

@@ -135,16 +135,20 @@ class Scorer:
     @property
     def frames_that_fit(self) -> int:
         """Frames of a video that fit the context, under the scale with the longest prompt."""
-        text = max(len(self._model.tokenizer.encode_prompt(scale.prompt)) for scale in self.scales)
-        return max(0, (self._model.context - text) // self._model.config.rows_per_image)
+        return max(0, (self._model.context - self._text_positions) // self._model.config.rows_per_image)
 
     @property
     def batch(self) -> int:
         """Images that fill a step of the decoder."""
         if self._model.engine.stepping is None:
             return 1
-        longest = max(len(scale.prompt) for scale in self.scales) // 4 + self._model.config.rows_per_image
+        longest = self._text_positions + self._model.config.rows_per_image
         return min(MOST, max(1, self._model.engine.block // longest))
+
+    @property
+    def _text_positions(self) -> int:
+        """Of the longest prompt."""
+        return max(len(self._model.tokenizer.encode_prompt(scale.prompt)) for scale in self.scales)
 
     def _scored(
         self, opened: Sequence[tuple[Source, Future[Sequence[PreparedImage]]]], cancellation: Cancellation

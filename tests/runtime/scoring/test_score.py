@@ -208,6 +208,8 @@ def test_presets_can_be_used(owl: Owl2, name: str) -> None:
         ({"levels": "good"}, "levels must be words"),
         ({"levels": ["good", "bad"]}, "2 levels need as many weights"),
         ({"weights": [1, 2]}, "weights must be 5 numbers"),
+        ({"weights": [1, 2, 3, 4, None]}, "weights must be 5 numbers"),
+        ({"levels": ["good", "bad"], "weights": [1]}, "2 levels need as many weights"),
         ({"weights": [1, 1, 1, 1, 1]}, "all weights are the same"),
         ({"prompt": "no image"}, "has no <|image|>"),
         ({"preprocess": "squash"}, "preprocess 'squash' is not known"),
