@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 NATIVE_TEST = $(BIN)/cmake -S cpp_bindings -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo
-FOLDERS := package export runtime quant sample scripts tests benchmarks
+FOLDERS := package export runtime quant sample scripts tests benchmarks examples
 
 .PHONY: help demo page test lint types unit native-test native-threads native-aarch64 native-format wheel bench fuzz soak load full full-size aarch64 clean
 

@@ -76,6 +76,7 @@ if TYPE_CHECKING:
         OneAlign as OneAlign,
         create_metric as create_metric,
     )
+    from owl2.runtime.scoring.batches import BatchScorer as BatchScorer
     from owl2.runtime.scoring.score import Score as Score
     from owl2.runtime.scoring.scorer import Scorer as Scorer
     from owl2.runtime.scoring.video import VideoScore as VideoScore
@@ -92,6 +93,7 @@ _HOMES = {
     "owl2.runtime.likelihood": ("ChoiceLikelihoods",),
     "owl2.runtime.saved_chat": ("saved_messages",),
     "owl2.runtime.scoring.adapters": ("Metric", "OneAlign", "create_metric"),
+    "owl2.runtime.scoring.batches": ("BatchScorer",),
     "owl2.runtime.scoring.score": ("Score",),
     "owl2.runtime.scoring.scorer": ("Scorer",),
     "owl2.runtime.scoring.video": ("VideoScore",),

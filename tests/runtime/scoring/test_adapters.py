@@ -106,3 +106,21 @@ def test_a_forced_choice(owl: Owl2) -> None:
         with pytest.raises(ConfigError, match="two texts or more"):
             owl.choose(question, bad)
     assert "choose" in dir(owl2.Owl2)
+
+
+def test_columns_for_tables(bundle_a1: Path, owl: Owl2, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"")
+    scorer = owl2.BatchScorer(bundle_a1, column="path", task=["quality", "aesthetics"])
+    batch = {"path": np.array([str(IMAGES[0]), str(broken), str(IMAGES[1])], object), "id": np.arange(3)}
+    columns = scorer(batch)
+    assert list(columns) == [
+        "path", "id", "quality", "quality_normalized", "quality_std", "aesthetics", "aesthetics_normalized",
+        "aesthetics_std", "error",
+    ]  # fmt: skip
+    expected = [score.value for score in owl.score([IMAGES[0], IMAGES[1]], "aesthetics")]
+    assert columns["aesthetics"][[0, 2]].tolist() == expected
+    assert np.isnan(columns["quality"][1])
+    assert [bool(error) for error in columns["error"]] == [False, True, False]
+    with pytest.raises(ConfigError, match="no column 'path'; the batch has a"):
+        scorer({"a": []})
