@@ -113,15 +113,16 @@ class _Wrapper:
 def lark(config: GenerationConfig) -> str:
     """The grammar of a config in llguidance's language.
 
-    The first token may begin with a space, which decoding removes: that is how this tokenizer begins a word.
+    The answer has a space in front, which decoding removes: that is how this tokenizer begins a text. JSON, which never
+    begins with a space itself, may go without.
     """
     if config.schema is not None:
         schema: Mapping[str, Any] = {**JSON_STYLE, **config.schema}
         return f"start: / ?/ answer\nanswer: %json {json.dumps(schema)}\n"
     if config.regex is not None:
-        return f"start: / ?/ answer\nanswer: /{_escaped(config.regex)}/\n"
+        return f'start: " " answer\nanswer: /{_escaped(config.regex)}/\n'
     words = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in config.choices)
-    return f"start: / ?/ answer\nanswer: {words}\n"
+    return f'start: " " answer\nanswer: {words}\n'
 
 
 def _escaped(regex: str) -> str:

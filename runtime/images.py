@@ -24,6 +24,8 @@ GivenImage: TypeAlias = ImageInput | EncodedImage
 Images = GivenImage | Sequence[GivenImage] | None
 """One image or several, each as :data:`ImageInput` or encoded before; None for none."""
 
+DECODING = threading.BoundedSemaphore(os.cpu_count() or 1)
+"""Images that are decoded at a time, whoever asks: a small file may become a gigabyte of pixels on the way."""
 CACHED_IMAGES = 16
 """Images whose decoder rows are kept after they were encoded; one takes about 1 MB in the 7B model."""
 
@@ -81,12 +83,14 @@ def prepare_images(
     require(isinstance(reading, ImageReading), f"reading must be an ImageReading, got {shorten(reading)}")
     prepared = []
     for source in as_list(images):
-        read = open_image(source, reading)
-        if isinstance(read, EncodedImage):
-            prepared.append(PreparedImage(read.name, NO_PIXELS, read.record, read))
-            continue
-        pixels = preprocess(read.image, config, mode)
-        prepared.append(PreparedImage(digest(pixels), pixels, read.record))
+        with DECODING:
+            read = open_image(source, reading)
+            if isinstance(read, EncodedImage):
+                prepared.append(PreparedImage(read.name, NO_PIXELS, read.record, read))
+                continue
+            pixels = preprocess(read.image, config, mode)
+            prepared.append(PreparedImage(digest(pixels), pixels, read.record))
+            del read
     return prepared
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Generic, TypeVar
 
@@ -16,7 +16,15 @@ from owl2.runtime.generate import Answer, Chunk, check_context
 from owl2.runtime.messages import read_turns, render_turns
 from owl2.runtime.scoring.score import Score
 from owl2.runtime.scoring.scorer import Scorer
-from owl2.runtime.serve.requests import AnswerRequest, RequestError, ScoreRequest
+from owl2.runtime.serve.fetch import Fetcher, FetchLimits
+from owl2.runtime.serve.requests import (
+    AnswerRequest,
+    RequestError,
+    ScoreRequest,
+    WebImage,
+    web_images,
+    with_contents,
+)
 from owl2.runtime.serve.residence import Residence, Resident
 from owl2.runtime.stream import stream_answer
 
@@ -142,17 +150,40 @@ class Running(Generic[EventT]):
             self._loop.call_soon_threadsafe(self.ended.set)
 
 
-def answer_job(request: AnswerRequest) -> Job[Chunk | Answer]:
+class WebImages:
+    """Fetches the images of requests, within the places that these have; not of all of them at once."""
+
+    def __init__(self, at_once: int, limits: FetchLimits | None = None) -> None:
+        """Fetch for so many requests at a time."""
+        self._limits = limits or FetchLimits()
+        self._places = threading.BoundedSemaphore(at_once)
+
+    def fetch(self, urls: Sequence[str], running: Running[Any]) -> Mapping[str, bytes]:
+        """Contents by URL; raises RequestError, also where too many others fetch already."""
+        if not urls:
+            return {}
+        if not self._places.acquire(blocking=False):
+            raise RequestError("other requests are fetching images already; ask again later", status=429)
+        try:
+            fetcher = Fetcher(self._limits)
+            running.cancel_with(fetcher.cancel)
+            return fetcher.fetch_all(urls)
+        finally:
+            self._places.release()
+
+
+def answer_job(request: AnswerRequest, web: WebImages) -> Job[Chunk | Answer]:
     """Tells the chunks of an answer, and in the end the whole of it."""
 
     def job(resident: Resident, running: Running[Chunk | Answer]) -> None:
         model = resident.model
+        fetched = web.fetch(web_images(request), running)
         if request.messages is None:
             text, images = request.prompt or "", []
         else:
             begun = request.messages[-1]["role"] == "assistant"
             wanted = [] if begun else [{"role": "assistant", "content": ""}]
-            *turns, last = read_turns(model, [*request.messages, *wanted])
+            *turns, last = read_turns(model, [*with_contents(request.messages, fetched), *wanted])
             text = render_turns(turns, last.question, last.answer)
             images = [image for turn in (*turns, last) for image in turn.images]
         prompt = model.encode(text, images)
@@ -177,15 +208,17 @@ def answer_job(request: AnswerRequest) -> Job[Chunk | Answer]:
 Scored = tuple[Score, ...] | Owl2Error
 
 
-def score_job(request: ScoreRequest) -> Job[list[Scored]]:
+def score_job(request: ScoreRequest, web: WebImages) -> Job[list[Scored]]:
     """Tells the scores of all items at once."""
 
     def job(resident: Resident, running: Running[list[Scored]]) -> None:
+        fetched = web.fetch(web_images(request), running)
+        images = [fetched[image.url] if isinstance(image, WebImage) else image for image in request.images]
         scorer = Scorer(resident.model, request.scales)
         cancellation = Cancellation()
         running.cancel_with(cancellation.cancel)
         try:
-            items = scorer.stream(request.images, scorer.prepare, workers=1, cancellation=cancellation)
+            items = scorer.stream(images, scorer.prepare, workers=1, cancellation=cancellation)
             running.tell([scores for _, scores in items])
         except StoppedError:
             pass  # nobody waits for it any more

@@ -8,11 +8,13 @@ import io
 import logging
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import anyio
+import anyio.to_thread
 from PIL import Image
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
@@ -26,9 +28,9 @@ from owl2.runtime.foreign import ForeignError, parse_json
 from owl2.runtime.generate import Answer, Chunk
 from owl2.runtime.image_cost import MAX_PIXELS
 from owl2.runtime.image_files import opened
+from owl2.runtime.images import DECODING
 from owl2.runtime.preprocess import MODES, as_seen, check_mode, read_image
-from owl2.runtime.serve.answering import Answering, answer_job, score_job
-from owl2.runtime.serve.fetch import Fetcher
+from owl2.runtime.serve.answering import Answering, WebImages, answer_job, score_job
 from owl2.runtime.serve.guard import Guard
 from owl2.runtime.serve.metrics import Metrics
 from owl2.runtime.serve.requests import (
@@ -39,7 +41,6 @@ from owl2.runtime.serve.requests import (
     read_chat_request,
     read_completion_request,
     read_score_request,
-    web_images,
 )
 from owl2.runtime.serve.residence import Residence
 from owl2.runtime.serve.responses import DONE, ChatFormat, CompletionFormat, error_body, scores_body, sse
@@ -117,8 +118,9 @@ class Server:
         self._residence = residence
         self._store = Store(options.store)
         self._store.prepare()
-        self._sources = ImageSources(options.allow_dir, self._store)
-        self._fetcher = Fetcher(anyio.CapacityLimiter(FETCHES)) if options.allow_fetch else None
+        self._sources = ImageSources(options.allow_dir, self._store, options.allow_fetch)
+        self._decoders = anyio.CapacityLimiter(DECODERS)
+        self._web = WebImages(max(1, options.active // 2))
         self._answering = Answering(residence, options.active, options.waiting, options.answer_seconds)
         self._metrics = Metrics(residence, self._answering)
 
@@ -150,29 +152,22 @@ class Server:
     async def chat(self, request: Request) -> Response:
         """``/v1/chat/completions``."""
         data = await self._json(request)
-        asked = await asyncio.to_thread(read_chat_request, data, await self._sources_of(data, request))
+        asked = await asyncio.to_thread(read_chat_request, data, self._sources)
         form = ChatFormat.of(secrets.token_hex(12), self._served.name, self._served.tokenizer, logprobs=asked.logprobs)
         return await self._respond(asked, form, request)
 
     async def score(self, request: Request) -> Response:
         """``/v1/score``: scores of images; those of several requests share steps of the model."""
         data = await self._json(request)
-        asked = await asyncio.to_thread(read_score_request, data, await self._sources_of(data, request))
+        asked = await asyncio.to_thread(read_score_request, data, self._sources)
         return await _unless_gone(request, self._scores(asked))
 
     async def _scores(self, asked: ScoreRequest) -> Response:
-        async with self._answering.run(score_job(asked)) as events:
+        async with self._answering.run(score_job(asked, self._web)) as events:
             async for scored in events:
                 self._metrics.scored(scored)
                 return JSONResponse(scores_body(self._served.name, scored), headers=NO_CACHE)
         raise RequestError("the scores were cancelled", status=503)
-
-    async def _sources_of(self, data: object, request: Request) -> ImageSources:
-        """Where the images of a request come from, those of the web among them."""
-        urls = web_images(data)
-        if self._fetcher is None or not urls:
-            return self._sources
-        return replace(self._sources, fetched=await _unless_gone(request, self._fetcher.all(urls)))
 
     async def completion(self, request: Request) -> Response:
         """``/v1/completions``."""
@@ -221,7 +216,7 @@ class Server:
     async def add_picture(self, request: Request) -> Response:
         """``/owl2/pictures``: keep an image that can be read."""
         content = await self._body(request)
-        kind = await asyncio.to_thread(_image_kind, content)
+        kind = await self._with_images(partial(_image_kind, content))
         name = await asyncio.to_thread(self._store.add_picture, content)
         return JSONResponse({"id": name, "type": kind})
 
@@ -231,12 +226,28 @@ class Server:
         seen = request.query_params.get("seen")
         try:
             if seen is None:
-                content, kind = await asyncio.to_thread(_shown, path)
+                content, kind = await self._with_images(partial(_shown, path))
             else:
-                content, kind = await asyncio.to_thread(_seen, path, self._served.preprocess, seen), "image/png"
+                content, kind = (
+                    await self._with_images(partial(_seen, path, self._served.preprocess, seen)),
+                    "image/png",
+                )
         except FileNotFoundError:
             raise RequestError("there is no such picture", status=404) from None
-        return Response(content, media_type=kind, headers={"Cache-Control": "private, max-age=31536000, immutable"})
+        return Response(
+            content,
+            media_type=kind,
+            headers={"Cache-Control": "private, max-age=31536000, immutable" if seen is None else "no-cache"},
+        )
+
+    async def _with_images(self, function: Callable[[], Result]) -> Result:
+        """Run what decodes images in a thread of few, so that the others stay for what takes no time."""
+
+        def work() -> Result:
+            with DECODING:
+                return function()
+
+        return await anyio.to_thread.run_sync(work, limiter=self._decoders)
 
     async def metrics(self, _request: Request) -> Response:
         """``/metrics``, for Prometheus."""
@@ -315,7 +326,7 @@ class Server:
 
     async def _whole(self, asked: AnswerRequest, form: ChatFormat | CompletionFormat) -> Response:
         chunks: list[Chunk] = []
-        async with self._answering.run(answer_job(asked)) as events:
+        async with self._answering.run(answer_job(asked, self._web)) as events:
             async for event in events:
                 match event:
                     case Chunk():
@@ -330,7 +341,7 @@ class Server:
         """A stream of an answer, errors in its course included."""
         begun = False
         try:
-            async with self._answering.run(answer_job(asked)) as events:
+            async with self._answering.run(answer_job(asked, self._web)) as events:
                 async for event in events:
                     if not begun and (head := form.first()) is not None:
                         yield sse(head)
@@ -349,8 +360,7 @@ class Server:
         yield DONE
 
 
-FETCHES = 16
-"""From the web, at a time."""
+DECODERS = 2
 SEND_SECONDS = 30.0
 """A client that takes nothing of a stream for so long has gone."""
 NO_CACHE = {"Cache-Control": "no-store"}

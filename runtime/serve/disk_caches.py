@@ -18,6 +18,8 @@ from owl2.runtime.saved_cache import named_keys, restore_cache, stored_cache
 from owl2.runtime.stored import Stored, partial_of, read_array, read_stored, write_stored
 
 KIND = "cache"
+FINGERPRINT = 16
+"""Digits of a bundle's fingerprint in the name of its folder."""
 PATTERN = "*.owl2cache"
 LOG = logging.getLogger("owl2.serve")
 
@@ -43,13 +45,14 @@ class DiskCaches:
     """A folder of caches, the most recently used last; any thread may call."""
 
     def __init__(self, folder: Path, budget: int, model: Loaded) -> None:
-        """Find what a server has left in ``folder``; what is damaged or of another bundle is deleted.
+        """Find what a server has left for this bundle; what is damaged is deleted.
 
         Args:
-            folder: is made if it is missing.
+            folder: has a folder of its own for each bundle, which is made if it is missing.
             budget: bytes.
             model: of the caches.
         """
+        folder /= model.fingerprint[:FINGERPRINT]
         self._folder, self._budget, self._model = folder, budget, model
         self._lock = threading.Lock()
         self._held: list[OnDisk] = []
@@ -94,7 +97,7 @@ class DiskCaches:
         keys = cache.keys
         digests = digests_of(keys)
         state, arrays = stored_cache(self._model, cache, {digest: number for number, digest in enumerate(digests)})
-        if state is None:
+        if state is None or sum(array.nbytes for array in arrays.values()) > self._budget:
             return
         path = self._folder / f"{secrets.token_hex(8)}{PATTERN[1:]}"
         description = {"bundle": self._model.fingerprint, "cache": state, "images": digests}

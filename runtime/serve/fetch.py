@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import http.client
 import ipaddress
@@ -10,12 +9,9 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import quote, urljoin, urlsplit
-
-import anyio
-import anyio.to_thread
 
 from owl2.runtime.foreign import cut
 from owl2.runtime.serve.requests import RequestError
@@ -40,49 +36,63 @@ def is_public(address: Address) -> bool:
             inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
         if inner is not None:
             return is_public(inner)
+        if address.is_site_local:
+            return False
     return address.is_global and not address.is_multicast and not address.is_reserved
 
 
 @dataclass(frozen=True)
-class Fetcher:
-    """Fetches images.
-
-    The address that is checked is the one that is connected to, and every redirect is checked anew, so that no name can
-    lead into the machine's own network. Proxies of the environment are not used; nothing but the address is sent.
+class FetchLimits:
+    """What one request may fetch.
 
     Attributes:
-        at_once: fetches at a time.
-        seconds: that one may take, redirects included.
-        nbytes: of one, at most.
-        images: of one request, at most.
+        seconds: for all of its images, redirects included.
+        nbytes: of all.
+        images: at most.
         allowed: which addresses may be connected to.
     """
 
-    at_once: anyio.CapacityLimiter
-    seconds: float = 10.0
-    nbytes: int = 32 << 20
+    seconds: float = 20.0
+    nbytes: int = 64 << 20
     images: int = 16
     allowed: Callable[[Address], bool] = is_public
 
-    async def all(self, urls: set[str]) -> Mapping[str, bytes]:
+
+class Fetcher:
+    """Fetches the images of one request, one after the other; any thread may cancel it.
+
+    The address that is checked is the one that is connected to, and every redirect is checked anew, so that no name can
+    lead into the machine's own network. Proxies of the environment are not used; nothing but the address is sent.
+    """
+
+    def __init__(self, limits: FetchLimits) -> None:
+        self._limits = limits
+        self._left = limits.nbytes
+        self._cancelled = False
+        self._connected: socket.socket | None = None
+
+    def cancel(self) -> None:
+        """Let :meth:`fetch_all` raise at once."""
+        self._cancelled = True
+        if self._connected is not None:
+            _shut(self._connected)
+
+    def fetch_all(self, urls: Sequence[str]) -> Mapping[str, bytes]:
         """Contents by URL.
 
         Raises:
             RequestError: one cannot be fetched, or they are too many.
         """
-        if len(urls) > self.images:
+        limits = self._limits
+        if len(urls) > limits.images:
             raise RequestError(
-                f"the request names {len(urls)} images by URL; at most {self.images} are fetched", "messages"
+                f"the request names {len(urls)} images by URL; at most {limits.images} are fetched", "messages"
             )
-        # Threads of their own: slow sites take none from those who ask for nothing.
-        fetches = (
-            anyio.to_thread.run_sync(self.fetch, url, limiter=self.at_once, abandon_on_cancel=True) for url in urls
-        )
-        return dict(zip(urls, await asyncio.gather(*fetches)))
+        until = time.monotonic() + limits.seconds
+        return {url: self._fetch(url, until) for url in urls}
 
-    def fetch(self, url: str) -> bytes:
-        """Content of a URL; raises RequestError."""
-        until, at = time.monotonic() + self.seconds, url
+    def _fetch(self, url: str, until: float) -> bytes:
+        at = url
         try:
             for _ in range(REDIRECTS + 1):
                 with self._response(at, until) as response:
@@ -94,7 +104,7 @@ class Fetcher:
             raise
         except (OSError, http.client.HTTPException, ValueError) as error:
             late = time.monotonic() >= until
-            reason = f"it took more than {self.seconds:g} s" if late else str(error) or type(error).__name__
+            reason = f"it took more than {self._limits.seconds:g} s" if late else str(error) or type(error).__name__
             raise RequestError(f"{cut(url, 200)} cannot be fetched: {cut(reason, 200)}", "messages") from error
 
     @contextlib.contextmanager
@@ -106,23 +116,29 @@ class Fetcher:
         with contextlib.ExitStack() as closing:
             plain = closing.enter_context(socket.create_connection((self._address(host, port), port), _left(until)))
             # A timeout is for each read alone: a site that sends a byte a second would go on for hours.
-            ending = threading.Timer(_left(until), _shut, [closing.enter_context(plain.dup())])
+            self._connected = closing.enter_context(plain.dup())
+            ending = threading.Timer(_left(until), _shut, [self._connected])
+            ending.daemon = True
             ending.start()
             closing.callback(ending.cancel)
-            connection = http.client.HTTPConnection(host, parts.port)
+            if self._cancelled:
+                raise OSError("it was cancelled")
+            connection = http.client.HTTPConnection(host, port)
             connection.sock = plain
             if parts.scheme == "https":
                 context = ssl.create_default_context()
                 connection.sock = closing.enter_context(context.wrap_socket(plain, server_hostname=host))
             closing.callback(connection.close)
             path = (quote(parts.path, SAFE) or "/") + (f"?{quote(parts.query, SAFE)}" if parts.query else "")
-            headers = {"Accept": "image/*", "Connection": "close", "User-Agent": f"owl2/{__version__}"}
+            named = f"[{host}]" if ":" in host else host
+            headers = {"Host": named if parts.port is None else f"{named}:{port}", "Accept": "image/*"}
+            headers |= {"Connection": "close", "User-Agent": f"owl2/{__version__}"}
             connection.request("GET", path, headers=headers)
             yield closing.enter_context(connection.getresponse())
 
     def _address(self, host: str, port: int) -> str:
         found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
-        if not all(self.allowed(ipaddress.ip_address(address.partition("%")[0])) for address in found):
+        if not all(self._limits.allowed(ipaddress.ip_address(address.partition("%")[0])) for address in found):
             raise RequestError(
                 f"{cut(host, 200)} is in this machine's own network; images are fetched from public addresses only",
                 "messages",
@@ -136,9 +152,12 @@ class Fetcher:
         content = bytearray()
         while piece := response.read1(PIECE):
             content += piece
-            if len(content) > self.nbytes:
-                raise OSError(f"it has more than {self.nbytes} bytes")
+            self._left -= len(piece)
+            if self._left < 0:
+                raise OSError(f"the images of the request have more than {self._limits.nbytes} bytes")
         _left(until)
+        if self._cancelled:
+            raise OSError("it was cancelled")
         if response.length:
             raise OSError("it broke off")
         return bytes(content)

@@ -13,6 +13,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from owl2.runtime.serve.requests import RequestError
 from owl2.runtime.serve.responses import error_body
 
+BODIES = 4
+"""Bodies of the largest size that are held at a time, of all requests that are being answered."""
 OPEN = ("/health", "/", "/page.css", "/page.js")
 """Addresses without a key: the page asks for it."""
 COOKIE = "owl2_key"
@@ -43,6 +45,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, *, api_key: str | None, body_bytes: int) -> None:
         self._app, self._api_key, self._body_bytes = app, api_key, body_bytes
+        self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -60,7 +63,19 @@ class Guard:
             status, body = error_body(refusal)
             await JSONResponse(body, status)(scope, receive, secured)
             return
-        await self._app(scope, self._limited(receive), secured)
+        limited = _Limited(receive, self)
+        try:
+            await self._app(scope, limited, secured)
+        finally:
+            self._held -= limited.read
+
+    def hold(self, count: int, read: int) -> None:
+        """Take ``count`` bytes more of a request that has ``read`` with them; raises RequestError for too many."""
+        self._held += count
+        if read > self._body_bytes:
+            raise self._too_large()
+        if self._held > BODIES * self._body_bytes:
+            raise RequestError("other requests are too large at the moment; ask again later", status=503)
 
     def _refusal(self, path: str, headers: Mapping[str, str]) -> RequestError | None:
         try:
@@ -86,15 +101,16 @@ class Guard:
     def _too_large(self) -> RequestError:
         return RequestError(f"the request has more than {self._body_bytes} bytes; scale its images down", status=413)
 
-    def _limited(self, receive: Receive) -> Receive:
-        read = 0
 
-        async def limited() -> Message:
-            nonlocal read
-            message = await receive()
-            read += len(message.get("body", b""))
-            if read > self._body_bytes:
-                raise self._too_large()
-            return message
+class _Limited:
+    """Receives a request whose bytes are counted until it is answered."""
 
-        return limited
+    def __init__(self, receive: Receive, guard: Guard) -> None:
+        self._receive, self._guard, self.read = receive, guard, 0
+
+    async def __call__(self) -> Message:
+        message = await self._receive()
+        count = len(message.get("body", b""))
+        self.read += count
+        self._guard.hold(count, self.read)
+        return message

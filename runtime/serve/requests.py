@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
+from owl2.runtime.config import IMAGE_TOKEN
 from owl2.runtime.errors import ConfigError
 from owl2.runtime.foreign import shorten
 from owl2.runtime.image_files import ImageInput
@@ -105,8 +106,15 @@ class ScoreRequest:
         scales: of each.
     """
 
-    images: Sequence[ImageInput]
+    images: Sequence[ImageInput | WebImage]
     scales: Sequence[Scale]
+
+
+@dataclass(frozen=True)
+class WebImage:
+    """An image that is fetched when the request has its place."""
+
+    url: str
 
 
 class Pictures(Protocol):
@@ -123,23 +131,24 @@ class ImageSources:
     Attributes:
         folder: whose files a request may name; None for no files.
         pictures: of the page.
-        fetched: contents of the request's URLs; None if this server fetches none.
+        web: whether URLs of the web may be named.
     """
 
     folder: Path | None
     pictures: Pictures
-    fetched: Mapping[str, bytes] | None = None
+    web: bool = False
 
-    def resolve(self, url: str) -> str | Path | bytes:
-        """A ``data:`` URI, the path of a file that may be read, or what was fetched.
+    def resolve(self, url: str) -> str | Path | WebImage:
+        """A ``data:`` URI, the path of a file that may be read, or what is to be fetched.
 
         Raises:
             RequestError: it is something else.
         """
         if url[:5].lower() == "data:":
             return url
-        if self.fetched is not None and url in self.fetched:
-            return self.fetched[url]
+        url = url.strip()
+        if self.web and url[:8].lower().startswith(("http://", "https://")):
+            return WebImage(url)
         if url.startswith(PICTURE):
             return self.pictures.picture(url.removeprefix(PICTURE))
         try:
@@ -167,23 +176,34 @@ class ImageSources:
         return found
 
 
-def web_images(data: object) -> set[str]:
-    """The http and https URLs that a request names as images."""
-    images = data.get("images") if isinstance(data, dict) else None
-    found = {image for image in images if is_web(image)} if isinstance(images, list) else set()
-    messages = data.get("messages") if isinstance(data, dict) else None
-    for message in messages if isinstance(messages, list) else ():
-        content = message.get("content") if isinstance(message, dict) else None
-        for part in content if isinstance(content, list) else ():
-            match part:
-                case {"type": "image_url", "image_url": {"url": str(url)} | str(url)}:
-                    found.update([url] if is_web(url) else [])
-    return found
+def web_images(request: AnswerRequest | ScoreRequest) -> list[str]:
+    """The URLs that a request names, each once."""
+    images: list[object] = []
+    if isinstance(request, ScoreRequest):
+        images.extend(request.images)
+    else:
+        images.extend(part.get("image") for message in request.messages or () for part in _image_parts(message))
+    return list(dict.fromkeys(image.url for image in images if isinstance(image, WebImage)))
 
 
-def is_web(url: object) -> bool:
-    """Whether it is an http or https URL."""
-    return isinstance(url, str) and url[:8].lower().startswith(("http://", "https://"))
+def with_contents(messages: Sequence[ChatMessage], contents: Mapping[str, bytes]) -> list[ChatMessage]:
+    """Messages with what was fetched in the place of its URLs."""
+
+    def filled(part: Mapping[str, Any]) -> Mapping[str, Any]:
+        image = part.get("image")
+        return {**part, "image": contents[image.url]} if isinstance(image, WebImage) else part
+
+    return [
+        {**message, "content": [filled(part) for part in _image_parts(message)]}
+        if isinstance(message["content"], list)
+        else message
+        for message in messages
+    ]
+
+
+def _image_parts(message: ChatMessage) -> Sequence[Mapping[str, Any]]:
+    content = message["content"]
+    return content if isinstance(content, list) else ()
 
 
 def read_chat_request(data: object, sources: ImageSources) -> AnswerRequest:
@@ -321,7 +341,8 @@ def _messages(messages: Sequence[object], sources: ImageSources) -> list[ChatMes
                     preface = []
                 read.append({"role": "user", "content": parts})
             case {"role": "assistant", "content": content}:
-                read.append({"role": "assistant", "content": _text(content, index)})
+                # A placeholder that the model wrote itself stands for no image.
+                read.append({"role": "assistant", "content": _text(content, index).replace(IMAGE_TOKEN, "<image>")})
             case _:
                 raise RequestError(
                     f"message {index} is {shorten(message)}, expected a role (system, user, assistant) and a content",
@@ -352,7 +373,7 @@ def _preprocess(image: object) -> dict[str, str]:
 
 def _parts(content: object, index: int, sources: ImageSources) -> list[dict[str, Any]]:
     if isinstance(content, str):
-        return [{"type": "text", "text": content}] if content else []
+        content = [{"type": "text", "text": content}] if content else []
     if not isinstance(content, list):
         raise RequestError(
             f"the content of message {index} must be a text or a list of parts, got {shorten(content)}", "messages"
@@ -361,7 +382,7 @@ def _parts(content: object, index: int, sources: ImageSources) -> list[dict[str,
     for part in content:
         match part:
             case {"type": "text", "text": str(words)}:
-                parts.append({"type": "text", "text": words})
+                parts.append({"type": "text", "text": words.replace(IMAGE_TOKEN, "<image>")})
             case {"type": "image_url", "image_url": {"url": str(url)} | str(url)}:
                 parts.append({"type": "image", "image": sources.resolve(url), **_preprocess(part["image_url"])})
             case _:

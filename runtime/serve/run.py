@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import signal
 import socket
+import threading
 import webbrowser
 from collections.abc import Callable
 from types import FrameType
@@ -15,7 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from owl2.runtime.errors import ConfigError
 from owl2.runtime.load import Loaded
-from owl2.runtime.serve.app import ServedModel, ServeOptions, Server
+from owl2.runtime.serve.app import SEND_SECONDS, ServedModel, ServeOptions, Server
 from owl2.runtime.serve.residence import Residence
 
 BACKLOG = 128
@@ -39,15 +40,57 @@ class StoppingServer(uvicorn.Server):
 
 
 class HurriedProtocol(H11Protocol):
-    """Closes connections whose first request does not come: each takes a file of the process."""
+    """Closes connections that hold a file of the process and get nowhere.
+
+    uvicorn ends those that wait for a request. Here those end, too, on which a request begins and does not go on, and
+    those whose client takes nothing of what was written to it.
+    """
+
+    _requests: asyncio.TimerHandle | None = None
+    _written: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.loop.call_later(HEAD_SECONDS, self._close_without_request)
+        self._expect_request()
 
-    def _close_without_request(self) -> None:
-        if self.cycle is None and not self.transport.is_closing():
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle is None or self.cycle.response_complete:
+            self._expect_request()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        for timer in (self._requests, self._written):
+            if timer is not None:
+                timer.cancel()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._expect_reader(self.transport.get_write_buffer_size())
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._written is not None:
+            self._written.cancel()
+
+    def _expect_request(self) -> None:
+        """A request must have begun to be answered in a while; bytes that come meanwhile do not lengthen it."""
+        if self._requests is None or self._requests.when() <= self.loop.time():
+            self._requests = self.loop.call_later(HEAD_SECONDS, self._close_without_request, self.cycle)
+
+    def _close_without_request(self, cycle: object) -> None:
+        if self.cycle is cycle and not self.transport.is_closing():
             self.transport.close()
+
+    def _expect_reader(self, left: int) -> None:
+        self._written = self.loop.call_later(SEND_SECONDS, self._leave_reader, left)
+
+    def _leave_reader(self, before: int) -> None:
+        left = self.transport.get_write_buffer_size()
+        if left < before:
+            self._expect_reader(left)
+        else:
+            self.transport.abort()
 
 
 def run_server(
@@ -104,7 +147,8 @@ def run_server(
             signal.signal(number, stop)
         tell(f"{model.name} is at {address}, for OpenAI's clients at {address}/v1; Ctrl-C stops")
         if open_page:
-            webbrowser.open(address)  # waits in the backlog until the server is up
+            # In a thread: some browsers return when they end. They wait in the backlog until the server is up.
+            threading.Thread(target=webbrowser.open, args=[address], daemon=True).start()
         try:
             server.run(sockets=[listening])
         finally:

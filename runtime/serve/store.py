@@ -14,7 +14,7 @@ from typing import Any
 
 from owl2.runtime.foreign import ForeignError, read_json
 from owl2.runtime.serve.requests import RequestError
-from owl2.runtime.stored import write_whole
+from owl2.runtime.stored import partial_of, write_whole
 
 NAME = re.compile(r"[0-9a-f]{16,64}")
 TITLE = 80
@@ -22,6 +22,7 @@ LARGEST = 64 << 20
 """Bytes of a conversation's file."""
 KEPT_SECONDS = 24 * 3600
 """A picture may be of a question that is still being written."""
+LEFT_SECONDS = 3600
 PRIVATE_FOLDER = 0o700
 CONVERSATIONS, PICTURES = "conversations", "pictures"
 
@@ -39,14 +40,20 @@ class Store:
     def prepare(self) -> None:
         """Make the folders; raises OSError."""
         for name in (CONVERSATIONS, PICTURES):
-            (self.folder / name).mkdir(mode=PRIVATE_FOLDER, parents=True, exist_ok=True)
+            folder = self.folder / name
+            folder.mkdir(mode=PRIVATE_FOLDER, parents=True, exist_ok=True)
+            for path in folder.glob(partial_of("*")):  # of a server that was killed, and not of one that is writing
+                with contextlib.suppress(FileNotFoundError):
+                    if time.time() - path.stat().st_mtime > LEFT_SECONDS:
+                        path.unlink()
 
     def listed(self) -> list[dict[str, Any]]:
         """Id, title and time of every conversation, the newest first; damaged ones are named as such."""
         found = []
         for path in (self.folder / CONVERSATIONS).glob("*.json"):
-            if NAME.fullmatch(path.stem):
-                found.append({"id": path.stem, "title": self._title(path), "updated": path.stat().st_mtime})
+            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                if NAME.fullmatch(path.stem):
+                    found.append({"id": path.stem, "title": self._title(path), "updated": path.stat().st_mtime})
         return sorted(found, key=lambda entry: -float(str(entry["updated"])))
 
     def read(self, name: str) -> dict[str, Any]:
@@ -76,7 +83,8 @@ class Store:
         """Delete pictures that no conversation shows any more, and that were not sent in the last day."""
         shown = set()
         for path in (self.folder / CONVERSATIONS).glob("*.json"):
-            shown.update(re.findall(r"[0-9a-f]{64}", path.read_text(encoding="utf-8", errors="replace")))
+            with contextlib.suppress(FileNotFoundError):
+                shown.update(re.findall(r"[0-9a-f]{64}", path.read_text(encoding="utf-8", errors="replace")))
         for path in (self.folder / PICTURES).iterdir():
             with contextlib.suppress(FileNotFoundError):  # another request was quicker
                 if path.name not in shown and time.time() - path.stat().st_mtime > KEPT_SECONDS:

@@ -1,6 +1,6 @@
 // The page of owl2 serve. Every text is set as text, never as HTML.
 const $ = (id) => document.getElementById(id);
-const state = { id: null, messages: [], pending: [], running: null, turn: 0, fits: [], usualFit: "resize", saving: Promise.resolve(), deleted: new Set() };
+const state = { id: null, messages: [], pending: [], running: null, turn: 0, adding: 0, fits: [], usualFit: "resize", saving: Promise.resolve(), deleted: new Set() };
 
 function element(name, properties = {}, ...children) {
   const made = Object.assign(document.createElement(name), properties);
@@ -155,7 +155,7 @@ function messageItem(message, index) {
     }
   } else {
     tools.append(
-      tool("Copy", () => navigator.clipboard.writeText(message.text)),
+      tool("Copy", () => copy(message.text)),
       tool("Again", () => again(index)),
     );
     if (message.stopped && index === state.messages.length - 1) tools.append(tool("Continue", () => answer(true)));
@@ -176,12 +176,13 @@ function show() {
     remove.onclick = () => { state.pending.splice(index, 1); show(); };
     const fit = fitOptions(element("select", { title: "How the picture is fitted to the model's square" }), picture.fit ?? state.usualFit);
     fit.setAttribute("aria-label", `How ${picture.name} is fitted`);
-    fit.onchange = () => { picture.fit = fit.value; show(); };
-    return element("li", {}, element("img", { src: seenUrl(picture), alt: picture.name }), fit, remove);
+    const image = element("img", { src: seenUrl(picture), alt: picture.name });
+    fit.onchange = () => { picture.fit = fit.value; image.src = seenUrl(picture); };
+    return element("li", {}, image, fit, remove);
   }));
   const running = state.running !== null;
   $("stop").hidden = !running;
-  $("send").disabled = running;
+  $("send").disabled = running || state.adding > 0;
 }
 
 function edit(index) {
@@ -242,6 +243,8 @@ async function answer(goOn = false) {
   show();
   save(id, began); // the question at least, whatever becomes of the answer
   const item = $("turns").lastElementChild.querySelector(".text");
+  say(await loaded() ? "Answering …" : "Loading the model …");
+  if (controller.signal.aborted) return ended(id, began, message, controller);
   const body = JSON.stringify({
     messages, stream: true, stream_options: { include_usage: true }, seed,
     temperature: Number($("temperature").value), max_tokens: Number($("length").value),
@@ -258,20 +261,38 @@ async function answer(goOn = false) {
         message.stopped = event.choices[0].finish_reason === "length";
       }
       if (!text) continue;
+      if (!message.text && state.messages === began) say("Answering …");
       message.text += text;
       item.textContent = message.text;
       if ($("turns").scrollHeight - $("turns").scrollTop - $("turns").clientHeight < 120) $("turns").scrollTop = $("turns").scrollHeight;
     }
     if (!whole) throw new Error("The answer broke off: the connection to the server was lost.");
   } catch (error) {
-    message.stopped = message.text !== "";
+    message.stopped = true;
     if (error.name !== "AbortError") message.error = error.message;
   }
-  if (state.running === controller) state.running = null;
+  await ended(id, began, message, controller);
+}
+
+async function ended(id, began, message, controller) {
+  const current = state.running === controller;
+  if (current) state.running = null;
   if (began.at(-1) !== message) return; // it was taken back meanwhile
-  if (!message.text && !message.error && !whole) began.pop();
-  if (state.messages === began) show();
+  message.stopped ||= controller.signal.aborted;
+  if (state.messages === began) {
+    show();
+    // Also for those who do not see it.
+    say(message.error ? "The answer broke off." : message.stopped ? "The answer was stopped." : "The answer is complete.");
+  }
   await save(id, began);
+}
+
+async function loaded() {
+  try {
+    return (await (await call("/health")).json()).loaded;
+  } catch {
+    return true; // the question itself will tell
+  }
 }
 
 function stop() {
@@ -279,21 +300,35 @@ function stop() {
   state.running = null;
 }
 
+// Browsers give the clipboard only to pages of this machine and to those with TLS.
+async function copy(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    say("Copied.");
+  } catch {
+    say("The browser does not let this page use the clipboard; select the text and copy it.", true);
+  }
+}
+
 // Images
 
 async function add(files) {
   const target = state.messages;
+  const refused = [];
+  state.adding++;
+  show();
   for (const file of files) {
     try {
       say(`Adding ${file.name || "image"} …`);
       const made = await (await call("/owl2/pictures", { method: "POST", body: file })).json();
-      if (state.messages !== target) return; // another conversation is shown now
+      if (state.messages !== target) break; // another conversation is shown now
       state.pending.push({ id: made.id, name: file.name || "image", fit: $("fit").value });
-      say("");
     } catch (error) {
-      say(`${file.name || "The image"}: ${error.message}`, true);
+      refused.push(`${file.name || "The image"}: ${error.message}`);
     }
   }
+  state.adding--;
+  say(refused.join("\n"), refused.length > 0);
   show();
 }
 
@@ -307,7 +342,7 @@ function closeMenu() {
 function ask(event) {
   event.preventDefault();
   const text = $("question").value.trim();
-  if (state.running || (!text && !state.pending.length)) return;
+  if (state.running || state.adding || (!text && !state.pending.length)) return;
   state.messages.push({ role: "user", text, pictures: state.pending });
   state.pending = [];
   $("question").value = "";
@@ -324,7 +359,7 @@ $("menu").onclick = () => {
 // On a narrow screen the list covers the page: a touch beside it closes it.
 document.querySelector("main").addEventListener("click", (event) => { if (event.target !== $("menu")) closeMenu(); });
 $("files").onchange = () => { add([...$("files").files]); $("files").value = ""; };
-$("copy").onclick = () => navigator.clipboard.writeText(state.messages.map((message) => {
+$("copy").onclick = () => copy(state.messages.map((message) => {
   const shown = (message.pictures ?? []).map((picture) => `![${picture.name}](${picture.name})\n\n`).join("");
   return `**${message.role === "user" ? "You" : "Answer"}**\n\n${shown}${message.text}`;
 }).join("\n\n"));
@@ -333,6 +368,13 @@ $("question").onkeydown = (event) => {
 };
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") { stop(); closeMenu(); }
+});
+document.querySelector(".skip").onclick = (event) => { event.preventDefault(); $("question").focus(); };
+window.addEventListener("hashchange", () => {
+  const wanted = location.hash.slice(1);
+  if (wanted === (state.id ?? "")) return;
+  if (wanted) openConversation(wanted);
+  else begin();
 });
 document.addEventListener("paste", (event) => {
   const files = [...event.clipboardData.files].filter((file) => file.type.startsWith("image/"));

@@ -1,6 +1,5 @@
 """Images from the web: a real site at this machine's address, which only these tests allow."""
 
-import asyncio
 import http.server
 import ipaddress
 import socket
@@ -11,13 +10,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import anyio
 import httpx2
 import pytest
 from conftest import GOLDEN
 from serving import serving
 
-from owl2.runtime.serve.fetch import Fetcher, is_public
+from owl2.runtime.serve.fetch import Fetcher, FetchLimits, is_public
 from owl2.runtime.serve.requests import RequestError
 
 PICTURE = sorted((GOLDEN / "images").glob("*.png"))[0].read_bytes()
@@ -93,7 +91,7 @@ def local(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
 
 
 def fetch(url: str, *, nbytes: int = 1 << 20) -> bytes:
-    return Fetcher(anyio.CapacityLimiter(1), SECONDS, nbytes, allowed=local).fetch(url)
+    return Fetcher(FetchLimits(SECONDS, nbytes, allowed=local)).fetch_all([url])[url]
 
 
 @pytest.mark.parametrize("path", ["picture.png", "picture.png?size=1", "to/picture.png", "ä.png"])
@@ -147,7 +145,7 @@ def test_addresses_that_are_none(url: str) -> None:
     [
         "127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1",
         "255.255.255.255", "240.0.0.1", "::1", "::", "fe80::1", "fc00::1", "ff02::1", "::ffff:127.0.0.1",
-        "::ffff:10.0.0.1", "64:ff9b::7f00:1", "64:ff9b::a00:1", "2002:7f00:1::", "2002:a00:1::1",
+        "::ffff:10.0.0.1", "fec0::1", "64:ff9b::7f00:1", "64:ff9b::a00:1", "2002:7f00:1::", "2002:a00:1::1",
         "2001:0:4136:e378:8000:63bf:80ff:fffe",
     ],
 )  # fmt: skip
@@ -196,15 +194,50 @@ def test_certificates_are_checked(tmp_path: Path) -> None:
         server.shutdown()
 
 
-def test_several_at_once(site: http.server.ThreadingHTTPServer) -> None:
-    async def run() -> None:
-        fetcher = Fetcher(anyio.CapacityLimiter(4), SECONDS, images=3, allowed=local)
-        urls = {f"http://127.0.0.1:{site.server_port}/picture.png?{number}" for number in range(3)}
-        assert set((await fetcher.all(urls)).values()) == {PICTURE}
-        with pytest.raises(RequestError, match="names 4 images by URL; at most 3"):
-            await fetcher.all({*urls, "http://127.0.0.1/"})
+def test_several_and_too_many(site: http.server.ThreadingHTTPServer) -> None:
+    limits = FetchLimits(SECONDS, 2 * len(PICTURE), images=3, allowed=local)
+    urls = [f"http://127.0.0.1:{site.server_port}/picture.png?{number}" for number in range(4)]
+    assert set(Fetcher(limits).fetch_all(urls[:2]).values()) == {PICTURE}
+    with pytest.raises(RequestError, match="names 4 images by URL; at most 3"):
+        Fetcher(limits).fetch_all(urls)
+    with pytest.raises(RequestError, match="the images of the request have more than"):
+        Fetcher(limits).fetch_all(urls[:3])
 
-    asyncio.run(run())
+
+def test_the_time_is_that_of_the_request(site: http.server.ThreadingHTTPServer) -> None:
+    urls = [f"http://127.0.0.1:{site.server_port}/slow?{number}" for number in range(10)]
+    before, began = threading.active_count(), time.monotonic()
+    with pytest.raises(RequestError, match="took more than"):
+        Fetcher(FetchLimits(SECONDS, allowed=local)).fetch_all(urls)
+    assert time.monotonic() - began < 3 * SECONDS
+    assert threading.active_count() <= before + 1  # the site's own
+
+
+def test_a_cancelled_one_ends_at_once(site: http.server.ThreadingHTTPServer) -> None:
+    fetcher = Fetcher(FetchLimits(60, allowed=local))
+    threading.Timer(0.2, fetcher.cancel).start()
+    began = time.monotonic()
+    with pytest.raises(RequestError):
+        fetcher.fetch_all([f"http://127.0.0.1:{site.server_port}/slow"])
+    assert time.monotonic() - began < 3
+
+
+def test_hosts_are_named_as_they_are(site: http.server.ThreadingHTTPServer) -> None:
+    fetch(f"http://127.0.0.1:{site.server_port}/picture.png")
+    _, headers = site.asked[-1]  # type: ignore[attr-defined]
+    assert headers["Host"] == f"127.0.0.1:{site.server_port}"
+
+    class Six(http.server.ThreadingHTTPServer):
+        address_family = socket.AF_INET6
+
+    with Six(("::1", 0), Site) as six:
+        six.asked = []  # type: ignore[attr-defined]
+        threading.Thread(target=six.serve_forever, daemon=True).start()
+        url = f"http://[::1]:{six.server_port}/picture.png"
+        limits = FetchLimits(SECONDS, allowed=lambda address: str(address) == "::1")
+        assert Fetcher(limits).fetch_all([url]) == {url: PICTURE}
+        assert six.asked[-1][1]["Host"] == f"[::1]:{six.server_port}"  # type: ignore[attr-defined]
+        six.shutdown()
 
 
 def test_a_server_that_may_fetch_asks_no_machine_of_its_own_network(
