@@ -206,11 +206,14 @@ class Server:
         name = request.path_params["name"]
         match request.method:
             case "PUT":
-                await asyncio.to_thread(self._store.write, name, await self._json(request))
+                data, expected = await self._json(request), request.headers.get("if-match")
+                tag = await asyncio.to_thread(self._store.write, name, data, expected)
+                return Response(status_code=204, headers={"ETag": tag})
             case "DELETE":
                 await asyncio.to_thread(self._store.delete, name)
             case _:
-                return JSONResponse(await asyncio.to_thread(self._store.read, name), headers=NO_CACHE)
+                data, tag = await asyncio.to_thread(self._store.read, name)
+                return JSONResponse(data, headers={**NO_CACHE, "ETag": tag})
         return Response(status_code=204)
 
     async def add_picture(self, request: Request) -> Response:
@@ -228,16 +231,14 @@ class Server:
             if seen is None:
                 content, kind = await self._with_images(partial(_shown, path))
             else:
-                content, kind = (
-                    await self._with_images(partial(_seen, path, self._served.preprocess, seen)),
-                    "image/png",
-                )
+                content = await self._with_images(partial(_seen, path, self._served.preprocess, seen))
+                kind = "image/png"
         except FileNotFoundError:
             raise RequestError("there is no such picture", status=404) from None
         return Response(
             content,
             media_type=kind,
-            headers={"Cache-Control": "private, max-age=31536000, immutable" if seen is None else "no-cache"},
+            headers={"Cache-Control": FOR_EVER if seen is None else "no-cache"},
         )
 
     async def _with_images(self, function: Callable[[], Result]) -> Result:
@@ -370,6 +371,7 @@ PAGE = (
     ("/page.js", "page.js", "text/javascript"),
 )
 """Address, file and type of the page's parts."""
+FOR_EVER = "private, max-age=31536000, immutable"
 AS_THEY_ARE = {"JPEG": "image/jpeg", "PNG": "image/png", "GIF": "image/gif", "WEBP": "image/webp"}
 """Formats that every browser shows."""
 SHOWN_PIXELS = 1600

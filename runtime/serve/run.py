@@ -48,6 +48,7 @@ class HurriedProtocol(H11Protocol):
 
     _requests: asyncio.TimerHandle | None = None
     _written: asyncio.TimerHandle | None = None
+    _last: object = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -74,9 +75,13 @@ class HurriedProtocol(H11Protocol):
             self._written.cancel()
 
     def _expect_request(self) -> None:
-        """A request must have begun to be answered in a while; bytes that come meanwhile do not lengthen it."""
-        if self._requests is None or self._requests.when() <= self.loop.time():
-            self._requests = self.loop.call_later(HEAD_SECONDS, self._close_without_request, self.cycle)
+        """The next request must have come in a while; bytes of it do not make it longer."""
+        if self._requests is not None:
+            if self._last is self.cycle:
+                return
+            self._requests.cancel()
+        self._last = self.cycle
+        self._requests = self.loop.call_later(HEAD_SECONDS, self._close_without_request, self.cycle)
 
     def _close_without_request(self, cycle: object) -> None:
         if self.cycle is cycle and not self.transport.is_closing():

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,9 @@ LARGEST = 64 << 20
 KEPT_SECONDS = 24 * 3600
 """A picture may be of a question that is still being written."""
 LEFT_SECONDS = 3600
+NEW = "new"
+"""Tag of a conversation that is not there yet."""
+WRITING = threading.Lock()
 PRIVATE_FOLDER = 0o700
 CONVERSATIONS, PICTURES = "conversations", "pictures"
 
@@ -56,23 +60,40 @@ class Store:
                     found.append({"id": path.stem, "title": self._title(path), "updated": path.stat().st_mtime})
         return sorted(found, key=lambda entry: -float(str(entry["updated"])))
 
-    def read(self, name: str) -> dict[str, Any]:
-        """A conversation as the page gave it; raises RequestError."""
+    def read(self, name: str) -> tuple[dict[str, Any], str]:
+        """A conversation as the page gave it, and the tag of this state; raises RequestError."""
+        path = self._conversation(name)
         try:
-            data = read_json(self._conversation(name), LARGEST)
+            data, tag = read_json(path, LARGEST), _tag(path)
         except FileNotFoundError:
             raise RequestError("there is no such conversation", status=404) from None
         except (ForeignError, OSError) as error:
             raise RequestError(f"the conversation cannot be read: {error}", status=500) from error
-        return data if isinstance(data, dict) else {}
+        return (data if isinstance(data, dict) else {}), tag
 
-    def write(self, name: str, data: object) -> None:
-        """Keep a conversation: ``{"messages": [...]}``; raises RequestError, OSError."""
+    def write(self, name: str, data: object, expected: str | None = None) -> str:
+        """Keep a conversation: ``{"messages": [...]}``; returns the tag of this state.
+
+        Args:
+            name: of it.
+            data: what is kept.
+            expected: tag of the state that this one continues, :data:`NEW` for none; None to replace whatever is there.
+
+        Raises:
+            RequestError: it makes no sense, or another tab was quicker.
+            OSError: it cannot be written.
+        """
+        path = self._conversation(name)
         match data:
             case {"messages": list()}:
-                write_whole(self._conversation(name), [json.dumps(data, ensure_ascii=False).encode()])
+                content = json.dumps(data, ensure_ascii=False).encode()
             case _:
                 raise RequestError("a conversation must be an object with messages")
+        with WRITING:
+            if expected is not None and expected != _tag(path):
+                raise RequestError("the conversation was changed or deleted elsewhere", status=412)
+            write_whole(path, [content])
+        return hashlib.sha256(content).hexdigest()
 
     def delete(self, name: str) -> None:
         """Forget a conversation; its pictures stay for others that show them until :meth:`sweep`."""
@@ -120,3 +141,10 @@ class Store:
             case {"messages": [{"text": str(text)}, *_]}:
                 return text[:TITLE] or "(an image)"
         return "(empty)"
+
+
+def _tag(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except FileNotFoundError:
+        return NEW

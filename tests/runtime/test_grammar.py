@@ -66,6 +66,13 @@ def test_one_of_several_answers(owl: Owl2) -> None:
     assert owl.chat().ask("What is it?", choices=["only this"]).text == "only this"
 
 
+def test_spaces_in_front_are_part_of_the_answer(owl: Owl2) -> None:
+    wild: dict[str, Any] = {"temperature": 3.0, "top_k": 0}
+    for seed in range(8):
+        assert owl.chat().ask("What?", choices=[" yes", " no"], seed=seed, **wild).text in (" yes", " no")
+        assert owl.chat().ask("What?", regex=" {3}x", seed=seed, **wild).text == "   x"
+
+
 def test_prompt_lookup_changes_nothing(owl: Owl2) -> None:
     question, schema = "[1, 2, 1] [1, 2, 1] [1, 2, 1]", SCHEMAS[3]
     texts = {owl.chat().ask(question, schema=schema, lookup=lookup).text for lookup in (True, False)}

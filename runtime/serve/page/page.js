@@ -1,6 +1,6 @@
 // The page of owl2 serve. Every text is set as text, never as HTML.
 const $ = (id) => document.getElementById(id);
-const state = { id: null, messages: [], pending: [], running: null, turn: 0, adding: 0, fits: [], usualFit: "resize", saving: Promise.resolve(), deleted: new Set() };
+const state = { id: null, messages: [], pending: [], running: null, turn: 0, adding: 0, tags: new Map(), copies: new Map(), fits: [], usualFit: "resize", saving: Promise.resolve(), deleted: new Set() };
 
 function element(name, properties = {}, ...children) {
   const made = Object.assign(document.createElement(name), properties);
@@ -28,7 +28,7 @@ async function call(path, options = {}) {
   try {
     told = (await response.json()).error.message;
   } catch { /* no JSON */ }
-  throw new Error(told);
+  throw Object.assign(new Error(told), { status: response.status });
 }
 
 function say(text, bad = false) {
@@ -74,12 +74,15 @@ async function openConversation(id) {
   const turn = ++state.turn;
   try {
     await state.saving;
-    const data = await (await call(`/owl2/conversations/${id}`)).json();
+    const response = await call(`/owl2/conversations/${id}`);
+    state.tags.set(id, response.headers.get("ETag"));
+    const data = await response.json();
     if (turn !== state.turn) return; // something else was opened meanwhile
     stop();
     Object.assign(state, { id, messages: data.messages ?? [], pending: [] });
     location.hash = id;
     say("");
+    $("note").textContent = "";
   } catch (error) {
     say(error.message, true);
   }
@@ -94,6 +97,7 @@ function begin() {
   Object.assign(state, { id: null, messages: [], pending: [] });
   location.hash = "";
   say("");
+  $("note").textContent = "";
   closeMenu();
   show();
   $("question").focus();
@@ -104,10 +108,29 @@ function save(id, messages) {
   const body = JSON.stringify({ messages });
   state.saving = state.saving.catch(() => {}).then(async () => {
     if (state.deleted.has(id)) return;
-    await call(`/owl2/conversations/${id}`, { method: "PUT", headers: { "Content-Type": "application/json" }, body });
+    try {
+      await write(state.copies.get(id) ?? id, body);
+    } catch (error) {
+      if (error.status !== 412) throw error;
+      // Another tab was quicker: nothing of either is lost.
+      const copied = newId();
+      state.copies.set(id, copied);
+      await write(copied, body);
+      if (state.id === id) {
+        state.id = copied;
+        location.hash = copied;
+      }
+      if (state.messages === messages) $("note").textContent = "This conversation was changed or deleted elsewhere; it goes on here as a copy.";
+    }
     await showList();
   });
   return state.saving.catch((error) => say(`The conversation could not be saved: ${error.message}`, true));
+}
+
+async function write(id, body) {
+  const headers = { "Content-Type": "application/json", "If-Match": state.tags.get(id) ?? "new" };
+  const response = await call(`/owl2/conversations/${id}`, { method: "PUT", headers, body });
+  state.tags.set(id, response.headers.get("ETag"));
 }
 
 // Messages
@@ -242,7 +265,6 @@ async function answer(goOn = false) {
   state.running = controller;
   show();
   save(id, began); // the question at least, whatever becomes of the answer
-  const item = $("turns").lastElementChild.querySelector(".text");
   say(await loaded() ? "Answering …" : "Loading the model …");
   if (controller.signal.aborted) return ended(id, began, message, controller);
   const body = JSON.stringify({
@@ -263,7 +285,8 @@ async function answer(goOn = false) {
       if (!text) continue;
       if (!message.text && state.messages === began) say("Answering …");
       message.text += text;
-      item.textContent = message.text;
+      if (state.messages !== began) continue;
+      $("turns").lastElementChild.querySelector(".text").textContent = message.text;
       if ($("turns").scrollHeight - $("turns").scrollTop - $("turns").clientHeight < 120) $("turns").scrollTop = $("turns").scrollHeight;
     }
     if (!whole) throw new Error("The answer broke off: the connection to the server was lost.");
@@ -281,8 +304,9 @@ async function ended(id, began, message, controller) {
   message.stopped ||= controller.signal.aborted;
   if (state.messages === began) {
     show();
-    // Also for those who do not see it.
-    say(message.error ? "The answer broke off." : message.stopped ? "The answer was stopped." : "The answer is complete.");
+    say("");
+    // For those who do not see it.
+    $("told").textContent = message.error ? "The answer broke off." : message.stopped ? "The answer has stopped." : "The answer is complete.";
   }
   await save(id, began);
 }
@@ -369,7 +393,7 @@ $("question").onkeydown = (event) => {
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") { stop(); closeMenu(); }
 });
-document.querySelector(".skip").onclick = (event) => { event.preventDefault(); $("question").focus(); };
+document.querySelector("a.skip").onclick = (event) => { event.preventDefault(); $("question").focus(); };
 window.addEventListener("hashchange", () => {
   const wanted = location.hash.slice(1);
   if (wanted === (state.id ?? "")) return;

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import re
+import sys
 import time
 import urllib.request
 from collections.abc import AsyncGenerator
@@ -57,7 +58,9 @@ def test_memory_is_given_back_and_taken_again(bundle_a1: Path, tmp_path: Path) -
 
 def test_the_browser_opens(bundle_a1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     browser, opened = tmp_path / "browser", tmp_path / "opened"
-    browser.write_text(f'#!/bin/sh\necho "$1" > {opened}\n')
+    # Like w3m: it asks for the page before it returns.
+    ask = "import sys, urllib.request as u; u.urlopen(sys.argv[1]).read()"
+    browser.write_text(f'#!/bin/sh\n{sys.executable} -c "{ask}" "$1" && echo "$1" > {opened}\n')
     browser.chmod(0o755)
     monkeypatch.setitem(os.environ, "BROWSER", str(browser))
     with serving(bundle_a1, tmp_path / "store", "--open") as server:

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from conftest import GOLDEN
+from PIL import Image
 from serving import RunningServer, serving
 
 KEY = "secret"
@@ -203,3 +204,106 @@ def test_pictures_that_are_not_shown_yet_are_kept(strict: RunningServer) -> None
     )
     with urllib.request.urlopen(picture) as response:
         assert response.read() == image
+
+
+def connected(server: RunningServer, head: str) -> socket.socket:
+    parts = urlsplit(server.address)
+    made = socket.create_connection((str(parts.hostname), int(parts.port or 80)), timeout=60)
+    made.sendall(head.encode())
+    return made
+
+
+def test_connections_that_get_nowhere_after_a_request_are_closed(strict: RunningServer) -> None:
+    head = "Host: localhost\r\nContent-Length: 1000\r\n"
+    for begin, more in (
+        ("GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", "G"),
+        (f"POST /nothing HTTP/1.1\r\nAuthorization: Bearer {KEY}\r\n{head}\r\n", "x"),
+        (f"POST /v1/score HTTP/1.1\r\n{head}\r\n", "x"),
+    ):
+        with connected(strict, begin) as made:
+            assert made.recv(4096).startswith(b"HTTP/1.1 ")
+            made.sendall(more.encode())
+            began = time.monotonic()
+            with contextlib.suppress(ConnectionError):
+                while made.recv(4096):
+                    pass
+            assert time.monotonic() - began < 25
+
+
+def test_a_slow_body_is_refused_in_time(strict: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = f"POST /v1/score HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 1000\r\n\r\n"
+    with connected(strict, head) as made:
+        made.settimeout(45)
+        assert made.recv(4096).startswith(b"HTTP/1.1 408")
+
+
+def test_bombs_at_once_leave_room_for_others(bundle_a1: Path, tmp_path: Path) -> None:
+    """A file of 250 kB that is 768 MB of pixels, asked for a dozen times."""
+    bomb = tmp_path / "bomb.png"
+    Image.new("L", (16000, 16000)).save(bomb)
+    with serving(bundle_a1, tmp_path / "store") as server:
+        name = json.loads(
+            urllib.request.urlopen(
+                urllib.request.Request(f"{server.address}/owl2/pictures", bomb.read_bytes(), method="POST"), timeout=60
+            ).read()
+        )["id"]
+        address = f"{server.address}/owl2/pictures/{name}?seen=resize"
+        threads = [
+            threading.Thread(target=lambda: urllib.request.urlopen(address, timeout=300).read()) for _ in range(6)
+        ]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.5)
+        began = time.monotonic()
+        assert send(server)[0] == 200
+        waited = time.monotonic() - began
+        for thread in threads:
+            thread.join()
+        peak = int(Path(f"/proc/{server.process.pid}/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+        assert peak < 3000  # two at a time
+        assert waited < 20
+
+
+def test_bodies_of_all_requests_are_bounded(strict: RunningServer) -> None:
+    """100k each at most, and four times that of all."""
+    head = f"POST /v1/score HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 90000\r\n\r\n"
+    held = [connected(strict, head + "x" * 80000) for _ in range(4)]
+    time.sleep(0.5)
+    with connected(strict, head + "x" * 89999 + "}") as one:
+        assert one.recv(4096).startswith((b"HTTP/1.1 503", b"HTTP/1.1 400"))
+        refused = send(strict, "/v1/score", b"x" * 99_000)
+    for made in held:
+        made.close()
+    assert refused[0] == 503
+    time.sleep(0.5)
+    assert send(strict)[0] == 200
+
+
+def test_lists_and_deletions_at_once(strict: RunningServer) -> None:
+    """Nothing that another request deletes meanwhile is an error."""
+    failed: list[int] = []
+
+    def one(number: int) -> None:
+        for turn in range(20):
+            name = f"{(number * 20 + turn) % 12:016x}"
+            data = {"messages": [{"role": "user", "text": "x"}]}
+            body = json.dumps(data).encode()
+            headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+            for method, path in (("PUT", f"/{name}"), ("GET", ""), ("DELETE", f"/{name}")):
+                request = urllib.request.Request(
+                    f"{strict.address}/owl2/conversations{path}",
+                    body if method == "PUT" else None,
+                    headers,
+                    method=method,
+                )
+                try:
+                    urllib.request.urlopen(request, timeout=60).read()
+                except urllib.error.HTTPError as error:
+                    failed.append(error.code)
+
+    threads = [threading.Thread(target=one, args=[number]) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []

@@ -1,6 +1,7 @@
 """The page in a real browser."""
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ QUIET = [
 ]  # fmt: skip
 IMAGES = sorted((GOLDEN / "images").glob("*.png"))
 SECONDS = 20_000
+REFUSED = re.compile("status of (400|412)").search
+"""What the page asks for and the server refuses, as it should."""
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +55,7 @@ def opened(browser: Browser, address: str, **options: Any) -> Iterator[Page]:
     # A refusal is told on the page; the browser writes it to its console as well.
     page.on(
         "console",
-        lambda message: errors.append(message.text) if message.type == "error" and "400" not in message.text else None,
+        lambda message: errors.append(message.text) if message.type == "error" and not REFUSED(message.text) else None,
     )
     page.goto(address)
     yield page
@@ -260,26 +263,125 @@ def test_nothing_is_lost_when_something_else_is_done_meanwhile(page: Page) -> No
     assert answers(page) == shown
 
 
+HOSTILE = '<img src=x onerror="document.title=1"><script>document.title=2</script>[x](javascript:alert(1))'
+
+
+def answered(text: str) -> str:
+    """A stream that says this, as the server writes it."""
+    said: dict[str, Any] = {"delta": {"content": text}, "finish_reason": None}
+    events = [json.dumps({"choices": [part]}) for part in (said, {"delta": {}, "finish_reason": "stop"})]
+    return "".join(f"data: {event}\n\n" for event in [*events, "[DONE]"])
+
+
+def answer_with(page: Page, text: str) -> None:
+    """Let the model say this."""
+    page.route(
+        "**/v1/chat/completions",
+        lambda route: route.fulfill(body=answered(text), content_type="text/event-stream"),
+    )
+
+
 def test_hostile_texts_are_text(page: Page) -> None:
-    short(page, 4)
-    hostile = '<img src=x onerror="document.title=1"><script>document.title=2</script>[x](javascript:alert(1))'
-    ask(page, hostile)
-    assert page.locator("#turns .user .text").inner_text() == hostile
-    assert page.title() == "owl2"
-    page.evaluate("text => { document.querySelector('#turns .assistant .text').textContent = text }", hostile)
-    assert page.locator("#turns img, #turns script, #turns .text a").count() == 0
+    """Of people, and of the model."""
+    answer_with(page, HOSTILE)
+    ask(page, HOSTILE)
+    for _ in range(2):
+        assert page.locator("#turns .user .text").inner_text() == HOSTILE
+        assert answers(page) == [HOSTILE]
+        assert page.locator("#list .open").first.inner_text() == HOSTILE[:80]
+        assert page.title() == "owl2"
+        assert page.locator("#turns img, #turns script, #turns .text a").count() == 0
+        page.reload()
+        page.locator("#turns .assistant").wait_for()
+
+
+def test_stopped_before_the_first_word(page: Page) -> None:
+    page.route("**/v1/chat/completions", lambda route: None)  # never answered
+    page.get_by_label("Question", exact=True).fill("First")
+    page.get_by_role("button", name="Ask").click()
+    page.get_by_role("button", name="Stop").click()
+    page.get_by_role("button", name="Continue").wait_for()
+    page.unroute("**/v1/chat/completions")
+    short(page, 6)
+    ask(page, "Second")
+    assert page.locator("#turns .user .text").all_inner_texts() == ["First", "Second"]
+    assert page.locator("#turns .bad").count() == 0
+
+
+def test_an_answer_with_a_placeholder(page: Page) -> None:
+    answer_with(page, "see <|image|>")
+    ask(page, "What is <|image|>?")
+    page.unroute("**/v1/chat/completions")
+    short(page, 6)
+    ask(page, "And now?")
+    assert page.locator("#turns .bad").count() == 0
 
 
 def test_two_tabs_at_once(browser: Browser, server: RunningServer) -> None:
-    tabs = [next(generator) for generator in (opened(browser, server.address), opened(browser, server.address))]
-    for number, tab in enumerate(tabs):
-        short(tab, 40)
-        tab.get_by_label("Question", exact=True).fill(f"Question {number}")
-        tab.get_by_role("button", name="Ask").click()
-    for number, tab in enumerate(tabs):
-        tab.get_by_role("button", name="Stop").wait_for(state="hidden")
-        assert tab.locator("#turns .user .text").all_inner_texts() == [f"Question {number}"]
-        assert len(answers(tab)) == 1
+    tabs = [opened(browser, server.address) for _ in range(2)]
+    pages = [next(tab) for tab in tabs]
+    for number, page in enumerate(pages):
+        short(page, 40)
+        page.get_by_label("Question", exact=True).fill(f"Question {number}")
+        page.get_by_role("button", name="Ask").click()
+    for number, page in enumerate(pages):
+        page.get_by_role("button", name="Stop").wait_for(state="hidden")
+        assert page.locator("#turns .user .text").all_inner_texts() == [f"Question {number}"]
+        assert len(answers(page)) == 1
+    for tab in tabs:
+        assert next(tab, None) is None  # the checks behind its end
+
+
+def test_two_tabs_on_one_conversation_lose_nothing(browser: Browser, server: RunningServer) -> None:
+    first = opened(browser, server.address)
+    page = next(first)
+    short(page, 6)
+    ask(page, "Base")
+    page.locator("#list [aria-current=true]").wait_for()
+    time.sleep(0.3)
+    second = opened(browser, page.url)
+    other = next(second)
+    other.locator("#turns .assistant").wait_for()
+    short(other, 6)
+    ask(page, "From one")
+    time.sleep(0.3)
+    ask(other, "From the other")
+    other.get_by_text("as a copy").wait_for()
+    assert other.url != page.url
+    for shown, last in ((page, "From one"), (other, "From the other")):
+        shown.reload()
+        shown.locator("#turns .assistant").nth(1).wait_for()
+        assert shown.locator("#turns .user .text").all_inner_texts() == ["Base", last]
+    for tab in (first, second):
+        next(tab, None)
+
+
+def test_keys_and_history(page: Page) -> None:
+    short(page, 6)
+    ask(page, "One")
+    place = page.url
+    page.get_by_role("link", name="Skip to the question").focus()
+    page.keyboard.press("Enter")
+    assert page.url == place
+    assert page.evaluate("document.activeElement.id") == "question"
+    page.get_by_label("Images", exact=True).set_input_files(str(IMAGES[0]))
+    fit = page.get_by_label(f"How {IMAGES[0].name} is fitted")
+    fit.focus()
+    page.keyboard.press("ArrowDown")
+    assert page.evaluate("document.activeElement.tagName") == "SELECT"
+    page.get_by_role("button", name="New conversation").click()
+    page.go_back()
+    page.locator("#turns .assistant").wait_for()
+    assert page.locator("#turns .user .text").all_inner_texts() == ["One"]
+    assert page.locator("#told").inner_text().startswith("The answer ")
+
+
+def test_a_refused_picture_is_told_beside_a_good_one(page: Page, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+    page.get_by_label("Images", exact=True).set_input_files([str(broken), str(IMAGES[0])])
+    page.locator("#pending img").wait_for()
+    assert page.locator("#state").inner_text().startswith("broken.png:")
 
 
 def test_a_restarted_server_goes_on(browser: Browser, bundle_a1: Path, tmp_path: Path) -> None:
