@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
@@ -302,9 +303,12 @@ class Owl2:
             BackendError: a step failed.
         """
         scorer = self.scorer(task, **settings)
-        sources = as_list(images)
-        items = [scorer.prepare(source, reading) for source in sources]
-        return [scores[0] for scores in scorer.score(items, sources)]
+        found = []
+        for _, scores in scorer.stream(as_list(images), partial(scorer.prepare, reading=reading)):
+            if isinstance(scores, Owl2Error):
+                raise scores
+            found.append(scores[0])
+        return found
 
     def score_video(
         self,

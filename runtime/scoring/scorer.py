@@ -49,6 +49,10 @@ class Scorer:
         """Read the images of one item; raises as :func:`owl2.runtime.images.prepare_images`."""
         return self._model.prepare(images, self.scales[0].preprocess, reading)
 
+    def rows(self, images: Sequence[PreparedImage], cancellation: Cancellation = NEVER) -> Mapping[str, Floats]:
+        """What the decoder sees of images, by digest: float32 [queries + 1, C] each."""
+        return self._model.encoder.rows(images, cancellation)[0]
+
     def prompt(self, scale: Scale, images: Sequence[PreparedImage]) -> Prompt:
         """The positions of a scale's prompt with these images.
 
@@ -69,6 +73,8 @@ class Scorer:
         items: Sequence[Sequence[PreparedImage]],
         sources: Sequence[object] | None = None,
         cancellation: Cancellation = NEVER,
+        *,
+        rows: Mapping[str, Floats] | None = None,
     ) -> list[tuple[Score, ...]]:
         """Scores of each item on each scale.
 
@@ -76,6 +82,7 @@ class Scorer:
             items: the images of each prompt: one, or the frames of a video, or several that are compared.
             sources: what each item was given as; named in its scores.
             cancellation: raises StoppedError.
+            rows: of all images, by digest, where they are known (:meth:`rows`).
 
         Raises:
             PromptError, ContextOverflowError: as :meth:`prompt`.
@@ -85,7 +92,8 @@ class Scorer:
         if not items:
             return []
         prompts = [[self.prompt(scale, images) for images in items] for scale in self.scales]
-        rows, _ = self._model.encoder.rows([image for images in items for image in images], cancellation)
+        if rows is None:
+            rows = self.rows([image for images in items for image in images], cancellation)
         by_scale = []
         for scale, ids, caches, asked in zip(self.scales, self._ids, self._caches, prompts):
             logits = last_logits(self._model, caches, asked, rows, cancellation)

@@ -6,11 +6,13 @@ import os
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from typing import Any
 
 from PIL import Image
 
 from owl2.runtime.config import require
+from owl2.runtime.engine import Floats
 from owl2.runtime.errors import ConfigError, ImageError
 from owl2.runtime.foreign import cut, reason
 from owl2.runtime.harmless import harmless
@@ -178,22 +180,20 @@ def score_video(
     require(window > 0, f"window must be positive, got {window}")
     room = scorer.frames_that_fit
     kept: list[PreparedImage] = []
-    pending: list[PreparedImage] = []
+    rows: dict[str, Floats] = {}
     windows: list[tuple[Score, ...]] = []
     count = 0
-    for frame in frames:
-        count += 1
-        pending.extend(frame)
+    waiting = (image for frame in frames for image in frame)
+    while pending := list(islice(waiting, window)):
+        count += len(pending)
+        seen = scorer.rows(pending)
+        windows += scorer.score([pending], [video], rows=seen)
         if count <= room:
-            kept.extend(frame)
+            kept += pending
+            rows |= seen
         else:
-            kept.clear()
-        if len(pending) == window:
-            windows += scorer.score([pending], [video])
-            pending = []
-    if pending:
-        windows += scorer.score([pending], [video])
-    whole = scorer.score([kept], [video])[0] if kept else None
+            kept, rows = [], {}
+    whole = scorer.score([kept], [video], rows=rows)[0] if kept else None
     starts = tuple(index * window / per_second for index in range(len(windows)))
     return [
         VideoScore(None if whole is None else whole[place], of_scale, starts, count, video)
