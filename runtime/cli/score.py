@@ -156,6 +156,8 @@ def score(  # noqa: PLR0913, PLR0917 - one parameter per option
     """
     require(not (resume and overwrite), "--resume and --overwrite exclude each other")
     require(out is not None or not (resume or overwrite), "--resume and --overwrite are about a table; give --out")
+    for path in (out, report):  # not after hours of work
+        require(path is None or path.parent.is_dir(), f"the folder of {path} does not exist; make it first")
     settings: dict[str, Any] = {"preset": preset, "prompt": prompt, "preprocess": preprocess}
     settings |= {"levels": list(levels) or None, "weights": list(weights) or None}
     chosen = load_preset(preset)

@@ -153,6 +153,8 @@ def test_what_is_refused(run: RunCommand, bundle_a1: Path, bundle_a2: Path, phot
     assert "does not score 'smell'" in refused(photos, "--task", "smell")
     assert "use .csv, .jsonl, .parquet" in refused(photos, "--out", tmp_path / "scores.txt")
     assert "give --out" in refused(photos, "--resume")
+    assert "does not exist; make it first" in refused(photos, "--out", tmp_path / "no" / "scores.csv")
+    assert "does not exist; make it first" in refused(photos, "--report", tmp_path / "no" / "report.html")
     assert "not a whole number" in refused(photos, "--batch", "many")
     assert "batch must be positive" in refused(photos, "--batch", "0")
     assert run("score", bundle_a1, photos / "01.png", "--out", out).exit_code == 0
