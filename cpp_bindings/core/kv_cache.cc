@@ -27,25 +27,20 @@ int block_count(int positions) {
 // The first positions of a block of one head, from it or into it.
 template <class Value, bool Reading>
 void copy_positions(const HeadBlock& block, int count, Value* keys, Value* values) {
-  const size_t width = block.width, padded = padded_width(block.width);
-  // The keys of a group of lanes stay in the first cache while they are transposed.
-  for (int first = 0; first < count; first += kKeyLanes) {
-    const int lanes = std::min(kKeyLanes, count - first);
-    Value* const inside = static_cast<Value*>(block.keys) + first * width;
-    Value* const outside = keys + first * width;
-    for (size_t d = 0; d < width; d++) {
-      for (int lane = 0; lane < lanes; lane++) {
-        if constexpr (Reading)
-          outside[lane * width + d] = inside[d * kKeyLanes + lane];
-        else
-          inside[d * kKeyLanes + lane] = outside[lane * width + d];
-      }
-    }
-  }
+  const int width = block.width, padded = padded_width(width);
+  auto* const block_keys = static_cast<Value*>(block.keys);
+  auto* const block_values = static_cast<Value*>(block.values);
   for (int p = 0; p < count; p++) {
-    Value* const inside = static_cast<Value*>(block.values) + p * padded;
-    Value* const outside = values + p * width;
-    std::memcpy(Reading ? outside : inside, Reading ? inside : outside, width * sizeof(Value));
+    Value* const lanes = block_keys + static_cast<size_t>(p / kKeyLanes) * width * kKeyLanes + p % kKeyLanes;
+    Value* const key = keys + static_cast<size_t>(p) * width;
+    Value* const value = values + static_cast<size_t>(p) * width;
+    if constexpr (Reading) {
+      for (int d = 0; d < width; d++) key[d] = lanes[static_cast<size_t>(d) * kKeyLanes];
+      std::memcpy(value, block_values + static_cast<size_t>(p) * padded, width * sizeof(Value));
+    } else {
+      for (int d = 0; d < width; d++) lanes[static_cast<size_t>(d) * kKeyLanes] = key[d];
+      std::memcpy(block_values + static_cast<size_t>(p) * padded, value, width * sizeof(Value));
+    }
   }
 }
 
