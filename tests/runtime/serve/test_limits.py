@@ -248,9 +248,12 @@ def test_bombs_at_once_leave_room_for_others(bundle_a1: Path, tmp_path: Path) ->
             ).read()
         )["id"]
         address = f"{server.address}/owl2/pictures/{name}?seen=resize"
-        threads = [
-            threading.Thread(target=lambda: urllib.request.urlopen(address, timeout=300).read()) for _ in range(6)
-        ]
+
+        def look() -> None:
+            with contextlib.suppress(urllib.error.HTTPError):  # where there is too little memory for one
+                urllib.request.urlopen(address, timeout=300).read()
+
+        threads = [threading.Thread(target=look) for _ in range(6)]
         for thread in threads:
             thread.start()
         time.sleep(0.5)
