@@ -20,7 +20,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from load_server import Server
+from load_server import Server, late
 
 from owl2 import Owl2
 
@@ -44,10 +44,9 @@ def main() -> int:
         for count in options.clients:
             times, images, wrong = _run(server.address, count, options.seconds, uris, expected)
             failed += wrong
-            late = sorted(times)[min(len(times) - 1, int(0.99 * len(times)))]
             print(
                 f"{count:7}  {len(times) / options.seconds:10.1f}  {images / options.seconds:8.1f}  {wrong:5}    "
-                f"{1000 * statistics.median(times):.0f} ms, {1000 * late:.0f} ms",
+                f"{1000 * statistics.median(times):.0f} ms, {1000 * late(times):.0f} ms",
                 flush=True,
             )
         statuses: list[int] = []

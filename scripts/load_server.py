@@ -67,7 +67,7 @@ def main() -> int:
             wrong += len(result.wrong)
             print(
                 f"{count:7}  {len(result.wholes):7}  {len(result.wrong):5}  {result.gone:4}    "
-                f"{1000 * statistics.median(result.firsts):.0f} ms, {1000 * _late(result.firsts):.0f} ms    "
+                f"{1000 * statistics.median(result.firsts):.0f} ms, {1000 * late(result.firsts):.0f} ms    "
                 f"{1000 * statistics.median(result.wholes):.0f} ms    {server.memory():.0f}",
                 flush=True,
             )
@@ -83,7 +83,8 @@ def main() -> int:
     return int(bool(wrong or result.wrong))
 
 
-def _late(seconds: list[float]) -> float:
+def late(seconds: list[float]) -> float:
+    """The 99th percentile."""
     return sorted(seconds)[min(len(seconds) - 1, int(0.99 * len(seconds)))]
 
 

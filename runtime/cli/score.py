@@ -225,10 +225,9 @@ def _collect(
             if table is not None:
                 table.add(image, outcome if isinstance(outcome, Owl2Error) else scores_of(outcome), scorer.scales)
             if isinstance(outcome, Owl2Error):
-                summary.errors.append((image, str(outcome)))
+                summary.add(image, str(outcome), ())
             else:
-                for one in outcome:
-                    summary.values.setdefault(one.task, []).append((one.value, image))
+                summary.add(image, None, ((one.task, one.value) for one in outcome))
             if tell:
                 _say(image, outcome, as_json=as_json)
             advance()
@@ -271,7 +270,7 @@ def _tell(summary: Summary, count: int, seconds: float, written: Sequence[str]) 
 
 @contextmanager
 def _progress(total: int, done: int) -> Iterator[Any]:
-    """A bar on stderr, if that is a terminal and stdout is none or a single line would be too short for it."""
+    """A bar on stderr, if that is a terminal and there is more than one file."""
     if not sys.stderr.isatty() or total < 2:
         yield lambda: None
         return

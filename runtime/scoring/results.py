@@ -42,12 +42,10 @@ class ResultFile:
     Attributes:
         path: of the table.
         rows: that it has, by image.
-        truncated: characters at its end that a run left unfinished, and that were dropped.
     """
 
     path: Path
     rows: dict[str, list[Row]]
-    truncated: int
     _file: TextIO
     _columns: Sequence[str]
 
@@ -88,7 +86,7 @@ class ResultFile:
         file = there.open("a+" if rows else "w", encoding="utf-8", errors=ANY_NAME, newline="")
         if rows:
             file.truncate(len(content[:kept].encode(errors=ANY_NAME)))
-        table = cls(path, rows, len(content) - kept, file, columns)
+        table = cls(path, rows, file, columns)
         if not rows and there.suffix == ".csv":
             table._write([dict(zip(columns, columns))])
         return table
@@ -249,12 +247,16 @@ class Summary:
         """Of the rows by image."""
         summary = cls()
         for image, of_image in rows.items():
-            if of_image[0]["error"]:
-                summary.errors.append((image, of_image[0]["error"]))
-                continue
-            for row in of_image:
-                summary.values.setdefault(row["task"], []).append((row["value"], image))
+            summary.add(image, of_image[0]["error"], ((row["task"], row["value"]) for row in of_image))
         return summary
+
+    def add(self, image: str, error: str | None, values: Iterable[tuple[str, float]]) -> None:
+        """Count one image: its error, or the value of each task."""
+        if error:
+            self.errors.append((image, error))
+            return
+        for task, value in values:
+            self.values.setdefault(task, []).append((value, image))
 
 
 def find_files(paths: Iterable[Path], suffixes: frozenset[str], *, recursive: bool = False) -> list[str]:
@@ -271,8 +273,8 @@ def find_files(paths: Iterable[Path], suffixes: frozenset[str], *, recursive: bo
             continue
         for folder, folders, names in os.walk(path):
             folders.sort()
-            inside = [*names, *(name for name in folders if Path(name).suffix.lower() in suffixes)]
-            found.update((os.path.join(folder, name), None) for name in sorted(inside) if _is_named(name, suffixes))  # noqa: PTH118
+            inside = sorted(name for name in (*names, *folders) if _is_named(name, suffixes))
+            found.update((os.path.join(folder, name), None) for name in inside)  # noqa: PTH118
             if not recursive:
                 break
     require(bool(found), "there is nothing to score; give files, or --recursive for folders within folders")
