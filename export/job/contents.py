@@ -45,9 +45,11 @@ FLOAT_SUFFIX = ".float.onnx"
 _GRAPHS = (spec.VISION_GRAPH, *spec.DECODER_GRAPHS.values())
 _FLOAT_GRAPHS = (Path(name).with_suffix(FLOAT_SUFFIX).name for name in _GRAPHS)
 _WRITTEN = {*_GRAPHS, *_FLOAT_GRAPHS, *spec.BUNDLE_FILES, spec.MANIFEST, *GPTQ_FILES, *ENGINE_FILES}
+_LOCK_PROBE = r"\.filelock-probe-[0-9a-f]{32}"  # of whoever takes the lock, for a moment; filelock 4.3 and newer
+_LOCKING = re.compile(rf"{MARK}|{LOCK}|{_LOCK_PROBE}")
 _SAFETENSORS_TEMPORARY = r"\.tmp\w{6}"  # of a kill while it writes
 _WORK = re.compile(
-    rf"{MARK}|{LOCK}|(bundle|journal|replaced)/"
+    rf"{MARK}|{LOCK}|{_LOCK_PROBE}|(bundle|journal|replaced)/"
     rf"|bundle/({'|'.join(map(re.escape, sorted(_WRITTEN)))}|{GPTQ_SHARD.pattern}|{_SAFETENSORS_TEMPORARY})"
     rf"|journal/({re.escape(INDEX)}(\.new)?|vision\.rows|layer-\d+\.(graph|rows))"
 )
@@ -60,6 +62,11 @@ _ENGINE_WORK = re.compile(
 def in_work(name: str) -> bool:
     """Whether this is a name in the hidden folder of an export; those of the folder ``replaced`` not included."""
     return _WORK.fullmatch(name) is not None
+
+
+def of_locking(name: str) -> bool:
+    """Whether this is a name in the hidden folder that is there before and after an export's own files."""
+    return _LOCKING.fullmatch(name) is not None
 
 
 def of_exported(folder: Path) -> Known:
@@ -100,7 +107,7 @@ def remove(folder: Path, known: Known, prefix: str = "") -> None:
             if name.endswith("/"):
                 remove(Path(entry.path), known, name)
             elif entry.is_file(follow_symlinks=False):
-                Path(entry.path).unlink()
+                Path(entry.path).unlink(missing_ok=True)
         folder.rmdir()
 
 
@@ -126,7 +133,7 @@ def is_marked(work: Path) -> bool:
         return True
     if MARK in names and not os.path.lexists(work / MARK):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(work / MARK))
-    return names <= {MARK, LOCK} and not text and re.fullmatch(r"\d*", lock) is not None
+    return all(map(of_locking, names)) and not text and re.fullmatch(r"\d*", lock) is not None
 
 
 def _entries(folder: Path, prefix: str) -> Iterable[tuple[os.DirEntry[str], str]]:

@@ -24,7 +24,19 @@ from types import TracebackType
 
 from filelock import FileLock, Timeout
 
-from owl2.export.job.contents import LISTS, LOCK, MARK, Known, foreign, in_work, is_marked, mark, of_exported, remove
+from owl2.export.job.contents import (
+    LISTS,
+    LOCK,
+    MARK,
+    Known,
+    foreign,
+    in_work,
+    is_marked,
+    mark,
+    of_exported,
+    of_locking,
+    remove,
+)
 from owl2.export.job.disk import sync, write_text
 from owl2.runtime.errors import (
     CalibrationError,
@@ -248,7 +260,7 @@ class Staging:
         """Remove the hidden folder; the lock goes last, since it holds off others."""
         self._remove_parts()
         with contextlib.suppress(OSError):
-            if others := foreign(self.work, {MARK, LOCK}.__contains__):
+            if others := foreign(self.work, of_locking):
                 warnings.warn(
                     f"{self.work} stays, since it holds {listed(others)}; move what is yours away, and delete the rest",
                     Owl2Warning,
@@ -256,8 +268,7 @@ class Staging:
                 )
                 return
             (self.work / MARK).unlink()
-            (self.work / LOCK).unlink()
-            self.work.rmdir()
+            remove(self.work, of_locking)
 
     def _acquire(self, attempts: int = ATTEMPTS) -> None:
         try:

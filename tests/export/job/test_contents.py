@@ -324,12 +324,12 @@ def test_a_kill_at_any_moment_of_the_removal_leaves_nothing_unknown(
         shutil.copytree(tmp_path / "whole", tmp_path / "bundle")
         left = kill
 
-        def deadly(path: Path) -> None:
+        def deadly(path: Path, *, missing_ok: bool = False) -> None:
             nonlocal left
             if left == 0:
                 raise KeyboardInterrupt
             left -= 1
-            unlink(path)
+            unlink(path, missing_ok=missing_ok)
 
         with monkeypatch.context() as patch:
             patch.setattr(Path, "unlink", deadly)
@@ -390,6 +390,20 @@ def test_names_of_an_export() -> None:
     for name in (*spec.BUNDLE_FILES, *spec.DECODER_GRAPHS.values(), *LISTS, *GPTQ_FILES):
         assert in_work(f"bundle/{name}")
         assert not in_work(name)
+
+
+def test_what_a_lock_leaves_is_not_in_the_way(tmp_path: Path) -> None:
+    """filelock tries the folder with a file of its own, which a kill leaves there."""
+    work = tmp_path / ".bundle.partial"
+    work.mkdir()
+    probe = work / ".filelock-probe-3dc71b23d1a1fb894493992f7209ceda"
+    probe.touch()
+    (work / LOCK).touch()
+    assert is_marked(work)
+    with Staging(tmp_path / "bundle", overwrite=False) as staging:
+        assert staging.work == work
+        probe.touch()
+    assert names(tmp_path) == []
 
 
 @pytest.mark.slow

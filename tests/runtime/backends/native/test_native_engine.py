@@ -1,5 +1,6 @@
 """The native core on the sample bundle."""
 
+import contextlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -33,17 +34,17 @@ def model(request: pytest.FixtureRequest, sample_bundle: Path) -> Iterator[Loade
     loaded.close()
 
 
-def inputs(model: Loaded) -> tuple[np.ndarray, np.ndarray]:
-    random = np.random.default_rng(0)
+def inputs(model: Loaded, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(seed)
     rows = model.table.rows([int(token) for token in random.integers(3, model.config.decoder.vocab_size, ROWS)])
     modality = np.zeros(ROWS, np.int64)
     modality[5:20] = 1
     return rows, modality
 
 
-def logits(model: Loaded, steps: list[int]) -> np.ndarray:
+def logits(model: Loaded, steps: list[int], seed: int = 0) -> np.ndarray:
     """Logits [ROWS, V] of the inputs in steps that end at these rows."""
-    rows, modality = inputs(model)
+    rows, modality = inputs(model, seed)
     buffers, parts, start = model.engine.allocate(256, None), [], 0
     for end in steps:
         wanted = np.arange(end - start)
@@ -68,9 +69,15 @@ def test_nor_on_the_number_of_threads(sample_bundle: Path, threads: int) -> None
 
 def test_it_computes_what_onnxruntime_does(sample_bundle: Path) -> None:
     ours, theirs = opened(sample_bundle), opened(sample_bundle, backend="onnxruntime")
-    difference = logits(ours, [ROWS]) - logits(theirs, [ROWS])
-    assert np.abs(difference).max() < 0.3  # int8 activations are rounded to other codes after sums in another order
-    assert np.sqrt((difference**2).mean()) < 0.03
+    differences, sizes = [], []
+    for seed in range(6):
+        expected = logits(theirs, [ROWS], seed)
+        differences.append(np.sqrt(((logits(ours, [ROWS], seed) - expected) ** 2).mean(1)))
+        sizes.append(np.sqrt((expected**2).mean()))
+    # Sums in another order differ by 1e-6, until one of them falls on the other side of the middle between two int8
+    # codes; the rows from there on differ by the error of int8 activations. Where that happens depends on the processor.
+    assert (np.stack(differences) < 1e-4).mean() > 0.1
+    assert (np.stack(differences).mean(1) < 0.03 * np.array(sizes)).all()
     ours.close()
     theirs.close()
 
@@ -166,13 +173,19 @@ part = next(part for part in re.split(r"(?m)^(?=[0-9a-f]+-)", text) if "decoder.
 print(*(re.search(rf"{name}: +(\\d+) kB", part)[1] for name in ("Rss", "Private_Clean", "Private_Dirty")))
 """
     command = [sys.executable, "-c", code, str(sample_bundle)]
-    both = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    for one in both:
-        assert one.stdout is not None
-        one.stdout.readline()
-    for one in both:
-        resident, clean, dirty = map(int, one.communicate("go\n")[0].split())
-        assert resident > 1000
-        assert dirty == 0
-        if one is both[0]:  # the other may have ended when it looks
-            assert clean == 0
+    with contextlib.ExitStack() as running:
+        both = [
+            running.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+            for _ in range(2)
+        ]
+        for one in both:
+            assert one.stdout is not None
+            one.stdout.readline()
+        for one in both:
+            resident, clean, dirty = map(int, one.communicate("go\n")[0].split())
+            assert resident > 1000
+            assert dirty == 0
+            # The other may have ended when the second looks. Around a page that is read, the kernel maps those that it
+            # can lock at that moment: a few pages that nobody reads may so be mapped by one process alone.
+            if one is both[0]:
+                assert clean < resident / 50
