@@ -74,8 +74,8 @@ def test_it_computes_what_onnxruntime_does(sample_bundle: Path) -> None:
         expected = logits(theirs, [ROWS], seed)
         differences.append(np.sqrt(((logits(ours, [ROWS], seed) - expected) ** 2).mean(1)))
         sizes.append(np.sqrt((expected**2).mean()))
-    # Sums in another order differ by 1e-6, until one of them falls on the other side of the middle between two int8
-    # codes; the rows from there on differ by the error of int8 activations. Where that happens depends on the processor.
+    # Sums in another order differ by 1e-6, until one falls on the other side of the middle between two int8 codes; the
+    # rows from there on differ by the error of int8 activations. Where that happens depends on the processor.
     assert (np.stack(differences) < 1e-4).mean() > 0.1
     assert (np.stack(differences).mean(1) < 0.03 * np.array(sizes)).all()
     ours.close()
