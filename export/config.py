@@ -37,6 +37,7 @@ class ExportConfig:
         activations: type in which the graphs compute; for None see :func:`storage_types`.
         device: where layers are computed and quantized: ``cpu``, ``cuda`` or ``cuda:N``.
         fresh: start over where an interrupted export could be continued.
+        lora: folder of a LoRA adapter in PEFT's layout, merged into the weights; None for the checkpoint alone.
         base_preprocessor: take the image preprocessing of mPLUG-Owl2 itself for a checkpoint that has no
             preprocessor_config.json.
 
@@ -58,14 +59,15 @@ class ExportConfig:
     activations: FloatType | None = None
     device: str = "cpu"
     fresh: bool = False
+    lora: Path | None = None
     base_preprocessor: bool = False
 
     def __post_init__(self) -> None:
         from owl2.export.graph.dialect import DIALECTS  # only an export needs torch
 
-        for name in ("checkpoint", "bundle", "calibration"):
+        for name in ("checkpoint", "bundle", "calibration", "lora"):
             given = getattr(self, name)
-            optional = name == "calibration" and given is None
+            optional = name in ("calibration", "lora") and given is None
             require(optional or isinstance(given, str | Path), f"{name} must be a path, got {given!r}")
             if not optional:
                 object.__setattr__(self, name, Path(given))

@@ -24,6 +24,7 @@ from owl2.export.checkpoint.files import (
 from owl2.export.checkpoint.gptq_format import read_format
 from owl2.export.checkpoint.gptq_layout import GptqTensors, unpack
 from owl2.export.checkpoint.hf_config import config_notes, model_config
+from owl2.export.checkpoint.lora import Adapter
 from owl2.export.checkpoint.naming import ADAPTER_EFFECT, HEAD_WEIGHT, TABLE, USUAL_BUFFER, official_names
 from owl2.export.checkpoint.remarks import find_cause, notes
 from owl2.export.checkpoint.shard import Shard
@@ -57,20 +58,22 @@ class Checkpoint:
         tokenizer: its tokenizer, and what a bundle needs of it.
         quantized: names of the quantized linear layers, as in ``model.layers.0.mlp.up_proj``.
         preprocessor: content of preprocessor_config.json, or what stands for it.
+        adapter: what is added to its weights; None for the weights alone.
         notes: what was converted, taken for granted or left out, and what its JSON files say that has no effect here, a
             sentence each.
     """
 
-    def __init__(self, folder: Path, *, base_preprocessor: bool = False) -> None:
+    def __init__(self, folder: Path, *, base_preprocessor: bool = False, adapter: Path | None = None) -> None:
         """Open ``folder`` and check everything but the numbers.
 
         Args:
             folder: in the official layout, or in one whose meaning is certain.
             base_preprocessor: take the values of mPLUG-Owl2 itself instead of preprocessor_config.json.
+            adapter: folder of a LoRA adapter that was trained on it; every tensor is read with the adapter merged.
 
         Raises:
             CheckpointError: files are missing or unreadable, or tensors are missing, unexpected or misshaped;
-                all of them are named at once.
+                all of them are named at once. Or the adapter cannot be merged into this checkpoint.
             ConfigError: config.json describes an unsupported model.
         """
         self.folder = folder
@@ -103,8 +106,10 @@ class Checkpoint:
         )
         self._check_adapter({name: files[name] for name in names.adapter})
         rows = self._check_tensors()
+        self.adapter = None if adapter is None else self._open_adapter(adapter)
         said = config_notes(config, self.preprocessor, generation), self.tokenizer.notes
-        self.notes = (*said[0], *said[1], *notes(folder, names, rows, self.config))
+        merged = () if self.adapter is None else (self.adapter.note,)
+        self.notes = (*said[0], *said[1], *notes(folder, names, rows, self.config), *merged)
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -115,6 +120,8 @@ class Checkpoint:
     def close(self) -> None:
         while self._shards:
             self._shards.popitem()[1].close()
+        if self.adapter is not None:
+            self.adapter.close()
 
     def __contains__(self, name: str) -> bool:
         return name in self._weight_map
@@ -124,8 +131,13 @@ class Checkpoint:
         return sorted(set(self._weight_map.values()))
 
     def stored(self, name: str) -> Tensor:
-        """One tensor in the type of its file, unchecked; it stays mapped, so it takes no memory of the process."""
+        """One tensor in the type of its file, unchecked; it stays mapped, so it takes no memory of the process.
+
+        One that an adapter changes is float32, in memory.
+        """
         tensor = self._shard(self._weight_map[name]).tensor(self._stored[name])
+        if self.adapter is not None:
+            tensor = self.adapter.merged(name, tensor)
         return tensor[: self.config.decoder.vocab_size] if name in VOCABULARY else tensor
 
     def tensor(self, name: str) -> Tensor:
@@ -204,6 +216,19 @@ class Checkpoint:
                 f"{self.folder} holds a LoRA adapter beside the weights ({listed(working or apart)}): merge it first "
                 "(PEFT: merge_and_unload, then save_pretrained), and export the result"
             )
+
+    def _open_adapter(self, folder: Path) -> Adapter:
+        if self.gptq is not None:
+            raise CheckpointError(
+                f"{self.folder} is quantized, and an adapter cannot be merged into integers; give the original "
+                "checkpoint"
+            )
+        adapter = Adapter(folder, self._weight_map.keys())
+        # Shard by shard, so that each is opened once.
+        changed = sorted(filter(adapter.__contains__, self._weight_map), key=lambda n: (self._weight_map[n], n))
+        found = {name: self._shard(self._weight_map[name]).describe(self._stored[name]) for name in changed}
+        adapter.check_shapes({name: shape for name, described in found.items() if described for shape in described[:1]})
+        return adapter
 
     def _is_zero(self, file: str, name: str) -> bool:
         found = self._shard(file).describe(name)

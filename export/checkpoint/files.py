@@ -37,7 +37,11 @@ GENERATION = "generation_config.json"
 OPTIONAL_FILES = (GENERATION, "added_tokens.json", "tokenizer.json")
 """Files that such a checkpoint takes over as they are, where there are any."""
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_FILES = (ADAPTER_CONFIG, *ADAPTER_WEIGHTS)
+WHOLE_WEIGHTS = "non_lora_trainables.bin"
+"""What was trained as a whole beside an adapter, under the name that LLaVA's training program gave it."""
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 
 
@@ -132,9 +136,9 @@ def _refuse_adapter(folder: Path) -> None:
     if found[0] == ADAPTER_FILES[0]:
         base = json_object(folder / found[0]).get("base_model_name_or_path")
     raise CheckpointError(
-        f"{folder} is a LoRA adapter ({listed(found)}), not a whole model: merge it into its base"
-        f"{f' {shorten(base)}' if base else ', which it does not name,'} first (PEFT: merge_and_unload, then "
-        "save_pretrained), and export the result; if these weights are merged already, move the adapter's files away"
+        f"{folder} is a LoRA adapter ({listed(found)}), not a whole model: give its base"
+        f"{f' {shorten(base)}' if base else ', which it does not name,'} as the checkpoint and this folder with "
+        "--lora; if these weights are merged already, move the adapter's files away"
     )
 
 

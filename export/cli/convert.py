@@ -102,6 +102,11 @@ DEFAULTS = {
 )
 @gpu_option
 @click.option(
+    "--lora",
+    type=PATH,
+    help="A folder with a LoRA adapter in PEFT's layout that was trained on CHECKPOINT; it is merged into the weights.",
+)
+@click.option(
     "--base-preprocessor",
     is_flag=True,
     help="Prepare images as mPLUG-Owl2 itself does, where CHECKPOINT has no preprocessor_config.json.",
@@ -136,6 +141,7 @@ def convert(
     Examples:
       owl2-export mplug-owl2-llama2-7b/ owl2-int4/
       owl2-export one-align/ one-align-int4/ --calibration photos/
+      owl2-export mplug-owl2-llama2-7b/ ours-int4/ --lora our-adapter/
       owl2-export checkpoint/ bundle/ --calibration talks.jsonl --weights int8
       owl2-export checkpoint/ exact/ --weights fp32
       owl2-export checkpoint/ checkpoint-gptq/ --layout gptq

@@ -156,7 +156,7 @@ def open_job(config: ExportConfig, reporter: Reporter) -> Iterator[ExportJob]:
             "command, choose another folder, or give --fresh to remove it"
         )
     check_device(config.device)
-    opened = Checkpoint(config.checkpoint, base_preprocessor=config.base_preprocessor)
+    opened = Checkpoint(config.checkpoint, base_preprocessor=config.base_preprocessor, adapter=config.lora)
     with Usage() as usage, opened as checkpoint:
         check_settings(config, checkpoint)
         check_head(checkpoint)

@@ -49,7 +49,7 @@ Array = NDArray[Any]
 FORMAT = 1
 VISION_ROWS = "vision.rows"
 # These name files, which are in the key by their content or times, or say what to do with earlier ones.
-UNKEYED_SETTINGS = ("checkpoint", "bundle", "calibration", "overwrite", "fresh")
+UNKEYED_SETTINGS = ("checkpoint", "bundle", "calibration", "lora", "overwrite", "fresh")
 
 
 class _UnusableError(ExportError):
@@ -254,12 +254,14 @@ def resume_key(job: ExportJob) -> dict[str, str]:
     small = [
         path for path in checkpoint.folder.iterdir() if path.suffix == ".json" or path.name in spec.TOKENIZER_FILES
     ]
-    stats = {name: (checkpoint.folder / name).stat() for name in checkpoint.weight_files}
+    stats = {f"the checkpoint's {name}": (checkpoint.folder / name).stat() for name in checkpoint.weight_files}
+    if checkpoint.adapter is not None:
+        stats |= {f"the adapter's {path.name}": path.stat() for path in checkpoint.adapter.files}
     return (
         {name: str(value) for name, value in (versions | settings).items()}
         | {"calibration data": fingerprint(prompts.calibration), "measured prompts": fingerprint(prompts.measured)}
         | {f"the checkpoint's {path.name}": hash_file(path) for path in sorted(small)}
-        | {f"the checkpoint's {name}": f"{stat.st_size} bytes of {stat.st_mtime_ns}" for name, stat in stats.items()}
+        | {name: f"{stat.st_size} bytes of {stat.st_mtime_ns}" for name, stat in stats.items()}
     )
 
 

@@ -159,8 +159,8 @@ class TestAdapters:
         save({"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 2)}, folder / "a.bin")
         shutil.move(folder / "a.bin", folder / "adapter_model.bin")
         assert refusal(folder).startswith(
-            f"{folder} is a LoRA adapter (adapter_config.json, adapter_model.bin), not a whole model: merge it into "
-            "its base 'q-future/one-align' first"
+            f"{folder} is a LoRA adapter (adapter_config.json, adapter_model.bin), not a whole model: give its base "
+            "'q-future/one-align' as the checkpoint and this folder with --lora"
         )
 
     @pytest.mark.parametrize("content", ["{", "[]", '{"base_model_name_or_path": [1, 2]}', "{}", "[" * 100_000])
@@ -171,7 +171,7 @@ class TestAdapters:
     def test_weights_beside_an_adapter_are_refused(self, folder: Path, tensors: Tensors) -> None:
         save(tensors, folder / SAFE)
         save({"x.lora_A.weight": torch.ones(1)}, folder / "adapter_model.safetensors")
-        assert "which it does not name, first" in refusal(folder)
+        assert "which it does not name, as the checkpoint" in refusal(folder)
 
     @pytest.mark.parametrize("value", [0.5, float("nan")])
     def test_tensors_of_one_that_works_are_refused(self, folder: Path, tensors: Tensors, value: float) -> None:
