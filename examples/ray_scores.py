@@ -12,6 +12,7 @@ import argparse
 import os
 from pathlib import Path
 
+import pyarrow
 import ray
 from pyarrow import parquet
 
@@ -28,7 +29,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     options.out.mkdir(exist_ok=True)
-    done = {path for file in options.out.glob("*.parquet") for path in parquet.read_table(file)["path"].to_pylist()}
+    done = {path for file in options.out.glob("*.parquet") for path in paths_in(file)}
     paths = sorted(str(path) for path in options.images.rglob("*") if path.suffix.lower() in SUFFIXES)
     rows = [{"path": path} for path in paths if path not in done]
     print(f"{len(done)} of {len(paths)} images are scored already")
@@ -47,6 +48,15 @@ def main() -> None:
         batch_size=50,
     )
     scored.write_parquet(str(options.out.resolve()), mode="append")
+
+
+def paths_in(file: Path) -> list[str]:
+    """What a file of an earlier run has; one that was cut off is removed."""
+    try:
+        return list(parquet.read_table(file)["path"].to_pylist())
+    except pyarrow.ArrowInvalid:
+        file.unlink()
+        return []
 
 
 if __name__ == "__main__":

@@ -156,8 +156,8 @@ def read_json(path: Path, limit: int = JSON_BYTES) -> Any:  # noqa: ANN401 - any
     return parse_json(read_text(path, limit))
 
 
-def parse_json(text: str) -> Any:  # noqa: ANN401 - any JSON value
-    """The value of a JSON text.
+def parse_json(text: str, *, any_text: bool = False) -> Any:  # noqa: ANN401 - any JSON value
+    """The value of a JSON text; ``any_text`` lets texts pass that are not valid Unicode, as names of files may be.
 
     Raises:
         ForeignError: it is not JSON, is nested too deeply, repeats a key, has a number that is not finite or has more
@@ -167,7 +167,7 @@ def parse_json(text: str) -> Any:  # noqa: ANN401 - any JSON value
         value = json.loads(
             text, object_pairs_hook=_object, parse_int=_integer, parse_float=_real, parse_constant=_not_a_number
         )
-        if "\\ud" in text.lower():  # perhaps half of a surrogate pair, which no library takes
+        if not any_text and "\\ud" in text.lower():  # perhaps half of a surrogate pair, which no library takes
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except ForeignError:

@@ -26,10 +26,14 @@ class KvCache:
     The buffers grow in steps up to the context. Only the newest :class:`Claim` may write to them.
     """
 
-    def __init__(self, engine: Engine, context: int) -> None:
-        """An empty cache of at most ``context`` positions, in buffers that the engine allocates."""
+    def __init__(self, engine: Engine, context: int, growth: int = GROWTH) -> None:
+        """An empty cache of at most ``context`` positions, in buffers that the engine allocates.
+
+        ``growth`` is the step in which they grow.
+        """
         require(context > 0, f"context must be positive, got {context}")
         self.context = context
+        self._growth = growth
         self._engine = engine
         self._claims = 0
         self._keys: list[Key] = []
@@ -121,7 +125,7 @@ class KvCache:
 
     def _room_for(self, positions: int) -> int:
         """Capacity of buffers for at least so many positions, or for the whole context."""
-        return min(self.context, -(-positions // GROWTH) * GROWTH)
+        return min(self.context, -(-positions // self._growth) * self._growth)
 
     def _transfer(self) -> KvTransfer:
         transfer = self._engine.kv_transfer

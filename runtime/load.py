@@ -26,7 +26,7 @@ from owl2.runtime.foreign import listed
 from owl2.runtime.grammar import GrammarCompiler
 from owl2.runtime.image_files import ImageInput
 from owl2.runtime.images import ImageEncoder, Images, PreparedImage, prepare_images
-from owl2.runtime.kv_cache import KvCache
+from owl2.runtime.kv_cache import GROWTH, KvCache
 from owl2.runtime.lookup import LookupAccount
 from owl2.runtime.preprocess import ImageReading, check_mode
 from owl2.runtime.token_table import TokenTable
@@ -121,9 +121,9 @@ class Loaded:
             raise ContextOverflowError(0, least, self.context, f"shorten the prompt, which has {len(text)} characters")
         return positions.encode_prompt(text, images, self.tokenizer, self.config.rows_per_image)
 
-    def new_cache(self) -> KvCache:
-        """An empty KV cache for one conversation."""
-        cache = KvCache(self.engine, self.context)
+    def new_cache(self, growth: int = GROWTH) -> KvCache:
+        """An empty KV cache for one conversation, which grows in steps of so many positions."""
+        cache = KvCache(self.engine, self.context, growth)
         with self._lock:
             self._caches.add(cache)
         return cache

@@ -29,7 +29,7 @@ from owl2.runtime.likelihood import ChoiceLikelihoods, choice_likelihoods
 from owl2.runtime.load import Loaded, open_bundle
 from owl2.runtime.messages import ChatMessage
 from owl2.runtime.placement import CPU, Placement
-from owl2.runtime.preprocess import ImageReading
+from owl2.runtime.preprocess import ImageReading, Orientation
 from owl2.runtime.sampling import GenerationConfig, GenerationOptions, merge_options
 from owl2.runtime.scoring.scale import USUAL, ScaleSettings, load_preset, make_scale
 from owl2.runtime.scoring.score import Score
@@ -270,6 +270,7 @@ class Owl2:
             ConfigError: a preset or task that is not known, or words that the tokenizer cannot tell apart.
         """
         chosen = load_preset(USUAL if preset is None else preset)
+        require(isinstance(task, str | list | tuple), f"task must be a name or a list of names, got {shorten(task)}")
         tasks = [task] if isinstance(task, str) else list(task)
         scales = [
             make_scale(chosen, name, video=video, levels=levels, weights=weights, prompt=prompt, preprocess=preprocess)
@@ -318,6 +319,7 @@ class Owl2:
         per_second: float = PER_SECOND,
         window: int = WINDOW,
         most_frames: int = MOST_FRAMES,
+        orientation: Orientation = "exif",
         **settings: Unpack[ScaleSettings],
     ) -> VideoScore:
         """Score a video: the whole as the original does, where it fits the context, and windows of any length.
@@ -328,6 +330,7 @@ class Owl2:
             per_second: frames.
             window: frames of a window.
             most_frames: after which a video is refused: a stream need not end.
+            orientation: ``exif`` turns frames as the video says; ``stored`` ignores that, as the original.
             settings: as in :meth:`scorer`.
 
         Raises:
@@ -336,7 +339,8 @@ class Owl2:
             BackendError: a step failed.
         """
         scorer = self.scorer(task, video=True, **settings)
-        frames = (scorer.prepare(frame) for frame in read_frames(video, per_second, most_frames))
+        read = read_frames(video, per_second, most_frames, orientation=orientation)
+        frames = (scorer.prepare(frame) for frame in read)
         [score] = score_video(scorer, frames, os.fspath(video), per_second=per_second, window=window)
         return score
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,21 +34,22 @@ from owl2.runtime.cli.signals import stop_code
 from owl2.runtime.cli.types import PATH, integer
 from owl2.runtime.config import require
 from owl2.runtime.engine import BackendName
-from owl2.runtime.errors import Owl2Error
+from owl2.runtime.errors import ConfigError, Owl2Error
 from owl2.runtime.harmless import harmless
 from owl2.runtime.owl import Owl2
 from owl2.runtime.preprocess import Orientation
+from owl2.runtime.scoring.files import IMAGES, VIDEOS, find_files
 from owl2.runtime.scoring.report import report_page
-from owl2.runtime.scoring.results import SUFFIXES as IMAGES, ResultFile, Summary, find_files
+from owl2.runtime.scoring.results import ResultFile
 from owl2.runtime.scoring.scale import PRESETS, USUAL, load_preset, make_scale
 from owl2.runtime.scoring.score import Score
-from owl2.runtime.scoring.scorer import Scorer
+from owl2.runtime.scoring.summary import Summary
 from owl2.runtime.scoring.video import (
     MOST_FRAMES,
     PER_SECOND,
-    SUFFIXES as VIDEOS,
     WINDOW,
     VideoScore,
+    check_video_settings,
     read_frames,
     score_video,
     scores_of,
@@ -80,6 +82,7 @@ def _batch(_context: click.Context, _option: click.Parameter, text: str) -> int 
 @click.option("--max-frames", type=integer, default=MOST_FRAMES, show_default=True, help="Refuse longer videos.")
 @click.option("--out", type=PATH, help="Write a table: .csv, .jsonl or .parquet, each row as soon as it is known.")
 @click.option("--resume", is_flag=True, help="Go on with the table of a run that was stopped.")
+@click.option("--retry", is_flag=True, help="With --resume: score again what could not be scored.")
 @click.option("--overwrite", is_flag=True, help="Replace an older table.")
 @click.option("--report", type=PATH, help="Write an HTML page: a histogram, the best and the worst images.")
 @click.option("--json", "as_json", is_flag=True, help="Write each score as a line of JSON.")
@@ -117,6 +120,7 @@ def score(  # noqa: PLR0913, PLR0917 - one parameter per option
     max_frames: int,
     out: Path | None,
     resume: bool,
+    retry: bool,
     overwrite: bool,
     report: Path | None,
     as_json: bool,
@@ -156,8 +160,13 @@ def score(  # noqa: PLR0913, PLR0917 - one parameter per option
     """
     require(not (resume and overwrite), "--resume and --overwrite exclude each other")
     require(out is not None or not (resume or overwrite), "--resume and --overwrite are about a table; give --out")
+    require(resume or not retry, "--retry goes with --resume")
     for path in (out, report):  # not after hours of work
         require(path is None or path.parent.is_dir(), f"the folder of {path} does not exist; make it first")
+        require(path is None or not path.is_dir(), f"{path} is a folder; give the name of a file")
+    require(report is None or out is None or report != out, f"--out and --report are the same file, {out}")
+    if video:
+        check_video_settings(per_second, window, max_frames)
     settings: dict[str, Any] = {"preset": preset, "prompt": prompt, "preprocess": preprocess}
     settings |= {"levels": list(levels) or None, "weights": list(weights) or None}
     chosen = load_preset(preset)
@@ -179,32 +188,49 @@ def score(  # noqa: PLR0913, PLR0917 - one parameter per option
         )
     with owl, ExitStack() as closing:
         scorer = owl.scorer(list(tasks), video=video, **settings)
-        table = None
+        table, todo, summary = None, images, Summary()
         if out is not None:
-            table = ResultFile.open(out, scorer.scales, owl.model.fingerprint, resume=resume, overwrite=overwrite)
+            transfer = owl.model.engine.kv_transfer
+            how = {
+                "reading": asdict(reading),
+                "video": [per_second, window] if video else None,
+                "engine": [type(owl.model.engine).__name__, None if transfer is None else transfer.form],
+            }
+            table = ResultFile.open(
+                out,
+                scorer.scales,
+                owl.model.fingerprint,
+                how,
+                summary,
+                resume=resume,
+                retry=retry,
+                overwrite=overwrite,
+            )
             closing.callback(table.close)
-        done = {} if table is None else dict(table.rows)
-        todo = [image for image in images if image not in done]
+            todo = [image for image in images if os.path.abspath(image) not in table.done]  # noqa: PTH100 - a million
 
         def read_video(path: str) -> list[VideoScore]:
-            frames = (scorer.prepare(frame, reading) for frame in read_frames(path, per_second, max_frames))
+            read = read_frames(path, per_second, max_frames, orientation=orientation)
+            frames = (scorer.prepare(frame, reading) for frame in read)
             return score_video(scorer, frames, path, per_second=per_second, window=window)
 
         outcomes: Iterable[tuple[str, Outcome]]
         if video:
             outcomes = ((path, _or_error(read_video, path)) for path in todo)
         else:
-            outcomes = scorer.stream(todo, partial(scorer.prepare, reading=reading), batch=batch, workers=workers)
-        summary, began = Summary.of(done), time.perf_counter()
-        with _progress(len(images), len(done)) as advance:
-            _collect(outcomes, summary, table, scorer, advance, tell=table is None or as_json, as_json=as_json)
+            outcomes = scorer.stream(
+                todo, lambda path: scorer.prepare(Path(path), reading), batch=batch, workers=workers
+            )
+        began = time.perf_counter()
+        with _progress(len(images), len(images) - len(todo)) as advance:
+            _collect(outcomes, summary, table, advance, tell=table is None or as_json, as_json=as_json)
         if table is not None:
             table.finish()
     count = len(todo)
     if report is not None:
         write_whole(report, [report_page(f"Scores of {len(images):,} images", summary)])
     _tell(summary, count, time.perf_counter() - began, [str(path) for path in (out, report) if path is not None])
-    if not summary.values:
+    if not summary.tasks:
         sys.exit(1)
 
 
@@ -212,7 +238,6 @@ def _collect(
     outcomes: Iterable[tuple[str, Outcome]],
     summary: Summary,
     table: ResultFile | None,
-    scorer: Scorer,
     advance: Callable[[], None],
     *,
     tell: bool,
@@ -223,7 +248,7 @@ def _collect(
     try:
         for image, outcome in outcomes:
             if table is not None:
-                table.add(image, outcome if isinstance(outcome, Owl2Error) else scores_of(outcome), scorer.scales)
+                table.add(image, outcome if isinstance(outcome, Owl2Error) else scores_of(outcome))
             if isinstance(outcome, Owl2Error):
                 summary.add(image, str(outcome), ())
             else:
@@ -240,6 +265,8 @@ def _collect(
 def _or_error(score: Callable[[str], list[VideoScore]], path: str) -> Outcome:
     try:
         return score(path)
+    except ConfigError:  # a setting that spoils every video
+        raise
     except Owl2Error as error:
         return error
 
@@ -257,10 +284,8 @@ def _say(image: str, outcome: Outcome, *, as_json: bool) -> None:
 
 
 def _tell(summary: Summary, count: int, seconds: float, written: Sequence[str]) -> None:
-    means = ", ".join(
-        f"{task} {statistics.fmean(value for value, _ in values):.3f}" for task, values in summary.values.items()
-    )
-    broken = f", {len(summary.errors)} could not be scored" if summary.errors else ""
+    means = ", ".join(f"{task} {statistics.fmean(found.values):.3f}" for task, found in summary.tasks.items())
+    broken = f", {summary.broken} could not be scored" if summary.broken else ""
     files = f"; {', '.join(written)}" if written else ""
     rate = f", {count / seconds:.2f} a second" if count > 1 else ""
     mean = f"; mean {means}" if means else ""

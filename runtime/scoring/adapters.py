@@ -63,7 +63,7 @@ class OneAlign:
 
         Args:
             images: of Pillow; for videos a list of frames each.
-            task_: ``quality`` or ``aesthetics``.
+            task_: ``quality`` or ``aesthetics``; another word takes their place in the prompt, as in the original.
             input_: ``image`` or ``video``.
             return_dict: whether to return the logits of the five words, too.
 
@@ -75,7 +75,9 @@ class OneAlign:
             ImageError: an image cannot be used.
         """
         require(input_ in ("image", "video"), f"input_ {shorten(input_)} is not known; use image or video")
-        scorer = self.owl.scorer(task_, video=input_ == "video")
+        listed = isinstance(images, Sequence) and not isinstance(images, str | bytes)
+        require(listed, f"images must be a list, got {type(images).__name__}; give [image]")
+        scorer = self.owl.scorer(task_, video=input_ == "video", prompt=_prompt(task_, input_))
         items = [scorer.prepare(item, ORIGINAL) for item in images]
         scores = [found[0] for found in scorer.score(items)]
         values = np.array([score.value for score in scores], np.float32)
@@ -85,7 +87,11 @@ class OneAlign:
 
 
 class Metric:
-    """A metric as pyiqa's :func:`create_metric` makes it: call it with images."""
+    """A metric as pyiqa's :func:`create_metric` makes it: call it with images.
+
+    What code for a module of torch calls before (``to``, ``cpu``, ``cuda``, ``eval``) changes nothing: the bundle runs
+    where it was loaded.
+    """
 
     metric_mode = "NR"
     lower_better = False
@@ -102,7 +108,7 @@ class Metric:
             target: a path, a Pillow image, or an array or tensor N x 3 x H x W (or 3 x H x W, or one channel) of floats
                 from 0 to 1.
             ref: not used: the metric needs no reference.
-            task_: ``quality`` or ``aesthetics``.
+            task_: ``quality``, ``aesthetics`` or ``aesthetic``: see :meth:`OneAlign.score`.
             input_: ``image``; videos are scored by :class:`OneAlign`.
 
         Returns:
@@ -114,9 +120,17 @@ class Metric:
         """
         require(input_ == "image", f"input_ {shorten(input_)} is not supported here; OneAlign.score takes videos")
         values = self._model.score(_images(target), task_)
-        return target.new_tensor(values) if hasattr(target, "new_tensor") else values
+        if not hasattr(target, "new_tensor"):
+            return values
+        return target.detach().float().new_tensor(values)  # scores have more digits than half precision
 
     forward = __call__
+
+    def to(self, *_: object, **__: object) -> Metric:
+        """This metric: it stays where it was loaded."""
+        return self
+
+    cpu = cuda = eval = to
 
 
 def create_metric(
@@ -145,19 +159,30 @@ def create_metric(
 
 
 def _images(target: Any) -> list[ImageInput]:  # noqa: ANN401
-    """Images of a batch; numbers are rounded to 8 bits."""
+    """Images of a batch, in 8 bits: what is left over is cut off, as ``to_pil_image`` of torchvision does for pyiqa."""
     if isinstance(target, str | os.PathLike | Image.Image):
         return [target]
+    tensor = hasattr(target, "detach") and hasattr(target, "is_floating_point")
     try:
-        batch = np.asarray(target.detach().cpu() if hasattr(target, "detach") else target)
+        batch: Any = target.detach() if tensor else np.asarray(target)
+        floating = bool(batch.is_floating_point() if tensor else np.issubdtype(batch.dtype, np.floating))
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"{shorten(target)} is no image: give a path, a Pillow image or N x 3 x H x W floats"
         ) from error
     batch = batch[None] if batch.ndim == 3 else batch
-    shaped = batch.ndim == 4 and batch.shape[1] in (1, 3) and np.issubdtype(batch.dtype, np.floating)
+    shaped = batch.ndim == 4 and batch.shape[1] in (1, 3) and 0 not in batch.shape and floating
     require(shaped, f"expected floats N x 3 x H x W, got {batch.dtype} {list(batch.shape)}")
-    low, high = (float(batch.min()), float(batch.max())) if batch.size else (0.0, 0.0)
+    low, high = float(batch.min()), float(batch.max())
     require(low > -1e-6 and high < 1 + 1e-6, f"expected numbers from 0 to 1, got {low:.4g} to {high:.4g}")
-    pixels = np.rint(np.clip(batch, 0, 1) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
+    # In the arithmetic of the type that was given.
+    scaled = batch.clip(0, 1) * batch.dtype.type(255) if not tensor else batch.clamp(0, 1).mul(255).byte().cpu().numpy()
+    pixels = scaled.astype(np.uint8).transpose(0, 2, 3, 1)
     return [np.ascontiguousarray(one if one.shape[-1] == 3 else np.repeat(one, 3, -1)) for one in pixels]
+
+
+def _prompt(task: str, input_: str) -> str | None:
+    """The original puts any word into its prompt; None for the words of the preset."""
+    if task in ("quality", "aesthetics") or not isinstance(task, str):
+        return None
+    return f"USER: How would you rate the {task} of this {input_}?\n<|image|>\nASSISTANT: The {task} of the {input_} is"

@@ -5,18 +5,16 @@ from __future__ import annotations
 import base64
 import html
 import io
-import statistics
-from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from owl2.runtime.errors import Owl2Error
 from owl2.runtime.harmless import harmless
 from owl2.runtime.preprocess import read_image
-from owl2.runtime.scoring.results import Summary
+from owl2.runtime.scoring.summary import Summary, TaskSummary
 
-SHOWN = 12
-"""Images of each end."""
-ERRORS = 200
 BINS = 40
 SIDE = 220
 """Longer side of a thumbnail, pixels."""
@@ -46,21 +44,21 @@ def report_page(title: str, summary: Summary) -> bytes:
         "style-src 'unsafe-inline'\">",
         f"<title>{_text(title)}</title><style>{STYLE}</style></head><body><h1>{_text(title)}</h1>",
     ]
-    for task, values in summary.values.items():
-        parts.append(_task(task, sorted(values)))
-    if summary.errors:
-        parts.append(_errors(summary.errors))
+    for task, found in summary.tasks.items():
+        parts.append(_task(task, found))
+    if summary.broken:
+        parts.append(_errors(summary))
     return "".join([*parts, "</body></html>\n"]).encode()
 
 
-def _task(task: str, values: Sequence[tuple[float, str]]) -> str:
-    numbers = [value for value, _ in values]
+def _task(task: str, found: TaskSummary) -> str:
+    numbers = np.frombuffer(found.values)
     figures = (
-        f"{len(numbers):,} images; mean {statistics.fmean(numbers):.3f}, median {statistics.median(numbers):.3f}, "
-        f"from {numbers[0]:.3f} to {numbers[-1]:.3f}"
+        f"{len(numbers):,} images; mean {numbers.mean():.3f}, median {np.median(numbers):.3f}, "
+        f"from {numbers.min():.3f} to {numbers.max():.3f}"
     )
-    best = list(reversed(values))[:SHOWN]
-    worst = values[: min(SHOWN, len(values) - len(best))]
+    best = found.best[::-1]
+    worst = found.worst[: len(numbers) - len(best)]
     blocks = [f'<h2>{_text(task)}</h2><p class="soft">{figures}</p>', _histogram(numbers)]
     for name, group in (("The best", best), ("The worst", worst)):
         if group:
@@ -69,12 +67,10 @@ def _task(task: str, values: Sequence[tuple[float, str]]) -> str:
     return "".join(blocks)
 
 
-def _histogram(numbers: Sequence[float]) -> str:
-    low, high = numbers[0], numbers[-1]
+def _histogram(numbers: NDArray[np.float64]) -> str:
+    low, high = float(numbers.min()), float(numbers.max())
     width = (high - low) / BINS or 1.0
-    counts = [0] * BINS
-    for number in numbers:
-        counts[min(BINS - 1, int((number - low) / width))] += 1
+    counts = np.histogram(numbers, BINS, (low, low + BINS * width))[0].tolist()
     most = max(counts)
     bars = "".join(
         f'<rect x="{index * 20}" y="{160 - 150 * count / most:.1f}" width="18" height="{150 * count / most:.1f}">'
@@ -103,10 +99,11 @@ def _thumbnail(image: str) -> str:
     return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}">'
 
 
-def _errors(errors: Sequence[tuple[str, str]]) -> str:
-    rows = "".join(f"<tr><td>{_text(image)}</td><td>{_text(error)}</td></tr>" for image, error in errors[:ERRORS])
-    more = f"<p>and {len(errors) - ERRORS:,} more</p>" if len(errors) > ERRORS else ""
-    return f"<h2>Not scored: {len(errors):,}</h2><table>{rows}</table>{more}"
+def _errors(summary: Summary) -> str:
+    rows = "".join(f"<tr><td>{_text(image)}</td><td>{_text(error)}</td></tr>" for image, error in summary.errors)
+    left = summary.broken - len(summary.errors)
+    more = f"<p>and {left:,} more</p>" if left else ""
+    return f"<h2>Not scored: {summary.broken:,}</h2><table>{rows}</table>{more}"
 
 
 def _text(text: str) -> str:

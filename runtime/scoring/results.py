@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import hashlib
 import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from owl2.runtime.config import require
 from owl2.runtime.errors import ConfigError, Owl2Error
 from owl2.runtime.foreign import ForeignError, parse_json, reading, shorten
 from owl2.runtime.scoring.scale import Scale
 from owl2.runtime.scoring.score import Score
+from owl2.runtime.scoring.summary import Summary
 
 FORMATS = (".csv", ".jsonl", ".parquet")
 ANY_NAME = "surrogateescape"
 """How names of files that are no valid Unicode are kept."""
 ADVICE = "give another --out, or --overwrite"
-SUFFIXES = frozenset(
-    (
-        *(".avif", ".bmp", ".gif", ".heic", ".heif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm"),
-        *(".ppm", ".tga", ".tif", ".tiff", ".webp"),
-    )
-)
-"""Of the names of images in folders."""
+FIRST, LAST = ("image", "task", "value", "normalized", "std"), ("error", "bundle", "settings")
+"""Columns before and after those of the levels."""
+TEXTS = ("image", "task", "error", "bundle", "settings")
+"""Columns that hold no number."""
+ROW_GROUP = 10_000
+"""Rows that are written to Parquet at a time."""
 Row = dict[str, Any]
 
 
@@ -36,111 +38,128 @@ class ResultFile:
     """A table of scores that grows; :meth:`open` makes it.
 
     A row has the image, the task, value, normalized, std, the probability of each level, the error of an image that
-    could not be scored, and the bundle. Parquet cannot be added to: its rows are collected beside it as JSON lines, and
-    it is written when all are there.
+    could not be scored, the bundle, and what tells settings apart. Parquet cannot be added to: its rows are collected
+    beside it as JSON lines, and it is written when all are there.
 
     Attributes:
         path: of the table.
-        rows: that it has, by image.
+        done: full paths of the images that have their rows.
     """
 
     path: Path
-    rows: dict[str, list[Row]]
-    _file: TextIO
+    done: set[str]
+    _file: BinaryIO
     _columns: Sequence[str]
+    _scales: Sequence[Scale]
+    _settings: str
 
     @classmethod
     def open(
-        cls, path: Path, scales: Sequence[Scale], bundle: str, *, resume: bool = False, overwrite: bool = False
+        cls,
+        path: Path,
+        scales: Sequence[Scale],
+        bundle: str,
+        settings: Mapping[str, Any],
+        summary: Summary,
+        *,
+        resume: bool = False,
+        retry: bool = False,
+        overwrite: bool = False,
     ) -> ResultFile:
-        """Begin a table, or go on with one.
+        """Begin a table, or go on with one. One process at a time writes to it.
 
         Args:
             path: ends with one of :data:`FORMATS`.
             scales: whose scores are written.
             bundle: fingerprint of the model that gives them.
+            settings: whatever else decides about the numbers; JSON values.
+            summary: told of the rows that are there.
             resume: go on with the rows that are there, if there are any.
+            retry: drop the rows of images that could not be scored.
             overwrite: replace an older table.
 
         Raises:
-            ConfigError: another suffix, a table that is there already, or one of other scales or another bundle.
+            ConfigError: another suffix, a table that is there already, or one of other scales, settings or another
+                bundle, or one that another process writes.
             OSError: it cannot be written.
         """
         require(path.suffix in FORMATS, f"{shorten(str(path))} has no suffix that is known: use {', '.join(FORMATS)}")
         levels = dict.fromkeys(level.name for scale in scales for level in scale.levels)
-        columns = ("image", "task", "value", "normalized", "std", *levels, "error", "bundle")
+        taken = [name for name in levels if name in (*FIRST, *LAST)]
+        require(not taken, f"the level {', '.join(taken)} has the name of a column of the table; use other words")
+        columns = (*FIRST, *levels, *LAST)
         there = _lines_of(path)
         if path.suffix == ".parquet":
             _parquet()  # before any work
-        if not resume and not overwrite:
-            for name in {path, there}:
-                require(not name.exists(), f"{name} exists already; give --resume to go on with it, or --overwrite")
-        rows: dict[str, list[Row]] = {}
-        kept, content = 0, ""
+        for name in {path, there}:
+            require(not name.is_dir(), f"{name} is a folder; give the name of a file")
+            require(
+                resume or overwrite or not name.exists(),
+                f"{name} exists already; give --resume to go on with it, or --overwrite",
+            )
+        told = _digest({"scales": [asdict(scale) for scale in scales], **settings})
+        expected = _Expected(columns, [scale.task for scale in scales], bundle, told)
+        done: set[str] = set()
         if resume and path.suffix == ".parquet" and path.exists() and not there.exists():
-            raise ConfigError(f"{path} is finished already; {ADVICE}")
-        if resume and there.exists():
-            with reading(there, ConfigError, ADVICE):
-                content = there.read_bytes().decode(errors=ANY_NAME)
-                rows, kept = _finished(content, columns, [scale.task for scale in scales], bundle)
-        file = there.open("a+" if rows else "w", encoding="utf-8", errors=ANY_NAME, newline="")
-        if rows:
-            file.truncate(len(content[:kept].encode(errors=ANY_NAME)))
-        table = cls(path, rows, file, columns)
-        if not rows and there.suffix == ".csv":
-            table._write([dict(zip(columns, columns))])
+            _unpack(path, there, columns)
+        file = _locked(there)
+        try:
+            if resume:
+                with reading(there, ConfigError, ADVICE):
+                    if retry:
+                        file = _without_errors(file, there, expected)
+                    file.truncate(_read(file, there, expected, done, summary))
+            else:
+                file.truncate(0)
+            file.seek(0, os.SEEK_END)
+            table = cls(path, done, file, columns, scales, told)
+            if there.suffix == ".csv" and file.tell() == 0:
+                file.write(_header(columns))
+                file.flush()
+        except BaseException:
+            file.close()
+            raise
         return table
 
-    def add(self, image: str, scores: Sequence[Score] | Owl2Error, scales: Sequence[Scale]) -> None:
+    def add(self, image: str, scores: Sequence[Score] | Owl2Error) -> None:
         """Write the rows of one image; those of a broken one have the error alone."""
+        blank = dict.fromkeys(self._columns) | {"image": image, "settings": self._settings}
         if isinstance(scores, Owl2Error):
-            rows = [
-                _empty(self._columns) | {"image": image, "task": scale.task, "error": str(scores)} for scale in scales
-            ]
+            rows = [blank | {"task": scale.task, "error": str(scores)} for scale in self._scales]
         else:
             rows = [
-                _empty(self._columns)
-                | {"image": image, "task": score.task, "value": score.value, "normalized": score.normalized}
-                | {"std": score.std, "bundle": score.bundle, **score.probabilities}
+                blank
+                | {"task": score.task, "value": score.value, "normalized": score.normalized, "std": score.std}
+                | {"bundle": score.bundle, **score.probabilities}
                 for score in scores
             ]
-        self.rows[image] = rows
         self._write(rows)
 
     def finish(self) -> None:
         """Close the table; all rows are there."""
-        self._file.close()
         if self.path.suffix == ".parquet":
-            pyarrow, parquet = _parquet()
-            rows = [
-                row | {"image": row["image"].encode(errors=ANY_NAME).decode(errors="replace")}
-                for rows in self.rows.values()
-                for row in rows
-            ]
-            kinds = {name: pyarrow.string() if name in TEXTS else pyarrow.float64() for name in self._columns}
-            table = pyarrow.Table.from_pylist(rows, pyarrow.schema(list(kinds.items())))
-            partial = self.path.with_name(f".{self.path.name}.partial")
-            parquet.write_table(table, partial)
-            partial.replace(self.path)
+            self._file.flush()
+            _pack(_lines_of(self.path), self.path, self._columns)
             _lines_of(self.path).unlink()
+        self._file.close()
 
     def close(self) -> None:
         """Leave the table as it is, for a later run to go on with."""
         self._file.close()
 
     def _write(self, rows: Iterable[Row]) -> None:
-        text = io.StringIO(newline="")
-        if _lines_of(self.path).suffix == ".csv":
-            csv.DictWriter(text, self._columns, lineterminator="\n").writerows(rows)
-        else:
-            for row in rows:
-                text.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self._file.write(text.getvalue())  # of one image at once
+        self._file.write(_encoded(rows, self._columns, _lines_of(self.path).suffix))  # of one image at once
         self._file.flush()
 
 
-TEXTS = ("image", "task", "error", "bundle")
-"""Columns that hold no number."""
+@dataclass(frozen=True)
+class _Expected:
+    """What the rows of a table must be, so that others can follow them."""
+
+    columns: Sequence[str]
+    tasks: Sequence[str]
+    bundle: str
+    settings: str
 
 
 def _lines_of(path: Path) -> Path:
@@ -148,8 +167,170 @@ def _lines_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.jsonl") if path.suffix == ".parquet" else path
 
 
-def _empty(columns: Sequence[str]) -> Row:
-    return dict.fromkeys(columns)
+def _digest(settings: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _locked(path: Path) -> BinaryIO:
+    """Open a file to read and add to it, which no other process can until it is closed.
+
+    Raises:
+        ConfigError: another process has it open.
+    """
+    file = path.open("a+b")
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return file
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise ConfigError(f"another process is writing to {path}; wait for it, or give another --out") from error
+    except OSError:  # a file system without locks
+        pass
+    return file
+
+
+def _encoded(rows: Iterable[Row], columns: Sequence[str], suffix: str) -> bytes:
+    text = io.StringIO(newline="")
+    if suffix == ".csv":
+        # Texts in quotes: a name may have a carriage return, which Python quotes from version 3.13 on.
+        csv.DictWriter(text, columns, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC).writerows(rows)
+    else:
+        for row in rows:
+            line = json.dumps(row, ensure_ascii=False)
+            text.write((line if _is_unicode(line) else json.dumps(row)) + "\n")
+    return text.getvalue().encode(errors=ANY_NAME)
+
+
+def _header(columns: Sequence[str]) -> bytes:
+    """The first line of CSV."""
+    return _encoded([dict(zip(columns, columns))], columns, ".csv")
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _read(file: BinaryIO, path: Path, expected: _Expected, done: set[str], summary: Summary) -> int:
+    """Take in the images that have all their rows; returns the bytes up to there.
+
+    Raises:
+        ForeignError: the file is something else, or its rows are not as expected.
+    """
+    kept = len(_header(expected.columns)) if path.suffix == ".csv" else 0
+    for rows, end in _groups(file, path, expected):
+        image, error = rows[0]["image"], rows[0]["error"]
+        done.add(os.path.abspath(image))  # noqa: PTH100 - a million of them
+        summary.add(image, error, ((row["task"], row["value"]) for row in rows))
+        kept = end
+    return kept if kept <= file.seek(0, os.SEEK_END) else 0
+
+
+def _groups(file: BinaryIO, path: Path, expected: _Expected) -> Iterator[tuple[list[Row], int]]:
+    """The rows of each image that has all its tasks, and the bytes up to there."""
+    file.seek(0)
+    group: list[Row] = []
+    for row, end in (_csv_rows if path.suffix == ".csv" else _json_rows)(file, expected.columns):
+        if row["bundle"] not in (None, "", expected.bundle):
+            raise ForeignError("its scores are those of another bundle")
+        group.append(row)
+        if row["task"] != expected.tasks[len(group) - 1] or row["image"] != group[0]["image"]:
+            raise ForeignError(
+                f"it has the task {shorten(row['task'])}, expected {', '.join(expected.tasks)} for each image"
+            )
+        if row["settings"] != expected.settings:
+            raise ForeignError(
+                "its scores were made with other settings (preset, prompt, weights, preprocessing, reading of images, "
+                "frames of videos, backend or K/V cache), so they cannot be compared with those of this run"
+            )
+        if len(group) == len(expected.tasks):
+            yield group, end
+            group = []
+
+
+def _without_errors(file: BinaryIO, path: Path, expected: _Expected) -> BinaryIO:
+    """Put a table without the rows of broken images in the place of the one that is open."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as copy:
+        if path.suffix == ".csv":
+            copy.write(_header(expected.columns))
+        for rows, _ in _groups(file, path, expected):
+            if not rows[0]["error"]:
+                copy.write(_encoded(rows, expected.columns, path.suffix))
+    partial.replace(path)
+    file.close()
+    return _locked(path)
+
+
+class _Lines:
+    """Whole lines of a file, one after the other; an unfinished last one is left out.
+
+    Attributes:
+        end: bytes up to the end of the last line that was taken.
+        last: whether nothing follows.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.end, self.last = file, 0, False
+
+    def __iter__(self) -> Iterator[str]:
+        following = self._file.readline()
+        while following.endswith(b"\n"):
+            line, following = following, self._file.readline()
+            self.end += len(line)
+            self.last = not following.endswith(b"\n")
+            yield line.decode(errors=ANY_NAME)
+
+
+def _csv_rows(file: BinaryIO, columns: Sequence[str]) -> Iterator[tuple[Row, int]]:
+    _check_beginning(file, _header(columns))
+    lines = _Lines(file)
+    reader = csv.reader(lines)
+    for number, cells in enumerate(reader):
+        if number == 0:
+            if tuple(cells) != tuple(columns):
+                raise ForeignError(f"its columns are {shorten(cells)}, expected {', '.join(columns)}")
+            continue
+        if len(cells) < len(columns) and lines.last:
+            return  # the name of an image has a line break, after which it was cut off
+        if len(cells) != len(columns):
+            raise ForeignError(f"line {reader.line_num} has {len(cells)} cells, expected {len(columns)}")
+        row = dict(zip(columns, cells))
+        yield (
+            {name: (row[name] or None) if name in TEXTS else _number(row[name]) for name in columns},
+            lines.end,
+        )
+
+
+def _json_rows(file: BinaryIO, columns: Sequence[str]) -> Iterator[tuple[Row, int]]:
+    _check_beginning(file, b'{"image": "')
+    lines = _Lines(file)
+    for line in lines:
+        row = parse_json(line, any_text=True)
+        if not isinstance(row, dict) or row.keys() != set(columns):
+            raise ForeignError(f"a line is {shorten(row)}, expected the fields {', '.join(columns)}")
+        yield row, lines.end
+
+
+def _check_beginning(file: BinaryIO, expected: bytes) -> None:
+    """Refuse a file whose only, unfinished line is not ours: it would be overwritten."""
+    line = file.readline(1 << 20)
+    file.seek(0)
+    if not line.endswith(b"\n") and not line.startswith(expected[: len(line)]):
+        raise ForeignError("it is no table of scores")
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text) if text else None
+    except ValueError as error:
+        raise ForeignError(f"{shorten(text)} is not a number") from error
 
 
 def _parquet() -> tuple[Any, Any]:
@@ -163,123 +344,32 @@ def _parquet() -> tuple[Any, Any]:
     return pyarrow, parquet
 
 
-def _finished(
-    content: str, columns: Sequence[str], tasks: Sequence[str], bundle: str
-) -> tuple[dict[str, list[Row]], int]:
-    """The rows of images that have all their tasks, and the characters up to there.
-
-    Raises:
-        ForeignError: they are of other scales or another bundle.
-    """
-    rows: dict[str, list[Row]] = {}
-    group: list[Row] = []
-    kept = 0
-    for row, end in _csv_rows(content, columns) if content[:6] == "image," else _json_rows(content, columns):
-        if row is None:  # the header
-            kept = end
-            continue
-        if row["bundle"] not in (None, "", bundle):
-            raise ForeignError("its scores are those of another bundle")
-        group.append(row)
-        if row["task"] != tasks[len(group) - 1] or row["image"] != group[0]["image"]:
-            raise ForeignError(f"it has the task {shorten(row['task'])}, expected {', '.join(tasks)} for each image")
-        if len(group) == len(tasks):
-            rows[group[0]["image"]] = group
-            group, kept = [], end
-    return rows, kept
+def _pack(lines: Path, path: Path, columns: Sequence[str]) -> None:
+    """Write a table of JSON lines as Parquet."""
+    pyarrow, parquet = _parquet()
+    kinds = {name: pyarrow.string() if name in TEXTS else pyarrow.float64() for name in columns}
+    schema = pyarrow.schema(list(kinds.items()))
+    partial = path.with_name(f".{path.name}.partial")
+    with lines.open("rb") as file, parquet.ParquetWriter(partial, schema) as writer:
+        pending: list[Row] = []
+        for row, _ in _json_rows(file, columns):
+            # Parquet knows Unicode alone.
+            pending.append(row | {"image": os.fsencode(row["image"]).decode(errors="backslashreplace")})
+            if len(pending) == ROW_GROUP:
+                writer.write_table(pyarrow.Table.from_pylist(pending, schema))
+                pending = []
+        writer.write_table(pyarrow.Table.from_pylist(pending, schema))
+    partial.replace(path)
 
 
-def _csv_rows(content: str, columns: Sequence[str]) -> Iterator[tuple[Row | None, int]]:
-    lines = _whole_lines(content)
-    ends = [0]
-    for line in lines:
-        ends.append(ends[-1] + len(line))
-    reader = csv.reader(lines)
-    for number, cells in enumerate(reader):
-        if number == 0:
-            if tuple(cells) != tuple(columns):
-                raise ForeignError(f"its columns are {shorten(cells)}, expected {', '.join(columns)}")
-            yield None, ends[reader.line_num]
-            continue
-        if len(cells) < len(columns) and reader.line_num == len(lines):
-            return  # the name of an image has a line break, after which it was cut off
-        if len(cells) != len(columns):
-            raise ForeignError(f"line {reader.line_num} has {len(cells)} cells, expected {len(columns)}")
-        row: Row = dict(zip(columns, cells))
-        yield {name: row[name] if name in TEXTS else _number(row[name]) for name in columns}, ends[reader.line_num]
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text) if text else None
-    except ValueError as error:
-        raise ForeignError(f"{shorten(text)} is not a number") from error
-
-
-def _json_rows(content: str, columns: Sequence[str]) -> Iterator[tuple[Row | None, int]]:
-    end = 0
-    for line in _whole_lines(content):
-        row, end = parse_json(line), end + len(line)
-        if not isinstance(row, dict) or row.keys() != set(columns):
-            raise ForeignError(f"a line is {shorten(row)}, expected the fields {', '.join(columns)}")
-        yield row, end
-
-
-def _whole_lines(content: str) -> list[str]:
-    """Lines with their ends; what is left of an unfinished one is dropped."""
-    return [f"{line}\n" for line in content.split("\n")[:-1]]
-
-
-@dataclass
-class Summary:
-    """What a run has found, for people.
-
-    Attributes:
-        values: score and image, by task.
-        errors: image and error.
-    """
-
-    values: dict[str, list[tuple[float, str]]] = field(default_factory=dict)
-    errors: list[tuple[str, str]] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, rows: Mapping[str, Sequence[Row]]) -> Summary:
-        """Of the rows by image."""
-        summary = cls()
-        for image, of_image in rows.items():
-            summary.add(image, of_image[0]["error"], ((row["task"], row["value"]) for row in of_image))
-        return summary
-
-    def add(self, image: str, error: str | None, values: Iterable[tuple[str, float]]) -> None:
-        """Count one image: its error, or the value of each task."""
-        if error:
-            self.errors.append((image, error))
-            return
-        for task, value in values:
-            self.values.setdefault(task, []).append((value, image))
-
-
-def find_files(paths: Iterable[Path], suffixes: frozenset[str], *, recursive: bool = False) -> list[str]:
-    """Paths of files: as they are given, and of folders those whose names have one of the suffixes, sorted.
-
-    Raises:
-        ConfigError: a path does not exist, or there is nothing.
-    """
-    found: dict[str, None] = {}
-    for path in paths:
-        if not path.is_dir():
-            require(os.path.lexists(path), f"{shorten(str(path))} does not exist")
-            found[str(path)] = None
-            continue
-        for folder, folders, names in os.walk(path):
-            folders.sort()
-            inside = sorted(name for name in (*names, *folders) if _is_named(name, suffixes))
-            found.update((os.path.join(folder, name), None) for name in inside)  # noqa: PTH118
-            if not recursive:
-                break
-    require(bool(found), "there is nothing to score; give files, or --recursive for folders within folders")
-    return list(found)
-
-
-def _is_named(name: str, suffixes: frozenset[str]) -> bool:
-    return Path(name).suffix.lower() in suffixes and not name.startswith(".")
+def _unpack(path: Path, lines: Path, columns: Sequence[str]) -> None:
+    """Write a table of Parquet as JSON lines, so that it can grow again."""
+    _, parquet = _parquet()
+    partial = path.with_name(f".{path.name}.partial")
+    with reading(path, ConfigError, ADVICE), contextlib.closing(parquet.ParquetFile(path)) as table:
+        if tuple(table.schema_arrow.names) != tuple(columns):
+            raise ForeignError(f"its columns are {shorten(table.schema_arrow.names)}, expected {', '.join(columns)}")
+        with partial.open("wb") as file:
+            for batch in table.iter_batches(ROW_GROUP):
+                file.write(_encoded(batch.to_pylist(), columns, ".jsonl"))
+    partial.replace(lines)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
+
+import numpy as np
 
 from owl2.runtime.config import IMAGE_TOKEN, require
 from owl2.runtime.errors import ConfigError
@@ -19,6 +21,8 @@ USUAL = "q-align"
 PRESETS = tuple(sorted(path.stem for path in FOLDER.glob("*.json")))
 """Names of the presets that come with this package."""
 PRESET_BYTES = 1 << 20
+MOST_LEVELS, MOST_CHARACTERS, LARGEST_WEIGHT = 64, 100, 1e6
+"""Of a scale, of a word or the name of a task: they are repeated in every row and every answer of a server."""
 
 
 @dataclass(frozen=True)
@@ -48,17 +52,28 @@ class Scale:
         prompt: raw, with one ``<|image|>`` per image; a video's frames all take the place of the only one.
         levels: the best first.
         preprocess: mode of preprocessing.
+        video: whether the images of an item are the frames of a video.
+        temperature: that the levels' logits are divided by.
     """
 
     task: str
     prompt: str
     levels: tuple[Level, ...]
     preprocess: str
+    video: bool = False
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         check_mode(self.preprocess)
+        require(
+            isinstance(self.task, str) and 0 < len(self.task) <= MOST_CHARACTERS,
+            f"a task must be a name of at most {MOST_CHARACTERS} characters, got {shorten(self.task)}",
+        )
         require(len(self.levels) >= 2, f"a scale needs two levels at least, got {len(self.levels)}")
-        require(IMAGE_TOKEN in self.prompt, f"the prompt {shorten(self.prompt)} has no {IMAGE_TOKEN}")
+        require(len(self.levels) <= MOST_LEVELS, f"a scale has {MOST_LEVELS} levels at most, got {len(self.levels)}")
+        count = self.prompt.count(IMAGE_TOKEN)
+        require(count > 0, f"the prompt {shorten(self.prompt)} has no {IMAGE_TOKEN}")
+        require(not self.video or count == 1, f"a prompt for videos has one {IMAGE_TOKEN} for all frames, not {count}")
         require(
             len({level.weight for level in self.levels}) > 1, "all weights are the same; give the levels different ones"
         )
@@ -74,6 +89,7 @@ class Preset:
         levels: the best first.
         image: prompt by task.
         video: the same for the frames of a video.
+        temperature: see :class:`Scale`.
     """
 
     name: str
@@ -81,6 +97,7 @@ class Preset:
     levels: tuple[Level, ...]
     image: Mapping[str, str]
     video: Mapping[str, str]
+    temperature: float = 1.0
 
 
 class ScaleSettings(TypedDict, total=False):
@@ -135,21 +152,22 @@ def make_scale(
             "or give a prompt",
         )
         prompt = known[task]
-    made = preset.levels
+    names = [level.words for level in preset.levels]
     if levels is not None:
-        words = not isinstance(levels, str) and all(isinstance(word, str) and word.strip() for word in levels)
-        require(words, f"levels must be words, got {shorten(levels)}")
-        weights = [level.weight for level in made] if weights is None else weights
-        require(
-            len(levels) == len(weights),
-            f"{len(levels)} levels need as many weights; give them from the best to the worst",
-        )
-        made = tuple(Level((word,), 0.0) for word in levels)
+        words = isinstance(levels, Sequence) and not isinstance(levels, str) and all(map(_is_word, levels))
+        require(words, f"levels must be words of at most {MOST_CHARACTERS} characters, got {shorten(levels)}")
+        names = [(word,) for word in levels]
+    values: Sequence[float] = [level.weight for level in preset.levels]
     if weights is not None:
-        numbers = all(isinstance(weight, int | float) and not isinstance(weight, bool) for weight in weights)
-        require(numbers and len(weights) == len(made), f"weights must be {len(made)} numbers, got {shorten(weights)}")
-        made = tuple(replace(level, weight=float(weight)) for level, weight in zip(made, weights))
-    return Scale(task, prompt, made, preprocess or preset.preprocess)
+        numbers = isinstance(weights, Sequence | np.ndarray) and all(map(_is_weight, weights))
+        require(numbers, f"weights must be numbers from -1e6 to 1e6, got {shorten(weights)}")
+        values = [float(weight) for weight in weights]
+    require(
+        len(names) == len(values),
+        f"{len(names)} levels need as many weights, got {len(values)}; give them from the best to the worst",
+    )
+    made = tuple(Level(words, weight) for words, weight in zip(names, values))
+    return Scale(task, prompt, made, preprocess or preset.preprocess, video, preset.temperature)
 
 
 def level_ids(scale: Scale, tokenizer: Tokenizer) -> list[list[int]]:
@@ -175,12 +193,25 @@ def level_ids(scale: Scale, tokenizer: Tokenizer) -> list[list[int]]:
     return result
 
 
+def _is_word(word: object) -> bool:
+    return isinstance(word, str) and bool(word.strip()) and len(word) <= MOST_CHARACTERS
+
+
+def _is_weight(weight: object) -> bool:
+    if isinstance(weight, bool) or not isinstance(weight, int | float | np.integer | np.floating):
+        return False
+    return bool(-LARGEST_WEIGHT <= weight <= LARGEST_WEIGHT)
+
+
 def _preset(name: str, data: Any) -> Preset:  # noqa: ANN401 - JSON
     match data:
         case {"preprocess": str(mode), "levels": list(levels), "image": dict(image), "video": dict(video)} if (
             mode in MODES and all(isinstance(text, str) for text in (*image.values(), *video.values()))
         ):
-            return Preset(name, mode, tuple(map(_level, levels)), image, video)
+            temperature = data.get("temperature", 1)
+            if not _is_weight(temperature) or temperature <= 0:
+                raise ForeignError(f"temperature is {shorten(temperature)}, expected a number above 0")
+            return Preset(name, mode, tuple(map(_level, levels)), image, video, float(temperature))
     raise ForeignError(
         f"it is no preset: expected preprocess ({', '.join(MODES)}), levels, and prompts by task in image and video"
     )
@@ -188,8 +219,6 @@ def _preset(name: str, data: Any) -> Preset:  # noqa: ANN401 - JSON
 
 def _level(data: Any) -> Level:  # noqa: ANN401 - JSON
     match data:
-        case {"words": [str(), *_] as words, "weight": int() | float() as weight} if all(
-            isinstance(word, str) and word for word in words
-        ) and not isinstance(weight, bool):
+        case {"words": [_, *_] as words, "weight": weight} if all(map(_is_word, words)) and _is_weight(weight):
             return Level(tuple(words), float(weight))
     raise ForeignError(f"a level is {shorten(data)}, expected words and a weight")

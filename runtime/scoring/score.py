@@ -59,7 +59,7 @@ def score_of(logits: Floats, ids: Sequence[Sequence[int]], scale: Scale, image: 
         bundle: fingerprint.
     """
     level = np.array([logits[words].mean(dtype=np.float64) for words in map(list, ids)])
-    odds = np.exp(level - level.max())
+    odds = np.exp((level - level.max()) / scale.temperature)
     probabilities = odds / odds.sum()
     weights = np.array([one.weight for one in scale.levels])
     value = float(probabilities @ weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,7 +14,7 @@ import numpy as np
 from owl2.runtime.cancellation import NEVER, Cancellation
 from owl2.runtime.config import IMAGE_TOKEN, require
 from owl2.runtime.engine import Floats, SequenceRows, SteppingEngine
-from owl2.runtime.errors import ContextOverflowError, Owl2Error
+from owl2.runtime.errors import ConfigError, ContextOverflowError, ImageError, Owl2Error, PromptError
 from owl2.runtime.families.mplug_owl2 import positions
 from owl2.runtime.families.mplug_owl2.positions import Prompt
 from owl2.runtime.generate import prefill, reuse
@@ -27,6 +28,8 @@ from owl2.runtime.scoring.score import Score, score_of
 Source = TypeVar("Source")
 MOST = 64
 """Prompts in a step of the decoder, at most: each keeps a K/V cache."""
+GROWTH = 32
+"""Positions by which these grow: all prompts of a scale are about as long."""
 
 
 class Scorer:
@@ -35,19 +38,29 @@ class Scorer:
     A score is a function of the image alone: the same bits whatever is scored beside it, before it, or in which order.
     The vision tower sees one image at a time (with int8 weights it would round one by what is in the others). Where the
     engine's rows are independent of each other, prompts share steps and what stands before the image runs once;
-    elsewhere every prompt runs alone and as a whole.
+    elsewhere every prompt runs alone and as a whole. Several threads may use one scorer; they take turns.
     """
 
     def __init__(self, model: Loaded, scales: Sequence[Scale]) -> None:
         """Prepare the words of the scales; raises ConfigError."""
+        require(bool(scales), "there is no task to score")
         require(len({scale.preprocess for scale in scales}) == 1, "scales must have one way to preprocess images")
+        require(len({scale.task for scale in scales}) == len(scales), "a task is given twice")
         self._model, self.scales = model, tuple(scales)
         self._ids = [level_ids(scale, model.tokenizer) for scale in scales]
         self._caches: list[list[KvCache]] = [[] for _ in scales]
+        self._lock = threading.Lock()
 
     def prepare(self, images: Images, reading: ImageReading | None = None) -> list[PreparedImage]:
-        """Read the images of one item; raises as :func:`owl2.runtime.images.prepare_images`."""
-        return self._model.prepare(images, self.scales[0].preprocess, reading)
+        """Read the images of one item.
+
+        Raises:
+            ImageError: there is none, or as :func:`owl2.runtime.images.prepare_images`.
+        """
+        prepared = self._model.prepare(images, self.scales[0].preprocess, reading)
+        if not prepared:
+            raise ImageError("there is no image to score")
+        return prepared
 
     def rows(self, images: Sequence[PreparedImage], cancellation: Cancellation = NEVER) -> Mapping[str, Floats]:
         """What the decoder sees of images, by digest: float32 [queries + 1, C] each."""
@@ -60,8 +73,10 @@ class Scorer:
             PromptError: placeholders and images do not agree.
             ContextOverflowError: they do not fit the context.
         """
+        if not images:
+            raise PromptError("there is no image to score")
         text = scale.prompt
-        if text.count(IMAGE_TOKEN) == 1:
+        if scale.video:
             text = text.replace(IMAGE_TOKEN, IMAGE_TOKEN * len(images))
         prompt = self._model.encode(text, images)
         if len(prompt.keys) > self._model.context:
@@ -96,7 +111,8 @@ class Scorer:
             rows = self.rows([image for images in items for image in images], cancellation)
         by_scale = []
         for scale, ids, caches, asked in zip(self.scales, self._ids, self._caches, prompts):
-            logits = last_logits(self._model, caches, asked, rows, cancellation)
+            with self._lock:  # the caches are of one thread at a time
+                logits = last_logits(self._model, caches, asked, rows, cancellation)
             by_scale.append(
                 [
                     score_of(row, ids, scale, source, self._model.fingerprint)
@@ -118,20 +134,21 @@ class Scorer:
 
         Args:
             sources: may be endless.
-            open_item: reads and prepares one; runs ahead in ``workers`` threads. An Owl2Error takes its scores' place.
-            batch: items at a time; None for as many as fill a step of the decoder.
+            open_item: reads and prepares one; runs ahead in ``workers`` threads. An Owl2Error takes its scores' place,
+                but a ConfigError ends the work.
+            batch: items at a time, 64 at most; None for as many as fill a step of the decoder.
             workers: threads.
             cancellation: raises StoppedError.
         """
         require(batch is None or batch > 0, f"batch must be positive, got {batch}")
         require(workers > 0, f"workers must be positive, got {workers}")
-        size = batch or self.batch
+        size = min(batch or self.batch, MOST)
         waiting = iter(sources)
         opened: deque[tuple[Source, Future[Sequence[PreparedImage]]]] = deque()
         with ThreadPoolExecutor(workers, "owl2 images") as pool:
             try:
                 while True:
-                    ahead = size + 2 * workers - len(opened)
+                    ahead = 2 * size + 2 * workers - len(opened)  # the next batch is read while this one runs
                     opened.extend((source, pool.submit(open_item, source)) for source in islice(waiting, ahead))
                     if not opened:
                         return
@@ -169,6 +186,8 @@ class Scorer:
                 for scale in self.scales:
                     self.prompt(scale, images)  # too many frames spoil no batch
                 good.append((place, images))
+            except ConfigError:  # a setting that spoils every image
+                raise
             except Owl2Error as error:
                 results[place] = error
         sources = [opened[place][0] for place, _ in good]
@@ -206,7 +225,7 @@ def last_logits(
             results += _run(model, stepping, pending, rows, cancellation)
             pending, positions_pending = [], 0
         if len(caches) == len(pending):
-            caches.append(model.new_cache())
+            caches.append(model.new_cache(GROWTH))
         claim = caches[len(pending)].claim()
         if stepping is None:
             claim.truncate(0)

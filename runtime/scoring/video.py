@@ -6,6 +6,7 @@ import os
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from itertools import islice
 from typing import Any
 
@@ -17,17 +18,17 @@ from owl2.runtime.errors import ConfigError, ImageError
 from owl2.runtime.foreign import cut, reason
 from owl2.runtime.harmless import harmless
 from owl2.runtime.images import PreparedImage
+from owl2.runtime.preprocess import Orientation
 from owl2.runtime.scoring.score import Score
 from owl2.runtime.scoring.scorer import Scorer
 
 PER_SECOND = 1.0
 WINDOW = 8
-SUFFIXES = frozenset(
-    (".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv")
-)
-"""Of the names of videos in folders."""
 MOST_FRAMES = 3600
 """An hour at one a second: streams need not end."""
+PER_SECOND_RANGE = 0.001, 1000
+ROUNDING = Fraction(2, 1000)
+"""Seconds by which the times in a file may be off: some formats count in milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,57 +105,98 @@ class VideoScore:
         }
 
 
+def check_video_settings(per_second: float, window: int, most: int) -> None:
+    """Refuse settings that no video can be scored with.
+
+    Raises:
+        ConfigError: PyAV is not installed, or a number makes no sense.
+    """
+    _av()
+    low, high = PER_SECOND_RANGE
+    require(low <= per_second <= high, f"per_second must be from {low} to {high}, got {per_second}")
+    require(window > 0, f"window must be positive, got {window}")
+    require(most > 0, f"the most frames must be positive, got {most}")
+
+
 def read_frames(
-    path: str | os.PathLike[str], per_second: float = PER_SECOND, most: int = MOST_FRAMES
+    path: str | os.PathLike[str],
+    per_second: float = PER_SECOND,
+    most: int = MOST_FRAMES,
+    *,
+    orientation: Orientation = "exif",
 ) -> Iterator[Image.Image]:
     """Frames at a steady rate, RGB, decoded one after the other.
 
-    As in Q-Align: the frames with the numbers int(rate · i), of whole seconds only; the first one of a video that is
-    shorter.
+    The i-th is the one on screen i / per_second seconds after the beginning, as long as the time up to the next is
+    whole; the first one of a video that is shorter. Where frames come at a constant rate these are the frames with the
+    numbers int(rate * i), as in Q-Align.
 
     Args:
         path: of the video.
         per_second: frames.
-        most: frames, after which a video is refused.
+        most: frames, after which a video is refused; at once, if it says how long it is.
+        orientation: ``exif`` turns frames as the video says, ``stored`` ignores that, as the original.
 
     Raises:
         ConfigError: PyAV is not installed, or a rate that makes no sense.
         ImageError: the video cannot be read, has no picture, or does not end.
     """
-    require(per_second > 0, f"per_second must be positive, got {per_second}")
+    check_video_settings(per_second, 1, most)
+    av, name = _av(), cut(harmless(str(path)))
+    spacing = 1 / Fraction(per_second).limit_denominator(1_000_000)
+    count = 0
+    too_long = f"{name} has more than {most} frames to score; ask for fewer a second, or allow more"
     try:
-        import av
-    except ImportError as error:
-        raise ConfigError("videos need another package: pip install 'owl2[video]'") from error
-    name = cut(harmless(str(path)))
-    count, held = 0, None
-    try:
-        with av.open(os.fspath(path)) as container:
+        with av.open(os.path.abspath(path)) as container:  # noqa: PTH100 - a relative name may look like a protocol
             if not container.streams.video:
                 raise ImageError(f"{name} has no picture; give a video")
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
-            step = float(stream.average_rate or stream.guessed_rate or 25) / per_second
-            for number, frame in enumerate(container.decode(stream)):
-                held = held or _image(frame, number >= int(step * count))
-                while held is not None and number + 1 >= step * (count + 1):
-                    count += 1
-                    if count > most:
-                        raise ImageError(f"{name} has more than {most} frames to score; ask for fewer a second")
-                    yield held
-                    held = _image(frame, number >= int(step * count))
+            if container.duration and Fraction(container.duration, av.time_base) >= (most + 1) * spacing:
+                raise ImageError(too_long)
+            for count, frame in enumerate(_on_screen(container.decode(stream), stream, spacing), 1):
+                if count > most:
+                    raise ImageError(too_long)
+                image: Image.Image = frame.to_image()
+                turn = frame.rotation if orientation == "exif" else 0
+                yield image.rotate(turn, expand=True) if turn else image
     except (av.error.FFmpegError, OSError, ValueError) as error:
         if isinstance(error, ImageError):
             raise
         raise ImageError(f"cannot read {name}: {reason(error)}; give a video that plays") from error
     if count == 0:
-        if held is None:
-            raise ImageError(f"{name} has no frames; give a video that plays")
-        yield held
+        raise ImageError(f"{name} has no frames; give a video that plays")
 
 
-def _image(frame: Any, wanted: bool) -> Image.Image | None:  # noqa: ANN401 - of PyAV
-    return frame.to_image() if wanted else None
+def _on_screen(frames: Iterable[Any], stream: Any, spacing: Fraction) -> Iterator[Any]:  # noqa: ANN401 - of PyAV
+    """The frame on screen at each multiple of ``spacing`` seconds whose time is whole; the first one if there is none.
+
+    A frame is known to be it once a later one has come, so that one is held.
+    """
+    usual = 1 / Fraction(stream.average_rate or stream.guessed_rate or 25)
+    count, before, chosen, beginning = 0, None, None, None
+    for number, frame in enumerate(frames):
+        time = number * usual if frame.pts is None else frame.pts * frame.time_base
+        beginning = time if beginning is None else beginning
+        time -= beginning
+        length = frame.duration * frame.time_base if frame.duration else usual
+        if chosen is None and time > count * spacing:
+            chosen = before
+        while time + length + ROUNDING >= (count + 1) * spacing:
+            yield frame if chosen is None else chosen
+            count += 1
+            chosen = before if time > count * spacing else None
+        before = frame
+    if count == 0 and before is not None:
+        yield before if chosen is None else chosen
+
+
+def _av() -> Any:  # noqa: ANN401 - a module
+    try:
+        import av
+    except ImportError as error:
+        raise ConfigError("videos need another package: pip install 'owl2[video]'") from error
+    return av
 
 
 def score_video(
@@ -177,7 +219,7 @@ def score_video(
     Raises:
         ContextOverflowError: a window does not fit the context.
     """
-    require(window > 0, f"window must be positive, got {window}")
+    check_video_settings(per_second, window, 1)
     room = scorer.frames_that_fit
     kept: list[PreparedImage] = []
     rows: dict[str, Floats] = {}

@@ -7,7 +7,7 @@ import contextlib
 import io
 import logging
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from owl2.runtime.image_cost import MAX_PIXELS
 from owl2.runtime.image_files import opened
 from owl2.runtime.images import DECODING
 from owl2.runtime.preprocess import MODES, as_seen, check_mode, read_image
-from owl2.runtime.serve.answering import Answering, WebImages, answer_job, score_job
+from owl2.runtime.serve.answering import Answering, Scored, WebImages, answer_job, score_job
 from owl2.runtime.serve.guard import Guard
 from owl2.runtime.serve.metrics import Metrics
 from owl2.runtime.serve.requests import (
@@ -166,7 +166,7 @@ class Server:
         async with self._answering.run(score_job(asked, self._web)) as events:
             async for scored in events:
                 self._metrics.scored(scored)
-                return JSONResponse(scores_body(self._served.name, scored), headers=NO_CACHE)
+                return await asyncio.to_thread(_score_response, self._served.name, scored)
         raise RequestError("the scores were cancelled", status=503)
 
     async def completion(self, request: Request) -> Response:
@@ -359,6 +359,10 @@ class Server:
                 raise
             yield sse(self._error(error)[1])
         yield DONE
+
+
+def _score_response(name: str, scored: Sequence[Scored]) -> Response:
+    return JSONResponse(scores_body(name, scored), headers=NO_CACHE)
 
 
 DECODERS = 2

@@ -56,7 +56,7 @@ GENERATION = {
 """Fields that are options of generation."""
 
 
-SCORED_IMAGES, SCORED_TASKS = 256, 8
+SCORED_IMAGES, SCORED_TASKS = 256, 4
 NAMES = {str: "text", list: "list"}
 PICTURE = "owl2-picture:"
 """Begins the address of a picture that was sent to ``/owl2/pictures`` before."""
@@ -232,9 +232,11 @@ def read_score_request(data: object, sources: ImageSources) -> ScoreRequest:
         raise RequestError(f"a request may have 1 to {SCORED_IMAGES} images, got {len(images)}", "images")
     tasks = fields.get("task") or "quality"
     tasks = [tasks] if isinstance(tasks, str) else tasks
+    if not isinstance(tasks, list) or not all(isinstance(task, str) for task in tasks):
+        raise RequestError(f"task must be a name or a list of names, got {shorten(tasks)}", "task")
     preset = fields.get("preset") or USUAL
-    if not isinstance(tasks, list) or not 0 < len(tasks) <= SCORED_TASKS:
-        raise RequestError(f"task must be a name or a list of at most {SCORED_TASKS}, got {shorten(tasks)}", "task")
+    if not 0 < len(tasks) <= SCORED_TASKS:
+        raise RequestError(f"a request may have 1 to {SCORED_TASKS} tasks, got {len(tasks)}", "task")
     if preset not in PRESETS:  # no files
         raise RequestError(f"preset {shorten(preset)} is not known; use {', '.join(PRESETS)}", "preset")
     settings: dict[str, Any] = {name: fields.get(name) for name in ("prompt", "levels", "weights", "preprocess")}

@@ -48,7 +48,7 @@ def train(base: Path, tmp_path: Path) -> Train:
                 if parameter.requires_grad:
                     parameter.copy_(0.3 * torch.randn(parameter.shape, generator=random).to(dtype))
         folder = tmp_path / "adapter"
-        adapted.save_pretrained(folder, save_embedding_layers=False)
+        adapted.save_pretrained(str(folder), save_embedding_layers=False)
         if dtype != torch.float32:
             halves = {name: value.to(dtype) for name, value in load_file(folder / WEIGHTS).items()}
             save_file(halves, folder / WEIGHTS)
@@ -219,7 +219,7 @@ def test_a_bundle_of_both_is_that_of_the_merged_checkpoint(base: Path, train: Tr
     merged = tmp_path / "merged"
     shutil.copytree(base, merged)
     save_file({name: value.contiguous() for name, value in tensors.items()}, merged / "model.safetensors")
-    logits = []
+    logits = list[np.ndarray]()
     for source, lora in ((base, folder), (merged, None), (base, None)):
         target = tmp_path / f"bundle-{len(logits)}"
         report = export_bundle(ExportConfig(source, target, weights="fp32", lora=lora))

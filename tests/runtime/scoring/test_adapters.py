@@ -11,10 +11,11 @@ from conftest import GOLDEN
 from PIL import Image
 
 import owl2
-from owl2 import ConfigError, OneAlign, Owl2, create_metric
+from owl2 import ConfigError, ImageReading, OneAlign, Owl2, create_metric
 
 IMAGES = sorted((GOLDEN / "images").glob("*.png"))
 ARRAYS = dict(np.load(GOLDEN / "a1_base_bin" / "qalign.npz"))
+ORIGINAL = ImageReading(orientation="stored", background=None)
 TOLERANCE = 1e-4
 
 
@@ -46,6 +47,7 @@ from_image = metric(image).item()
 from_tensor = metric(tensor)
 values = [score for score in from_tensor.cpu().squeeze().tolist()]
 other = float(metric(tensor[:1], task_="aesthetics").mean())
+word = metric.to("cpu").eval()(path, task_="aesthetic").item()
 """
 
 
@@ -67,6 +69,27 @@ def test_code_for_pyiqa_runs_with_one_import_changed(bundle_a1: Path) -> None:
     )
     assert isinstance(names["from_tensor"], torch.Tensor)
     assert names["other"] == pytest.approx(ARRAYS["aesthetics_image/score_1_5"][0], abs=TOLERANCE)
+    asked = "USER: How would you rate the aesthetic of this image?\n<|image|>\nASSISTANT: The aesthetic of the image is"
+    with Owl2.load(bundle_a1) as owl:
+        expected = owl.score(IMAGES[0], "aesthetic", prompt=asked, reading=ORIGINAL)[0].value
+    assert names["word"] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_numbers_become_pixels_as_in_pyiqa(owl: Owl2, dtype: torch.dtype) -> None:
+    """``to_pil_image`` of torchvision, which pyiqa calls: ``pic.mul(255).byte()`` in the tensor's own arithmetic."""
+    metric = create_metric("qalign", bundle=owl)
+    tensor = torch.rand(2, 3, 40, 30, generator=torch.Generator().manual_seed(1)).to(dtype)
+    pixels = tensor.mul(255).byte().permute(0, 2, 3, 1).numpy()
+    expected = [score.value for score in owl.score([Image.fromarray(one) for one in pixels])]
+    found = metric(tensor)
+    assert found.dtype == torch.float32
+    np.testing.assert_array_equal(found.numpy(), np.array(expected, np.float32))
+    if dtype in (torch.float32, torch.float64):
+        np.testing.assert_array_equal(metric(tensor.numpy()), np.array(expected, np.float32))
+    eight_bits = torch.arange(256).to(dtype).div(255).reshape(1, 1, 16, 16)
+    if dtype in (torch.float32, torch.float64):
+        assert eight_bits.mul(255).byte().flatten().tolist() == list(range(256))
 
 
 def test_what_a_metric_refuses(owl: Owl2) -> None:
@@ -80,6 +103,12 @@ def test_what_a_metric_refuses(owl: Owl2) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             metric(target)
+    with pytest.raises(ConfigError, match=r"expected floats N x 3 x H x W, got torch\.uint8"):
+        metric(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+    with Image.open(IMAGES[0]) as image:
+        for wrong in (image, str(IMAGES[0])):
+            with pytest.raises(ConfigError, match="images must be a list"):
+                OneAlign(owl).score(wrong)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="'psnr' is not offered"):
         create_metric("psnr", bundle=owl)
     with pytest.raises(ConfigError, match="gradients"):

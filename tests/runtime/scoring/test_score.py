@@ -1,7 +1,9 @@
 """Scores against those of the original implementation, and the promise that company changes nothing."""
 
+import itertools
 import json
 import random
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,9 @@ import pytest
 from conftest import BACKENDS, GOLDEN
 from PIL import Image
 
-from owl2 import ConfigError, ContextOverflowError, ImageError, ImageReading, Owl2, Score
+from owl2 import BatchScorer, ConfigError, ContextOverflowError, ImageError, ImageReading, Owl2, PromptError, Score
 from owl2.runtime.engine import BackendName
+from owl2.runtime.images import PreparedImage
 from owl2.runtime.scoring.scale import PRESETS, Level, load_preset, make_scale
 from owl2.runtime.scoring.scorer import Scorer
 
@@ -190,6 +193,45 @@ def test_synonyms_share_a_level(owl: Owl2) -> None:
     assert joined.logits["good"] == pytest.approx(np.mean(list(apart.logits.values())))
 
 
+def test_no_image_has_no_score(owl: Owl2, bundle_a1: Path) -> None:
+    for missing in (None, [], [None]):
+        with pytest.raises(ImageError):
+            owl.score([missing])  # type: ignore[list-item]
+    scorer = owl.scorer()
+    with pytest.raises(PromptError, match="there is no image"):
+        scorer.score([[]])
+    images = scorer.prepare(IMAGES[:2])
+    with pytest.raises(PromptError):  # two images are no video
+        scorer.score([images])
+    columns = BatchScorer(bundle_a1)({"image": [IMAGES[0], None, float("nan"), "", []]})
+    assert np.isfinite(columns["quality"]).tolist() == [True, False, False, False, False]
+    assert [bool(error) for error in columns["error"]] == [False, True, True, True, True]
+
+
+def test_threads_take_turns(owl: Owl2) -> None:
+    scorer = owl.scorer(["quality", "aesthetics"])
+    items = [scorer.prepare(path) for path in IMAGES]
+    expected = [scorer.score([item])[0] for item in items]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda place: scorer.score([items[place]])[0], [*range(len(items))] * 10))
+    assert found == expected * 10
+
+
+def test_the_next_batch_is_read_while_one_runs(owl: Owl2) -> None:
+    """Of an endless source no more than two batches are held."""
+    scorer, read = owl.scorer(), []
+
+    def prepare(number: int) -> list[PreparedImage]:
+        read.append(number)
+        return scorer.prepare(IMAGES[number % len(IMAGES)])
+
+    found = scorer.stream(itertools.count(), prepare, batch=3, workers=2)
+    for _ in range(3):
+        next(found)
+    assert 6 <= len(read) <= 3 + 2 * 3 + 2 * 2
+    found.close()  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_can_be_used(owl: Owl2, name: str) -> None:
     preset = load_preset(name)
@@ -207,8 +249,18 @@ def test_presets_can_be_used(owl: Owl2, name: str) -> None:
         ({"levels": ["good"], "weights": [1]}, "two levels at least"),
         ({"levels": "good"}, "levels must be words"),
         ({"levels": ["good", "bad"]}, "2 levels need as many weights"),
-        ({"weights": [1, 2]}, "weights must be 5 numbers"),
-        ({"weights": [1, 2, 3, 4, None]}, "weights must be 5 numbers"),
+        ({"weights": [1, 2]}, "5 levels need as many weights, got 2"),
+        ({"weights": [1, 2, 3, 4, None]}, "weights must be numbers from -1e6 to 1e6"),
+        ({"weights": [1, 2, 3, 4, float("nan")]}, "weights must be numbers"),
+        ({"weights": [1, 2, 3, 4, 10**400]}, "weights must be numbers"),
+        ({"weights": 3}, "weights must be numbers"),
+        ({"levels": 3}, "levels must be words"),
+        ({"levels": ["x" * 101, "a"], "weights": [1, 0]}, "words of at most 100 characters"),
+        ({"levels": [f"word{number}" for number in range(65)], "weights": range(65)}, "64 levels at most, got 65"),
+        ({"task": 3}, "task must be a name or a list of names, got 3"),
+        ({"task": []}, "there is no task"),
+        ({"task": ["quality", "quality"]}, "a task is given twice"),
+        ({"task": "x" * 101, "prompt": "<|image|>"}, "at most 100 characters"),
         ({"levels": ["good", "bad"], "weights": [1]}, "2 levels need as many weights"),
         ({"weights": [1, 1, 1, 1, 1]}, "all weights are the same"),
         ({"prompt": "no image"}, "has no <|image|>"),

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,10 @@ from PIL import Image
 from pyarrow import parquet
 
 from owl2 import Owl2
+from owl2.runtime.scoring.results import TEXTS, ResultFile
+from owl2.runtime.scoring.scale import load_preset, make_scale
+from owl2.runtime.scoring.score import score_of
+from owl2.runtime.scoring.summary import Summary
 
 IMAGES = sorted((GOLDEN / "images").glob("*.png"))
 
@@ -54,12 +59,12 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     if path.suffix == ".csv":
         with path.open(newline="") as file:
             return [
-                {name: float(cell) if name not in ("image", "task", "error", "bundle") and cell else cell or None
+                {name: float(cell) if name not in TEXTS and cell else cell or None
                  for name, cell in row.items()}
                 for row in csv.DictReader(file)
             ]  # fmt: skip
     if path.suffix == ".jsonl":
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
     return list(parquet.read_table(path).to_pylist())
 
 
@@ -170,6 +175,170 @@ def test_what_is_refused(run: RunCommand, bundle_a1: Path, bundle_a2: Path, phot
     assert [Path(row["image"]).name for row in rows_of(out)] == ["02.png"]
     assert run("score", bundle_a1, photos / "02.png", "--out", out, "--resume").exit_code == 0  # nothing to do
     assert len(rows_of(out)) == 1
+    assert "are the same file" in refused(photos, "--out", out, "--report", out, "--overwrite")
+    assert "is a folder; give the name of a file" in refused(photos, "--report", photos)
+    assert "--retry goes with --resume" in refused(photos, "--out", out, "--retry")
+    assert "the level error has the name of a column" in refused(
+        photos, "--out", tmp_path / "x.csv", "--level", "good", "--level", "error", "--weight", "1", "--weight", "0"
+    )
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        ("--preset", "one-align-score"),
+        ("--prompt", "USER: <|image|> How good is it? ASSISTANT: It is"),
+        ("--weight", "9", "--weight", "4", "--weight", "3", "--weight", "2", "--weight", "1"),
+        ("--preprocess", "crop"),
+        ("--orientation", "stored"),
+        ("--background", "none"),
+        ("--backend", "onnxruntime", "--kv-cache", "fp32"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_scores_that_cannot_be_compared_are_not_mixed(
+    run: RunCommand, bundle_a1: Path, tmp_path: Path, changed: tuple[str, ...], suffix: str
+) -> None:
+    out = tmp_path / f"scores{suffix}"
+    backend = ("--backend", "native") if "--backend" in changed else ()
+    assert run("score", bundle_a1, IMAGES[0], "--out", out, *backend).exit_code == 0
+    before = out.read_bytes()
+    result = run("score", bundle_a1, *IMAGES, "--out", out, "--resume", *changed)
+    assert result.exit_code == 1
+    assert "its scores were made with other settings" in result.stderr
+    assert out.read_bytes() == before
+
+
+def test_one_process_at_a_time(run: RunCommand, bundle_a1: Path, tmp_path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl", reason="no locks of this kind here")
+    out = tmp_path / "scores.csv"
+    assert run("score", bundle_a1, IMAGES[0], "--out", out).exit_code == 0
+    with out.open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        for how in ("--resume", "--overwrite"):
+            result = run("score", bundle_a1, *IMAGES, "--out", out, how)
+            assert result.exit_code == 1
+            assert "another process is writing to" in result.stderr
+    assert len(rows_of(out)) == 1
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_what_failed_is_tried_again_when_asked(
+    run: RunCommand, bundle_a1: Path, photos: Path, tmp_path: Path, suffix: str
+) -> None:
+    out = tmp_path / f"scores{suffix}"
+    content = (photos / "02.png").read_bytes()
+    (photos / "02.png").write_bytes(content[:50])
+    assert run("score", bundle_a1, photos, "--out", out).exit_code == 0
+    (photos / "02.png").write_bytes(content)
+    assert run("score", bundle_a1, photos, "--out", out, "--resume").exit_code == 0
+    assert sum(bool(row["error"]) for row in rows_of(out)) == 1
+    assert run("score", bundle_a1, photos, "--out", out, "--resume", "--retry").exit_code == 0
+    rows = rows_of(out)
+    assert len({row["image"] for row in rows}) == len(rows) == 30
+    assert not any(row["error"] for row in rows)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", out.name]
+
+
+def test_a_finished_parquet_grows(run: RunCommand, bundle_a1: Path, photos: Path, tmp_path: Path) -> None:
+    out, whole = tmp_path / "scores.parquet", tmp_path / "whole.parquet"
+    names = sorted(photos.glob("*.png"))
+    assert run("score", bundle_a1, *names[:10], "--out", out).exit_code == 0
+    assert run("score", bundle_a1, *names, "--out", out, "--resume").exit_code == 0
+    assert run("score", bundle_a1, *names, "--out", out, "--resume").exit_code == 0  # nothing to do
+    assert run("score", bundle_a1, *names, "--out", whole).exit_code == 0
+    assert rows_of(out) == rows_of(whole)
+    out.write_bytes(out.read_bytes()[:-9])
+    result = run("score", bundle_a1, *names, "--out", out, "--resume")
+    assert (result.exit_code, "Traceback" in result.stderr) == (1, False)
+    assert "cannot read" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("notes.jsonl", b'{"my": "notes"}'),
+        ("notes.csv", b"my notes"),
+        ("notes.csv", b"a,b\n1,2\n"),
+        ("notes.jsonl", b"[]\n"),
+        ("notes.jsonl", bytes(100)),
+        ("notes.parquet", b"my notes"),
+    ],
+)
+def test_files_of_others_are_left_alone(
+    run: RunCommand, bundle_a1: Path, tmp_path: Path, name: str, content: bytes
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    result = run("score", bundle_a1, IMAGES[0], "--out", tmp_path / name, "--resume")
+    assert result.exit_code == 1
+    assert "cannot read" in result.stderr
+    assert (tmp_path / name).read_bytes() == content
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+@pytest.mark.parametrize("kept", [0, 3, 40, 200])
+def test_a_beginning_of_ours_is_gone_on_with(
+    run: RunCommand, bundle_a1: Path, tmp_path: Path, suffix: str, kept: int
+) -> None:
+    """As a power failure leaves it."""
+    out = tmp_path / f"scores{suffix}"
+    assert run("score", bundle_a1, *IMAGES[:2], "--out", out).exit_code == 0
+    whole = out.read_bytes()
+    out.write_bytes(whole[:kept])
+    assert run("score", bundle_a1, *IMAGES[:2], "--out", out, "--resume").exit_code == 0
+    assert out.read_bytes() == whole
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other systems have fewer names")
+def test_names_with_anything_in_them(run: RunCommand, owl: Owl2, bundle_a1: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    names = ["a\rb.png", 'q"uote,.png', "line\nbreak.png", "\u2028.png", "data:image.png", " .png", "=1+1.png"]
+    for name in names:
+        (folder / name).write_bytes(IMAGES[0].read_bytes())
+    expected = owl.score(IMAGES[0])[0].value
+    for suffix in (".csv", ".jsonl", ".parquet"):
+        out = tmp_path / f"scores{suffix}"
+        assert run("score", bundle_a1, folder, "--out", out).exit_code == 0
+        rows = rows_of(out)
+        assert sorted(Path(row["image"]).name for row in rows) == sorted(names)
+        assert {row["value"] for row in rows} == {expected}
+        before = out.read_bytes()
+        assert run("score", bundle_a1, folder, "--out", out, "--resume").exit_code == 0
+        assert rows_of(out) == rows
+        assert suffix == ".parquet" or out.read_bytes() == before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert f"{expected:.4f}" in run("score", bundle_a1, "data:image.png").stdout
+
+
+def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
+    """What is kept of an image is its name and a number for each task."""
+    scale = make_scale(load_preset(), "quality")
+    [score] = [score_of(np.arange(5.0, dtype=np.float32), [[0], [1], [2], [3], [4]], scale, None, "b")]
+
+    def peak(count: int, suffix: str) -> int:
+        out = tmp_path / f"{count}{suffix}"
+        table = ResultFile.open(out, [scale], "b", {}, Summary())
+        for number in range(count):
+            table.add(f"{number}.png", [score])
+        table.close()
+        tracemalloc.start()
+        table = ResultFile.open(out, [scale], "b", {}, Summary(), resume=True)
+        table.finish()
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert len(table.done) == count
+        return most
+
+    for suffix in (".csv", ".jsonl", ".parquet"):
+        assert (peak(24_000, suffix) - peak(12_000, suffix)) / 12_000 < 300
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root reads every folder")
+def test_a_folder_that_cannot_be_read_is_named(run: RunCommand, bundle_a1: Path, photos: Path) -> None:
+    (photos / "more").chmod(0)
+    assert "more cannot be read" in run("score", bundle_a1, photos, "-r").stderr
 
 
 @pytest.mark.skipif(os.name != "posix", reason="names are bytes")
@@ -181,10 +350,13 @@ def test_a_name_that_is_no_unicode(run: RunCommand, bundle_a1: Path, tmp_path: P
     for suffix in (".csv", ".jsonl", ".parquet"):
         out = tmp_path / f"scores{suffix}"
         assert run("score", bundle_a1, folder, "--out", out).exit_code == 0
+        before = out.read_bytes()
+        assert run("score", bundle_a1, folder / "b.png", "--out", out, "--resume").exit_code == 0
         if suffix != ".parquet":
-            before = out.read_bytes()
             assert run("score", bundle_a1, folder, "--out", out, "--resume").exit_code == 0
             assert out.read_bytes() == before
+    assert "\\udcff" in (tmp_path / "scores.jsonl").read_text()  # JSON for everybody
+    assert [row["image"][-12:] for row in rows_of(tmp_path / "scores.parquet")][1] == r"\xff\xfe.png"
 
 
 def test_speed_by_stage(run: RunCommand, bundle_a1: Path) -> None:

@@ -56,6 +56,83 @@ def test_frames_are_those_of_the_original(
         assert expected == [int(Fraction(rate) * i) for i in range(int(frames / Fraction(rate)))]
 
 
+def write_at(path: Path, seconds: list[float]) -> Path:
+    """A video whose frames come at these times; the number of each is in its brightness."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=10)
+        stream.width = stream.height = SIDE
+        stream.pix_fmt = "bgr0"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for number, second in enumerate(seconds):
+            frame = av.VideoFrame.from_ndarray(np.full((SIDE, SIDE, 3), number, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = round(second * 1000), Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        ([0.1 * number for number in range(10)] + [float(second) for second in range(1, 10)], [0, *range(10, 18)]),
+        ([0.0, 5.0], [0, 0, 0, 0, 0]),  # on screen for five seconds
+        ([0.0, 0.4, 2.5, 3.1], [0, 1, 1]),
+        ([3.0, 4.0, 5.0, 6.0], [0, 1, 2]),  # begins later
+    ],
+)
+def test_frames_are_those_on_screen(tmp_path: Path, seconds: list[float], expected: list[int]) -> None:
+    assert numbers(write_at(tmp_path / "video.mkv", seconds)) == expected
+
+
+def test_frames_are_turned_as_the_video_says(tmp_path: Path, owl: Owl2, run: RunCommand, bundle_a1: Path) -> None:
+    """Written by hand: the matrix of an MP4's track header says a quarter turn, as phones do."""
+    path = tmp_path / "video.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 2 * SIDE, SIDE, "yuv420p"
+        pixels = np.zeros((SIDE, 2 * SIDE, 3), np.uint8)
+        pixels[:, :SIDE, 0] = 255
+        for _ in range(16):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    content = path.read_bytes()
+    unit, zero = (1 << 16).to_bytes(4, "big"), bytes(4)
+    upright = unit + zero * 3 + unit + zero * 3 + (1 << 30).to_bytes(4, "big")
+    turned = zero + unit + zero + (-(1 << 16)).to_bytes(4, "big", signed=True) + zero * 4 + upright[-4:]
+    track = content.index(b"tkhd")
+    matrix = content.index(upright, track)
+    path.write_bytes(content[:matrix] + turned + content[matrix + 36 :])
+    [first, _] = read_frames(path)
+    assert first.size == (SIDE, 2 * SIDE)
+    red = np.asarray(first)[..., 0]
+    assert red[: SIDE // 2].mean() > 200  # the left end is at the top: a quarter clockwise
+    assert red[-SIDE // 2 :].mean() < 50
+    [stored, _] = read_frames(path, orientation="stored")
+    assert stored.size == (2 * SIDE, SIDE)
+    value = owl.score_video(path, orientation="stored").value
+    assert run("score", bundle_a1, path, "--video", "--orientation", "stored").stdout.startswith(f"{value:.4f}")
+    assert not run("score", bundle_a1, path, "--video").stdout.startswith(f"{value:.4f}")
+
+
+def test_what_is_too_long_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_video(tmp_path / "long.mkv", 8 * 20)
+    with pytest.raises(ImageError, match="more than 10 frames"):
+        next(read_frames(path, most=10))
+    assert len(list(read_frames(path, most=20))) == 20
+    (tmp_path / "12:30.mkv").write_bytes(path.read_bytes())  # no protocol called 12
+    monkeypatch.chdir(tmp_path)
+    assert len(list(read_frames("12:30.mkv"))) == 20
+
+
+@pytest.mark.parametrize("setting", [("--window", "0"), ("--per-second", "nan"), ("--max-frames", "-1")])
+def test_settings_are_refused_before_the_work(run: RunCommand, tmp_path: Path, setting: tuple[str, str]) -> None:
+    path = write_video(tmp_path / "video.mkv", 8)
+    result = run("score", tmp_path / "no bundle", path, "--video", "--out", tmp_path / "scores.csv", *setting)
+    assert result.exit_code == 1
+    assert "must be" in result.stderr
+    assert not (tmp_path / "scores.csv").exists()
+
+
 def test_the_whole_and_its_windows(owl: Owl2, tmp_path: Path) -> None:
     path = write_video(tmp_path / "video.mkv", 8 * 10)
     found = owl.score_video(path, window=4)
@@ -99,7 +176,7 @@ def test_what_is_broken_or_does_not_end(owl: Owl2, tmp_path: Path) -> None:
         owl.score_video(tmp_path / "missing.mp4")
     with pytest.raises(ImageError, match="more than 5 frames"):
         owl.score_video(good, most_frames=5)
-    with pytest.raises(ConfigError, match="per_second must be positive"):
+    with pytest.raises(ConfigError, match=r"per_second must be from 0\.001 to 1000"):
         owl.score_video(good, per_second=0)
     Image.new("RGB", (20, 20)).save(tmp_path / "still.png")
     assert owl.score_video(tmp_path / "still.png").frames == 1
