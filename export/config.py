@@ -12,9 +12,11 @@ from owl2.runtime.arguments import checked
 from owl2.runtime.config import require
 from owl2.runtime.fit.storage import StorageTypes, storage_types
 from owl2.runtime.foreign import shorten
+from owl2.runtime.scoring.scale import PRESETS
 from owl2.runtime.spec import FloatType, VisionType, WeightType
 
 Layout = Literal["bundle", "gptq"]
+Purpose = Literal["chat", "scoring"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,8 @@ class ExportConfig:
         activations: type in which the graphs compute; for None see :func:`storage_types`.
         device: where layers are computed and quantized: ``cpu``, ``cuda`` or ``cuda:N``.
         fresh: start over where an interrupted export could be continued.
+        purpose: what the model is for: ``chat``, or ``scoring``, for which images are calibrated as a scorer asks.
+        preset: name of the preset with which the model scores images; empty for none, None for what its names tell.
         lora: folder of a LoRA adapter in PEFT's layout, merged into the weights; None for the checkpoint alone.
         base_preprocessor: take the image preprocessing of mPLUG-Owl2 itself for a checkpoint that has no
             preprocessor_config.json.
@@ -60,6 +64,8 @@ class ExportConfig:
     device: str = "cpu"
     fresh: bool = False
     lora: Path | None = None
+    purpose: Purpose = "chat"
+    preset: str | None = None
     base_preprocessor: bool = False
 
     def __post_init__(self) -> None:
@@ -80,6 +86,8 @@ class ExportConfig:
             re.fullmatch(r"cpu|cuda(:\d+)?", self.device) is not None,
             f"device {shorten(self.device)}: use cpu, cuda or cuda:N",
         )
+        _require_one_of("purpose", self.purpose, get_args(Purpose))
+        _require_one_of("preset", self.preset, (None, "", *PRESETS))
         require(self.samples > 0, f"samples must be positive, got {self.samples}")
         if self.layout == "gptq":
             require(
@@ -88,8 +96,8 @@ class ExportConfig:
                 f"{self.vision}",
             )
             require(
-                self.dialect == "ort" and self.activations is None,
-                "a checkpoint of layout gptq has no graphs: leave dialect and activations out",
+                self.dialect == "ort" and self.activations is None and self.preset is None,
+                "a checkpoint of layout gptq has no graphs and no manifest: leave dialect, activations and preset out",
             )
         _ = self.types, self.quant  # refuse what does not go together
 

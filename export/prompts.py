@@ -7,15 +7,17 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from owl2.export.checkpoint.checkpoint import Checkpoint
+from owl2.export.checkpoint.scoring import preset_of
 from owl2.export.checkpoint.source import needs_calibration
 from owl2.export.config import ExportConfig
-from owl2.quant.calibration.samples import CalibrationSet, Sample, load_calibration, probe_samples
-from owl2.runtime.config import ModelConfig
+from owl2.quant.calibration.samples import BUILT_IN, CalibrationSet, Sample, load_calibration, probe_samples
+from owl2.runtime.config import IMAGE_TOKEN, ModelConfig
 from owl2.runtime.errors import CalibrationError, ImageError
 from owl2.runtime.evaluation.conversations import evenly
 from owl2.runtime.families.mplug_owl2.positions import Prompt, digests_of, encode_prompt
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
 from owl2.runtime.images import PreparedImage, prepare_images
+from owl2.runtime.scoring.scale import USUAL, Preset, load_preset
 
 # Rows of the calibration prompts: 32768 positions of a width of 4096. They are in memory twice.
 MAX_ROW_BYTES = 512 << 20
@@ -72,12 +74,36 @@ def load_prompts(config: ExportConfig, checkpoint: Checkpoint) -> Prompts:
     """Load the calibration data and encode it, the probes too."""
     calibrate = needs_calibration(config, checkpoint)
     data = load_calibration(config.calibration, config.samples, need_images=calibrate)
-    return prepare(data, checkpoint.config, checkpoint.tokenizer.tokenizer, calibrate=calibrate)
+    mode = None
+    if config.purpose == "scoring" and data.images:
+        scorer = load_preset(preset_of(config, checkpoint.preset) or USUAL)
+        data, mode = as_scored(data, scorer, config.samples), scorer.preprocess
+    return prepare(data, checkpoint.config, checkpoint.tokenizer.tokenizer, calibrate=calibrate, mode=mode)
 
 
-def prepare(data: CalibrationSet, config: ModelConfig, tokenizer: Tokenizer, *, calibrate: bool) -> Prompts:
-    """Encode the samples and divide them, without exact copies; what exceeds the context is cut at its end."""
-    encoded = encode_samples(data.samples, config, tokenizer)
+def as_scored(data: CalibrationSet, preset: Preset, limit: int) -> CalibrationSet:
+    """The images of a set, asked as a scorer asks instead of talked about.
+
+    Weights are rounded for the rows that they are calibrated on, and a scorer's prompts are always the same ones.
+    """
+    images = [image for sample in data.samples for image in sample.images]
+    samples = [
+        Sample(prompt, tuple(images[(place + other) % len(images)] for other in range(prompt.count(IMAGE_TOKEN))))
+        for place in range(len(images))
+        for prompt in preset.image.values()
+    ]
+    # Other notes are on texts, which nobody reads here.
+    return CalibrationSet(data.source, tuple(evenly(samples, limit)), data.notes if data.source == BUILT_IN else ())
+
+
+def prepare(
+    data: CalibrationSet, config: ModelConfig, tokenizer: Tokenizer, *, calibrate: bool, mode: str | None = None
+) -> Prompts:
+    """Encode the samples and divide them, without exact copies; what exceeds the context is cut at its end.
+
+    ``mode`` is how their images are preprocessed; None for the model's own way.
+    """
+    encoded = encode_samples(data.samples, config, tokenizer, mode)
     contents = {tuple(prompt.keys): _content(sample, prompt) for sample, prompt in zip(data.samples, encoded)}
     distinct = list({tuple(prompt.keys): prompt for prompt in encoded}.values())
     chosen, obstacle = _set_aside(list(contents.values()))
@@ -186,13 +212,15 @@ def _bounded(prompts: list[Prompt], max_positions: int) -> list[Prompt]:
     return chosen
 
 
-def encode_samples(samples: Iterable[Sample], config: ModelConfig, tokenizer: Tokenizer) -> list[Prompt]:
+def encode_samples(
+    samples: Iterable[Sample], config: ModelConfig, tokenizer: Tokenizer, mode: str | None = None
+) -> list[Prompt]:
     """Tokenize prompts and preprocess their images, cut where the context ends."""
     prompts = []
     known: dict[str, PreparedImage] = {}  # the pixels of an image are kept once, however many samples it has
     for sample in samples:
         try:
-            images = [known.setdefault(x.digest, x) for x in prepare_images(sample.images, config.preprocess, None)]
+            images = [known.setdefault(x.digest, x) for x in prepare_images(sample.images, config.preprocess, mode)]
         except ImageError as error:
             raise CalibrationError(": ".join(filter(None, (sample.where, str(error))))) from error
         prompt = encode_prompt(sample.prompt, images, tokenizer, config.rows_per_image)

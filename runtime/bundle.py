@@ -23,9 +23,10 @@ from owl2.runtime.token_table import FileTable
 from owl2.runtime.verification import FileEntry, OnProgress, require_file_names, verify_files
 
 MANIFEST_BYTES = 1 << 20
-READ_VERSIONS = (3, 4, spec.FORMAT_VERSION)
-FIRST_WITH_DIGEST = 5
+READ_VERSIONS = (3, 4, 5, spec.FORMAT_VERSION)
+FIRST_WITH_DIGEST, FIRST_WITH_PRESET = 5, 6
 VERSION = re.compile(r"\d+(\.\w+)*")
+PRESET = re.compile(r"[a-z0-9-]{0,64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,7 @@ class Manifest:
         kv_cache: types of the K/V cache to choose from, the activations' own among them, each with the lowest ONNX
             Runtime that has its attention.
         family: of models, which decides template, tokenizer and positions; see :mod:`owl2.runtime.families`.
+        preset: name of the preset with which the model scores images; empty where it is not known to.
         weights: how the weights are stored.
         model: architecture and image preprocessing.
         files: every other file of the bundle, engines aside.
@@ -77,6 +79,7 @@ class Manifest:
     minimum_onnxruntime: str
     kv_cache: Mapping[KvType, str]
     family: Literal["mplug_owl2"]
+    preset: str
     weights: WeightFormat
     model: ModelConfig
     files: Mapping[str, FileEntry]
@@ -90,6 +93,9 @@ class Manifest:
         for name, minimum in (("minimum_onnxruntime", self.minimum_onnxruntime), *self.kv_cache.items()):
             fits = not minimum or VERSION.fullmatch(minimum) is not None  # none where ONNX Runtime runs no such graph
             require(fits, f"{name} {shorten(minimum)} is not a version such as 1.22")
+        require(
+            PRESET.fullmatch(self.preset) is not None, f"preset {shorten(self.preset)} is not a name such as q-align"
+        )
         require_file_names(self.files, "files")
         require_file_names(self.engines, "engines")
         require(spec.MANIFEST not in self.files, f"files: {spec.MANIFEST} cannot list itself")
@@ -241,7 +247,10 @@ def _migrated(data: dict[str, Any], version: int) -> dict[str, Any]:
     match data:
         case {"model": {"decoder": {"eos_token_id": end, **decoder}, **model}} if version <= 4:  # there was one
             data = {**data, "model": {**model, "decoder": {**decoder, "eos_token_ids": [end]}}}
-    return data
+    if version >= FIRST_WITH_PRESET:
+        return data
+    require("preset" not in data, "unknown keys preset")
+    return {**data, "preset": ""}
 
 
 def fingerprint(manifest: Manifest, names: Collection[str] | None = None) -> str:

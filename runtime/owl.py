@@ -260,7 +260,8 @@ class Owl2:
         Args:
             task: one or several, which share the work of the vision tower.
             video: whether the images of an item are the frames of a video.
-            preset: the way in which a kind of model is asked, by name or as a JSON file; None for that of Q-Align.
+            preset: the way in which a kind of model is asked, by name or as a JSON file; None for the bundle's, or Q-Align's
+                where it has none.
             levels: words instead of the preset's, from the best to the worst.
             weights: of the levels.
             prompt: raw, with one ``<|image|>`` per image, instead of the preset's.
@@ -269,7 +270,7 @@ class Owl2:
         Raises:
             ConfigError: a preset or task that is not known, or words that the tokenizer cannot tell apart.
         """
-        chosen = load_preset(USUAL if preset is None else preset)
+        chosen = load_preset((self.manifest.preset or USUAL) if preset is None else preset)
         require(isinstance(task, str | list | tuple), f"task must be a name or a list of names, got {shorten(task)}")
         tasks = [task] if isinstance(task, str) else list(task)
         scales = [

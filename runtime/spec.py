@@ -16,7 +16,7 @@ from typing import Literal
 
 from owl2.runtime.config import DecoderConfig
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 
 MANIFEST = "owl2.json"
 VISION_GRAPH = "vision.onnx"

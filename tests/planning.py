@@ -41,6 +41,7 @@ def manifest(
         minimum_onnxruntime="1.22",
         kv_cache={"fp32": "1.22", "int8": "1.27"} if plain else {activations: "1.22"},
         family="mplug_owl2",
+        preset="",
         weights=WeightFormat(weights, config.types.head, config.types.vision, config.types.embeddings, "rtn", group),
         model=replace(MODEL, decoder=replace(MODEL.decoder, **decoder)),
         files={},

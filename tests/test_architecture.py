@@ -48,17 +48,17 @@ ROOMS = {
     "quant": "runtime runtime.families runtime.evaluation",
     # The stages in the root call their checks and run within a job; both know the stages' settings and results.
     "export": (
-        "quant runtime runtime.families runtime.fit runtime.evaluation "
+        "quant runtime runtime.families runtime.fit runtime.evaluation runtime.scoring "
         "export.checkpoint export.graph export.checks export.job"
     ),
-    "export.checkpoint": "quant runtime runtime.families runtime.load export",
+    "export.checkpoint": "quant runtime runtime.families runtime.load runtime.scoring export",
     "export.graph": "quant runtime",
     "export.checks": (
         "quant runtime runtime.families runtime.backends.ort runtime.evaluation export export.graph export.job"
     ),
     "export.job": "quant runtime runtime.backends.tensorrt runtime.cli export export.checkpoint export.graph",
     "export.tensorrt": "runtime runtime.backends runtime.backends.tensorrt runtime.fit runtime.cli export.job",
-    "export.cli": "quant runtime runtime.cli export export.checkpoint export.job export.tensorrt",
+    "export.cli": "quant runtime runtime.cli runtime.scoring export export.checkpoint export.job export.tensorrt",
     "export.optimum": "export.cli",
 }
 """Each room and those that its modules may import besides itself: the way of the data, read backwards.

@@ -27,6 +27,7 @@ from owl2.export.checkpoint.hf_config import config_notes, model_config
 from owl2.export.checkpoint.lora import Adapter
 from owl2.export.checkpoint.naming import ADAPTER_EFFECT, HEAD_WEIGHT, TABLE, USUAL_BUFFER, official_names
 from owl2.export.checkpoint.remarks import find_cause, notes
+from owl2.export.checkpoint.scoring import find_preset
 from owl2.export.checkpoint.shard import Shard
 from owl2.export.checkpoint.tokenizer_source import read_tokenizer
 from owl2.quant.grid import QuantizedWeight
@@ -56,6 +57,7 @@ class Checkpoint:
         config: the model that its JSON files describe.
         gptq: how quantized layers are stored; None for a checkpoint that is not quantized.
         tokenizer: its tokenizer, and what a bundle needs of it.
+        preset: name of the preset with which it scores images; empty where its names do not tell.
         quantized: names of the quantized linear layers, as in ``model.layers.0.mlp.up_proj``.
         preprocessor: content of preprocessor_config.json, or what stands for it.
         adapter: what is added to its weights; None for the weights alone.
@@ -107,6 +109,7 @@ class Checkpoint:
         self._check_adapter({name: files[name] for name in names.adapter})
         rows = self._check_tensors()
         self.adapter = None if adapter is None else self._open_adapter(adapter)
+        self.preset = find_preset(folder, config, adapter)
         said = config_notes(config, self.preprocessor, generation), self.tokenizer.notes
         merged = () if self.adapter is None else (self.adapter.note,)
         self.notes = (*said[0], *said[1], *notes(folder, names, rows, self.config), *merged)

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from owl2.export.config import ExportConfig, Layout
+from owl2.export.config import ExportConfig, Layout, Purpose
 from owl2.export.tensorrt.cli import Request, build, gpu_option, summary as engine_summary
 from owl2.quant.config import GROUP_SIZES, Method
 from owl2.runtime.cli.console import notice, reports_errors, say, say_json
 from owl2.runtime.cli.types import PATH, Location, integer
 from owl2.runtime.config import require
 from owl2.runtime.placement import EngineKind
+from owl2.runtime.scoring.scale import PRESETS
 from owl2.runtime.spec import DialectName, FloatType, VisionType, WeightType
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 DEFAULTS = {
     name: ExportConfig.__dataclass_fields__[name].default
-    for name in ("weights", "method", "group_size", "samples", "layout", "device")
+    for name in ("weights", "method", "group_size", "samples", "layout", "device", "purpose")
 }
 
 
@@ -107,6 +108,21 @@ DEFAULTS = {
     help="A folder with a LoRA adapter in PEFT's layout that was trained on CHECKPOINT; it is merged into the weights.",
 )
 @click.option(
+    "--for",
+    "purpose",
+    type=click.Choice(get_args(Purpose)),
+    default=DEFAULTS["purpose"],
+    show_default=True,
+    help="What the model is for. scoring calibrates it on images that are asked as owl2 score asks: int4 weights then "
+    "give scores as close to the original's as int8 ones.",
+)
+@click.option(
+    "--preset",
+    type=click.Choice(PRESETS),
+    show_default="what its name tells, as in one-align",
+    help="How owl2 score asks the model.",
+)
+@click.option(
     "--base-preprocessor",
     is_flag=True,
     help="Prepare images as mPLUG-Owl2 itself does, where CHECKPOINT has no preprocessor_config.json.",
@@ -140,7 +156,7 @@ def convert(
     \b
     Examples:
       owl2-export mplug-owl2-llama2-7b/ owl2-int4/
-      owl2-export one-align/ one-align-int4/ --calibration photos/
+      owl2-export one-align/ one-align-int4/ --for scoring --calibration photos/
       owl2-export mplug-owl2-llama2-7b/ ours-int4/ --lora our-adapter/
       owl2-export checkpoint/ bundle/ --calibration talks.jsonl --weights int8
       owl2-export checkpoint/ exact/ --weights fp32

@@ -15,6 +15,7 @@ import torch
 
 from owl2.export.checkpoint.checkpoint import Checkpoint
 from owl2.export.checkpoint.modules import check_head, fits_float16
+from owl2.export.checkpoint.scoring import preset_of
 from owl2.export.checkpoint.source import check_settings, remaining, source_record
 from owl2.export.config import ExportConfig
 from owl2.export.job.device import check_device
@@ -57,6 +58,11 @@ class ExportJob:
     @property
     def layers(self) -> int:
         return self.model.decoder.num_hidden_layers
+
+    @property
+    def preset(self) -> str:
+        """With which the model scores images."""
+        return preset_of(self.config, self.checkpoint.preset)
 
     @cached_property
     def embeddings(self) -> FloatType:
@@ -119,6 +125,7 @@ class ExportJob:
             # The settings as they took effect; paths of the machine stay out.
             recipe={
                 "source": source_record(self.checkpoint),
+                "purpose": config.purpose,
                 "weights": config.weights,
                 "head": types.head,
                 "vision": types.vision,
@@ -173,6 +180,11 @@ def _tell(job: ExportJob) -> None:
     """
     for note in job.checkpoint.notes:
         job.reporter.note(f"{job.config.checkpoint}: {note}")
+    if job.config.layout == "bundle" and job.preset and not job.config.preset:
+        why = (
+            "its name says that it scores images" if job.checkpoint.preset else "its name does not say how it is asked"
+        )
+        job.reporter.note(f"{why}; owl2 score will ask it as the preset {job.preset} (--preset chooses another)")
     if job.config.layout == "bundle" and job.embeddings != job.config.types.embeddings:
         require(
             job.config.types.activations == "fp32",

@@ -49,7 +49,7 @@ Array = NDArray[Any]
 FORMAT = 1
 VISION_ROWS = "vision.rows"
 # These name files, which are in the key by their content or times, or say what to do with earlier ones.
-UNKEYED_SETTINGS = ("checkpoint", "bundle", "calibration", "lora", "overwrite", "fresh")
+UNKEYED_SETTINGS = ("checkpoint", "bundle", "calibration", "lora", "overwrite", "fresh", "preset")
 
 
 class _UnusableError(ExportError):

@@ -35,6 +35,7 @@ class WrittenBundle:
     activations: FloatType
     weights: WeightFormat
     kv_cache: Mapping[KvType, str]
+    preset: str = ""
 
     @classmethod
     def of(cls, job: ExportJob, kv_cache: tuple[KvType, ...]) -> WrittenBundle:
@@ -51,7 +52,7 @@ class WrittenBundle:
         )
         dialect = DIALECTS[config.dialect]
         versions = {name: KV_INT8_ONNXRUNTIME if name == "int8" else dialect.MINIMUM_ONNXRUNTIME for name in kv_cache}
-        return cls(job.folder, job.model, dialect.interface, types.activations, weights, versions)
+        return cls(job.folder, job.model, dialect.interface, types.activations, weights, versions, job.preset)
 
     def path(self, name: str) -> Path:
         return self.folder / name
@@ -72,6 +73,7 @@ class WrittenBundle:
             minimum_onnxruntime=self.kv_cache[self.activations],
             kv_cache=self.kv_cache,
             family="mplug_owl2",
+            preset=self.preset,
             weights=self.weights,
             model=self.model,
             files={path.name: FileEntry(path.stat().st_size, hash_file(path)) for path in files},

@@ -155,6 +155,7 @@ def _sections(folder: Path, found: Inspection) -> list[str]:
         ("onnxruntime", needs),
         ("on the CPU", _native(found)),
         ("family", manifest.family),
+        ("scores", f"images, with the preset {harmless(manifest.preset)}" if manifest.preset else "not known to"),
     ]
     weights = manifest.weights
     grouped = f", groups of {weights.group_size}" if weights.group_size else ""

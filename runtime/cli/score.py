@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 
+from owl2.runtime.bundle import read_manifest
 from owl2.runtime.cli.console import duration, load_progress, notice, notice_interrupt, reports_errors, say
 from owl2.runtime.cli.options import (
     backend_option,
@@ -88,8 +89,7 @@ def _batch(_context: click.Context, _option: click.Parameter, text: str) -> int 
 @click.option("--json", "as_json", is_flag=True, help="Write each score as a line of JSON.")
 @click.option(
     "--preset",
-    default=USUAL,
-    show_default=True,
+    show_default="that of the bundle, or q-align",
     metavar=f"[{'|'.join(PRESETS)}|FILE.json]",
     help="How the model is asked: the one that fits it.",
 )
@@ -124,7 +124,7 @@ def score(  # noqa: PLR0913, PLR0917 - one parameter per option
     overwrite: bool,
     report: Path | None,
     as_json: bool,
-    preset: str,
+    preset: str | None,
     prompt: str | None,
     levels: tuple[str, ...],
     weights: tuple[float, ...],
@@ -169,7 +169,7 @@ def score(  # noqa: PLR0913, PLR0917 - one parameter per option
         check_video_settings(per_second, window, max_frames)
     settings: dict[str, Any] = {"preset": preset, "prompt": prompt, "preprocess": preprocess}
     settings |= {"levels": list(levels) or None, "weights": list(weights) or None}
-    chosen = load_preset(preset)
+    chosen = load_preset((read_manifest(bundle).preset or USUAL) if preset is None else preset)
     for task in tasks:  # before the model, which may take long to load
         make_scale(chosen, task, video=video, **{name: value for name, value in settings.items() if name != "preset"})
     images = find_files(paths, VIDEOS if video else IMAGES, recursive=recursive)

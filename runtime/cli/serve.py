@@ -28,6 +28,7 @@ from owl2.runtime.errors import ConfigError
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
 from owl2.runtime.load import Loaded, open_bundle
 from owl2.runtime.placement import Placement
+from owl2.runtime.scoring.scale import USUAL
 from owl2.runtime.spec import KvType
 
 UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
@@ -158,7 +159,7 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per option
     )
     manifest = read_manifest(bundle)
     name, facts = bundle.resolve().name, _facts(manifest, resolve_options(manifest, engine))
-    model = ServedModel(name, Tokenizer.load(bundle), manifest.model.preprocess, facts)
+    model = ServedModel(name, Tokenizer.load(bundle), manifest.model.preprocess, facts, manifest.preset or USUAL)
     run_server(model, load, options, host, port, notice, open_page=open_page)
 
 

@@ -18,6 +18,7 @@ from owl2.runtime.images import Images
 from owl2.runtime.owl import Owl2
 from owl2.runtime.placement import CPU
 from owl2.runtime.preprocess import ImageReading
+from owl2.runtime.scoring.scale import USUAL
 
 Values = NDArray[np.float32]
 ORIGINAL = ImageReading(orientation="stored", background=None)
@@ -77,7 +78,7 @@ class OneAlign:
         require(input_ in ("image", "video"), f"input_ {shorten(input_)} is not known; use image or video")
         listed = isinstance(images, Sequence) and not isinstance(images, str | bytes)
         require(listed, f"images must be a list, got {type(images).__name__}; give [image]")
-        scorer = self.owl.scorer(task_, video=input_ == "video", prompt=_prompt(task_, input_))
+        scorer = self.owl.scorer(task_, video=input_ == "video", preset=USUAL, prompt=_prompt(task_, input_))
         items = [scorer.prepare(item, ORIGINAL) for item in images]
         scores = [found[0] for found in scorer.score(items)]
         values = np.array([score.value for score in scores], np.float32)

@@ -30,6 +30,7 @@ from owl2.runtime.image_cost import MAX_PIXELS
 from owl2.runtime.image_files import opened
 from owl2.runtime.images import DECODING
 from owl2.runtime.preprocess import MODES, as_seen, check_mode, read_image
+from owl2.runtime.scoring.scale import USUAL
 from owl2.runtime.serve.answering import Answering, Scored, WebImages, answer_job, score_job
 from owl2.runtime.serve.guard import Guard
 from owl2.runtime.serve.metrics import Metrics
@@ -95,12 +96,14 @@ class ServedModel:
         tokenizer: names tokens.
         preprocess: of images.
         facts: for people, by name: weights, K/V cache and the like.
+        preset: with which it scores images, if a request names none.
     """
 
     name: str
     tokenizer: Tokenizer
     preprocess: PreprocessConfig
     facts: Mapping[str, str]
+    preset: str = USUAL
 
 
 class Server:
@@ -159,7 +162,7 @@ class Server:
     async def score(self, request: Request) -> Response:
         """``/v1/score``: scores of images; those of several requests share steps of the model."""
         data = await self._json(request)
-        asked = await asyncio.to_thread(read_score_request, data, self._sources)
+        asked = await asyncio.to_thread(read_score_request, data, self._sources, self._served.preset)
         return await _unless_gone(request, self._scores(asked))
 
     async def _scores(self, asked: ScoreRequest) -> Response:

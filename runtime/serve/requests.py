@@ -15,7 +15,7 @@ from owl2.runtime.image_files import ImageInput
 from owl2.runtime.messages import ChatMessage
 from owl2.runtime.preprocess import check_mode
 from owl2.runtime.sampling import TOP_LOGPROBS, GenerationConfig
-from owl2.runtime.scoring.scale import PRESETS, USUAL, Scale, load_preset, make_scale
+from owl2.runtime.scoring.scale import PRESETS, Scale, load_preset, make_scale
 
 DEFAULT_TOKENS = 1024
 """Tokens of an answer whose length a client does not limit."""
@@ -219,8 +219,8 @@ def read_chat_request(data: object, sources: ImageSources) -> AnswerRequest:
     return _request(fields, _messages(messages, sources), None, logprobs=logprobs, top=top)
 
 
-def read_score_request(data: object, sources: ImageSources) -> ScoreRequest:
-    """Read the body of ``/v1/score``; raises RequestError."""
+def read_score_request(data: object, sources: ImageSources, usual: str) -> ScoreRequest:
+    """Read the body of ``/v1/score``, whose preset is ``usual`` if it names none; raises RequestError."""
     fields = _fields(data, "images")
     unknown = sorted(fields.keys() - {"images", "model", "task", "preset", "prompt", "levels", "weights", "preprocess"})
     if unknown:
@@ -234,7 +234,7 @@ def read_score_request(data: object, sources: ImageSources) -> ScoreRequest:
     tasks = [tasks] if isinstance(tasks, str) else tasks
     if not isinstance(tasks, list) or not all(isinstance(task, str) for task in tasks):
         raise RequestError(f"task must be a name or a list of names, got {shorten(tasks)}", "task")
-    preset = fields.get("preset") or USUAL
+    preset = fields.get("preset") or usual
     if not 0 < len(tasks) <= SCORED_TASKS:
         raise RequestError(f"a request may have 1 to {SCORED_TASKS} tasks, got {len(tasks)}", "task")
     if preset not in PRESETS:  # no files

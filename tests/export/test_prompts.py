@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import MakeCheckpoint
 from PIL import Image
 from torch import Tensor
 
@@ -15,15 +16,19 @@ from owl2.export.checkpoint.checkpoint import Checkpoint
 from owl2.export.checks.sensitivity import VisionPart, measure_parts
 from owl2.export.config import ExportConfig
 from owl2.export.pipeline import export_bundle
-from owl2.export.prompts import Prompts, digests
+from owl2.export.prompts import Prompts, as_scored, digests
 from owl2.export.report import Accuracy, CalibrationRecord
+from owl2.quant.calibration import builtin
 from owl2.quant.calibration.samples import CalibrationSet, Sample, builtin_set
 from owl2.quant.config import Method
 from owl2.quant.models.mplug_owl2 import VisionModel, VisualAbstractor
+from owl2.runtime.bundle import read_manifest
 from owl2.runtime.errors import CalibrationError
 from owl2.runtime.evaluation.divergence import Divergence
 from owl2.runtime.families.mplug_owl2.tokenizer import Tokenizer
+from owl2.runtime.images import prepare_images
 from owl2.runtime.preprocess import digest
+from owl2.runtime.scoring.scale import load_preset
 
 
 def test_calibration_is_cut_evenly_and_the_report_says_so(
@@ -185,3 +190,47 @@ class TestHeldOut:
     def test_an_image_that_cannot_be_used_has_a_place(self, sample_checkpoint: Path, tmp_path: Path) -> None:
         with pytest.raises(CalibrationError, match=r"line 3: .*gone\.png"):
             divided(sample_checkpoint, replace(about("it", tmp_path / "gone.png"), where="line 3"))
+
+
+class TestScoring:
+    def test_images_are_asked_as_a_scorer_asks(self, sample_checkpoint: Path) -> None:
+        preset = load_preset()
+        config = ExportConfig(sample_checkpoint, Path("bundle"), purpose="scoring", samples=24)
+        with Checkpoint(sample_checkpoint) as checkpoint:
+            made = prompts.load_prompts(config, checkpoint)
+            tokenizer, model = checkpoint.tokenizer.tokenizer, checkpoint.config
+            asked = [tokenizer.encode_prompt(text) for text in preset.image.values()]
+        everything = made.calibration + made.held_out
+        assert len(everything) == 24
+        texts = [[key for key in prompt.keys if isinstance(key, int)] for prompt in everything]
+        expected = [[token for token in text if isinstance(token, int) and token >= 0] for text in asked]
+        assert {tuple(text) for text in texts} == {tuple(text) for text in expected}
+        # Preprocessed as a scorer does, by padding.
+        [drawing, *_] = builtin.drawings(1, 0)
+        wide = drawing.image.crop((0, 0, drawing.image.width, drawing.image.height // 2))
+        data = as_scored(CalibrationSet("mine", (Sample("<|image|>", (wide,)),)), preset, 9)
+        [padded, _] = prompts.encode_samples(data.samples, model, tokenizer, preset.preprocess)
+        [known] = prepare_images(wide, model.preprocess, "pad")
+        assert list(padded.images) == [known.digest]
+
+    def test_pairs_where_the_prompt_has_two(self) -> None:
+        images = tuple(drawing.image for drawing in builtin.drawings(3, 0))
+        data = CalibrationSet("mine", tuple(Sample("<|image|>", (image,)) for image in images), ("on texts",))
+        made = as_scored(data, load_preset("compare2score"), 99)
+        assert [sample.images for sample in made.samples] == [images[:2], images[1:], (images[2], images[0])]
+        assert made.notes == ()
+
+    def test_a_bundle_for_scoring(self, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+        checkpoint = make_checkpoint(top={"num_hidden_layers": 1})
+        report = export_bundle(ExportConfig(checkpoint, tmp_path / "bundle", purpose="scoring", samples=16))
+        assert report.recipe["purpose"] == "scoring"
+        assert read_manifest(tmp_path / "bundle").preset == "q-align"
+        tokens = len(load_preset().image)
+        assert report.calibration.images * tokens >= report.calibration.samples > 8
+
+    def test_data_without_images_is_as_before(self, sample_checkpoint: Path, tmp_path: Path) -> None:
+        path = tmp_path / "talks.jsonl"
+        path.write_text('{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]}\n')
+        config = ExportConfig(sample_checkpoint, tmp_path / "bundle", purpose="scoring", calibration=path, method="rtn")
+        with Checkpoint(sample_checkpoint) as checkpoint:
+            assert prompts.load_prompts(config, checkpoint).calibration == []

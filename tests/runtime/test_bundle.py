@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import edit_manifest, flip_byte, rehash
+from conftest import edit_manifest, flip_byte, rehash, write_manifest
 
 from owl2 import Owl2, verify
 from owl2.runtime import spec
@@ -64,8 +64,20 @@ def test_a_bundle_of_format_3(copy: Path) -> None:
 
 def write_old_manifest(bundle: Path, content: dict[str, Any], version: int) -> None:
     """Write a manifest of a format that has no digest."""
-    content = {key: value for key, value in content.items() if key != "digest"}
+    content = {key: value for key, value in content.items() if key not in ("digest", "preset")}
     (bundle / "owl2.json").write_text(json.dumps(content | {"format": version}))
+
+
+def test_a_bundle_of_format_5(copy: Path) -> None:
+    """It named no preset."""
+    content = json.loads((copy / "owl2.json").read_text()) | {"format": 5}
+    write_manifest(copy, content)
+    with pytest.raises(BundleCorruptError, match="unknown keys preset"):
+        read_manifest(copy)
+    del content["preset"]
+    write_manifest(copy, content)
+    assert read_manifest(copy).preset == ""
+    assert verify(copy).passed
 
 
 def test_a_bundle_of_format_4(copy: Path) -> None:
@@ -92,12 +104,12 @@ def test_every_end_token_ends_an_answer(copy: Path) -> None:
         assert owl.model.end_ids == {2, end}
 
 
-@pytest.mark.parametrize("version", [0, 2, 6, "4", None, [4], True, 4.0, 10**60])
+@pytest.mark.parametrize("version", [0, 2, 7, "4", None, [4], True, 4.0, 10**60])
 def test_unknown_format_version(copy: Path, version: object) -> None:
     edit_manifest(copy, format=version)
     with pytest.raises(
         BundleVersionError,
-        match=r"this owl2 reads versions 3 to 5; export the checkpoint again \(owl2-export CHECKPOINT BUNDLE --over",
+        match=r"this owl2 reads versions 3 to 6; export the checkpoint again \(owl2-export CHECKPOINT BUNDLE --over",
     ):
         Owl2.load(copy)
 
@@ -135,6 +147,7 @@ class TestDigest:
         verdict = verify(copy)
         assert verdict.passed
         assert "were not compared: an older owl2 exported this bundle" in verdict.notes[0]
+        del content["preset"]
         path.write_text(json.dumps(content | {"format": 4}))
         with pytest.raises(BundleCorruptError, match="unknown keys digest"):
             read_manifest(copy)
