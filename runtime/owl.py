@@ -260,8 +260,8 @@ class Owl2:
         Args:
             task: one or several, which share the work of the vision tower.
             video: whether the images of an item are the frames of a video.
-            preset: the way in which a kind of model is asked, by name or as a JSON file; None for the bundle's, or Q-Align's
-                where it has none.
+            preset: the way in which a kind of model is asked, by name or as a JSON file; None for the bundle's own, or
+                Q-Align's where it has none.
             levels: words instead of the preset's, from the best to the worst.
             weights: of the levels.
             prompt: raw, with one ``<|image|>`` per image, instead of the preset's.
