@@ -181,10 +181,11 @@ def _tell(job: ExportJob) -> None:
     for note in job.checkpoint.notes:
         job.reporter.note(f"{job.config.checkpoint}: {note}")
     if job.config.layout == "bundle" and job.preset and not job.config.preset:
-        why = (
-            "its name says that it scores images" if job.checkpoint.preset else "its name does not say how it is asked"
+        says = "says that it scores images" if job.checkpoint.preset else "does not say how it is asked"
+        more = "" if job.config.purpose == "scoring" else "; --for scoring calibrates it for that"
+        job.reporter.note(
+            f"its name {says}: owl2 score will ask it as the preset {job.preset} (--preset chooses another){more}"
         )
-        job.reporter.note(f"{why}; owl2 score will ask it as the preset {job.preset} (--preset chooses another)")
     if job.config.layout == "bundle" and job.embeddings != job.config.types.embeddings:
         require(
             job.config.types.activations == "fp32",

@@ -50,7 +50,7 @@ def test_the_bundle_names_it_and_scores_use_it(
     settings = ["--weights", "fp32"]
     result = CliRunner().invoke(cli, [str(checkpoint), str(told), *settings])
     assert result.exit_code == 0
-    assert "owl2 score will ask it as the preset q-instruct" in result.stderr
+    assert "its name says that it scores images: owl2 score will ask it as the preset q-instruct" in result.stderr
     assert CliRunner().invoke(cli, [str(checkpoint), str(chosen), *settings, "--preset", "q-align"]).exit_code == 0
     for bundle, preset in ((told, "q-instruct"), (chosen, "q-align")):
         assert read_manifest(bundle).preset == preset
