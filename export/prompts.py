@@ -87,13 +87,14 @@ def as_scored(data: CalibrationSet, preset: Preset, limit: int) -> CalibrationSe
     Weights are rounded for the rows that they are calibrated on, and a scorer's prompts are always the same ones.
     """
     images = [image for sample in data.samples for image in sample.images]
+    images = evenly(images, max(1, limit // len(preset.image)))  # each is asked everything
     samples = [
         Sample(prompt, tuple(images[(place + other) % len(images)] for other in range(prompt.count(IMAGE_TOKEN))))
         for place in range(len(images))
         for prompt in preset.image.values()
     ]
     # Other notes are on texts, which nobody reads here.
-    return CalibrationSet(data.source, tuple(evenly(samples, limit)), data.notes if data.source == BUILT_IN else ())
+    return CalibrationSet(data.source, tuple(samples), data.notes if data.source == BUILT_IN else ())
 
 
 def prepare(

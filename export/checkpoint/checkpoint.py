@@ -25,7 +25,14 @@ from owl2.export.checkpoint.gptq_format import read_format
 from owl2.export.checkpoint.gptq_layout import GptqTensors, unpack
 from owl2.export.checkpoint.hf_config import config_notes, model_config
 from owl2.export.checkpoint.lora import Adapter
-from owl2.export.checkpoint.naming import ADAPTER_EFFECT, HEAD_WEIGHT, TABLE, USUAL_BUFFER, official_names
+from owl2.export.checkpoint.naming import (
+    ADAPTER_EFFECT,
+    HEAD_WEIGHT,
+    OPTIONAL_SUFFIXES,
+    TABLE,
+    USUAL_BUFFER,
+    official_names,
+)
 from owl2.export.checkpoint.remarks import find_cause, notes
 from owl2.export.checkpoint.scoring import find_preset
 from owl2.export.checkpoint.shard import Shard
@@ -39,7 +46,6 @@ from owl2.runtime.harmless import harmless
 
 FLOAT_TYPES = ("float32", "float16", "bfloat16")
 DECODER_LAYERS = "model.layers."
-OPTIONAL_SUFFIXES = (".q_pos_embed", ".k_pos_embed")
 VOCABULARY = (TABLE, HEAD_WEIGHT)
 """Tensors with a row for every token id."""
 MAX_OPEN_SHARDS = 2
@@ -227,6 +233,11 @@ class Checkpoint:
                 "checkpoint"
             )
         adapter = Adapter(folder, self._weight_map.keys())
+        if self.config.decoder.tie_word_embeddings and adapter.replaces(TABLE):
+            raise CheckpointError(
+                f"{folder} replaces the token table, which is the head too (tie_word_embeddings), and whether the head "
+                "was trained with it is not certain; merge it with PEFT, and export the result"
+            )
         # Shard by shard, so that each is opened once.
         changed = sorted(filter(adapter.__contains__, self._weight_map), key=lambda n: (self._weight_map[n], n))
         found = {name: self._shard(self._weight_map[name]).describe(self._stored[name]) for name in changed}

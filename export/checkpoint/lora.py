@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from owl2.export.checkpoint.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, WHOLE_WEIGHTS, check_pointers, json_object
+from owl2.export.checkpoint.naming import OPTIONAL_SUFFIXES
 from owl2.export.checkpoint.shard import Shard
 from owl2.runtime.errors import CheckpointError
 from owl2.runtime.foreign import listed, shorten
@@ -106,6 +107,10 @@ class Adapter:
     def __contains__(self, name: str) -> bool:
         return name in self._factors or name in self._whole
 
+    def replaces(self, name: str) -> bool:
+        """Whether it has this tensor as a whole."""
+        return name in self._whole
+
     def merged(self, name: str, base: Tensor) -> Tensor:
         """The tensor of this official name once the adapter is merged: float32, or ``base`` itself if it stays.
 
@@ -150,6 +155,7 @@ class Adapter:
     ) -> tuple[dict[str, Factors], dict[str, tuple[Path, str]]]:
         """Tell which tensor changes which of the base."""
         places: dict[str, dict[str, tuple[Path, str]]] = {}
+        own_names: dict[str, str] = {}
         transposed, whole, strange = set[str](), dict[str, tuple[Path, str]](), list[str]()
         for path, shard in self._shards.items():
             for stored in sorted(shard.names):
@@ -159,10 +165,21 @@ class Adapter:
                 inner = WRAPPERS.sub("", found["module"] if found else stored)
                 inner = inner.removeprefix(FRONT)
                 official = _official(f"{inner}.weight" if found else inner, names)
-                if official is None or (found and found["letter"] in places.get(official, ())):
-                    strange.append(stored)
+                other = places.get(official or "", {}).get(found["letter"]) if found else whole.get(official or "")
+                if other is not None:
+                    # The training programs load PEFT's file on top of the other one; PEFT saves some biases twice.
+                    if path == other[0] and not torch.equal(self._read(other), self._read((path, stored))):
+                        raise CheckpointError(
+                            f"{path}: {listed([other[1], stored])} would both be {official}, so which one is meant is "
+                            "not certain; keep one"
+                        )
+                    continue
+                if official is None:
+                    if not inner.endswith(OPTIONAL_SUFFIXES):  # computed where a checkpoint has none
+                        strange.append(stored)
                 elif found:
                     places.setdefault(official, {})[found["letter"]] = path, stored
+                    own_names[official] = inner
                     if found["embedding"]:
                         transposed.add(official)
                 else:
@@ -175,7 +192,7 @@ class Adapter:
                 "checkpoint it was trained on"
             )
         factors = {
-            name: Factors(pair, *_rank_and_scale(config, name.removesuffix(".weight"), self.folder), name in transposed)
+            name: Factors(pair, *_rank_and_scale(config, own_names[name], self.folder), name in transposed)
             for name, pair in places.items()
         }
         return factors, whole
@@ -216,7 +233,7 @@ def _official(name: str, names: Collection[str]) -> str | None:
 
 
 def _rank_and_scale(config: Mapping[str, Any], module: str, folder: Path) -> tuple[int, float]:
-    """Of one module, as PEFT finds them: the first pattern that fits goes before the general value."""
+    """Of one module by the adapter's own name, as PEFT finds them: the first pattern that fits goes first."""
     rank = _patterned(config, "rank_pattern", module, config.get("r"))
     alpha = _patterned(config, "alpha_pattern", module, config.get("lora_alpha"))
     for name, value in (("r", rank), ("lora_alpha", alpha)):

@@ -18,6 +18,8 @@ TABLE, HEAD_WEIGHT = f"{BODY}{ANCHOR}", f"{HEAD}weight"
 BUFFERS = re.compile(
     r"(.*\.)?(inv_freq|original_inv_freq|cos_cached|sin_cached|position_ids|causal_mask|masked_bias|num_batches_tracked)"
 )
+OPTIONAL_SUFFIXES = (".q_pos_embed", ".k_pos_embed")
+"""Of buffers that a checkpoint may have or not."""
 # Not worth a word: transformers has always written it.
 USUAL_BUFFER = ".rotary_emb.inv_freq"
 OPTIMIZER = re.compile(

@@ -11,16 +11,16 @@ from owl2.export.config import ExportConfig
 from owl2.runtime.scoring.scale import USUAL
 
 # The architecture of all of these is the same, and so are their files; what a model was trained to be asked is not in
-# them. Names of their makers, without what people write between the words.
+# them. Names of their makers, however the words are joined.
 PRESETS = {
-    "compare2score": "compare2score",
-    "qinstruct": "q-instruct",
-    "onealign": "q-align",
-    "qalign": "q-align",
+    "compare-?2-?score": "compare2score",
+    "q-?instruct": "q-instruct",
+    "one-?align": "q-align",
+    "q-?align": "q-align",
     "deqa": "q-align",
 }
-FOLDERS = 3
-"""Parts of a path that may name the model: those of a hub's cache end with models--NAME/snapshots/HASH."""
+HUB = re.compile(r"models--[^/]+(?=/snapshots/[^/]+$)")
+"""Names the model in the path of a hub's cache; elsewhere the folder itself does."""
 
 
 def find_preset(folder: Path, config: Mapping[str, Any], adapter: Path | None = None) -> str:
@@ -32,13 +32,18 @@ def find_preset(folder: Path, config: Mapping[str, Any], adapter: Path | None = 
         adapter: folder of the adapter that is merged, whose name goes first.
     """
     given = [] if adapter is None else [adapter]
-    names = [*("/".join(path.resolve().parts[-FOLDERS:]) for path in (*given, folder)), config.get("_name_or_path")]
-    for name in names:
-        plain = re.sub(r"[-_. ]", "", str(name).lower())
-        for word, preset in PRESETS.items():
-            if word in plain:
+    for name in (*map(_name, (*given, folder)), str(config.get("_name_or_path"))):
+        words = re.sub(r"[^a-z0-9]+", "-", name.lower())
+        for pattern, preset in PRESETS.items():
+            if re.search(rf"(^|-){pattern}", words):
                 return preset
     return ""
+
+
+def _name(folder: Path) -> str:
+    path = folder.resolve()
+    found = HUB.search(path.as_posix())
+    return found[0] if found else path.name
 
 
 def preset_of(config: ExportConfig, told: str) -> str:

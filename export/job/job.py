@@ -184,7 +184,7 @@ def _tell(job: ExportJob) -> None:
         says = "says that it scores images" if job.checkpoint.preset else "does not say how it is asked"
         more = "" if job.config.purpose == "scoring" else "; --for scoring calibrates it for that"
         job.reporter.note(
-            f"its name {says}: owl2 score will ask it as the preset {job.preset} (--preset chooses another){more}"
+            f"its name {says}: scores will be asked for as in the preset {job.preset} (--preset chooses another){more}"
         )
     if job.config.layout == "bundle" and job.embeddings != job.config.types.embeddings:
         require(

@@ -268,7 +268,8 @@ class Staging:
                 )
                 return
             (self.work / MARK).unlink()
-            remove(self.work, of_locking)
+            # Not the mark again: it may be that of an export that has just come.
+            remove(self.work, lambda name: name != MARK and of_locking(name))
 
     def _acquire(self, attempts: int = ATTEMPTS) -> None:
         try:

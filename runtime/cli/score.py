@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import sys
 import time
@@ -33,7 +32,7 @@ from owl2.runtime.cli.options import (
 )
 from owl2.runtime.cli.signals import stop_code
 from owl2.runtime.cli.types import PATH, integer
-from owl2.runtime.config import require
+from owl2.runtime.config import IMAGE_TOKEN, require
 from owl2.runtime.engine import BackendName
 from owl2.runtime.errors import ConfigError, Owl2Error
 from owl2.runtime.harmless import harmless
@@ -171,7 +170,13 @@ def score(  # noqa: PLR0913, PLR0917 - one parameter per option
     settings |= {"levels": list(levels) or None, "weights": list(weights) or None}
     chosen = load_preset((read_manifest(bundle).preset or USUAL) if preset is None else preset)
     for task in tasks:  # before the model, which may take long to load
-        make_scale(chosen, task, video=video, **{name: value for name, value in settings.items() if name != "preset"})
+        own = {name: value for name, value in settings.items() if name != "preset"}
+        scale = make_scale(chosen, task, video=video, **own)
+        require(
+            scale.prompt.count(IMAGE_TOKEN) == 1,
+            f"the prompt of preset {chosen.name} compares several images, which this command does not; "
+            "docs/scoring.md shows how to compare from Python",
+        )
     images = find_files(paths, VIDEOS if video else IMAGES, recursive=recursive)
     reading = image_reading(orientation, background)
     with load_progress() as progress:
@@ -193,7 +198,7 @@ def score(  # noqa: PLR0913, PLR0917 - one parameter per option
             transfer = owl.model.engine.kv_transfer
             how = {
                 "reading": asdict(reading),
-                "video": [per_second, window] if video else None,
+                "video": [per_second, window, scorer.frames_that_fit] if video else None,
                 "engine": [type(owl.model.engine).__name__, None if transfer is None else transfer.form],
             }
             table = ResultFile.open(
@@ -207,7 +212,7 @@ def score(  # noqa: PLR0913, PLR0917 - one parameter per option
                 overwrite=overwrite,
             )
             closing.callback(table.close)
-            todo = [image for image in images if os.path.abspath(image) not in table.done]  # noqa: PTH100 - a million
+            todo = [image for image in images if not table.has(image)]
 
         def read_video(path: str) -> list[VideoScore]:
             read = read_frames(path, per_second, max_frames, orientation=orientation)

@@ -184,6 +184,6 @@ def _images(target: Any) -> list[ImageInput]:  # noqa: ANN401
 
 def _prompt(task: str, input_: str) -> str | None:
     """The original puts any word into its prompt; None for the words of the preset."""
-    if task in ("quality", "aesthetics") or not isinstance(task, str):
+    if (task, input_) == ("aesthetics", "image") or task == "quality" or not isinstance(task, str):
         return None
     return f"USER: How would you rate the {task} of this {input_}?\n<|image|>\nASSISTANT: The {task} of the {input_} is"

@@ -43,7 +43,7 @@ class ResultFile:
 
     Attributes:
         path: of the table.
-        done: full paths of the images that have their rows.
+        done: the images that have their rows, as :meth:`has` knows them.
     """
 
     path: Path
@@ -93,23 +93,24 @@ class ResultFile:
             _parquet()  # before any work
         for name in {path, there}:
             require(not name.is_dir(), f"{name} is a folder; give the name of a file")
-            require(
-                resume or overwrite or not name.exists(),
-                f"{name} exists already; give --resume to go on with it, or --overwrite",
-            )
         told = _digest({"scales": [asdict(scale) for scale in scales], **settings})
         expected = _Expected(columns, [scale.task for scale in scales], bundle, told)
         done: set[str] = set()
-        if resume and path.suffix == ".parquet" and path.exists() and not there.exists():
-            _unpack(path, there, columns)
+        is_new = not there.exists()
         file = _locked(there)
         try:
             if resume:
-                with reading(there, ConfigError, ADVICE):
+                with reading(path, ConfigError, ADVICE):
+                    if is_new and there != path and path.exists():
+                        file = _unpacked(path, there, file, columns)
                     if retry:
                         file = _without_errors(file, there, expected)
                     file.truncate(_read(file, there, expected, done, summary))
             else:
+                old = next((name for name in (path, there) if name.exists() and name.stat().st_size), None)
+                require(
+                    overwrite or old is None, f"{old} exists already; give --resume to go on with it, or --overwrite"
+                )
                 file.truncate(0)
             file.seek(0, os.SEEK_END)
             table = cls(path, done, file, columns, scales, told)
@@ -118,8 +119,14 @@ class ResultFile:
                 file.flush()
         except BaseException:
             file.close()
+            if is_new and (not there.stat().st_size or (there != path and path.exists())):  # it is of this call
+                there.unlink()
             raise
         return table
+
+    def has(self, image: str) -> bool:
+        """Whether an image has its rows."""
+        return _key(image) in self.done
 
     def add(self, image: str, scores: Sequence[Score] | Owl2Error) -> None:
         """Write the rows of one image; those of a broken one have the error alone."""
@@ -177,19 +184,43 @@ def _locked(path: Path) -> BinaryIO:
     Raises:
         ConfigError: another process has it open.
     """
-    file = path.open("a+b")
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return file
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        raise ConfigError(f"another process is writing to {path}; wait for it, or give another --out") from error
-    except OSError:  # a file system without locks
-        pass
-    return file
+    while True:
+        file = path.open("a+b")
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.close()
+            raise ConfigError(f"another process is writing to {path}; wait for it, or give another --out") from error
+        except (ImportError, OSError):  # Windows, or a file system without locks
+            return file
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+        file.close()  # it was replaced or removed meanwhile
+
+
+def _settle(partial: Path, path: Path) -> None:
+    """Put a whole file in another's place, so that a loss of power leaves one of them."""
+    with partial.open("rb+") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _key(image: str) -> str:
+    """By which an image is known: its full path, as far as Parquet can hold it."""
+    return _portable(os.path.abspath(image))  # noqa: PTH100 - a million of them
+
+
+def _portable(name: str) -> str:
+    """A name as valid Unicode."""
+    return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def _encoded(rows: Iterable[Row], columns: Sequence[str], suffix: str) -> bytes:
@@ -226,7 +257,7 @@ def _read(file: BinaryIO, path: Path, expected: _Expected, done: set[str], summa
     kept = len(_header(expected.columns)) if path.suffix == ".csv" else 0
     for rows, end in _groups(file, path, expected):
         image, error = rows[0]["image"], rows[0]["error"]
-        done.add(os.path.abspath(image))  # noqa: PTH100 - a million of them
+        done.add(_key(image))
         summary.add(image, error, ((row["task"], row["value"]) for row in rows))
         kept = end
     return kept if kept <= file.seek(0, os.SEEK_END) else 0
@@ -263,7 +294,7 @@ def _without_errors(file: BinaryIO, path: Path, expected: _Expected) -> BinaryIO
         for rows, _ in _groups(file, path, expected):
             if not rows[0]["error"]:
                 copy.write(_encoded(rows, expected.columns, path.suffix))
-    partial.replace(path)
+    _settle(partial, path)
     file.close()
     return _locked(path)
 
@@ -353,23 +384,24 @@ def _pack(lines: Path, path: Path, columns: Sequence[str]) -> None:
     with lines.open("rb") as file, parquet.ParquetWriter(partial, schema) as writer:
         pending: list[Row] = []
         for row, _ in _json_rows(file, columns):
-            # Parquet knows Unicode alone.
-            pending.append(row | {"image": os.fsencode(row["image"]).decode(errors="backslashreplace")})
+            pending.append(row | {"image": _portable(row["image"])})
             if len(pending) == ROW_GROUP:
                 writer.write_table(pyarrow.Table.from_pylist(pending, schema))
                 pending = []
         writer.write_table(pyarrow.Table.from_pylist(pending, schema))
-    partial.replace(path)
+    _settle(partial, path)
 
 
-def _unpack(path: Path, lines: Path, columns: Sequence[str]) -> None:
-    """Write a table of Parquet as JSON lines, so that it can grow again."""
+def _unpacked(path: Path, lines: Path, file: BinaryIO, columns: Sequence[str]) -> BinaryIO:
+    """Put the rows of Parquet as JSON lines, which can grow again, in the place of the empty file that is open."""
     _, parquet = _parquet()
-    partial = path.with_name(f".{path.name}.partial")
-    with reading(path, ConfigError, ADVICE), contextlib.closing(parquet.ParquetFile(path)) as table:
+    partial = lines.with_name(f".{path.name}.partial")
+    with contextlib.closing(parquet.ParquetFile(path)) as table:
         if tuple(table.schema_arrow.names) != tuple(columns):
             raise ForeignError(f"its columns are {shorten(table.schema_arrow.names)}, expected {', '.join(columns)}")
-        with partial.open("wb") as file:
+        with partial.open("wb") as copy:
             for batch in table.iter_batches(ROW_GROUP):
-                file.write(_encoded(batch.to_pylist(), columns, ".jsonl"))
-    partial.replace(lines)
+                copy.write(_encoded(batch.to_pylist(), columns, ".jsonl"))
+    _settle(partial, lines)
+    file.close()
+    return _locked(lines)

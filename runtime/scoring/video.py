@@ -152,7 +152,7 @@ def read_frames(
                 raise ImageError(f"{name} has no picture; give a video")
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
-            if container.duration and Fraction(container.duration, av.time_base) >= (most + 1) * spacing:
+            if _seconds(container, stream) >= (most + 1) * spacing:
                 raise ImageError(too_long)
             for count, frame in enumerate(_on_screen(container.decode(stream), stream, spacing), 1):
                 if count > most:
@@ -168,6 +168,14 @@ def read_frames(
         raise ImageError(f"{name} has no frames; give a video that plays")
 
 
+def _seconds(container: Any, stream: Any) -> Fraction:  # noqa: ANN401 - of PyAV
+    """How long the picture says it is; 0 if it does not."""
+    if stream.duration:
+        return Fraction(stream.duration * stream.time_base)
+    alone = len(container.streams) == 1  # else it may be the sound that is so long
+    return Fraction(container.duration, _av().time_base) if container.duration and alone else Fraction(0)
+
+
 def _on_screen(frames: Iterable[Any], stream: Any, spacing: Fraction) -> Iterator[Any]:  # noqa: ANN401 - of PyAV
     """The frame on screen at each multiple of ``spacing`` seconds whose time is whole; the first one if there is none.
 
@@ -180,9 +188,12 @@ def _on_screen(frames: Iterable[Any], stream: Any, spacing: Fraction) -> Iterato
         beginning = time if beginning is None else beginning
         time -= beginning
         length = frame.duration * frame.time_base if frame.duration else usual
+        # Some formats count in milliseconds: frames at a constant rate are where the rate says.
+        time = number * usual if abs(time - number * usual) <= ROUNDING else time
+        length = usual if abs(length - usual) <= ROUNDING else length
         if chosen is None and time > count * spacing:
             chosen = before
-        while time + length + ROUNDING >= (count + 1) * spacing:
+        while time + length >= (count + 1) * spacing:
             yield frame if chosen is None else chosen
             count += 1
             chosen = before if time > count * spacing else None

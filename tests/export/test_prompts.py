@@ -213,6 +213,17 @@ class TestScoring:
         [known] = prepare_images(wide, model.preprocess, "pad")
         assert list(padded.images) == [known.digest]
 
+    def test_every_image_is_asked_everything(self, tmp_path: Path) -> None:
+        """Also where the data has as many samples as were asked for, one image each."""
+        preset = load_preset()
+        for count, limit in ((32, 32), (32, 16), (32, 48), (3, 64), (5, 1)):
+            data = CalibrationSet("mine", tuple(Sample("<|image|>", (Path(f"{n}.png"),)) for n in range(count)))
+            asked = as_scored(data, preset, limit).samples
+            assert len(asked) == len(preset.image) * min(count, max(1, limit // len(preset.image)))
+            by_prompt = {text: [s.images for s in asked if s.prompt == text] for text in preset.image.values()}
+            first, *others = by_prompt.values()
+            assert all(other == first for other in others)
+
     def test_pairs_where_the_prompt_has_two(self) -> None:
         images = tuple(drawing.image for drawing in builtin.drawings(3, 0))
         data = CalibrationSet("mine", tuple(Sample("<|image|>", (image,)) for image in images), ("on texts",))

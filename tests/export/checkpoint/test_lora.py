@@ -16,6 +16,7 @@ from torch import Tensor
 
 from owl2 import Owl2
 from owl2.export.checkpoint.checkpoint import Checkpoint
+from owl2.export.checkpoint.naming import OPTIONAL_SUFFIXES
 from owl2.export.config import ExportConfig
 from owl2.export.gptq_checkpoint import export_gptq
 from owl2.export.pipeline import export_bundle
@@ -141,6 +142,41 @@ def test_names_of_the_inner_model_and_an_older_layout(base: Path, train: Train) 
     assert len(changed(base, folder, merged)) == 7
 
 
+def test_patterns_are_of_the_adapter_s_own_names(base: Path, tmp_path: Path) -> None:
+    """One of the inner model has no ``model.`` in front, which a pattern may ask for."""
+    with Checkpoint(base) as checkpoint:
+        model = Owl2Model(checkpoint.config)
+        checkpoint.load_into(model, "")
+    patterns = {"^layers.0.self_attn.q_proj": 100}
+    inner = get_peft_model(model.model, LoraConfig(target_modules=["q_proj"], r=2, alpha_pattern=patterns))
+    with torch.no_grad():
+        for name, parameter in inner.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.1)
+    inner.save_pretrained(str(tmp_path / "inner"), save_embedding_layers=False)
+    merged = {f"model.{name}": value.clone() for name, value in inner.merge_and_unload().state_dict().items()}
+    assert len(changed(base, tmp_path / "inner", merged)) == 2
+
+
+def test_the_adapter_goes_before_what_was_saved_beside_it(base: Path, train: Train) -> None:
+    folder, merged = train(target_modules=VALUE_PROJECTIONS, modules_to_save=["model.norm"], r=2)
+    others = {"base_model.model.model.norm.weight": torch.full((64,), 5.0)}
+    torch.save(others, folder / "non_lora_trainables.bin")
+    assert "model.norm.weight" in changed(base, folder, merged)
+
+
+def test_a_base_without_its_tables_of_positions(base: Path, train: Train) -> None:
+    """They follow from config.json; an adapter with the whole abstractor has them."""
+    folder, merged = train(target_modules=VALUE_PROJECTIONS, modules_to_save=["visual_abstractor"], r=2)
+    weights = load_file(base / "model.safetensors")
+    tables = {name for name in weights if name.endswith(OPTIONAL_SUFFIXES)}
+    assert tables
+    save_file({n: v for n, v in weights.items() if n not in tables}, base / "model.safetensors", {"format": "pt"})
+    adapter = load_file(folder / WEIGHTS) | {f"base_model.model.{name}": weights[name] for name in tables}
+    save_file(adapter, folder / WEIGHTS)
+    changed(base, folder, {name: value for name, value in merged.items() if name not in tables})
+
+
 class TestRefusals:
     @pytest.fixture
     def adapter(self, train: Train) -> Path:
@@ -185,6 +221,14 @@ class TestRefusals:
             (lambda t: {name: value[:, :1] for name, value in t.items()}, "do not fit its [64, 64]"),
             (lambda t: {name: value.flatten() for name, value in t.items()}, "do not fit its [64, 64]"),
             (
+                lambda t: (
+                    t
+                    | {"base_model.model.model.norm.weight": torch.ones(64)}
+                    | {"base_model.model.model.norm.modules_to_save.weight": torch.zeros(64)}
+                ),
+                "would both be model.norm.weight",
+            ),
+            (
                 lambda t: t | {"base_model.model.model.norm.weight": torch.ones(5)},
                 "model.norm.weight is [5], in the base [64]",
             ),
@@ -208,6 +252,14 @@ class TestRefusals:
     def test_a_truncated_file(self, base: Path, adapter: Path) -> None:
         (adapter / WEIGHTS).write_bytes((adapter / WEIGHTS).read_bytes()[:-7])
         assert "is truncated or damaged" in self.refusal(base, adapter)
+
+    def test_a_table_that_is_the_head_too(self, make_checkpoint: MakeCheckpoint, base: Path, adapter: Path) -> None:
+        table = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+        shutil.rmtree(base)
+        tied = make_checkpoint(top={"num_hidden_layers": 2, "tie_word_embeddings": True})
+        extra = {"base_model.model.model.embed_tokens.weight": table}
+        save_file(load_file(adapter / WEIGHTS) | extra, adapter / WEIGHTS)
+        assert "whether the head was trained with it is not certain" in self.refusal(tied, adapter)
 
     def test_a_quantized_checkpoint(self, base: Path, adapter: Path, tmp_path: Path) -> None:
         export_gptq(ExportConfig(base, tmp_path / "gptq", method="rtn", layout="gptq", group_size=32))

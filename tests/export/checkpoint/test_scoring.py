@@ -30,6 +30,12 @@ IMAGES = sorted((GOLDEN / "images").glob("*.png"))
         ("mplug-owl2-llama2-7b", "MAGAer13/mplug-owl2-llama2-7b", None, ""),
         ("mplug-owl2-llama2-7b", None, "DeQA-Score-LoRA-Mix3", "q-align"),
         ("checkpoint", ["no", "name"], None, ""),
+        ("my_q_align_finetune", None, None, "q-align"),
+        # Parts of other words, and folders of other things.
+        ("code-qa-owl2", None, None, ""),
+        ("grade-qa", None, None, ""),
+        ("my-decode-qa", None, None, ""),
+        ("q-align/checkpoints/mplug-owl2-llama2-7b", None, None, ""),
     ],
 )
 def test_what_names_tell(tmp_path: Path, folder: str, named: object, adapter: str | None, expected: str) -> None:
@@ -50,7 +56,7 @@ def test_the_bundle_names_it_and_scores_use_it(
     settings = ["--weights", "fp32"]
     result = CliRunner().invoke(cli, [str(checkpoint), str(told), *settings])
     assert result.exit_code == 0
-    assert "its name says that it scores images: owl2 score will ask it as the preset q-instruct" in result.stderr
+    assert "its name says that it scores images: scores will be asked for as in the preset q-instruct" in result.stderr
     assert CliRunner().invoke(cli, [str(checkpoint), str(chosen), *settings, "--preset", "q-align"]).exit_code == 0
     for bundle, preset in ((told, "q-instruct"), (chosen, "q-align")):
         assert read_manifest(bundle).preset == preset

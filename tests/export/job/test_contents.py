@@ -406,6 +406,22 @@ def test_what_a_lock_leaves_is_not_in_the_way(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
+def test_the_mark_of_the_next_export_stays(tmp_path: Path, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may come between the steps in which the last one removes the folder."""
+    unlink, came = Path.unlink, list[Path]()
+
+    def interrupted(path: Path, *, missing_ok: bool = False) -> None:
+        unlink(path, missing_ok=missing_ok)
+        if path.name == MARK and not came:
+            came.append(path)
+            mark(work)
+
+    with Staging(tmp_path / "bundle", overwrite=False):
+        monkeypatch.setattr(Path, "unlink", interrupted)
+    assert came
+    assert is_marked(work)
+
+
 @pytest.mark.slow
 def test_one_of_many_at_a_time(tmp_path: Path) -> None:
     """Whoever comes while another removes its folder waits, or is told; nobody else's work is taken away."""

@@ -42,7 +42,7 @@ def test_it_needs_neither_torch_nor_onnx_nor_an_onnx_runtime(folder: Path) -> No
     [
         (["--layout", "gptq", "--gpu", "rtx3060"], "leave --layout gptq out"),
         (["--dialect", "ort", "--engine", "tensorrt-rtx", "--gpu", "rtx3060"], "--dialect onnx, not of ort"),
-        (["--layout", "gptq", "--activations", "fp16"], "leave dialect and activations out"),
+        (["--layout", "gptq", "--activations", "fp16"], "leave dialect, activations and preset out"),
     ],
 )
 def test_options_that_exclude_each_other(

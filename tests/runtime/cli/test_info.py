@@ -26,7 +26,7 @@ def test_table(run: RunCommand, bundle_a1: Path, owl: Owl2) -> None:
     assert result.exit_code == 0
     decoder = owl.config.decoder
     for text in (
-        "format       version 5, written by ",
+        "format       version 6, written by ",
         f"{decoder.num_hidden_layers} layers, width {decoder.hidden_size}",
         f"vocabulary {decoder.vocab_size}",
         "context     2048 positions",

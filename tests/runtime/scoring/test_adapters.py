@@ -29,6 +29,8 @@ def test_one_aligns_score(owl: Owl2) -> None:
     found = model.score([frames], task_="quality", input_="video", return_dict=True)
     np.testing.assert_allclose(found["scores"], ARRAYS["quality_video/score_1_5"], atol=TOLERANCE)
     np.testing.assert_allclose(found["logits"], ARRAYS["quality_video/five_logits"], atol=TOLERANCE)
+    frames_of = model.score([frames], task_="aesthetics", input_="video")  # any word, as in the original
+    assert 1 <= frames_of[0] <= 5
     with pytest.raises(ConfigError, match="input_ 'audio'"):
         model.score(images, input_="audio")
 

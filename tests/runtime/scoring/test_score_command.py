@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -162,6 +163,7 @@ def test_what_is_refused(run: RunCommand, bundle_a1: Path, bundle_a2: Path, phot
     assert "does not exist; make it first" in refused(photos, "--report", tmp_path / "no" / "report.html")
     assert "not a whole number" in refused(photos, "--batch", "many")
     assert "batch must be positive" in refused(photos, "--batch", "0")
+    assert "compares several images" in refused(photos, "--preset", "compare2score")
     assert run("score", bundle_a1, photos / "01.png", "--out", out).exit_code == 0
     before = out.read_bytes()
     assert "exists already; give --resume" in refused(photos, "--out", out)
@@ -207,6 +209,7 @@ def test_scores_that_cannot_be_compared_are_not_mixed(
     assert result.exit_code == 1
     assert "its scores were made with other settings" in result.stderr
     assert out.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
 
 
 def test_one_process_at_a_time(run: RunCommand, bundle_a1: Path, tmp_path: Path) -> None:
@@ -220,6 +223,23 @@ def test_one_process_at_a_time(run: RunCommand, bundle_a1: Path, tmp_path: Path)
             assert result.exit_code == 1
             assert "another process is writing to" in result.stderr
     assert len(rows_of(out)) == 1
+
+
+def test_two_processes_begin_at_once(bundle_a1: Path, photos: Path, tmp_path: Path) -> None:
+    """One of them does the work, the other is told."""
+    for suffix in (".csv", ".parquet"):
+        out = tmp_path / f"scores{suffix}"
+        command = [sys.executable, "-m", "owl2.runtime", "score", str(bundle_a1), str(photos), "--out", str(out)]
+        for how in ([], ["--resume"], ["--resume"]):
+            runs = [subprocess.Popen([*command, *how], stderr=subprocess.PIPE, text=True) for _ in range(2)]
+            said = [one.communicate()[1] for one in runs]
+            codes = [one.returncode for one in runs]
+            assert 0 in codes
+            for code, text in zip(codes, said):
+                assert code == 0 or re.search(r"another process is writing to|exists already", text)
+            rows = rows_of(out)
+            assert len({row["image"] for row in rows}) == len(rows) == 30
+        assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
@@ -351,10 +371,10 @@ def test_a_name_that_is_no_unicode(run: RunCommand, bundle_a1: Path, tmp_path: P
         out = tmp_path / f"scores{suffix}"
         assert run("score", bundle_a1, folder, "--out", out).exit_code == 0
         before = out.read_bytes()
-        assert run("score", bundle_a1, folder / "b.png", "--out", out, "--resume").exit_code == 0
-        if suffix != ".parquet":
-            assert run("score", bundle_a1, folder, "--out", out, "--resume").exit_code == 0
-            assert out.read_bytes() == before
+        rows = rows_of(out) if suffix == ".parquet" else []
+        for _ in range(2):
+            assert "0 files" in run("score", bundle_a1, folder, "--out", out, "--resume").stderr
+        assert out.read_bytes() == before or rows_of(out) == rows
     assert "\\udcff" in (tmp_path / "scores.jsonl").read_text()  # JSON for everybody
     assert [row["image"][-12:] for row in rows_of(tmp_path / "scores.parquet")][1] == r"\xff\xfe.png"
 

@@ -11,7 +11,7 @@ from conftest import RunCommand
 from PIL import Image
 
 from owl2 import ConfigError, ImageError, Owl2
-from owl2.runtime.scoring.video import read_frames
+from owl2.runtime.scoring.video import _on_screen, read_frames
 
 SIDE = 64
 
@@ -122,6 +122,50 @@ def test_what_is_too_long_is_refused_at_once(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "12:30.mkv").write_bytes(path.read_bytes())  # no protocol called 12
     monkeypatch.chdir(tmp_path)
     assert len(list(read_frames("12:30.mkv"))) == 20
+
+
+@pytest.mark.parametrize("rate", ["24000/1001", "24", "25", "30000/1001", "30", "60000/1001"])
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4", ".avi"])
+def test_constant_rates_in_other_formats(tmp_path: Path, suffix: str, rate: str) -> None:
+    """Some count in milliseconds: which frame is shown must not depend on how its time was rounded."""
+    path, exact = tmp_path / f"video{suffix}", Fraction(rate)
+    for count in (int(exact * 41), int(exact * 41) + 1, int(exact * 41) - 1):
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("mpeg4", rate=exact)
+            stream.width = stream.height = 16
+            stream.pix_fmt = "yuv420p"
+            for _ in range(count):
+                container.mux(stream.encode(av.VideoFrame(16, 16, "yuv420p")))
+            container.mux(stream.encode())
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            frames = list(container.decode(stream))
+            places = {id(frame): number for number, frame in enumerate(frames)}
+            found = [places[id(frame)] for frame in _on_screen(frames, stream, Fraction(1))]
+        assert found == [int(exact * i) for i in range(int(count / exact))]
+
+
+def test_long_sound_is_no_long_picture(tmp_path: Path) -> None:
+    path = tmp_path / "video.mp4"
+    with av.open(str(path), "w") as container:
+        video, sound = container.add_stream("mpeg4", rate=8), container.add_stream("aac", rate=8000)
+        video.width, video.height, video.pix_fmt = SIDE, SIDE, "yuv420p"
+        for _ in range(16):
+            container.mux(video.encode(av.VideoFrame(SIDE, SIDE, "yuv420p")))
+        container.mux(video.encode())
+        for _ in range(20):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), layout="mono", format="fltp")
+            frame.sample_rate = 8000
+            container.mux(sound.encode(frame))
+        container.mux(sound.encode())
+    assert len(list(read_frames(path, most=3))) == 2
+
+
+def test_the_context_decides_about_a_video(run: RunCommand, bundle_a1: Path, tmp_path: Path) -> None:
+    path, out = write_video(tmp_path / "video.mkv", 8 * 6), tmp_path / "scores.csv"
+    assert run("score", bundle_a1, path, "--video", "--context", "64", "--window", "2", "--out", out).exit_code == 0
+    result = run("score", bundle_a1, path, "--video", "--window", "2", "--out", out, "--resume")
+    assert "made with other settings" in result.stderr
 
 
 @pytest.mark.parametrize("setting", [("--window", "0"), ("--per-second", "nan"), ("--max-frames", "-1")])

@@ -67,7 +67,10 @@ def opened(browser: Browser, address: str, **options: Any) -> Iterator[Page]:
 
 def ask(page: Page, text: str) -> None:
     page.get_by_label("Question", exact=True).fill(text)
+    turns = page.locator("#turns .assistant")
+    before = turns.count()
     page.get_by_role("button", name="Ask").click()
+    turns.nth(before).wait_for()  # it has begun: before, too, nothing can be stopped
     page.get_by_role("button", name="Stop").wait_for(state="hidden")
 
 
