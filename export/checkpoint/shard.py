@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -45,7 +46,9 @@ class Shard:
                 self._safe = self._stack.enter_context(safe_open(path, framework="pt"))
                 self.names = set(self._safe.keys())
                 return
-            loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # on what it may not understand, and then refuses
+                loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except UnpicklingError as error:
             # Torch's own text advises to switch this protection off.
             found = re.search(r"GLOBAL ([\w.]+)", str(error))

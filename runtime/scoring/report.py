@@ -69,7 +69,7 @@ def _task(task: str, found: TaskSummary) -> str:
 
 def _histogram(numbers: NDArray[np.float64]) -> str:
     low, high = float(numbers.min()), float(numbers.max())
-    width = (high - low) / BINS or 1.0
+    width = (high - low) / BINS if high - low > 1e-6 else 1.0  # numbers have an end, and so have bins
     counts = np.histogram(numbers, BINS, (low, low + BINS * width))[0].tolist()
     most = max(counts)
     bars = "".join(

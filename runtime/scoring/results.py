@@ -28,6 +28,8 @@ FIRST, LAST = ("image", "task", "value", "normalized", "std"), ("error", "bundle
 """Columns before and after those of the levels."""
 TEXTS = ("image", "task", "error", "bundle", "settings")
 """Columns that hold no number."""
+LARGEST_VALUE = 1e6
+"""Of a score: what weights may be."""
 ROW_GROUP = 10_000
 """Rows that are written to Parquet at a time."""
 Row = dict[str, Any]
@@ -270,6 +272,9 @@ def _groups(file: BinaryIO, path: Path, expected: _Expected) -> Iterator[tuple[l
     for row, end in (_csv_rows if path.suffix == ".csv" else _json_rows)(file, expected.columns):
         if row["bundle"] not in (None, "", expected.bundle):
             raise ForeignError("its scores are those of another bundle")
+        value = row["value"]
+        if not (value is None or (isinstance(value, int | float) and abs(value) <= LARGEST_VALUE)):
+            raise ForeignError(f"it has the value {shorten(value)}")
         group.append(row)
         if row["task"] != expected.tasks[len(group) - 1] or row["image"] != group[0]["image"]:
             raise ForeignError(

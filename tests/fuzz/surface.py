@@ -66,10 +66,11 @@ class Plan:
 
 # An image of 67 megapixels takes 256 MiB decoded, and its RGB form as much.
 PLANS = {
-    "api": Plan("api", 0.12, 320 << 20),
+    "adapter": Plan("adapter", 0.02),
+    "api": Plan("api", 0.1, 320 << 20),
     "calibration": Plan("calibration", 0.1),
     "checkpoint": Plan("checkpoint", 0.03),
-    "data": Plan("data", 0.12),
+    "data": Plan("data", 0.1),
     "engines": Plan("engines", 0.06),
     "goldens": Plan("goldens", 0.1),
     "graphs": Plan("graphs", 0.03, trusted=True),
@@ -79,6 +80,7 @@ PLANS = {
     "manifest": Plan("manifest", 0.1),
     "prompts": Plan("prompts", 0.06),
     "report": Plan("report", 0.02),
+    "scores": Plan("scores", 0.02),
     "tokenizer": Plan("tokenizer", 0.039, remarks=True),
 }
 

@@ -19,6 +19,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from owl2 import Owl2
+from owl2.runtime.scoring.report import report_page
 from owl2.runtime.scoring.results import TEXTS, ResultFile
 from owl2.runtime.scoring.scale import load_preset, make_scale
 from owl2.runtime.scoring.score import score_of
@@ -330,6 +331,16 @@ def test_names_with_anything_in_them(run: RunCommand, owl: Owl2, bundle_a1: Path
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert f"{expected:.4f}" in run("score", bundle_a1, "data:image.png").stdout
+
+
+@pytest.mark.parametrize("values", [[4.0], [4.0, 4.0], [4.0, float(np.nextafter(4, 5))], [1.0, 5.0], [-1e6, 1e6]])
+def test_a_report_of_any_scores(values: list[float]) -> None:
+    summary = Summary()
+    for number, value in enumerate(values):
+        summary.add(f"{number}.png", None, [("quality", value)])
+    page = report_page("Scores", summary).decode()
+    assert f"{len(values)} images; mean {np.mean(values):.3f}" in page
+    assert sum(int(count) for count in re.findall(r": (\d+)</title>", page)) == len(values)
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
