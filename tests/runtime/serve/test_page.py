@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import GOLDEN
 from numpy.typing import NDArray
-from playwright.sync_api import Browser, Locator, Page, Request, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, Request, expect, sync_playwright
 from serving import RunningServer, serving
 
 from owl2 import Owl2
@@ -65,6 +65,10 @@ def opened(browser: Browser, address: str, **options: Any) -> Iterator[Page]:
     assert (foreign, errors) == ([], [])
 
 
+LIST_TIME = 30_000
+"""Milliseconds: the list is read again once an answer is saved, after its end is shown."""
+
+
 def ask(page: Page, text: str) -> None:
     page.get_by_label("Question", exact=True).fill(text)
     turns = page.locator("#turns .assistant")
@@ -98,7 +102,7 @@ def test_ask_about_pictures_and_go_on_after_a_reload(page: Page) -> None:
     page.reload()
     page.locator("#turns .assistant").nth(1).wait_for()
     assert answers(page) == before
-    assert page.locator("#list .open").first.inner_text() == "What are these?"
+    expect(page.locator("#list .open").first).to_have_text("What are these?", timeout=LIST_TIME)
     ask(page, "And then?")
     assert "tokens reused" in page.locator("#turns .figures").last.inner_text()
 
@@ -291,7 +295,7 @@ def test_hostile_texts_are_text(page: Page) -> None:
     for _ in range(2):
         assert page.locator("#turns .user .text").inner_text() == HOSTILE
         assert answers(page) == [HOSTILE]
-        assert page.locator("#list .open").first.inner_text() == HOSTILE[:80]
+        expect(page.locator("#list .open").first).to_have_text(HOSTILE[:80], timeout=LIST_TIME)
         assert page.title() == "owl2"
         assert page.locator("#turns img, #turns script, #turns .text a").count() == 0
         page.reload()
