@@ -31,7 +31,7 @@ from owl2.runtime.messages import ChatMessage
 from owl2.runtime.placement import CPU, Placement
 from owl2.runtime.preprocess import ImageReading, Orientation
 from owl2.runtime.sampling import GenerationConfig, GenerationOptions, merge_options
-from owl2.runtime.scoring.scale import USUAL, ScaleSettings, load_preset, make_scale
+from owl2.runtime.scoring.scale import ScaleSettings, make_scale, preset_for
 from owl2.runtime.scoring.score import Score
 from owl2.runtime.scoring.scorer import Scorer
 from owl2.runtime.scoring.video import MOST_FRAMES, PER_SECOND, WINDOW, VideoScore, read_frames, score_video
@@ -270,7 +270,7 @@ class Owl2:
         Raises:
             ConfigError: a preset or task that is not known, or words that the tokenizer cannot tell apart.
         """
-        chosen = load_preset((self.manifest.preset or USUAL) if preset is None else preset)
+        chosen = preset_for(preset, self.manifest.preset)
         require(isinstance(task, str | list | tuple), f"task must be a name or a list of names, got {shorten(task)}")
         tasks = [task] if isinstance(task, str) else list(task)
         scales = [

@@ -88,6 +88,15 @@ def write_stored(path: Path, kind: str, content: Stored) -> None:
     write_whole(path, itertools.chain([start], map(_bytes, content.arrays.values())))
 
 
+def sync(path: Path) -> None:
+    """Flush a file, or a folder's list of names, to the disk before anything that relies on it is written."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def write_whole(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     """Write a file for its owner alone, as a whole or not at all: under another name, then in the older one's place.
 

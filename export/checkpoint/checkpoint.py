@@ -7,7 +7,7 @@ safetensors shards are read by slice.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -238,10 +238,8 @@ class Checkpoint:
                 f"{folder} replaces the token table, which is the head too (tie_word_embeddings), and whether the head "
                 "was trained with it is not certain; merge it with PEFT, and export the result"
             )
-        # Shard by shard, so that each is opened once.
-        changed = sorted(filter(adapter.__contains__, self._weight_map), key=lambda n: (self._weight_map[n], n))
-        found = {name: self._shard(self._weight_map[name]).describe(self._stored[name]) for name in changed}
-        adapter.check_shapes({name: shape for name, described in found.items() if described for shape in described[:1]})
+        changed = self._described(filter(adapter.__contains__, self._weight_map))
+        adapter.check_shapes({name: found[0] for name, found in changed if found is not None})
         return adapter
 
     def _is_zero(self, file: str, name: str) -> bool:
@@ -311,13 +309,15 @@ class Checkpoint:
                 expected[f"{linear}.bias"] = (rows,), FLOAT_TYPES
         return optional | self._idle_biases
 
+    def _described(self, names: Iterable[str]) -> Iterator[tuple[str, tuple[tuple[int, ...], str] | None]]:
+        """Names with what their files say of them, shard by shard, so that each is opened once."""
+        for name in sorted(names, key=lambda n: (self._weight_map[n], n)):
+            yield name, self._shard(self._weight_map[name]).describe(self._stored[name])
+
     def _misshaped(self, expected: Expected) -> Iterable[str]:
-        # Shard by shard, so that each is opened once.
-        for name in sorted(set(expected) & set(self._weight_map), key=lambda n: (self._weight_map[n], n)):
-            file = self._weight_map[name]
-            found = self._shard(file).describe(self._stored[name])
+        for name, found in self._described(set(expected) & set(self._weight_map)):
             if found is None:
-                yield f"missing {name}: the index says {file}, which does not hold it"
+                yield f"missing {name}: the index says {self._weight_map[name]}, which does not hold it"
                 continue
             (shape, dtype), (right, dtypes) = found, expected[name]
             if shape != right:

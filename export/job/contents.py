@@ -45,11 +45,11 @@ FLOAT_SUFFIX = ".float.onnx"
 _GRAPHS = (spec.VISION_GRAPH, *spec.DECODER_GRAPHS.values())
 _FLOAT_GRAPHS = (Path(name).with_suffix(FLOAT_SUFFIX).name for name in _GRAPHS)
 _WRITTEN = {*_GRAPHS, *_FLOAT_GRAPHS, *spec.BUNDLE_FILES, spec.MANIFEST, *GPTQ_FILES, *ENGINE_FILES}
-_LOCK_PROBE = r"\.filelock-probe-[0-9a-f]{32}"  # of whoever takes the lock, for a moment; filelock 4.3 and newer
-_LOCKING = re.compile(rf"{MARK}|{LOCK}|{_LOCK_PROBE}")
+# The last one is of whoever takes the lock, for a moment; filelock 4.3 and newer.
+_LOCKING = re.compile(rf"{MARK}|{LOCK}|\.filelock-probe-[0-9a-f]{{32}}")
 _SAFETENSORS_TEMPORARY = r"\.tmp\w{6}"  # of a kill while it writes
 _WORK = re.compile(
-    rf"{MARK}|{LOCK}|{_LOCK_PROBE}|(bundle|journal|replaced)/"
+    rf"{_LOCKING.pattern}|(bundle|journal|replaced)/"
     rf"|bundle/({'|'.join(map(re.escape, sorted(_WRITTEN)))}|{GPTQ_SHARD.pattern}|{_SAFETENSORS_TEMPORARY})"
     rf"|journal/({re.escape(INDEX)}(\.new)?|vision\.rows|layer-\d+\.(graph|rows))"
 )

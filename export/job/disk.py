@@ -1,4 +1,4 @@
-"""Small files, and the order in which things reach the disk."""
+"""Small files."""
 
 from __future__ import annotations
 
@@ -6,15 +6,6 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-
-
-def sync(path: Path) -> None:
-    """Flush a file, or a folder's list of names, to the disk before anything that relies on it is written."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -32,7 +32,6 @@ from numpy.typing import NDArray
 from owl2.export.graph.builder import BuilderState, data_path
 from owl2.export.graph.decoder import DecoderGraph, DecoderState
 from owl2.export.job.contents import INDEX, INDEX_BYTES, in_work
-from owl2.export.job.disk import sync
 from owl2.export.job.job import ExportJob
 from owl2.export.prompts import digests, fingerprint
 from owl2.export.report import Parity, PartReport
@@ -42,6 +41,7 @@ from owl2.runtime import spec
 from owl2.runtime.config import from_json, require
 from owl2.runtime.errors import ConfigError, ExportError
 from owl2.runtime.foreign import parse_json, read_json, reading
+from owl2.runtime.stored import sync
 from owl2.runtime.verification import HASH_BLOCK, hash_file
 from owl2.runtime.version import __version__
 

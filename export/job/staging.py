@@ -37,7 +37,7 @@ from owl2.export.job.contents import (
     of_locking,
     remove,
 )
-from owl2.export.job.disk import sync, write_text
+from owl2.export.job.disk import write_text
 from owl2.runtime.errors import (
     CalibrationError,
     CheckpointError,
@@ -48,6 +48,7 @@ from owl2.runtime.errors import (
     QuantizationError,
 )
 from owl2.runtime.foreign import ForeignError, listed, reason
+from owl2.runtime.stored import sync
 
 # The same command would meet these again: what led to them is not worth keeping.
 LASTING_ERRORS = (CalibrationError, CheckpointError, ConfigError, ParityError, QuantizationError)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from owl2.export.job.contents import ENGINE_FILES
-from owl2.export.job.disk import sync, write_json
+from owl2.export.job.disk import write_json
 from owl2.export.job.progress import Reporter
 from owl2.export.job.staging import Staging
 from owl2.export.tensorrt.build import BuildStats, build_engine
@@ -20,6 +20,7 @@ from owl2.runtime.backends.tensorrt.records import DECODER_ENGINE, VISION_ENGINE
 from owl2.runtime.bundle import Bundle, Manifest, read_manifest
 from owl2.runtime.errors import ExportError
 from owl2.runtime.fit.machine import driver_version
+from owl2.runtime.stored import sync
 from owl2.runtime.verification import FileEntry, hash_file
 
 SOURCES = {

@@ -41,7 +41,7 @@ from owl2.runtime.preprocess import Orientation
 from owl2.runtime.scoring.files import IMAGES, VIDEOS, find_files
 from owl2.runtime.scoring.report import report_page
 from owl2.runtime.scoring.results import ResultFile
-from owl2.runtime.scoring.scale import PRESETS, USUAL, load_preset, make_scale
+from owl2.runtime.scoring.scale import PRESETS, make_scale, preset_for
 from owl2.runtime.scoring.score import Score
 from owl2.runtime.scoring.summary import Summary
 from owl2.runtime.scoring.video import (
@@ -50,6 +50,7 @@ from owl2.runtime.scoring.video import (
     WINDOW,
     VideoScore,
     check_video_settings,
+    load_av,
     read_frames,
     score_video,
     scores_of,
@@ -165,13 +166,13 @@ def score(  # noqa: PLR0913, PLR0917 - one parameter per option
         require(path is None or not path.is_dir(), f"{path} is a folder; give the name of a file")
     require(report is None or out is None or report != out, f"--out and --report are the same file, {out}")
     if video:
-        check_video_settings(per_second, window, max_frames)
-    settings: dict[str, Any] = {"preset": preset, "prompt": prompt, "preprocess": preprocess}
+        load_av()
+        check_video_settings(per_second=per_second, window=window, most=max_frames)
+    settings: dict[str, Any] = {"video": video, "prompt": prompt, "preprocess": preprocess}
     settings |= {"levels": list(levels) or None, "weights": list(weights) or None}
-    chosen = load_preset((read_manifest(bundle).preset or USUAL) if preset is None else preset)
+    chosen = preset_for(preset, read_manifest(bundle).preset)
     for task in tasks:  # before the model, which may take long to load
-        own = {name: value for name, value in settings.items() if name != "preset"}
-        scale = make_scale(chosen, task, video=video, **own)
+        scale = make_scale(chosen, task, **settings)
         require(
             scale.prompt.count(IMAGE_TOKEN) == 1,
             f"the prompt of preset {chosen.name} compares several images, which this command does not; "
@@ -192,7 +193,7 @@ def score(  # noqa: PLR0913, PLR0917 - one parameter per option
             progress=progress,
         )
     with owl, ExitStack() as closing:
-        scorer = owl.scorer(list(tasks), video=video, **settings)
+        scorer = owl.scorer(list(tasks), preset=preset, **settings)
         table, todo, summary = None, images, Summary()
         if out is not None:
             transfer = owl.model.engine.kv_transfer

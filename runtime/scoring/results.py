@@ -19,6 +19,7 @@ from owl2.runtime.foreign import ForeignError, parse_json, reading, shorten
 from owl2.runtime.scoring.scale import Scale
 from owl2.runtime.scoring.score import Score
 from owl2.runtime.scoring.summary import Summary
+from owl2.runtime.stored import sync
 
 FORMATS = (".csv", ".jsonl", ".parquet")
 ANY_NAME = "surrogateescape"
@@ -208,11 +209,7 @@ def _settle(partial: Path, path: Path) -> None:
         os.fsync(file.fileno())
     partial.replace(path)
     if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync(path.parent)
 
 
 def _key(image: str) -> str:

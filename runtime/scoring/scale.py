@@ -128,6 +128,11 @@ def load_preset(name: str | os.PathLike[str] = USUAL) -> Preset:
         return _preset(path.stem, read_json(path, PRESET_BYTES))
 
 
+def preset_for(asked: str | os.PathLike[str] | None, named: str) -> Preset:
+    """The preset that was asked for; else the one that a bundle names, or the usual one. Raises as load_preset."""
+    return load_preset((named or USUAL) if asked is None else asked)
+
+
 def make_scale(
     preset: Preset,
     task: str,

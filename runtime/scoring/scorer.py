@@ -106,20 +106,10 @@ class Scorer:
         given = sources if sources is not None else [None] * len(items)
         if not items:
             return []
-        prompts = [[self.prompt(scale, images) for images in items] for scale in self.scales]
+        prompts = [self._prompts(images) for images in items]
         if rows is None:
             rows = self.rows([image for images in items for image in images], cancellation)
-        by_scale = []
-        for scale, ids, caches, asked in zip(self.scales, self._ids, self._caches, prompts):
-            with self._lock:  # the caches are of one thread at a time
-                logits = last_logits(self._model, caches, asked, rows, cancellation)
-            by_scale.append(
-                [
-                    score_of(row, ids, scale, source, self._model.fingerprint)
-                    for row, source in zip(logits, given, strict=True)
-                ]
-            )
-        return list(zip(*by_scale))
+        return self._score(prompts, given, rows, cancellation)
 
     def stream(
         self,
@@ -175,24 +165,49 @@ class Scorer:
         """Of the longest prompt."""
         return max(len(self._model.tokenizer.encode_prompt(scale.prompt)) for scale in self.scales)
 
+    def _prompts(self, images: Sequence[PreparedImage]) -> list[Prompt]:
+        """Of an item, one for each scale; raises as :meth:`prompt`."""
+        return [self.prompt(scale, images) for scale in self.scales]
+
+    def _score(
+        self,
+        prompts: Sequence[Sequence[Prompt]],
+        sources: Sequence[object],
+        rows: Mapping[str, Floats],
+        cancellation: Cancellation,
+    ) -> list[tuple[Score, ...]]:
+        """Scores of one item or more, by their prompts for each scale and the rows of all their images."""
+        by_scale = []
+        for scale, ids, caches, asked in zip(self.scales, self._ids, self._caches, zip(*prompts)):
+            with self._lock:  # the caches are of one thread at a time
+                logits = last_logits(self._model, caches, asked, rows, cancellation)
+            by_scale.append(
+                [
+                    score_of(row, ids, scale, source, self._model.fingerprint)
+                    for row, source in zip(logits, sources, strict=True)
+                ]
+            )
+        return list(zip(*by_scale))
+
     def _scored(
         self, opened: Sequence[tuple[Source, Future[Sequence[PreparedImage]]]], cancellation: Cancellation
     ) -> Iterator[tuple[Source, tuple[Score, ...] | Owl2Error]]:
         results: list[tuple[Score, ...] | Owl2Error | None] = [None] * len(opened)
-        good: list[tuple[int, Sequence[PreparedImage]]] = []
+        good: list[tuple[int, Sequence[PreparedImage], list[Prompt]]] = []
         for place, (_, future) in enumerate(opened):
             try:
                 images = future.result()
-                for scale in self.scales:
-                    self.prompt(scale, images)  # too many frames spoil no batch
-                good.append((place, images))
+                good.append((place, images, self._prompts(images)))  # too many frames spoil no batch
             except ConfigError:  # a setting that spoils every image
                 raise
             except Owl2Error as error:
                 results[place] = error
-        sources = [opened[place][0] for place, _ in good]
-        for (place, _), scores in zip(good, self.score([images for _, images in good], sources, cancellation)):
-            results[place] = scores
+        if good:
+            places, items, prompts = zip(*good)
+            rows = self.rows([image for images in items for image in images], cancellation)
+            sources = [opened[place][0] for place in places]
+            for place, scores in zip(places, self._score(prompts, sources, rows, cancellation)):
+                results[place] = scores
         for (source, _), result in zip(opened, results):
             assert result is not None  # every place was filled
             yield source, result

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from owl2.runtime.kv_cache import KvCache
 from owl2.runtime.owl import Owl2
 from owl2.runtime.scoring.scorer import last_logits
 
@@ -59,7 +60,7 @@ def measure_speed(owl: Owl2, batches: Sequence[int] = BATCHES, rounds: int = 5) 
         owl.model.encoder.clear()
         vision.append(_seconds(lambda: owl.model.encoder.rows(items[0])))
         for batch in batches:
-            caches = [owl.model.new_cache() for _ in range(batch)]
+            caches = list[KvCache]()
             last_logits(owl.model, caches, prompts[-batch:], rows)  # what stands before the image
             found = _seconds(lambda: last_logits(owl.model, caches, prompts[:batch], rows))  # noqa: B023 - at once
             decoder[batch].append(found / batch)

@@ -105,13 +105,12 @@ class VideoScore:
         }
 
 
-def check_video_settings(per_second: float, window: int, most: int) -> None:
-    """Refuse settings that no video can be scored with.
+def check_video_settings(*, per_second: float = PER_SECOND, window: int = WINDOW, most: int = MOST_FRAMES) -> None:
+    """Refuse numbers that no video can be scored with.
 
     Raises:
-        ConfigError: PyAV is not installed, or a number makes no sense.
+        ConfigError: one makes no sense.
     """
-    _av()
     low, high = PER_SECOND_RANGE
     require(low <= per_second <= high, f"per_second must be from {low} to {high}, got {per_second}")
     require(window > 0, f"window must be positive, got {window}")
@@ -141,8 +140,8 @@ def read_frames(
         ConfigError: PyAV is not installed, or a rate that makes no sense.
         ImageError: the video cannot be read, has no picture, or does not end.
     """
-    check_video_settings(per_second, 1, most)
-    av, name = _av(), cut(harmless(str(path)))
+    check_video_settings(per_second=per_second, most=most)
+    av, name = load_av(), cut(harmless(str(path)))
     spacing = 1 / Fraction(per_second).limit_denominator(1_000_000)
     count = 0
     too_long = f"{name} has more than {most} frames to score; ask for fewer a second, or allow more"
@@ -173,7 +172,7 @@ def _seconds(container: Any, stream: Any) -> Fraction:  # noqa: ANN401 - of PyAV
     if stream.duration:
         return Fraction(stream.duration * stream.time_base)
     alone = len(container.streams) == 1  # else it may be the sound that is so long
-    return Fraction(container.duration, _av().time_base) if container.duration and alone else Fraction(0)
+    return Fraction(container.duration, load_av().time_base) if container.duration and alone else Fraction(0)
 
 
 def _on_screen(frames: Iterable[Any], stream: Any, spacing: Fraction) -> Iterator[Any]:  # noqa: ANN401 - of PyAV
@@ -202,7 +201,8 @@ def _on_screen(frames: Iterable[Any], stream: Any, spacing: Fraction) -> Iterato
         yield before if chosen is None else chosen
 
 
-def _av() -> Any:  # noqa: ANN401 - a module
+def load_av() -> Any:  # noqa: ANN401 - a module
+    """PyAV; raises ConfigError if it is not installed."""
     try:
         import av
     except ImportError as error:
@@ -230,7 +230,7 @@ def score_video(
     Raises:
         ContextOverflowError: a window does not fit the context.
     """
-    check_video_settings(per_second, window, 1)
+    check_video_settings(per_second=per_second, window=window)
     room = scorer.frames_that_fit
     kept: list[PreparedImage] = []
     rows: dict[str, Floats] = {}
